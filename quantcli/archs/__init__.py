@@ -1,0 +1,1 @@
+"""What a model's tensors mean: one literal a family."""

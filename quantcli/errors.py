@@ -1,0 +1,49 @@
+"""QuantcliError and its children: one exit code each, one sentence for the user."""
+
+
+class QuantcliError(Exception):
+    """What the user can act on. The sentence says what, where, expected and got, and the next step."""
+
+    exit_code = 1
+
+
+class CheckpointError(QuantcliError):
+    """A checkpoint is missing, damaged, contradictory or hostile."""
+
+    exit_code = 3
+
+
+class RecipeError(QuantcliError):
+    """A recipe or an option does not fit this model."""
+
+    exit_code = 4
+
+
+class UnsupportedError(QuantcliError):
+    """An architecture, or a pair of qtype and format, that quantcli does not handle."""
+
+    exit_code = 5
+
+
+class NumericsError(QuantcliError):
+    """NaN, Inf or a singular matrix, named by tensor."""
+
+    exit_code = 6
+
+
+class KernelError(QuantcliError):
+    """A compiled kernel or a device refused its arguments or failed."""
+
+    exit_code = 7
+
+
+class ResourceError(QuantcliError):
+    """Not enough disk or memory."""
+
+    exit_code = 8
+
+
+class GateError(QuantcliError):
+    """A quality gate (``--max-perplexity``, ``--max-kld``) was missed."""
+
+    exit_code = 9

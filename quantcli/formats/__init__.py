@@ -1,0 +1,1 @@
+"""How parts lie in a file: one dialect a file."""

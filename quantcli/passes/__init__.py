@@ -1,0 +1,1 @@
+"""How a layer is changed towards its grid: one method a file."""

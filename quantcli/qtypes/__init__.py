@@ -1,0 +1,1 @@
+"""Which numbers can be stored: one grid a file."""

@@ -1,0 +1,24 @@
+"""Variants by file name: find("qtypes", "q4_k") is the module quantcli/qtypes/q4_k.py."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+from quantcli.errors import UnsupportedError
+
+
+@cache
+def names(package: str) -> tuple[str, ...]:
+    """Every variant of ``package`` ("archs", "qtypes", "passes" or "formats"), sorted."""
+    folder = importlib.import_module(f"quantcli.{package}")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")))
+
+
+def find(package: str, name: str) -> ModuleType:
+    """The module of variant ``name``; :class:`UnsupportedError` lists the ones there are."""
+    if name not in names(package):
+        raise UnsupportedError(f"{package} has no '{name}'; there are: {', '.join(names(package))}")
+    return importlib.import_module(f"quantcli.{package}.{name}")
