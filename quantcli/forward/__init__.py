@@ -1,0 +1,6 @@
+"""Runs a decoder layer of any HF causal LM on its own; the only importer of transformers."""
+
+from quantcli.forward.layer import LoadedLayer
+from quantcli.forward.model import Forward, tokenizer
+
+__all__ = ["Forward", "LoadedLayer", "tokenizer"]

@@ -1,0 +1,110 @@
+"""LoadedLayer: a decoder layer whose weights are in memory, to be run, observed and changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import CheckpointError, NumericsError
+from quantcli.forward.names import Source
+from quantcli.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from quantcli.forward.model import Forward
+
+OnInput = Callable[[str, Tensor], None]
+"""``on_input(tap, X)`` with X [n_tokens, in] in the run's dtype; X is valid during the call only."""
+
+
+class LoadedLayer:
+    """A decoder layer whose weights are in memory.
+
+    ``tensors``: its weights by disk name: as they were set, else in the run's dtype where that holds the stored values, else as
+    stored.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+
+    def __init__(self, forward: Forward, index: int, module: nn.Module) -> None:
+        self.name = forward.layers[index]
+        self._forward = forward
+        self._index = index
+        self._module = module
+        self._sources = {name: source for source in forward.sources(index) for name in source.disk}
+        self._set: dict[str, Tensor] = {}
+        self._stale: dict[str, Source] = {}  # by target: to be made again from what was set
+        self.tensors = _Tensors(self._sources, self.get)
+
+    def get(self, name: str) -> Tensor:
+        """The weight ``name`` (on disk)."""
+        if name in self._set:
+            return self._set[name]
+        source = self._sources[name]
+        stored = self._forward.checkpoint.specs[name].dtype
+        if source.converter is None:
+            live = self._forward.tensor(source.target)
+            if live.dtype in (DTYPES.get(stored), torch.float32):
+                return live
+        return self._forward.checkpoint.read(name)
+
+    def set(self, name: str, W: Tensor) -> None:
+        """Replace the weight ``name`` (on disk) by ``W`` of its shape, for the runs that follow."""
+        expected = self._forward.checkpoint.specs[name].shape
+        if tuple(W.shape) != expected:
+            raise CheckpointError(f"{name}: a weight of shape {list(expected)} cannot be replaced by one of shape {list(W.shape)}")
+        self._set[name] = W
+        self._stale[self._sources[name].target] = self._sources[name]
+
+    def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The layer's output for ``hidden`` [B, T, hidden] of the tokens ``ids`` [B, T], in the run's dtype.
+
+        Raises :class:`NumericsError` when it is not finite.
+        """
+        for source in self._stale.values():
+            self._forward.rebuild(source, self._forward.model_names(self._index), self._set)
+        self._stale.clear()
+        call = self._forward.call(self._index, ids)
+        with torch.no_grad():
+            output = call.run(self._module, self._forward.entering(hidden))
+        output = output if isinstance(output, Tensor) else output[0]
+        if not torch.isfinite(output).all():
+            raise NumericsError(f"{self.name}: its output has NaN or Inf in {self._forward.dtype}; check the weights, or run in float32")
+        return output
+
+    def observe(self, hidden: Tensor, ids: Tensor, on_input: OnInput) -> Tensor:
+        """The same as a call; ``on_input(tap, X)`` is told what each tap's linears read as it runs."""
+        taps = self._forward.tap_modules(self._index)
+        handles = [module.register_forward_pre_hook(partial(_tell, on_input, tap)) for tap, module in taps.items()]
+        try:
+            return self(hidden, ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _tell(on_input: OnInput, tap: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    on_input(tap, inputs[0].flatten(0, -2))
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The weights of a loaded layer by disk name, read when asked for."""
+
+    def __init__(self, names: Mapping[str, Source], get: Callable[[str], Tensor]) -> None:
+        self._names = names
+        self._get = get
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,222 @@
+"""Forward and LoadedLayer: one HF causal LM whose weights are in memory a layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import CheckpointError
+from quantcli.forward.layer import LoadedLayer, OnInput
+from quantcli.forward.names import NameMap, Source
+from quantcli.forward.skeleton import build, drop, dtypes, put
+from quantcli.forward.stack import Call, Stack
+
+if TYPE_CHECKING:
+    from quantcli.checkpoint import Checkpoint
+
+
+class Forward:
+    """One causal LM, layer by layer, with the same results as the whole model in the same dtype.
+
+    ``layers``: the layers' names on disk; ``taps``: disk name of a linear's weight → tap, which is the name of the first linear that
+    reads the same input; ``untapped``: the layers' other matrices (experts that transformers fuses, routers, convolutions), which have no tap;
+    ``unused``: disk tensors that the model has no place for.
+
+    In memory are one layer while its context is open, or the embedding, or the head, and what is small beside them (norms).
+    """
+
+    layers: tuple[str, ...]
+    taps: dict[str, str]
+    untapped: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._model = build(checkpoint.config, dtype)
+        self._names = NameMap(self._model, checkpoint.specs, checkpoint.source)
+        self._dtypes = dtypes(self._model, dtype)
+        self._stack = Stack(self._model)
+        self._parts = self._divide()
+        self._loaded: str | None = None  # "embedding" or "head"
+        self._move_buffers()
+        self._load(self._parts["rest"])
+        self._by_ids = self._stack.trace(self.device)
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self.layers = tuple(self._disk_prefix(i) for i in range(len(self._stack.layers)))
+        self.taps = {name: tap for i in range(len(self.layers)) for name, tap in self._disk_taps(i).items()}
+        self.unused = self._names.unused
+        matrices = (name for i in range(len(self.layers)) for name in self.layer_tensors(i) if len(checkpoint.specs[name].shape) > 1)
+        self.untapped = tuple(name for name in matrices if name not in self.taps)
+
+    def layer_tensors(self, index: int) -> tuple[str, ...]:
+        """Disk names of the tensors of layer ``index``."""
+        return tuple(name for source in self.sources(index) for name in source.disk)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first layer is given for ``ids``: [B, T] int64. Returns [B, T, hidden] in the run's dtype."""
+        self._need("embedding")
+        return self._stack.embed(ids.to(self.device))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [B, T, vocab] of the last layer's output ``hidden``: [B, T, hidden]; norm and soft caps are the model's own."""
+        self._need("head")
+        return self._stack.logits(self.entering(hidden))
+
+    def observe_head(self, hidden: Tensor, on_input: OnInput) -> None:
+        """``on_input(tap, X)`` with what the output embedding reads; the tap is its module's name. No logits are computed."""
+        name = self._module_name(self._stack.head)
+
+        def catch(x: Tensor) -> Tensor:
+            on_input(name, x.flatten(0, -2))
+            return x[..., :1]
+
+        self._stack.logits(self.entering(hidden), catch)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[LoadedLayer]:
+        """Layer ``index`` with its weights in memory; they are freed at the end of the context."""
+        self._release()
+        names = self._parts[str(index)]
+        self._load(names)
+        try:
+            yield LoadedLayer(self, index, self._stack.layers[index])
+        finally:
+            self._drop(names)
+
+    def close(self) -> None:
+        """Free all weights."""
+        self._release()
+        self._drop(self._parts["rest"])
+
+    # -- for LoadedLayer -------------------------------------------------------------------------------------------------------
+
+    def call(self, index: int, ids: Tensor) -> Call:
+        """The arguments of layer ``index``; kept for the last two shapes (a full batch and a last one) unless they follow the ids."""
+        shape = tuple(ids.shape)
+        if self._by_ids or shape not in self._calls:
+            while len(self._calls) > 1:
+                self._calls.pop(next(iter(self._calls)))
+            self._calls[shape] = self._stack.calls(ids.to(self.device))
+        return self._calls[shape][index]
+
+    def entering(self, hidden: Tensor) -> Tensor:
+        return hidden.to(device=self.device, dtype=self.dtype)
+
+    def tap_modules(self, index: int) -> dict[str, nn.Module]:
+        """The module that reads each tap of layer ``index``."""
+        prefix = f"{self._stack.name}.{index}."
+        modules = {disk.removesuffix(".weight"): name for name, disk in self._names.disk.items() if name.startswith(prefix)}
+        return {tap: self._model.get_submodule(modules[tap].removesuffix(".weight")) for tap in set(self._disk_taps(index).values())}
+
+    def model_names(self, index: int) -> list[str]:
+        """The model's names of the tensors of layer ``index``."""
+        return self._parts[str(index)]
+
+    def sources(self, index: int) -> list[Source]:
+        """Where the tensors of layer ``index`` come from."""
+        return self._sources(self.model_names(index))
+
+    def tensor(self, target: str) -> Tensor:
+        """The model's tensor ``target`` as it is in memory."""
+        return self._model.get_parameter_or_buffer(target).data
+
+    def rebuild(self, source: Source, names: Iterable[str], weights: Mapping[str, Tensor]) -> None:
+        """Make those of the model's tensors ``names`` that come from ``source``.
+
+        Disk tensors are taken from ``weights`` where given, else from the checkpoint.
+        """
+
+        def read(name: str) -> Tensor:
+            tensor = weights[name] if name in weights else self.checkpoint.read(name)
+            return tensor.to(device=self.device, dtype=self._dtypes[source.target])
+
+        made = source.load(read, self._model)
+        for name in names:
+            if self._names.of.get(name) is source:
+                put(self._model, name, made[name if name in made else source.target])  # a tied name is not in made
+
+    # -- weights in and out ----------------------------------------------------------------------------------------------------
+
+    def _divide(self) -> dict[str, list[str]]:
+        """The model's tensors by part: "embedding", "head", "0", "1", … for the layers, and "rest", which is always in memory."""
+        prefixes = {f"{self._stack.name}.{i}.": str(i) for i in range(len(self._stack.layers))}
+        prefixes |= {f"{self._module_name(self._stack.embedding)}.": "embedding"}
+        if self._stack.head is not None:
+            prefixes |= {f"{self._module_name(self._stack.head)}.": "head"}
+        parts: dict[str, list[str]] = {part: [] for part in (*prefixes.values(), "head", "rest")}
+        starts = {len(prefix) for prefix in prefixes}
+        for name in self._dtypes:
+            part = next((prefixes[name[:n]] for n in starts if name[:n] in prefixes), "rest")
+            parts[part].append(name)
+        return parts
+
+    def _sources(self, names: Iterable[str]) -> list[Source]:
+        """The sources of the model's tensors ``names``, each once."""
+        of = self._names.of
+        return list({id(of[name]): of[name] for name in names if name in of}.values())
+
+    def _load(self, names: list[str]) -> None:
+        for source in self._sources(names):
+            self.rebuild(source, names, {})
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            drop(self._model, name)
+
+    def _need(self, part: str) -> None:
+        """Have the weights of ``part`` ("embedding" or "head") in memory, and not those of the other."""
+        if self._loaded == part:
+            return
+        self._release()
+        self._load(self._parts[part])
+        self._loaded = part
+
+    def _release(self) -> None:
+        if self._loaded is not None:
+            self._drop(self._parts[self._loaded])
+        self._loaded = None
+
+    def _move_buffers(self) -> None:
+        for name, buffer in list(self._model.named_buffers()):
+            put(self._model, name, buffer.to(self.device))
+
+    # -- names -----------------------------------------------------------------------------------------------------------------
+
+    def _module_name(self, module: nn.Module | None) -> str:
+        return next(name for name, m in self._model.named_modules() if m is module)
+
+    def _disk_prefix(self, index: int) -> str:
+        """The words that all disk names of a layer begin with: its name on disk."""
+        first, *others = [name.split(".") for name in self.layer_tensors(index)]
+        n = 0
+        while n < len(first) - 1 and all(words[n : n + 1] == first[n : n + 1] for words in others):
+            n += 1
+        return ".".join(first[:n])
+
+    def _disk_taps(self, index: int) -> dict[str, str]:
+        """The taps of layer ``index``: disk name of a linear's weight → the first of the tap's linears that has a name on disk."""
+        tap_of: dict[str, str] = {}
+        taps: dict[str, str] = {}
+        for module, first in self._stack.traces[index].taps.items():
+            if name := self._names.disk.get(f"{self._stack.name}.{index}.{module}.weight"):
+                taps[name] = tap_of.setdefault(first, name.removesuffix(".weight"))
+        return taps
+
+
+def tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer that comes with ``checkpoint``; from the metadata of a GGUF file. Raises :class:`CheckpointError`."""
+    from transformers import AutoTokenizer
+
+    path = checkpoint.path
+    try:
+        if path.is_file():
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.source}: no tokenizer that transformers can read: {error}") from error

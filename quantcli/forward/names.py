@@ -1,0 +1,132 @@
+"""Names on disk ↔ names of the model's tensors, by transformers' own conversion tables.
+
+transformers renames tensors on load (GPT-NeoX: ``embed_out`` is ``lm_head``), adds or strips the base model's prefix, and fuses or splits
+some (Mixtral: a layer's experts become one tensor). Here a :class:`Source` is one such step: the disk tensors it needs, and what it makes.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.errors import CheckpointError
+from quantcli.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How a tensor of the model comes from the disk: a copy of one tensor, or ``converter`` applied to several.
+
+    ``target``: the model's name (the first one when the converter makes several); ``disk``: names on disk, in the order the converter
+    wants them; ``patterns``: the converter's pattern that each of them matched.
+    """
+
+    target: str
+    disk: list[str] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
+    converter: Any = None
+
+    def load(self, read: Callable[[str], Tensor], model: Any) -> dict[str, Tensor]:
+        """The model's tensors by name; ``read`` gives a disk tensor. Raises :class:`CheckpointError` when the parts do not fit."""
+        if self.converter is None:
+            return {self.target: read(self.disk[0])}
+        converter = copy.deepcopy(self.converter)
+        for name, pattern in zip(self.disk, self.patterns, strict=True):
+            converter.add_tensor(self.target, name, pattern, read(name))
+        try:
+            made = converter.convert(self.target, model=model, config=model.config)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.target}: cannot be put together from {_listed(self.disk)}: {error}") from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+class NameMap:
+    """Which disk tensors make which of the model's tensors.
+
+    ``of``: model name → its source; ``disk``: model name → disk name where one is a plain copy of the other; ``unused``: disk tensors
+    that the model has no place for (rotary tables of old files, prediction heads).
+    """
+
+    of: dict[str, Source]
+    disk: dict[str, str]
+    unused: tuple[str, ...]
+
+    def __init__(self, model: Any, specs: Mapping[str, TensorSpec], where: str) -> None:
+        self._expected = model.state_dict()
+        self._model = model
+        self._where = where
+        sources, self.unused = self._sort(specs)
+        self.of = {name: source for source in sources for name in self._targets(source)}
+        self._alias_tied()
+        self.disk = {name: source.disk[0] for name, source in self.of.items() if source.converter is None}
+        self._check(specs)
+
+    def _sort(self, disk_names: Iterable[str]) -> tuple[list[Source], tuple[str, ...]]:
+        """Put each disk tensor into the source it belongs to."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+        converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self._model.base_model_prefix
+        sources: dict[str, Source] = {}
+        unused: list[str] = []
+        for name in sorted(disk_names, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._expected)
+            if target not in self._expected and name in self._expected:
+                target, pattern = rename_source_key(name, [], [], prefix, self._expected)
+            if target not in self._expected:
+                unused.append(name)
+                continue
+            source = sources.setdefault(target, Source(target, converter=by_pattern.get(pattern)))
+            source.disk.append(name)
+            source.patterns.append(pattern or name)
+        return list(sources.values()), tuple(unused)
+
+    def _targets(self, source: Source) -> list[str]:
+        if source.converter is None:
+            return [source.target]
+        first, *others = source.converter.target_patterns
+        globs = [source.target, *(source.target.replace(first, other) for other in others)]
+        return [name for name in self._expected if any(name == glob or fnmatch(name, glob) for glob in globs)]
+
+    def _alias_tied(self) -> None:
+        """A tensor that the model ties to another (lm_head to the embedding) may be on disk under either name."""
+        groups: dict[str, set[str]] = {}
+        for target, source in getattr(self._model, "all_tied_weights_keys", {}).items():
+            groups.setdefault(source, {source}).add(target)
+        for source, group in groups.items():
+            present = sorted(name for name in group if name in self.of)
+            if present:
+                giver = source if source in self.of else present[0]
+                self.of |= {name: self.of[giver] for name in group if name not in self.of}
+
+    def _check(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Every tensor of the model has a source of its shape."""
+
+        # A buffer that files may lack has its value from the model's own code; a parameter has none but the file's.
+        buffers = {name for name, _ in self._model.named_buffers()}
+        optional = [re.compile(p) for p in self._model._keys_to_ignore_on_load_missing or ()]
+        missing = [n for n in self._expected if n not in self.of and not (n in buffers and any(p.search(n) for p in optional))]
+        if missing:
+            raise CheckpointError(
+                f"{self._where}: {type(self._model).__name__} expects {_listed(missing)} "
+                f"(shape {list(self._expected[missing[0]].shape)}), which the checkpoint lacks; its download may be incomplete"
+            )
+        for name, disk in self.disk.items():
+            expected, got = list(self._expected[name].shape), list(specs[disk].shape)
+            if expected != got:
+                raise CheckpointError(f"{self._where}: {disk} has shape {got}, config.json asks for {expected}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

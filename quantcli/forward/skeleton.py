@@ -1,0 +1,97 @@
+"""The empty model: built from config.json with parameters on the meta device and buffers computed for real."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import CheckpointError, UnsupportedError
+
+
+def build(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The causal LM that ``config`` (a config.json) describes, without weights, in evaluation mode.
+
+    Raises :class:`UnsupportedError` when transformers does not know the architecture: a repository's own code is never run.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"model_type {model_type!r} in config.json is not one that the installed transformers knows, and code that comes with a "
+            "model is never run; upgrade transformers, or convert the model to an architecture that it has"
+        )
+    # The weights arrive dense whatever their file: transformers must not look for a quantizer.
+    words = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    try:
+        parsed = CONFIG_MAPPING[model_type].from_dict(words)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnsupportedError(
+            f"transformers cannot build a causal language model from this config.json ({model_type}): {error}"
+        ) from error
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """New parameters go to the meta device before they are initialized; buffers (rotary tables) keep their values."""
+    register = nn.Module.register_parameter
+
+    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the decoder stack: the outermost ModuleList as long as the config's number of layers."""
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not stacks:
+        raise UnsupportedError(f"{type(model).__name__} has no list of {n_layers} decoder layers; it cannot be run layer by layer")
+    return min(stacks, key=lambda item: item[0].count("."))
+
+
+def dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype in which transformers would load each tensor: ``dtype``, but float32 for those that a model keeps in it."""
+    plan = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in model._get_dtype_plan(dtype).items()]
+
+    def loaded_as(name: str, tensor: Tensor) -> torch.dtype:
+        return next((kept for pattern, kept in plan if pattern.search(name)), tensor.dtype)
+
+    return {name: loaded_as(name, tensor) for name, tensor in model.state_dict().items()}
+
+
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace parameter or buffer ``name`` of ``model`` by ``tensor``, which must have its shape."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters.get(leaf, module._buffers.get(leaf))
+    if old is not None and old.shape != tensor.shape:
+        raise CheckpointError(f"{name}: the architecture expects shape {list(old.shape)}, the checkpoint gives {list(tensor.shape)}")
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def drop(model: nn.Module, name: str) -> None:
+    """Forget the values of parameter ``name``; its shape and dtype stay, on the meta device."""
+    path, _, leaf = name.rpartition(".")
+    parameters = model.get_submodule(path)._parameters
+    if (param := parameters.get(leaf)) is not None:
+        parameters[leaf] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)

@@ -1,0 +1,227 @@
+"""The decoder stack run with stubs for layers: the model's own forward says what it passes to each layer and does with the result.
+
+So masks, rotary tables, layer types, embedding scales and soft caps are the model's own, whatever the architecture. The linears that
+share an input (a *tap*) are seen in one forward of two tokens, each layer with zeros for weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import UnsupportedError
+from quantcli.forward.skeleton import decoder_layers, drop, put
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one layer beside the hidden states: masks, rotary tables, positions."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+        """The hidden states, and the rest of what a decoder layer was called with."""
+        if args:
+            return args[0], cls(args[1:], dict(kwargs))
+        return kwargs["hidden_states"], cls((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+    def run(self, forward: Run, hidden: Tensor) -> Any:
+        return forward(hidden, *self.args, **self.kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, in a fixed order."""
+        return list(_tensors((self.args, self.kwargs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one small forward showed of a layer.
+
+    ``n_outputs``: length of the tuple that it returns, or None for the bare hidden states; ``taps``: each linear → the first linear that
+    reads the same input, by module name within the layer.
+    """
+
+    n_outputs: int | None
+    taps: dict[str, str]
+
+    def output(self, hidden: Tensor) -> Any:
+        """``hidden`` in the form in which the layer returns it."""
+        return hidden if self.n_outputs is None else (hidden, *(None for _ in range(self.n_outputs - 1)))
+
+
+class Stack:
+    """The decoder layers of ``model``, an empty one, between its embedding and its head.
+
+    ``name``: the stack's module name; ``traces``: one for each layer, filled by :meth:`trace`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.name, self.layers = decoder_layers(model)
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.head: nn.Module | None = model.get_output_embeddings()
+        self.traces: list[Trace] = []
+
+    def trace(self, device: torch.device) -> bool:
+        """Fill ``traces``; returns whether the layers' arguments depend on the token ids. Raises :class:`UnsupportedError`."""
+        seen: dict[tuple[Any, ...], Trace] = {}
+        passed: list[Tensor] = []  # what the layer before returned
+
+        def stub(layer: nn.Module, index: int) -> Run:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, call = Call.split(args, kwargs)
+                if passed and hidden is not passed[-1]:
+                    raise UnsupportedError(
+                        f"{self.name}.{index}: {type(self.model).__name__} changes the hidden states between layers, so its layers "
+                        "cannot be run on their own"
+                    )
+                key = _signature(layer)
+                if key not in seen:
+                    with _zeros(layer, device):
+                        seen[key] = _trace(layer, call, hidden)
+                self.traces.append(seen[key])
+                passed.append(hidden.clone())
+                return seen[key].output(passed[-1])
+
+            return forward
+
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        self._forward(ids, [stub(layer, i) for i, layer in enumerate(self.layers)], self._no_embedding, self._no_head)
+        pairs = zip(self.calls(ids), self.calls(ids + 1), strict=True)
+        return any(not torch.equal(x, y) for a, b in pairs for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+    def calls(self, ids: Tensor) -> list[Call]:
+        """Each layer's arguments for ``ids`` [B, T]. Needs no weights of embedding, layers or head."""
+        calls: list[Call] = []
+
+        def stub(trace: Trace) -> Run:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, call = Call.split(args, kwargs)
+                calls.append(call)
+                return trace.output(hidden)
+
+            return forward
+
+        self._forward(ids, [stub(trace) for trace in self.traces], self._no_embedding, self._no_head)
+        return calls
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first layer is given for ``ids`` [B, T]: [B, T, hidden]. Needs the embedding's weights."""
+        entered: list[Tensor] = []
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            entered.append(Call.split(args, kwargs)[0])
+            return self.traces[0].output(entered[0])
+
+        self._forward(ids, [first, *self._passing()[1:]], None, self._no_head)
+        return entered[0]
+
+    def logits(self, hidden: Tensor, head: Run | None = None) -> Tensor:
+        """Logits [B, T, vocab] of the last layer's output ``hidden`` [B, T, hidden]; ``head`` replaces the output embedding."""
+
+        def last(*_args: Any, **_kwargs: Any) -> Any:
+            return self.traces[-1].output(hidden)
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return self._forward(ids, [*self._passing()[:-1], last], self._no_embedding, head).logits
+
+    def _passing(self) -> list[Run]:
+        return [partial(_pass, trace) for trace in self.traces]
+
+    def _forward(self, ids: Tensor, layers: Sequence[Run], embedding: Run | None, head: Run | None) -> Any:
+        """The model's own forward over ``ids`` with functions in place of the layers, and of embedding and head where given."""
+        forwards: dict[nn.Module, Run] = dict(zip(self.layers, layers, strict=True))
+        if embedding is not None:
+            forwards[self.embedding] = embedding
+        if head is not None and self.head is not None:
+            forwards[self.head] = head
+        with torch.no_grad(), _replaced(forwards):
+            return self.model(input_ids=ids, use_cache=False)
+
+    def _no_embedding(self, ids: Tensor) -> Tensor:
+        weight = self.embedding.weight
+        return torch.zeros(*ids.shape, weight.shape[1], dtype=weight.dtype, device=ids.device)
+
+    @staticmethod
+    def _no_head(hidden: Tensor) -> Tensor:
+        return hidden[..., :1]
+
+
+def _pass(trace: Trace, *args: Any, **kwargs: Any) -> Any:
+    return trace.output(Call.split(args, kwargs)[0])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in value:
+            yield from _tensors(value[key])
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+@contextmanager
+def _replaced(forwards: Mapping[nn.Module, Run]) -> Iterator[None]:
+    """Each module's ``forward`` is the given function; the attributes that some models read from their layers stay."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+@contextmanager
+def _zeros(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """``layer`` has zeros for parameters: memory that the system maps but never fills."""
+    names = [name for name, _ in layer.named_parameters()]
+    for name, param in list(layer.named_parameters()):
+        put(layer, name, torch.zeros(param.shape, dtype=param.dtype, device=device))
+    try:
+        yield
+    finally:
+        for name in names:
+            drop(layer, name)
+
+
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    """Equal for layers built of the same modules and shapes: these are fed alike, so one of them need be traced."""
+    modules = tuple((name, type(m)) for name, m in layer.named_modules())
+    return modules, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+
+
+def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
+    """Run ``layer`` and see which linears read one and the same tensor.
+
+    The same means the same memory in the same version; inputs are held, so that no memory serves twice.
+    """
+    fed: dict[str, list[tuple[int, ...]]] = {}
+    held: list[Tensor] = []
+
+    def watch(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        held.append(x)
+        fed.setdefault(name, []).append((x.data_ptr(), x.numel(), x.shape[-1], x._version))
+
+    handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    try:
+        output = call.run(partial(type(layer).forward, layer), hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first: dict[tuple[tuple[int, ...], ...], str] = {}
+    taps = {name: first.setdefault(tuple(keys), name) for name, keys in fed.items()}
+    return Trace(None if isinstance(output, Tensor) else len(output), taps)
