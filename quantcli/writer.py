@@ -1,0 +1,371 @@
+"""Output files: declared as a whole, filled in any order, checked by reading back, and only then given their name.
+
+Everything is written under ``<target>.part`` (a folder or a file, like the target). ``commit`` flushes it to the disk, reads every byte
+back and compares it with the checksum taken while it was put, and moves it to the target with one rename. Whatever happens before that
+rename leaves the target as it was; an exception also removes the ``.part``. A killed process leaves its ``.part`` behind, which the next
+run replaces; the ``.part`` of a process that still lives is locked, and a second run refuses to touch it.
+
+Memory: one tensor at a time, and 8 MiB while checking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import CheckpointError, RecipeError, ResourceError
+from quantcli.tensors import DTYPE_NAMES, DTYPES, TensorSpec
+
+PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one tensor lies: ``offset`` counts from the start of its file."""
+
+    spec: TensorSpec
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A file known to the last byte before a weight is read: its header, its size and the place of each tensor (padding is zeros)."""
+
+    name: str
+    header: bytes
+    size: int
+    slots: Mapping[str, Slot]
+
+
+class Writer:
+    """Writes a folder of files (``folder=True``: several layouts and sidecars) or a single file to ``target``.
+
+    A context manager: leaving it without ``commit`` removes what was written. Raises :class:`RecipeError` at once when a finished output
+    stands at ``target`` and ``overwrite`` is not given (with it the old one is replaced at ``commit``), and also when ``target`` is
+    something that overwriting would destroy for no good: another kind of file, or a folder that holds no model.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool = False, folder: bool = True) -> None:
+        # Through links, so that the rename happens beside the real thing and never crosses a file system.
+        self.target = Path(os.path.realpath(target))
+        self.folder = folder
+        self.part = self.target.with_name(self.target.name + ".part")
+        self._old = self.target.with_name(self.target.name + ".part-old")
+        self._layouts: dict[str, FileLayout] = {}
+        self._files: dict[str, str] = {}  # tensor → its file
+        self._sums: dict[str, int] = {}  # tensor → crc32, once it is put
+        self._claimed: set[str] = set()
+        self._sidecars: dict[str, tuple[int, int]] = {}  # name → (size, crc32)
+        self._claim_lock = threading.Lock()
+        self._part_lock: int | None = None
+        self._done = False
+        restore_interrupted_commit(self.target, self._old)
+        check_replaceable(self.target, overwrite=overwrite, folder=folder)
+
+    def declare(self, files: Sequence[FileLayout], sidecars: Mapping[str, bytes | Path] | None = None) -> None:
+        """Create ``files`` with their headers, and ``sidecars`` (small files: their bytes, or a path to copy). Once.
+
+        Raises :class:`ResourceError` when the disk cannot hold it all, before anything is written.
+        """
+        if self._layouts or self._done:
+            raise ValueError("declare may be called once")
+        if not files or (not self.folder and (len(files) != 1 or sidecars)):
+            raise ValueError(f"{self.target}: a single-file target takes one layout and no sidecars, a folder at least one layout")
+        check_layouts(files)
+        sidecars = sidecars or {}
+        self._replace_stale_part()
+        n_bytes = sum(f.size for f in files) + sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars.values())
+        check_disk(self.target, n_bytes)
+        with self._wording_disk_errors():
+            self._create(files)
+        for name, data in sidecars.items():
+            self.add_sidecar(name, data)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor. ``tensor``: dtype and shape of its spec; uint8 of the same byte count where the spec has a ggml type.
+
+        Thread-safe. Raises ValueError for a name that was not declared or is put twice, and for another dtype or shape.
+        """
+        with self._claim_lock:
+            if self._done or name not in self._files:
+                raise ValueError(f"{name}: {'the writer is closed' if self._done else 'not declared'}")
+            if name in self._claimed:
+                raise ValueError(f"{name}: put twice")
+            slot = self._layouts[self._files[name]].slots[name]
+            check_tensor(slot.spec, tensor)
+            self._claimed.add(name)
+        data = tensor_bytes(tensor)
+        with self._wording_disk_errors(), self._path(self._files[name]).open("r+b", buffering=0) as file:
+            file.seek(slot.offset)
+            write_all(file.fileno(), data)
+        self._sums[name] = zlib.crc32(data)
+
+    def add_sidecar(self, name: str, data: bytes | Path) -> None:
+        """Add a small file to a folder target: its bytes, or a path to copy. A later one of the same name replaces the earlier."""
+        if self._done or not self._layouts or not self.folder:
+            raise ValueError(f"{name}: sidecars go into a declared folder, before commit")
+        if name in self._layouts:
+            raise ValueError(f"{name}: a file of tensors has this name")
+        path = self.part / relative(name)
+        content = data if isinstance(data, bytes) else data.read_bytes()
+        with self._wording_disk_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        self._sidecars[name] = (len(content), zlib.crc32(content))
+
+    def commit(self) -> None:
+        """Flush, read back, compare, and move everything to ``target``.
+
+        Raises ValueError when a declared tensor was never put, :class:`CheckpointError` when the disk gives back other bytes than were
+        written. Nothing stands under the final name in either case.
+        """
+        if self._done or not self._layouts:
+            raise ValueError(f"{self.target}: commit needs a declared, open writer")
+        if missing := sorted(self._files.keys() - self._sums.keys()):
+            raise ValueError(f"{self.target}: {len(missing)} tensors were declared and never put, the first is {missing[0]}")
+        with self._wording_disk_errors():
+            self._flush()
+            self._verify()
+            replace(self.part, self.target, self._old)
+            fsync(self.target.parent)
+        self._done = True
+        self._unlock()
+
+    def abort(self) -> None:
+        """Remove everything that was written; the target stays as it was. Harmless when called twice or after commit."""
+        if self._done:
+            return
+        self._done = True
+        if self._part_lock is not None:
+            remove(self.part)
+        self._unlock()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.abort()
+
+    def _path(self, file: str) -> Path:
+        return self.part / file if self.folder else self.part
+
+    def _replace_stale_part(self) -> None:
+        """Clear a ``.part`` that a killed process left. Its lock died with it; a living one's is held."""
+        if not os.path.lexists(self.part):
+            return
+        fd = os.open(self.part, os.O_RDONLY)
+        try:
+            lock(fd, self.part)
+            remove(self.part)
+        finally:
+            os.close(fd)
+
+    def _create(self, files: Sequence[FileLayout]) -> None:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder:
+            self.part.mkdir()
+        else:
+            self.part.touch(exist_ok=False)
+        self._part_lock = os.open(self.part, os.O_RDONLY)
+        lock(self._part_lock, self.part)
+        for layout in files:
+            path = self._path(layout.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb", buffering=0) as file:
+                write_all(file.fileno(), memoryview(layout.header))
+                file.truncate(layout.size)
+            self._layouts[layout.name] = layout
+            self._files.update(dict.fromkeys(layout.slots, layout.name))
+
+    def _flush(self) -> None:
+        paths = [self._path(name) for name in self._layouts] + [self.part / name for name in self._sidecars]
+        folders = {parent for path in paths for parent in path.parents if parent == self.part or self.part in parent.parents}
+        for path in [*paths, *folders]:
+            fsync(path)
+
+    def _verify(self) -> None:
+        """Read every byte back and compare: headers as they are, tensors and sidecars by the checksum taken while writing."""
+        for layout in self._layouts.values():
+            with self._path(layout.name).open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != layout.size or file.read(len(layout.header)) != layout.header:
+                    raise CheckpointError(
+                        f"{self._path(layout.name)}: the header or size read back differs from what was written; the disk may be failing"
+                    )
+                for slot in sorted(layout.slots.values(), key=lambda s: s.offset):
+                    file.seek(slot.offset)
+                    self._compare(layout.name, slot.spec.name, checksum(file.fileno(), slot.spec.nbytes), self._sums[slot.spec.name])
+        for name, (size, crc) in self._sidecars.items():
+            with (self.part / name).open("rb", buffering=0) as file:
+                self._compare(name, name, checksum(file.fileno(), size), crc)
+
+    def _compare(self, file: str, name: str, got: int | None, expected: int) -> None:
+        if got != expected:
+            raise CheckpointError(f"{self._path(file)}: {name} reads back differently from what was written; the disk may be failing")
+
+    @contextlib.contextmanager
+    def _wording_disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ResourceError(
+                    f"{self.target}: {error.strerror or error} while writing; free space there or choose another -o"
+                ) from error
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise RecipeError(f"{self.target}: {error.strerror}; choose another -o") from error
+            raise
+
+    def _unlock(self) -> None:
+        if self._part_lock is not None:
+            os.close(self._part_lock)
+            self._part_lock = None
+
+
+def check_replaceable(target: Path, *, overwrite: bool, folder: bool) -> None:
+    """Raise :class:`RecipeError` unless ``target`` is free, an empty folder, or an earlier output that ``overwrite`` may replace."""
+    if not target.name:
+        raise RecipeError(f"{target}: cannot be an output; name a new folder or file with -o")
+    if not target.exists():
+        return
+    kinds = ("folder", "file") if target.is_dir() else ("file", "folder")
+    if target.is_dir() != folder:
+        raise RecipeError(f"{target}: is a {kinds[0]} and the output a {kinds[1]}; choose another -o")
+    if folder and not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise RecipeError(f"{target}: already exists; give --overwrite to replace it, or another -o")
+    if folder and not (target / "config.json").is_file():
+        raise RecipeError(f"{target}: holds no model (no config.json), so --overwrite will not delete it; choose another -o")
+
+
+def check_layouts(files: Sequence[FileLayout]) -> None:
+    """Raise ValueError for layouts that contradict themselves: a double name, tensors that overlap or leave their file."""
+    seen: set[str] = set()
+    for layout in files:
+        relative(layout.name)
+        end = len(layout.header)
+        for name, slot in sorted(layout.slots.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
+            if name != slot.spec.name or name in seen:
+                raise ValueError(f"{layout.name}: {name} is declared twice or under another name")
+            if slot.offset < end:
+                raise ValueError(f"{layout.name}: {name} at {slot.offset} overlaps what ends at {end}")
+            end = slot.offset + slot.spec.nbytes
+            seen.add(name)
+        if end > layout.size:
+            raise ValueError(f"{layout.name}: tensors end at {end}, the file at {layout.size}")
+    if len({layout.name for layout in files}) != len(files):
+        raise ValueError("two files have one name")
+
+
+def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor`` is what ``spec`` announced."""
+    if spec.dtype not in DTYPES:
+        if tensor.dtype != torch.uint8 or tensor.nbytes != spec.nbytes:
+            raise ValueError(f"{spec.name}: {spec.dtype} needs {spec.nbytes} bytes of uint8, got {tensor.nbytes} of {tensor.dtype}")
+        return
+    if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
+        got = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+        raise ValueError(f"{spec.name}: expected {spec.dtype} {list(spec.shape)}, got {got} {list(tensor.shape)}")
+
+
+def check_disk(target: Path, n_bytes: int) -> None:
+    """Raise :class:`ResourceError` unless ``n_bytes`` fit on the disk of ``target``."""
+    folder = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise ResourceError(
+            f"{target}: needs {n_bytes / 2**30:.2f}GiB, {folder} has {free / 2**30:.2f}GiB free; free space there or choose another -o"
+        )
+
+
+def relative(name: str) -> PurePosixPath:
+    """``name`` as a path inside the output; ValueError when it leaves it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"'{name}' is no name of a file inside the output")
+    return path
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row order; a copy only when it is on a device or not contiguous."""
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    return data.view(torch.uint8).numpy().data
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    """Write all of ``data`` at the file's position: the system may take less than it is given, at most 2 GiB at once."""
+    while data:
+        data = data[os.write(fd, data[: 1 << 30]) :]
+
+
+def checksum(fd: int, size: int) -> int | None:
+    """crc32 of the next ``size`` bytes, in pieces; None when the file ends before."""
+    crc = 0
+    while size:
+        piece = os.read(fd, min(size, PIECE_BYTES))
+        if not piece:
+            return None
+        crc = zlib.crc32(piece, crc)
+        size -= len(piece)
+    return crc
+
+
+def fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock(fd: int, part: Path) -> None:
+    """Hold ``part`` for this process; :class:`RecipeError` when another one does. A file system without locks is trusted."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecipeError(f"{part}: another process is writing it; wait for it or choose another -o") from None
+    except OSError:
+        return
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace(part: Path, target: Path, old: Path) -> None:
+    """Move ``part`` to ``target``. A folder cannot be renamed over a full one, so the old one steps aside first and returns on failure."""
+    if not target.is_dir() or not any(target.iterdir()):
+        os.replace(part, target)
+        return
+    os.rename(target, old)
+    try:
+        os.rename(part, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    remove(old)
+
+
+def restore_interrupted_commit(target: Path, old: Path) -> None:
+    """A process killed between the two renames of :func:`replace` left the old output aside: bring it back, or drop it if replaced."""
+    if not old.exists():
+        return
+    if target.exists():
+        remove(old)
+    else:
+        os.rename(old, target)
