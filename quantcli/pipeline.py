@@ -1,0 +1,329 @@
+"""For each layer: load → measure → passes → write → forget. The walk from a checkpoint to a quantized one; it yields events."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantcli import __version__
+from quantcli import plan as planning
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import NumericsError, RecipeError
+from quantcli.plan import Plan, PlannedLayer, PlannedTensor
+from quantcli.recipe import PassSpec, Recipe
+from quantcli.registry import find
+from quantcli.tensors import Layer, QuantizedTensor, Stats, TensorReport
+from quantcli.writer import Writer
+
+if TYPE_CHECKING:
+    from quantcli.forward import Forward, LoadedLayer
+
+TENSORS_IN_FLIGHT = 3
+"""Tensors that are read, coded and written at the same time when no statistics tie them together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan stands; nothing has been written."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDone:
+    """One layer is on disk. ``relative_error``: mean over its coded tensors, None when it has none; ``bpw`` of its weights."""
+
+    name: str
+    index: int
+    n_layers: int
+    relative_error: float | None
+    bpw: float
+    seconds: float
+    tensors: tuple[TensorReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The output stands under its final name."""
+
+    output: Path
+    plan: Plan
+    lossless: bool
+
+
+Event = Planned | LayerDone | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What the calibrated passes learn from: token windows to run through the model, or statistics gathered before.
+
+    ``windows``: [n, seq_len] int64; ``stats``: tap → Stats; exactly one of them. ``dataset_sha256`` is of the token ids.
+    """
+
+    dataset_sha256: str
+    windows: Tensor | None = None
+    stats: Mapping[str, Stats] | None = None
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the walk carries from layer to layer."""
+
+    source: Checkpoint
+    plan: Plan
+    writer: Writer
+    device: torch.device
+    reports: list[TensorReport] = field(default_factory=list)
+
+    def put(self, name: str, tensor: Tensor | QuantizedTensor) -> None:
+        fmt = find("formats", self.plan.recipe.format)
+        for part, data in fmt.parts(name, tensor, self.plan.context).items():
+            self.writer.put(part, data)
+
+    def copy(self, tensor: PlannedTensor) -> None:
+        """Write a tensor that no pass touches."""
+        if not tensor.outputs:
+            return
+        data = self.source.read(tensor.name)
+        check_finite(tensor.name, data)
+        self.put(tensor.name, data)
+
+
+def quantize(
+    source: Checkpoint,
+    target: Path,
+    recipe: Recipe,
+    *,
+    calibrate: Callable[[], Calibrated] | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Iterator[Event]:
+    """Write ``source`` to ``target`` as ``recipe`` says.
+
+    ``calibrate`` is called, once the plan stands, when a pass needs statistics. With token windows each layer is measured on what the layers
+    before it, already quantized, hand it; with statistics gathered before no layer runs. Nothing stands at ``target`` until the
+    last event; ``overwrite`` replaces what stood there only then.
+    """
+    declared = planning.declared_taps(source)
+    forward = _open_forward(source, device) if declared is None or recipe.needs else None
+    taps = declared if declared is not None else dict(forward.taps)  # type: ignore[union-attr]
+    plan = planning.make(source, recipe, taps, metadata=provenance(source, recipe))
+    yield Planned(plan)
+    if dry_run:
+        return
+    data = None
+    if recipe.needs:
+        if calibrate is None:
+            raise RecipeError(f"recipe '{recipe.name}' needs calibration data; give a dataset or --stats")
+        data = calibrate()
+    fmt = find("formats", recipe.format)
+    with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
+        run = _Run(source, plan, writer, torch.device(device))
+        if data is None:
+            yield from _each_tensor(run)
+        elif data.stats is not None:
+            yield from _each_layer(run, data.stats)
+        else:
+            assert forward is not None
+            assert data.windows is not None
+            yield from _propagate(run, forward, data.windows)
+        if writer.folder:
+            record = {**provenance(source, recipe), "dataset_sha256": data.dataset_sha256 if data else None, "tensors": _record(run)}
+            writer.add_sidecar("quantcli.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        writer.commit()
+    lossless = not any(planning.is_coded(t.scheme) and t.outputs for t in plan.tensors)
+    yield Finished(writer.target, plan, lossless)
+
+
+def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """What repeats a run: version, recipe, source and a fingerprint of its config and tensor headers."""
+    headers = json.dumps([source.config, sorted((s.name, s.dtype, s.shape) for s in source.specs.values())], sort_keys=True)
+    return {
+        "version": __version__,
+        "recipe": recipe.to_dict(),
+        "source": source.source,
+        "source_fingerprint": hashlib.sha256(headers.encode()).hexdigest(),
+    }
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise :class:`NumericsError` when a float tensor has NaN or Inf."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise NumericsError(f"{name}: the source has NaN or Inf; check the checkpoint, or take another revision of it")
+
+
+def _open_forward(source: Checkpoint, device: str) -> Forward:
+    from quantcli.forward import Forward  # transformers takes seconds to import
+
+    return Forward(source, device=device)
+
+
+def _each_tensor(run: _Run) -> Iterator[LayerDone]:
+    """No statistics: every tensor for itself, a few at a time, written as they come."""
+
+    def work(layer: str, tensor: PlannedTensor) -> tuple[TensorReport, ...]:
+        if tensor.scheme is None or not tensor.outputs:
+            run.copy(tensor)
+            return ()
+        unit = Layer(layer, {tensor.name: run.source.read(tensor.name).to(run.device)}, {tensor.name: tensor.scheme})
+        return _apply(run, unit, run.plan.recipe.passes, {})
+
+    pending: deque[Future[tuple[TensorReport, ...]]] = deque()
+    todo = deque((layer.name, tensor) for layer in run.plan.layers for tensor in layer.tensors)
+    with ThreadPoolExecutor(TENSORS_IN_FLIGHT) as pool:
+        try:
+            for layer in _timed(run):
+                for _ in layer.planned.tensors:
+                    while todo and len(pending) < TENSORS_IN_FLIGHT:
+                        pending.append(pool.submit(work, *todo.popleft()))
+                    layer.reports += pending.popleft().result()
+                yield layer.done()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _each_layer(run: _Run, stats: Mapping[str, Stats]) -> Iterator[LayerDone]:
+    """Statistics from a file: layer by layer, no forward pass, no error propagation."""
+    for layer in _timed(run):
+        tensors = {t.name: run.source.read(t.name).to(run.device) for t in layer.planned.tensors if t.scheme and t.outputs}
+        layer.reports += _code(run, layer.planned, tensors, stats)
+        yield layer.done()
+
+
+def _propagate(run: _Run, forward: Forward, windows: Tensor) -> Iterator[LayerDone]:
+    """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next."""
+    from quantcli.calibrate import Activations
+
+    activations = Activations.embed(forward, windows)
+    index = {name: i for i, name in enumerate(forward.layers)}
+    for layer in _timed(run):
+        name = layer.planned.name
+        if name not in index:
+            tensors = {t.name: run.source.read(t.name).to(run.device) for t in layer.planned.tensors if t.scheme and t.outputs}
+            layer.reports += _code(run, layer.planned, tensors, {})
+        else:
+            with forward.layer(index[name]) as loaded:
+                layer.reports += _measure_and_code(run, layer.planned, loaded, activations)
+                if index[name] + 1 < len(forward.layers):
+                    activations.advance(loaded)
+        yield layer.done()
+
+
+def _measure_and_code(run: _Run, planned: PlannedLayer, loaded: LoadedLayer, activations: Any) -> list[TensorReport]:
+    """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded."""
+    taps = list(dict.fromkeys(t.tap for t in planned.tensors if t.tap and t.scheme))
+    stages = [[tap] for tap in taps] if run.plan.recipe.true_sequential else [taps]
+    reports: list[TensorReport] = []
+    for stage in stages:
+        stats = activations.measure(loaded, stage, run.plan.recipe.needs)
+        names = {t.name for t in planned.tensors if t.tap in stage and t.scheme}
+        subset = PlannedLayer(planned.name, tuple(t for t in planned.tensors if t.name in names))
+        reports += _code(run, subset, {name: loaded.tensors[name] for name in names}, stats, decoded=loaded.set)
+    rest = PlannedLayer(planned.name, tuple(t for t in planned.tensors if not (t.tap and t.scheme)))
+    return reports + _code(run, rest, {}, {})
+
+
+def _code(
+    run: _Run,
+    planned: PlannedLayer,
+    tensors: dict[str, Tensor],
+    stats: Mapping[str, Stats],
+    *,
+    decoded: Callable[[str, Tensor], None] | None = None,
+) -> list[TensorReport]:
+    """Run the passes over what ``planned`` codes and copy the rest. Tensors without a tap have no statistics: they are rounded to nearest.
+    ``decoded`` receives each coded weight as the engine will see it."""
+    reports: list[TensorReport] = []
+    coded = [t for t in planned.tensors if t.scheme and t.outputs]
+    for tensor in planned.tensors:
+        if tensor not in coded:
+            run.copy(tensor)
+    with_tap = [t for t in coded if t.tap]
+    without_tap = [t for t in coded if not t.tap]
+    for members, passes in ((with_tap, run.plan.recipe.passes), (without_tap, (planning.RTN,))):
+        if not members:
+            continue
+        unit = Layer(
+            planned.name,
+            {t.name: tensors[t.name] if t.name in tensors else run.source.read(t.name).to(run.device) for t in members},
+            {t.name: t.scheme for t in members if t.scheme},
+            {t.name: t.tap for t in members if t.tap},
+        )
+        reports += _apply(run, unit, passes, stats, decoded)
+    return reports
+
+
+def _apply(
+    run: _Run,
+    layer: Layer,
+    passes: tuple[PassSpec, ...],
+    stats: Mapping[str, Stats],
+    decoded: Callable[[str, Tensor], None] | None = None,
+) -> tuple[TensorReport, ...]:
+    """All passes over one unit of work, then its tensors to the file."""
+    reports: tuple[TensorReport, ...] = ()
+    for spec in passes:
+        reports = find("passes", spec.name).run(layer, stats, spec.build_options()).tensors
+    for name in list(layer.quantized):
+        tensor = layer.quantized.pop(name)
+        run.put(name, tensor)
+        if decoded is not None:
+            decoded(name, find("qtypes", tensor.scheme.qtype).unpack(tensor))
+    run.reports += reports
+    return reports
+
+
+def _record(run: _Run) -> dict[str, dict[str, Any]]:
+    """Each coded tensor's scheme, error and notes, for quantcli.json."""
+    reports = {report.name: report for report in run.reports}
+    record: dict[str, dict[str, Any]] = {}
+    for tensor in run.plan.tensors:
+        if tensor.name in reports:
+            report = reports[tensor.name]
+            record[tensor.name] = {"scheme": str(tensor.scheme), "relative_error": report.relative_error, "notes": list(report.notes)}
+        elif not tensor.outputs:
+            record[tensor.name] = {"dropped": "this format has no place for it"}
+    return record
+
+
+@dataclass(slots=True)
+class _Timed:
+    """One layer of the walk and the clock that runs for it."""
+
+    planned: PlannedLayer
+    index: int
+    n_layers: int
+    started: float
+    reports: list[TensorReport] = field(default_factory=list)
+
+    def done(self) -> LayerDone:
+        coded = [t for t in self.planned.tensors if planning.is_coded(t.scheme)]
+        errors = [r.relative_error for r in self.reports if any(t.name == r.name for t in coded)]
+        n_bytes = sum(spec.nbytes for t in self.planned.tensors for spec in t.outputs)
+        return LayerDone(
+            name=self.planned.name,
+            index=self.index,
+            n_layers=self.n_layers,
+            relative_error=sum(errors) / len(errors) if errors else None,
+            bpw=8 * n_bytes / max(1, sum(t.source.n_elements for t in self.planned.tensors)),
+            seconds=time.perf_counter() - self.started,
+            tensors=tuple(self.reports),
+        )
+
+
+def _timed(run: _Run) -> Iterator[_Timed]:
+    for index, planned in enumerate(run.plan.layers):
+        yield _Timed(planned, index, len(run.plan.layers), time.perf_counter())

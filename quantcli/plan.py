@@ -1,0 +1,151 @@
+"""Plan = recipe × architecture × specs: every output name, scheme and byte known before a weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantcli import archs
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.recipe import PassSpec, Recipe
+from quantcli.registry import find
+from quantcli.tensors import Scheme, TensorSpec
+
+RTN = PassSpec("rtn")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the source. ``scheme`` None: copied as it is. ``tap``: whose statistics its passes read, or None.
+    ``outputs``: the file tensors it becomes; none means that the format has no place for it."""
+
+    source: TensorSpec
+    scheme: Scheme | None
+    tap: str | None
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLayer:
+    """A decoder layer, or one tensor that belongs to none (embedding, final norm, lm_head)."""
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be written. ``context`` is the format's own, handed back to it with every tensor."""
+
+    recipe: Recipe
+    layers: tuple[PlannedLayer, ...]
+    context: Any
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        return [tensor for layer in self.layers for tensor in layer.tensors]
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        return [spec for tensor in self.tensors for spec in tensor.outputs]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors written, headers not counted."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+    @property
+    def bpw(self) -> float:
+        """Bits for each parameter of the source, with every scale, zero point and uncoded tensor counted."""
+        return 8 * self.n_bytes / sum(t.source.n_elements for t in self.tensors)
+
+    def census(self) -> dict[str, int]:
+        """How many tensors are quantized, copied and dropped: together every tensor of the source."""
+        tensors = self.tensors
+        dropped = sum(not t.outputs for t in tensors)
+        quantized = sum(bool(t.outputs) and is_coded(t.scheme) for t in tensors)
+        return {"quantized": quantized, "copied": len(tensors) - quantized - dropped, "dropped": dropped}
+
+
+def is_coded(scheme: Scheme | None) -> bool:
+    """Whether ``scheme`` is more than a plain float dtype."""
+    return scheme is not None and scheme.qtype not in ("f32", "f16", "bf16")
+
+
+def declared_taps(source: Checkpoint) -> dict[str, str] | None:
+    """Disk name of each linear's weight → its tap, from the architecture's literal; None when no literal answers to the model."""
+    arch = archs.of(source.config)
+    if arch is None:
+        return None
+    prefix = re.escape(arch.layer).replace(r"\{i\}", r"\d+")
+    taps = {linear.name: linear.tap for linear in arch.linears}
+    found = {}
+    for name in source.specs:
+        if (match := re.fullmatch(rf"({prefix}\.)(.+)\.weight", name)) and match[2] in taps:
+            found[name] = match[1] + taps[match[2]]
+    return found
+
+
+def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadata: Mapping[str, Any] | None = None) -> Plan:
+    """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header.
+
+    Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that the
+    format cannot hold.
+    """
+    fmt = find("formats", recipe.format)
+    schemes = choose_schemes(source, recipe, taps)
+    for name, scheme in schemes.items():
+        if not fmt.supports(scheme):
+            raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
+        find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
+    context = fmt.context(source, schemes, dict(metadata or {}), **recipe.format_options)
+    planned: dict[str, list[PlannedTensor]] = {}
+    for name, spec in source.specs.items():
+        outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
+        planned.setdefault(layer_of(name), []).append(PlannedTensor(spec, schemes.get(name), taps.get(name), outputs))
+    layers = tuple(PlannedLayer(name, tuple(tensors)) for name, tensors in sorted(planned.items(), key=lambda item: _natural(item[0])))
+    return Plan(recipe, layers, context)
+
+
+def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:
+    """Tensor name → scheme, for the tensors that do not stay as they are: the first rule that matches, else the mix or the recipe's scheme."""
+    schemes: dict[str, Scheme] = {}
+    if recipe.mix is not None:
+        schemes = dict(find("formats", recipe.format).mix(recipe.mix, source.specs, source.config, **recipe.format_options))
+    elif recipe.scheme is not None:
+        schemes = dict.fromkeys(taps, recipe.scheme)
+    matrices = [name for name, spec in source.specs.items() if name in taps or (len(spec.shape) == 2 and layer_of(name) == name)]
+    used: set[int] = set()
+    for name in matrices:
+        hits = [i for i, rule in enumerate(recipe.rules) if rule.matches(name)]
+        used.update(hits)
+        if not hits:
+            continue
+        scheme = recipe.rules[hits[0]].scheme
+        if scheme is None:
+            schemes.pop(name, None)
+        else:
+            schemes[name] = scheme
+    if idle := [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]:
+        raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first is {matrices[0] if matrices else 'none'}")
+    return schemes
+
+
+def layer_of(name: str) -> str:
+    """The layer that tensor ``name`` belongs to: up to its first number ("model.layers.3"), or the name itself."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else name
+
+
+def _natural(layer: str) -> tuple[int, Sequence[Any]]:
+    """Decoder layers by number, in between what comes before (embeddings) and after them (norm, lm_head) in a forward pass."""
+    if match := re.fullmatch(r"(.*)\.(\d+)", layer):
+        return (1, [match[1], int(match[2])])
+    return (0 if "embed" in layer or "wte" in layer else 2, [layer])

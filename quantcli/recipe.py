@@ -1,0 +1,209 @@
+"""Recipe: what to do with a model, as data: YAML from configs/ or a file, plus the command line's overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantcli.errors import RecipeError
+from quantcli.registry import find, names
+from quantcli.tensors import Scheme
+
+KEEP = "keep"
+"""The word that leaves a tensor as it is in place of a scheme."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Tensors whose name ``pattern`` finds (``re.search``) get ``scheme``, or stay as they are when it is None."""
+
+    pattern: str
+    scheme: Scheme | None
+
+    @classmethod
+    def parse(cls, pattern: str, scheme: str) -> Rule:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RecipeError(f"rule '{pattern}' is no regular expression: {error}") from None
+        return cls(pattern, None if scheme == KEEP else Scheme.parse(scheme))
+
+    def matches(self, name: str) -> bool:
+        return re.search(self.pattern, name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class PassSpec:
+    """A pass by name and its options, the ones left out being the pass's own defaults."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which statistics the pass reads: some of H, importance, absmax, mean."""
+        return find("passes", self.name).NEEDS
+
+    def build_options(self) -> Any:
+        """The pass's ``Options`` with ours in it; an unknown option is a :class:`RecipeError`."""
+        cls = find("passes", self.name).Options
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(self.options) - known):
+            raise RecipeError(f"pass '{self.name}' has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")
+        return cls(**self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How much text the calibrated passes see. ``datasets``: ``PATH`` or ``NAME``, each optionally ``=WEIGHT``; none is the default text."""
+
+    samples: int = 128
+    seq_len: int = 2048
+    datasets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Passes, rules and a format. ``scheme`` serves the linears of decoder layers that no rule names;
+    ``mix`` instead lets a GGUF file type choose the type of every tensor. The first rule that matches wins."""
+
+    name: str
+    format: str
+    passes: tuple[PassSpec, ...]
+    description: str = ""
+    scheme: Scheme | None = None
+    mix: str | None = None
+    rules: tuple[Rule, ...] = ()
+    calibration: Calibration = Calibration()
+    true_sequential: bool = False
+    seed: int = 0
+    default_for: str | None = None
+    format_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(p.needs for p in self.passes))
+
+    def with_pass(self, name: str, **options: Any) -> Recipe:
+        """The same recipe with ``options`` set on pass ``name``; :class:`RecipeError` when the recipe has no such pass."""
+        if all(p.name != name for p in self.passes):
+            raise RecipeError(f"recipe '{self.name}' has no {name} pass that could take {', '.join(options)}")
+        passes = tuple(replace(p, options={**p.options, **options}) if p.name == name else p for p in self.passes)
+        return replace(self, passes=passes)
+
+    def with_scheme(self, **options: Any) -> Recipe:
+        """The same recipe with options of its scheme replaced (bits, group_size, sym) and its name following."""
+        if self.scheme is None:
+            raise RecipeError(f"recipe '{self.name}' takes its number formats from {self.mix}; it has no {', '.join(options)} to set")
+        known = find("qtypes", self.scheme.qtype).OPTIONS
+        if unknown := sorted(set(options) - set(known)):
+            raise RecipeError(f"number format {self.scheme} has no option '{unknown[0]}'")
+        scheme = self.scheme.with_options(**options)
+        return replace(self, scheme=scheme, name=self.name if scheme == self.scheme else f"{self.passes[-1].name}-{scheme}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What :func:`parse` reads back: the provenance that output files carry."""
+        return {
+            "name": self.name,
+            "format": self.format,
+            "passes": [{p.name: dict(p.options)} for p in self.passes],
+            "scheme": None if self.scheme is None else str(self.scheme),
+            "mix": self.mix,
+            "rules": [{"match": r.pattern, "scheme": KEEP if r.scheme is None else str(r.scheme)} for r in self.rules],
+            "calibration": {f.name: _plain(getattr(self.calibration, f.name)) for f in fields(Calibration)},
+            "true_sequential": self.true_sequential,
+            "seed": self.seed,
+            "format_options": dict(self.format_options),
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def folder() -> Path:
+    """Where the shipped recipes are: inside the installed package, or beside it in a source tree."""
+    here = Path(__file__).parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with quantcli, by name."""
+    return {path.stem: path for path in sorted(folder().glob("*.yaml"))}
+
+
+def load(name: str) -> Recipe:
+    """A shipped recipe by name, or the YAML file at that path."""
+    path = shipped().get(name.lower())
+    if path is None and Path(name).suffix in (".yaml", ".yml"):
+        path = Path(name)
+    if path is None or not path.is_file():
+        raise RecipeError(f"no recipe '{name}'; a recipe is a YAML file or one of: {', '.join(shipped())}")
+    try:
+        data = yaml.safe_load(path.read_text("utf8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    return parse(data, path.stem)
+
+
+def default_for(method: str) -> Recipe:
+    """The recipe that ``--method METHOD`` stands for."""
+    for name in shipped():
+        recipe = load(name)
+        if recipe.default_for == method:
+            return recipe
+    methods = sorted(r.default_for for r in map(load, shipped()) if r.default_for)
+    raise RecipeError(f"no recipe for method '{method}'; there are: {', '.join(methods)}")
+
+
+def parse(data: Any, name: str) -> Recipe:
+    """A recipe from what its YAML says. Unknown keys, passes and schemes are errors that name what there is."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"recipe '{name}' is not a mapping of keys")
+    data = dict(data)
+    known = {f.name for f in fields(Recipe)}
+    if unknown := sorted(set(map(str, data)) - known):
+        raise RecipeError(f"recipe '{name}' has an unknown key '{unknown[0]}'; known are: {', '.join(sorted(known))}")
+    if missing := [key for key in ("format", "passes") if not data.get(key)]:
+        raise RecipeError(f"recipe '{name}' lacks '{missing[0]}'")
+    if (data.get("scheme") is None) == (data.get("mix") is None):
+        raise RecipeError(f"recipe '{name}' needs either a scheme or a mix")
+    if data["format"] not in names("formats"):
+        raise RecipeError(f"recipe '{name}': no format '{data['format']}'; there are: {', '.join(names('formats'))}")
+    try:
+        calibration = Calibration(**{k: tuple(v) if k == "datasets" else v for k, v in (data.get("calibration") or {}).items()})
+    except TypeError:
+        raise RecipeError(f"recipe '{name}': calibration takes {', '.join(f.name for f in fields(Calibration))}") from None
+    scheme = data.get("scheme")
+    return replace(
+        Recipe(name=str(data.get("name") or name), format=data["format"], passes=_parse_passes(data["passes"], name)),
+        **{k: data[k] for k in ("description", "mix", "true_sequential", "seed", "default_for", "format_options") if k in data},
+        scheme=None if scheme is None else Scheme.parse(scheme),
+        rules=_parse_rules(data.get("rules") or (), name),
+        calibration=calibration,
+    )
+
+
+def _parse_passes(items: Iterable[Any], recipe: str) -> tuple[PassSpec, ...]:
+    passes = []
+    for item in items:
+        (name, options), *more = [(item, {})] if isinstance(item, str) else list(item.items())
+        if more or name not in names("passes"):
+            raise RecipeError(f"recipe '{recipe}': no pass '{name}'; there are: {', '.join(names('passes'))}")
+        passes.append(PassSpec(name, dict(options or {})))
+        passes[-1].build_options()
+    return tuple(passes)
+
+
+def _parse_rules(items: Iterable[Any], recipe: str) -> tuple[Rule, ...]:
+    rules = []
+    for item in items:
+        if not isinstance(item, Mapping) or set(item) != {"match", "scheme"}:
+            raise RecipeError(f"recipe '{recipe}': a rule has the keys match and scheme, not {item!r}")
+        rules.append(Rule.parse(str(item["match"]), str(item["scheme"])))
+    return tuple(rules)
