@@ -23,8 +23,8 @@ class Forward:
     """One causal LM, layer by layer, with the same results as the whole model in the same dtype.
 
     ``layers``: the layers' names on disk; ``taps``: disk name of a linear's weight → tap, which is the name of the first linear that
-    reads the same input; ``untapped``: the layers' other matrices (experts that transformers fuses, routers, convolutions), which have no tap;
-    ``unused``: disk tensors that the model has no place for.
+    reads the same input; ``untapped``: the layers' other matrices (experts that transformers fuses, routers, convolutions), which have
+    no tap; ``unused``: disk tensors that the model has no place for.
 
     In memory are one layer while its context is open, or the embedding, or the head, and what is small beside them (norms).
     """
@@ -45,8 +45,9 @@ class Forward:
         self._parts = self._divide()
         self._loaded: str | None = None  # "embedding" or "head"
         self._move_buffers()
-        self._load(self._parts["rest"])
-        self._by_ids = self._stack.trace(self.device)
+        self._drop("embedding")
+        self._load("rest")
+        self._by_tokens = self._stack.trace(self.device)
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self.layers = tuple(self._disk_prefix(i) for i in range(len(self._stack.layers)))
         self.taps = {name: tap for i in range(len(self.layers)) for name, tap in self._disk_taps(i).items()}
@@ -82,27 +83,33 @@ class Forward:
     def layer(self, index: int) -> Iterator[LoadedLayer]:
         """Layer ``index`` with its weights in memory; they are freed at the end of the context."""
         self._release()
-        names = self._parts[str(index)]
-        self._load(names)
+        self._load(str(index))
         try:
             yield LoadedLayer(self, index, self._stack.layers[index])
         finally:
-            self._drop(names)
+            self._drop(str(index))
 
     def close(self) -> None:
         """Free all weights."""
         self._release()
-        self._drop(self._parts["rest"])
+        self._drop("rest")
 
     # -- for LoadedLayer -------------------------------------------------------------------------------------------------------
 
     def call(self, index: int, ids: Tensor) -> Call:
-        """The arguments of layer ``index``; kept for the last two shapes (a full batch and a last one) unless they follow the ids."""
+        """The arguments of layer ``index`` for ``ids`` [B, T].
+
+        They are kept for the last two shapes (a full batch and a last one), unless they depend on the tokens.
+        """
+        ids = ids.to(self.device)
+        if self._by_tokens:
+            self._need("embedding")
+            return self._stack.calls(ids, None)[index]
         shape = tuple(ids.shape)
-        if self._by_ids or shape not in self._calls:
+        if shape not in self._calls:
             while len(self._calls) > 1:
                 self._calls.pop(next(iter(self._calls)))
-            self._calls[shape] = self._stack.calls(ids.to(self.device))
+            self._calls[shape] = self._stack.calls(ids, 0.0)
         return self._calls[shape][index]
 
     def entering(self, hidden: Tensor) -> Tensor:
@@ -161,25 +168,27 @@ class Forward:
         of = self._names.of
         return list({id(of[name]): of[name] for name in names if name in of}.values())
 
-    def _load(self, names: list[str]) -> None:
-        for source in self._sources(names):
-            self.rebuild(source, names, {})
+    def _load(self, part: str) -> None:
+        for source in self._sources(self._parts[part]):
+            self.rebuild(source, self._parts[part], {})
 
-    def _drop(self, names: list[str]) -> None:
-        for name in names:
-            drop(self._model, name)
+    def _drop(self, part: str) -> None:
+        # Some models ask their embedding for its device, so it stays on it.
+        device = self.device if part == "embedding" else torch.device("meta")
+        for name in self._parts[part]:
+            drop(self._model, name, device)
 
     def _need(self, part: str) -> None:
         """Have the weights of ``part`` ("embedding" or "head") in memory, and not those of the other."""
         if self._loaded == part:
             return
         self._release()
-        self._load(self._parts[part])
+        self._load(part)
         self._loaded = part
 
     def _release(self) -> None:
         if self._loaded is not None:
-            self._drop(self._parts[self._loaded])
+            self._drop(self._loaded)
         self._loaded = None
 
     def _move_buffers(self) -> None:

@@ -86,7 +86,7 @@ class NameMap:
             if target not in self._expected:
                 unused.append(name)
                 continue
-            source = sources.setdefault(target, Source(target, converter=by_pattern.get(pattern)))
+            source = sources.setdefault(target, Source(target, converter=by_pattern[pattern] if pattern else None))
             source.disk.append(name)
             source.patterns.append(pattern or name)
         return list(sources.values()), tuple(unused)

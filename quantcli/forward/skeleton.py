@@ -21,10 +21,10 @@ def build(config: dict[str, Any], dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedError(
-            f"model_type {model_type!r} in config.json is not one that the installed transformers knows, and code that comes with a "
+            f"model_type '{model_type}' in config.json is not one that the installed transformers knows, and code that comes with a "
             "model is never run; upgrade transformers, or convert the model to an architecture that it has"
         )
     # The weights arrive dense whatever their file: transformers must not look for a quantizer.
@@ -89,9 +89,9 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def drop(model: nn.Module, name: str) -> None:
-    """Forget the values of parameter ``name``; its shape and dtype stay, on the meta device."""
+def drop(model: nn.Module, name: str, device: torch.device) -> None:
+    """Forget the values of parameter ``name``; its shape and dtype stay, on ``device``, without memory (one zero, repeated)."""
     path, _, leaf = name.rpartition(".")
     parameters = model.get_submodule(path)._parameters
     if (param := parameters.get(leaf)) is not None:
-        parameters[leaf] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+        parameters[leaf] = nn.Parameter(torch.zeros((), dtype=param.dtype, device=device).expand(param.shape), requires_grad=False)

@@ -20,6 +20,8 @@ from quantcli.forward.skeleton import decoder_layers, drop, put
 
 Run = Callable[..., Any]
 
+_TOGETHER = "they cannot be run one at a time; quantize it with a method that needs no calibration (rtn), or to a k-quant"
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -68,23 +70,20 @@ class Stack:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.name, self.layers = decoder_layers(model)
-        self.embedding: nn.Module = model.get_input_embeddings()
+        self.embedding: nn.Embedding = model.get_input_embeddings()
         self.head: nn.Module | None = model.get_output_embeddings()
         self.traces: list[Trace] = []
 
     def trace(self, device: torch.device) -> bool:
-        """Fill ``traces``; returns whether the layers' arguments depend on the token ids. Raises :class:`UnsupportedError`."""
+        """Fill ``traces``; returns whether the layers' arguments depend on the tokens. Raises :class:`UnsupportedError`."""
         seen: dict[tuple[Any, ...], Trace] = {}
         passed: list[Tensor] = []  # what the layer before returned
 
-        def stub(layer: nn.Module, index: int) -> Run:
+        def stub(layer: nn.Module) -> Run:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, call = Call.split(args, kwargs)
                 if passed and hidden is not passed[-1]:
-                    raise UnsupportedError(
-                        f"{self.name}.{index}: {type(self.model).__name__} changes the hidden states between layers, so its layers "
-                        "cannot be run on their own"
-                    )
+                    raise UnsupportedError(f"{type(self.model).__name__} changes the hidden states between its layers; {_TOGETHER}")
                 key = _signature(layer)
                 if key not in seen:
                     with _zeros(layer, device):
@@ -96,12 +95,12 @@ class Stack:
             return forward
 
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-        self._forward(ids, [stub(layer, i) for i, layer in enumerate(self.layers)], self._no_embedding, self._no_head)
-        pairs = zip(self.calls(ids), self.calls(ids + 1), strict=True)
+        self._forward(ids, [stub(layer) for layer in self.layers], 0.0, _no_head)
+        pairs = zip(self.calls(ids, 0.0), self.calls(ids + 1, 1.0), strict=True)
         return any(not torch.equal(x, y) for a, b in pairs for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
-    def calls(self, ids: Tensor) -> list[Call]:
-        """Each layer's arguments for ``ids`` [B, T]. Needs no weights of embedding, layers or head."""
+    def calls(self, ids: Tensor, embedded: float | None) -> list[Call]:
+        """Each layer's arguments for ``ids`` [B, T], whose embeddings are all ``embedded``, or (None) the model's own."""
         calls: list[Call] = []
 
         def stub(trace: Trace) -> Run:
@@ -112,7 +111,7 @@ class Stack:
 
             return forward
 
-        self._forward(ids, [stub(trace) for trace in self.traces], self._no_embedding, self._no_head)
+        self._forward(ids, [stub(trace) for trace in self.traces], embedded, _no_head)
         return calls
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -123,7 +122,7 @@ class Stack:
             entered.append(Call.split(args, kwargs)[0])
             return self.traces[0].output(entered[0])
 
-        self._forward(ids, [first, *self._passing()[1:]], None, self._no_head)
+        self._forward(ids, [first, *self._passing()[1:]], None, _no_head)
         return entered[0]
 
     def logits(self, hidden: Tensor, head: Run | None = None) -> Tensor:
@@ -133,28 +132,28 @@ class Stack:
             return self.traces[-1].output(hidden)
 
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return self._forward(ids, [*self._passing()[:-1], last], self._no_embedding, head).logits
+        return self._forward(ids, [*self._passing()[:-1], last], 0.0, head).logits
 
     def _passing(self) -> list[Run]:
         return [partial(_pass, trace) for trace in self.traces]
 
-    def _forward(self, ids: Tensor, layers: Sequence[Run], embedding: Run | None, head: Run | None) -> Any:
-        """The model's own forward over ``ids`` with functions in place of the layers, and of embedding and head where given."""
+    def _forward(self, ids: Tensor, layers: Sequence[Run], embedded: float | None, head: Run | None) -> Any:
+        """The model's own forward over ``ids`` with functions in place of the layers, and of the head where given."""
         forwards: dict[nn.Module, Run] = dict(zip(self.layers, layers, strict=True))
-        if embedding is not None:
-            forwards[self.embedding] = embedding
+        if embedded is not None:
+            forwards[self.embedding] = partial(self._constant, embedded)
         if head is not None and self.head is not None:
             forwards[self.head] = head
         with torch.no_grad(), _replaced(forwards):
             return self.model(input_ids=ids, use_cache=False)
 
-    def _no_embedding(self, ids: Tensor) -> Tensor:
+    def _constant(self, value: float, ids: Tensor) -> Tensor:
         weight = self.embedding.weight
-        return torch.zeros(*ids.shape, weight.shape[1], dtype=weight.dtype, device=ids.device)
+        return torch.full((*ids.shape, weight.shape[1]), value, dtype=weight.dtype, device=ids.device)
 
-    @staticmethod
-    def _no_head(hidden: Tensor) -> Tensor:
-        return hidden[..., :1]
+
+def _no_head(hidden: Tensor) -> Tensor:
+    return hidden[..., :1]
 
 
 def _pass(trace: Trace, *args: Any, **kwargs: Any) -> Any:
@@ -194,13 +193,18 @@ def _zeros(layer: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         for name in names:
-            drop(layer, name)
+            drop(layer, name, torch.device("meta"))
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:
     """Equal for layers built of the same modules and shapes: these are fed alike, so one of them need be traced."""
-    modules = tuple((name, type(m)) for name, m in layer.named_modules())
+    modules = tuple((name, type(m), _switches(m)) for name, m in layer.named_modules())
     return modules, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+
+
+def _switches(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The attributes by which two modules of one class may take different paths: flags and words, not numbers such as the layer's own."""
+    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, (bool, str)))
 
 
 def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
@@ -217,11 +221,14 @@ def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
         fed.setdefault(name, []).append((x.data_ptr(), x.numel(), x.shape[-1], x._version))
 
     handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    n_tensors = len(call.tensors())
     try:
         output = call.run(partial(type(layer).forward, layer), hidden)
     finally:
         for handle in handles:
             handle.remove()
+    if len(call.tensors()) != n_tensors:
+        raise UnsupportedError(f"{type(layer).__name__} passes more than hidden states to the layers after it; {_TOGETHER}")
     first: dict[tuple[tuple[int, ...], ...], str] = {}
     taps = {name: first.setdefault(tuple(keys), name) for name, keys in fed.items()}
     return Trace(None if isinstance(output, Tensor) else len(output), taps)
