@@ -1,0 +1,167 @@
+"""GGUF, llama.cpp's single file: written straight from a checkpoint's shards, read back under Hugging Face's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
+from torch import Tensor
+
+from quantcli.archs import Architecture
+from quantcli.errors import CheckpointError, NumericsError
+from quantcli.formats.gguf import metadata as keyed
+from quantcli.formats.gguf import mix as mixes
+from quantcli.formats.gguf import rope
+from quantcli.formats.gguf.container import BLOCKS, Field, header, read_header, tensor_spec
+from quantcli.formats.gguf.tokenizer import add_tokenizer
+from quantcli.registry import names
+from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
+from quantcli.writer import FileLayout, Slot, Writer
+
+if TYPE_CHECKING:
+    from quantcli.checkpoint import Checkpoint
+
+ROPE_FACTORS = "rope_freqs.weight"
+NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quantcli.")
+"""Metadata that says how a file was made, and that a file made from it must say for itself."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one output file needs to know. ``names``: HF → GGUF name in file order; ``extras``: tensors no checkpoint stores."""
+
+    arch: Architecture
+    config: Mapping[str, Any]
+    schemes: Mapping[str, Scheme]
+    names: Mapping[str, str]
+    fields: Mapping[str, Field]
+    extras: Mapping[str, Tensor]
+
+
+def detect(path: Path, config: dict | None) -> bool:
+    """Is ``path`` a GGUF file?"""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def supports(scheme: Scheme) -> bool:
+    """ggml's own types: ``q4_k`` and its kin, and the dense ``f32``, ``f16``, ``bf16``."""
+    return not scheme.options and scheme.qtype in names("qtypes") and scheme.qtype.upper() in BLOCKS
+
+
+def context(
+    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, file_type: str, pre_tokenizer: str | None = None
+) -> Context:
+    """Everything but the tensors' data of a GGUF file made from ``source``.
+
+    ``schemes``: as :func:`quantcli.formats.gguf.mix.mix` chose them; ``metadata``: written as ``quantcli.<key>``; ``file_type``: its name
+    (Q4_K_M); ``pre_tokenizer``: overrides the name found in tokenizer.json. A GGUF source hands on its own metadata.
+    """
+    config = source.config
+    arch = mixes.architecture(config)
+    table = mixes.gguf_names(source.specs, config)
+    check_complete(source, table.values())
+    extras = extra_tensors(config)
+    n_params = sum(source.specs[name].n_elements for name in table) + sum(extra.numel() for extra in extras.values())
+    fields = inherited(source) if source.kind == "gguf" else describe(source, arch, n_params, pre_tokenizer)
+    fields["general.quantization_version"] = Field(GGUFValueType.UINT32, GGML_QUANT_VERSION)
+    fields["general.file_type"] = Field(GGUFValueType.UINT32, int(mixes.file_type(file_type).number))
+    fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in metadata.items()}
+    return Context(arch, config, schemes, table, fields, extras)
+
+
+def check_complete(source: Checkpoint, gguf_names: Sequence[str] | Any) -> None:
+    """Raise :class:`CheckpointError` when an embedding or a head that the config speaks of is not there."""
+    needed = ["token_embd.weight"] + ([] if source.config.get("tie_word_embeddings") else ["output.weight"])
+    for name in needed:
+        if name not in gguf_names:
+            hint = "; if the head shares the embedding, config.json must say tie_word_embeddings" if name == "output.weight" else ""
+            raise CheckpointError(f"{source.source}: no tensor gives GGUF's {name}{hint}")
+
+
+def describe(source: Checkpoint, arch: Architecture, n_params: int, pre_tokenizer: str | None) -> dict[str, Field]:
+    """The metadata convert_hf_to_gguf writes for a Hugging Face folder, in its order."""
+    keys = GGUFWriter(None, arch.gguf_arch)
+    hub_id = None if Path(source.source).exists() else source.source.partition("@")[0]
+    keyed.general(keys, source.path, source.config, n_params, name=hub_id)
+    keyed.hyperparameters(keys, source.config)
+    add_tokenizer(keys, source.path, source.config["vocab_size"], pre_tokenizer)
+    return keyed.fields_of(keys)
+
+
+def inherited(source: Checkpoint) -> dict[str, Field]:
+    fields = read_header(source.path).fields
+    return {key: field for key, field in fields.items() if not key.startswith(NOT_INHERITED)}
+
+
+def extra_tensors(config: Mapping) -> dict[str, Tensor]:
+    """Tensors that GGUF computes from the config: the factors of Llama 3's rotary scaling."""
+    parameters = keyed.rope_parameters(config)
+    if parameters["rope_type"] != "llama3":
+        return {}
+    return {ROPE_FACTORS: rope.llama3_factors(parameters, keyed.head_dim(config))}
+
+
+def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
+    """The file's tensor for a logical one: ``scheme``'s type, F32 for norms and biases, and the stored type for a matrix left alone."""
+    target = context.names.get(spec.name)
+    return [] if target is None else [tensor_spec(target, stored_type(target, spec, scheme), spec.shape)]
+
+
+def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None) -> str:
+    if scheme is not None:
+        return scheme.qtype.upper()
+    return spec.dtype if mixes.is_quantizable(target, spec) and spec.dtype in mixes.DENSE else "F32"
+
+
+def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
+    """The file's tensor for the logical tensor ``name``, rows in GGUF's order: dense in its stored type, or blocks U8 [out, row_bytes].
+
+    ``tensor``: what a pass made of it, or the dense tensor [out, in] (then its scheme in ``context`` is a dense one, or there is none).
+    """
+    if (target := context.names.get(name)) is None:
+        return {}
+    if isinstance(tensor, QuantizedTensor):
+        data = tensor.parts["data" if "data" in tensor.parts else "blocks"]
+    else:
+        data = dense(name, target, tensor, context)
+    order = context.arch.row_order(name, data.shape[0], context.config)
+    return {target: data if order is None else data[order]}
+
+
+def dense(name: str, target: str, tensor: Tensor, context: Context) -> Tensor:
+    """``tensor`` in the type :func:`outputs` announced; :class:`NumericsError` when a weight is too large for float16."""
+    spec = TensorSpec.dense(name, DTYPE_WORDS.get(tensor.dtype, "F32"), tuple(tensor.shape))
+    dtype = DTYPES[stored_type(target, spec, context.schemes.get(name))]
+    if target.endswith("_norm.weight"):
+        tensor = tensor.float() + context.arch.norm_offset
+    data = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not data.isfinite().all():
+        raise NumericsError(f"{name}: a weight of {tensor.float().abs().max():g} does not fit F16 (65504); use BF16 or F32")
+    return data
+
+
+DTYPE_WORDS = {DTYPES[word]: word for word in mixes.DENSE}
+
+
+def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
+    """A declared writer of the file at ``path``: tensors in llama-quantize's order, the computed ones already put."""
+    extras = [tensor_spec(name, "F32", tuple(tensor.shape)) for name, tensor in context.extras.items()]
+    specs = sorted([*outputs, *extras], key=lambda spec: mixes.file_order(spec.name))
+    head, offsets, size = header(context.fields, specs)
+    layout = FileLayout(path.name, head, size, {spec.name: Slot(spec, offsets[spec.name]) for spec in specs})
+    out = Writer(path, overwrite=overwrite, folder=False)
+    try:
+        out.declare([layout])
+        for name, tensor in context.extras.items():
+            out.put(name, tensor)
+    except BaseException:
+        out.abort()
+        raise
+    return out

@@ -1,0 +1,187 @@
+"""A model's configuration as GGUF metadata, and back: the keys convert_hf_to_gguf writes for a Llama folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGUFValueType, GGUFWriter, RopeScalingType
+
+from quantcli.archs import Architecture
+from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.formats.gguf.container import Container, Field
+
+QUANTIZATION_KEYS = ("general.quantization_version", "general.file_type")
+
+
+def general(keys: GGUFWriter, folder: Path, config: Mapping, n_params: int, *, name: str | None) -> None:
+    """general.*: what the model card, generation_config.json and the folder's name tell; ``name`` (a Hub id) replaces a guessed one."""
+    card = gguf.Metadata.load(None, folder, name, n_params)
+    card.name = card.name or folder.resolve().name
+    generation = read_json(folder / "generation_config.json")
+    if card.sampling_penalty_repeat is None:
+        card.sampling_penalty_repeat = generation.get("repetition_penalty")
+    card.size_label = card.size_label or gguf.size_label(n_params, n_params, 0, 0)
+    keys.add_type(gguf.GGUFType.MODEL)
+    card.set_gguf_meta_model(keys)
+
+
+def hyperparameters(keys: GGUFWriter, config: Mapping) -> None:
+    """llama.*: sizes, rotary embedding, norm epsilon."""
+    try:
+        n_heads = config["num_attention_heads"]
+        keys.add_block_count(config["num_hidden_layers"])
+        keys.add_context_length(config["max_position_embeddings"])
+        keys.add_embedding_length(config["hidden_size"])
+        keys.add_feed_forward_length(config["intermediate_size"])
+        keys.add_head_count(n_heads)
+        keys.add_head_count_kv(config.get("num_key_value_heads") or n_heads)
+        rope_keys(keys, rope_parameters(config))
+        keys.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        if config.get("head_dim") is not None:
+            keys.add_key_length(config["head_dim"])
+            keys.add_value_length(config["head_dim"])
+        keys.add_vocab_size(config["vocab_size"])
+        keys.add_rope_dimension_count(head_dim(config))
+    except KeyError as error:
+        raise CheckpointError(f"config.json has no {error}, which GGUF needs; complete it and try again") from error
+
+
+def head_dim(config: Mapping) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def rope_parameters(config: Mapping) -> dict:
+    """HF's rotary parameters in the words of transformers 5, whichever version wrote ``config``."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return rope
+
+
+def rope_keys(keys: GGUFWriter, rope: Mapping) -> None:
+    """The rotary base and its scaling. Llama 3's scaling has no key: it is the tensor rope_freqs.weight. ``dynamic`` has none
+    either, and equals no scaling within the context the model was trained on.
+    """
+    kind = rope["rope_type"]
+    if kind not in ("default", "linear", "yarn", "llama3", "dynamic"):
+        raise UnsupportedError(f"config.json: rotary scaling '{kind}' cannot be written as GGUF; known are linear, yarn, llama3, dynamic")
+    if kind in ("linear", "yarn"):
+        keys.add_rope_scaling_type(RopeScalingType(kind))
+        keys.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        keys.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for word, add in YARN_KEYS.items():
+            if rope.get(word) is not None:
+                getattr(keys, add)(rope[word])
+    keys.add_rope_freq_base(rope["rope_theta"])
+
+
+YARN_KEYS = {
+    "extrapolation_factor": "add_rope_scaling_yarn_ext_factor",
+    "attention_factor": "add_rope_scaling_yarn_attn_factor",
+    "beta_fast": "add_rope_scaling_yarn_beta_fast",
+    "beta_slow": "add_rope_scaling_yarn_beta_slow",
+}
+YARN_WORDS = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+
+
+def fields_of(keys: GGUFWriter) -> dict[str, Field]:
+    """What was added to ``keys``, typed as GGUFWriter would write it."""
+    return {key: _field(entry.value, entry.type, entry.sub_type) for key, entry in keys.kv_data[0].items()}
+
+
+def _field(value: Any, kind: GGUFValueType, element: GGUFValueType | None) -> Field:
+    if kind != GGUFValueType.ARRAY:
+        return Field(kind, value)
+    if isinstance(value, bytes):
+        return Field(kind, np.frombuffer(value, np.uint8), GGUFValueType.UINT8)
+    values = [text.decode() if isinstance(text, bytes) else text for text in value]
+    return Field(kind, values, element or GGUFValueType.get_type(values[0]))
+
+
+def plain_field(value: Any) -> Field:
+    """A field for a plain value: what GGUF has no type for (dicts, lists of mixed things) becomes JSON text."""
+    if isinstance(value, bool):
+        return Field(GGUFValueType.BOOL, value)
+    if isinstance(value, int):
+        return Field(GGUFValueType.INT64, value)
+    if isinstance(value, float):
+        return Field(GGUFValueType.FLOAT64, value)
+    return Field(GGUFValueType.STRING, value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False))
+
+
+def config_of(container: Container, arch: Architecture) -> dict:
+    """HF's config.json rebuilt from the metadata of a GGUF file; llama3's rotary scaling is left to the caller, who can read tensors."""
+    p = arch.gguf_arch
+    specs = container.specs
+    hidden, n_heads = _integer(container, f"{p}.embedding_length"), _integer(container, f"{p}.attention.head_count")
+    config = {
+        "architectures": [f"{arch.model_types[0].capitalize()}ForCausalLM"],
+        "model_type": arch.model_types[0],
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": _integer(container, f"{p}.feed_forward_length"),
+        "num_hidden_layers": _integer(container, f"{p}.block_count"),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": _integer(container, f"{p}.attention.head_count_kv", n_heads),
+        "head_dim": _integer(container, f"{p}.attention.key_length", hidden // n_heads),
+        "rms_norm_eps": short_float(container.get(f"{p}.attention.layer_norm_rms_epsilon", 1e-6)),
+        "rope_parameters": _rope(container, p),
+        "max_position_embeddings": _integer(container, f"{p}.context_length"),
+        "vocab_size": specs["token_embd.weight"].shape[0] if "token_embd.weight" in specs else 0,
+        "tie_word_embeddings": "output.weight" not in specs,
+        "attention_bias": "blk.0.attn_q.bias" in specs,
+        "mlp_bias": "blk.0.ffn_up.bias" in specs,
+        "dtype": "float32",
+    }
+    ids = {word: container.get(f"tokenizer.ggml.{key}_token_id") for word, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    return config | {f"{word}_token_id": value for word, value in ids.items() if value is not None}
+
+
+def _integer(container: Container, key: str, default: int | None = None) -> int:
+    value = container.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{container.path}: metadata key '{key}' is {value!r}, expected a positive integer")
+    return value
+
+
+def _rope(container: Container, p: str) -> dict:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": short_float(container.get(f"{p}.rope.freq_base", 10000.0))}
+    kind = container.get(f"{p}.rope.scaling.type", "none")
+    if kind == "none":
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedError(f"{container.path}: rotary scaling '{kind}'; quantcli reads linear, yarn and llama3")
+    rope |= {"rope_type": kind, "factor": short_float(container.get(f"{p}.rope.scaling.factor", 1.0))}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = _integer(container, f"{p}.rope.scaling.original_context_length")
+        found = {word: container.get(f"{p}.rope.scaling.yarn_{key}") for word, key in YARN_WORDS.items()}
+        rope |= {word: short_float(value) for word, value in found.items() if value is not None}
+    return rope
+
+
+def short_float(value: float) -> float:
+    """The float64 with the fewest digits that is ``value`` in float32: 1e-06, not 9.99999997e-07."""
+    number = float(str(np.float32(value)))
+    if not math.isfinite(number):
+        raise CheckpointError(f"a metadata value is {value}, expected a finite number")
+    return number
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, {} when there is no such file; :class:`CheckpointError` when it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

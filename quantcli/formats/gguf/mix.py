@@ -1,0 +1,195 @@
+"""Which tensor gets which type in a GGUF file type: llama-quantize's choice, tensor by tensor (src/llama-quant.cpp)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from gguf import LlamaFileType
+
+from quantcli import archs
+from quantcli.archs import Architecture
+from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats.gguf.container import BLOCKS
+from quantcli.registry import names
+from quantcli.tensors import Scheme, TensorSpec
+
+
+def more_bits(i: int, n: int) -> bool:
+    """The layers that hurt most: the first and last eighth, and every third one between."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+
+def first_eighth(i: int, n: int) -> bool:
+    return i < n // 8
+
+
+def first_four(i: int, n: int) -> bool:
+    return i < 4
+
+
+Rule = tuple[Callable[[int, int], bool], str]
+"""(is layer i of n among them, the type these take)."""
+
+
+@dataclass(frozen=True)
+class FileType:
+    """``number``: what general.file_type says; ``default``: the type of most tensors; ``rules``: role → where another type stands."""
+
+    number: LlamaFileType
+    default: str
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+
+
+FILE_TYPES: dict[str, FileType] = {
+    "F32": FileType(LlamaFileType.ALL_F32, "F32"),
+    "F16": FileType(LlamaFileType.MOSTLY_F16, "F16"),
+    "BF16": FileType(LlamaFileType.MOSTLY_BF16, "BF16"),
+    "Q8_0": FileType(LlamaFileType.MOSTLY_Q8_0, "Q8_0"),
+    "Q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, "Q4_0"),
+    "Q4_K_S": FileType(LlamaFileType.MOSTLY_Q4_K_S, "Q4_K", {"attn_v": (first_four, "Q5_K"), "ffn_down": (first_eighth, "Q5_K")}),
+    "Q4_K_M": FileType(LlamaFileType.MOSTLY_Q4_K_M, "Q4_K", {"attn_v": (more_bits, "Q6_K"), "ffn_down": (more_bits, "Q6_K")}),
+    "Q5_K_S": FileType(LlamaFileType.MOSTLY_Q5_K_S, "Q5_K"),
+    "Q5_K_M": FileType(LlamaFileType.MOSTLY_Q5_K_M, "Q5_K", {"attn_v": (more_bits, "Q6_K"), "ffn_down": (more_bits, "Q6_K")}),
+    "Q6_K": FileType(LlamaFileType.MOSTLY_Q6_K, "Q6_K"),
+}
+ALIASES = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+DENSE = ("F32", "F16", "BF16")
+
+FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""What a type of 256-weight blocks becomes in rows that are no multiple of 256; rows that are no multiple of 32 either become F16."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """llama-quantize's options. ``tensor_types``: (regular expression on GGUF names, ggml type), first match wins."""
+
+    pure: bool = False
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    leave_output_tensor: bool = False
+
+
+def file_type(name: str) -> FileType:
+    """The file type called ``name`` (any case; Q4_K means Q4_K_M as for llama-quantize)."""
+    known = FILE_TYPES.get(ALIASES.get(name.upper(), name.upper()))
+    if known is None:
+        raise RecipeError(f"'{name}' is no GGUF file type quantcli writes; there are: {', '.join(FILE_TYPES)}")
+    return known
+
+
+def architecture(config: Mapping) -> Architecture:
+    """The architecture of ``config``, or :class:`UnsupportedError`."""
+    if (arch := archs.of(config)) is None:
+        raise UnsupportedError(f"model_type '{config.get('model_type')}' cannot be written as GGUF yet; use --format hf or gptq")
+    return arch
+
+
+def file_order(gguf_name: str) -> tuple[int, str]:
+    """llama-quantize's order of tensors: those outside the layers first, then layer by layer, by name."""
+    match = re.match(r"blk\.(\d+)\.", gguf_name)
+    return (int(match[1]) if match else -1, gguf_name)
+
+
+def gguf_names(specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str]:
+    """HF name → GGUF name of every tensor that a GGUF file holds, in the file's order.
+
+    Left out: tensors that hold nothing, and the head of a model whose config ties it to the embedding.
+    """
+    arch = architecture(config)
+    table: dict[str, str] = {}
+    for name in specs:
+        target = arch.gguf_name(name)
+        if name.endswith(arch.ignored) or (target == "output.weight" and config.get("tie_word_embeddings")):
+            continue
+        if target is None:
+            raise UnsupportedError(f"{name}: {arch.gguf_arch} in GGUF has no such tensor; the model is no plain {config['model_type']}")
+        table[name] = target
+    return dict(sorted(table.items(), key=lambda item: file_order(item[1])))
+
+
+def is_quantizable(gguf_name: str, spec: TensorSpec) -> bool:
+    """Matrices; never norms and biases, which stay F32."""
+    return len(spec.shape) >= 2 and gguf_name.endswith("weight") and not gguf_name.endswith("_norm.weight")
+
+
+def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, overrides: Overrides | None = None) -> dict[str, Scheme]:
+    """The scheme of every matrix in a file of type ``name``: HF name → scheme. What is missing here is kept dense.
+
+    ``specs``: the model's tensors by HF name. Raises :class:`RecipeError` where a row fits no type that quantcli can write.
+    """
+    table = gguf_names(specs, config)
+    chooser = _Chooser(file_type(name), overrides or Overrides(), config, set(table.values()))
+    chosen = {hf: chooser.choose(target, specs[hf].shape[-1]) for hf, target in table.items() if is_quantizable(target, specs[hf])}
+    return {hf: _scheme(hf, ggml_type, specs[hf]) for hf, ggml_type in chosen.items() if ggml_type is not None}
+
+
+class _Chooser:
+    """llama_tensor_get_type: sees the tensors in file order and counts those it decided by role, as that function does."""
+
+    def __init__(self, kind: FileType, overrides: Overrides, config: Mapping, gguf_names: set[str]) -> None:
+        self.kind, self.overrides = kind, overrides
+        self.is_tied = "output.weight" not in gguf_names
+        self.n_layers = config["num_hidden_layers"]
+        self.n_seen = {"attn_v": 0, "ffn_down": 0}
+        self.n_of = {"attn_v": sum(name.endswith("attn_v.weight") for name in gguf_names), "ffn_down": self.n_layers}
+        self.is_70b = self.n_layers == 80 and config["num_attention_heads"] != config.get("num_key_value_heads")
+
+    def choose(self, name: str, in_features: int) -> str | None:
+        """The ggml type of the matrix with GGUF name ``name``; None when it is to stay as it is."""
+        options = self.overrides
+        if options.leave_output_tensor and name == "output.weight":
+            return None
+        if options.token_embedding_type and name == "token_embd.weight":
+            return options.token_embedding_type.upper()
+        if options.output_tensor_type and name == "output.weight":
+            return options.output_tensor_type.upper()
+        if self.kind.default in DENSE:
+            return self.kind.default
+        manual = next((chosen for pattern, chosen in options.tensor_types if re.search(pattern, name)), None)
+        if manual is not None:
+            return _fit(manual.upper(), in_features)
+        return _fit(self.kind.default if options.pure else self.by_role(name, in_features), in_features)
+
+    def by_role(self, name: str, in_features: int) -> str:
+        default = self.kind.default
+        if name == "output.weight" or (self.is_tied and name == "token_embd.weight"):
+            return self.head(in_features)
+        role = name.split(".")[-2]
+        if role not in self.n_seen:
+            return default
+        applies, special = self.kind.rules.get(role, (lambda i, n: False, default))
+        chosen = special if applies(self.n_seen[role], self.n_of[role]) else default
+        self.n_seen[role] += 1
+        if role == "attn_v" and self.is_70b and chosen == "Q4_K":
+            return "Q5_K"  # eight heads share it: small, and worth more bits
+        return chosen
+
+    def head(self, in_features: int) -> str:
+        if self.overrides.output_tensor_type:
+            return self.overrides.output_tensor_type.upper()
+        if self.kind.default == "Q8_0" or in_features % BLOCKS[self.kind.default][0]:
+            return "Q8_0"
+        return "Q6_K"
+
+
+def _fit(ggml_type: str, in_features: int) -> str:
+    """``ggml_type``, or what llama-quantize puts in its place for rows that do not fill its blocks."""
+    if ggml_type not in BLOCKS or in_features % BLOCKS[ggml_type][0] == 0:
+        return ggml_type
+    smaller = FALLBACKS.get(ggml_type, ggml_type)
+    return "F16" if in_features % BLOCKS[smaller][0] else smaller
+
+
+def _scheme(name: str, ggml_type: str, spec: TensorSpec) -> Scheme:
+    """The scheme of ``ggml_type``; :class:`RecipeError` when quantcli has none, or the rows do not fill its blocks."""
+    if ggml_type.lower() not in names("qtypes") or ggml_type not in BLOCKS:
+        hint = "use the type Q8_0, or give the tensor one with --tensor-type REGEX=TYPE"
+        raise RecipeError(f"{name}: rows of {spec.shape[-1]} weights would take {ggml_type}, which quantcli cannot write; {hint}")
+    if spec.shape[-1] % BLOCKS[ggml_type][0]:
+        raise RecipeError(
+            f"{name}: in_features {spec.shape[-1]} is not a multiple of the {ggml_type} block {BLOCKS[ggml_type][0]}; use F16"
+        )
+    return Scheme.of(ggml_type.lower())

@@ -1,0 +1,63 @@
+"""Llama 3's rotary scaling: the table of factors a GGUF file holds, and the parameters a table came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import UnsupportedError
+
+PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
+"""(factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of Llama 3.1 and of 3.2."""
+TOLERANCE = 1e-5
+
+
+def llama3_factors(rope: Mapping, head_dim: int) -> Tensor:
+    """What each rotary frequency is divided by: [head_dim / 2] float32.
+
+    ``rope``: HF's rope_parameters. 1 for short waves, ``factor`` for long ones, and between them
+    ``1 / ((1 − s)/factor + s)`` with ``s = (old_context/wavelength − low) / (high − low)``.
+    """
+    theta, factor = rope.get("rope_theta", 10000.0), rope.get("factor", 8.0)
+    low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+    old_context = rope.get("original_max_position_embeddings", 8192)
+    frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    wavelength = 2 * math.pi / frequency
+    s = (old_context / wavelength - low) / (high - low)
+    factors = 1 / ((1 - s) / factor + s)
+    factors[wavelength < old_context / high] = 1.0
+    factors[wavelength > old_context / low] = factor
+    return factors
+
+
+def llama3_parameters(factors: Tensor, theta: float) -> dict:
+    """HF's rope_parameters of the table ``factors`` [head_dim / 2]; :class:`UnsupportedError` when it is no Llama 3 table.
+
+    Only the ratios of low, high and old context show in a table; when it is none of the published ones, low is taken as 1.
+    """
+    head_dim = 2 * factors.numel()
+    for guess in (*PUBLISHED, *_solve(factors, theta, head_dim)):
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope = {"rope_type": "llama3", "rope_theta": theta, **dict(zip(keys, guess, strict=True))}
+        if torch.allclose(llama3_factors(rope, head_dim), factors.float(), rtol=TOLERANCE):
+            return rope
+    raise UnsupportedError("rope_freqs.weight: these rotary factors do not come from Llama 3's rule; quantcli knows no other")
+
+
+def _solve(factors: Tensor, theta: float, head_dim: int) -> list[tuple[float, float, float, int]]:
+    """Parameters by a straight line: ``s`` is linear in the frequency, and two points between 1 and ``factor`` give it."""
+    factor = float(factors.max())
+    between = (factors > 1) & (factors < factor)
+    if factor <= 1 or int(between.sum()) < 2:
+        return []
+    frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))[between]
+    s = (1 / factors[between].double() - 1 / factor) / (1 - 1 / factor)
+    slope = float((s[0] - s[-1]) / (frequency[0] - frequency[-1]))
+    intercept = float(s[0] - slope * frequency[0])
+    if intercept >= 0:
+        return []
+    high = round(1 - 1 / intercept, 4)
+    return [(factor, 1.0, high, round(slope * 2 * math.pi * (high - 1)))]
