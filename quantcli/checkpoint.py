@@ -1,0 +1,195 @@
+"""A model to read: headers at open, tensors on demand, from a folder, a Hub id or a file, in any dialect that ``formats/`` knows."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.errors import CheckpointError, QuantcliError, UnsupportedError
+from quantcli.registry import find, names
+from quantcli.shards import read_json, shown
+from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+"""Weights, config, tokenizer files and chat templates: all that is read or copied, and no pickle."""
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+NO_PICKLE = (
+    "is a pickle file, and pickle runs whatever code the file carries when it is read. Convert it to safetensors where you trust it: "
+    "transformers' AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(FOLDER)"
+)
+
+
+class Checkpoint(ABC):
+    """What every format's reader returns. A context manager; reads are thread-safe.
+
+    ``source``: what the user named; ``path``: where it lies; ``kind``: the format module that reads it; ``config``: HF's config.json;
+    ``specs``: the logical tensors under their names on disk, with dense shapes and the bytes of all their parts; ``schemes``: those of
+    them that are quantized; ``quantization``: the format's own words; ``notes``: contradictions found between metadata and tensors.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        kind: str,
+        config: dict[str, Any],
+        specs: Mapping[str, TensorSpec],
+        schemes: Mapping[str, Scheme] | None = None,
+        quantization: dict[str, Any] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.source = str(path)
+        self.path = path
+        self.kind = kind
+        self.config = config
+        self.specs = dict(specs)
+        self.schemes = dict(schemes or {})
+        self.quantization = quantization
+        self.notes = tuple(notes)
+
+    @staticmethod
+    def open(source: str) -> Checkpoint:
+        """The checkpoint at ``source``: a folder, a file, or a Hub id ``org/name[@revision]``. Reads headers, no weights.
+
+        Raises :class:`CheckpointError` for what is missing, damaged or unsafe, :class:`UnsupportedError` for a dialect nobody here reads.
+        """
+        path = locate(source)
+        config = read_config(path) if path.is_dir() else None
+        # The dense reader takes whatever no dialect claims, so it is asked last.
+        for name in sorted(names("formats"), key=lambda n: (n == "hf", n)):
+            module = find("formats", name)
+            if module.detect(path, config):
+                checkpoint: Checkpoint = module.read(path)
+                checkpoint.source = source
+                return checkpoint
+        raise unread(path, config)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``: its stored dtype when dense, float32 as its engine decodes it when quantized."""
+        if name in self.schemes:
+            decoded: Tensor = find("qtypes", self.schemes[name].qtype).unpack(self.quantized(name))
+            return decoded
+        self._check(name)
+        return self.load(name)
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The codes of a quantized tensor as they stand in the file, in the parts of its qtype."""
+        self._check(name)
+        if name not in self.schemes:
+            raise CheckpointError(f"{self.source}: {name} is not quantized")
+        return self.load_quantized(name)
+
+    @abstractmethod
+    def load(self, name: str) -> Tensor:
+        """A dense tensor of ``specs`` in its stored dtype."""
+
+    def load_quantized(self, name: str) -> QuantizedTensor:
+        """The parts of a tensor of ``schemes``; a reader of a format without any need not say."""
+        raise UnsupportedError(f"{self.kind} holds no quantized tensors")
+
+    def close(self) -> None:
+        """Give back what the reader holds open."""
+        return
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _check(self, name: str) -> None:
+        if name not in self.specs:
+            raise CheckpointError(f"{self.source}: no tensor {name} among its {len(self.specs)}")
+
+
+def locate(source: str) -> Path:
+    """The folder or file that ``source`` means; a Hub id is downloaded, or taken from the cache when there is no network."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        check_file(path)
+        return path
+    if path.is_dir():
+        check_folder(path)
+        return path
+    match = HUB_ID.fullmatch(source)
+    if not match:
+        raise CheckpointError(f"{source}: no such file or folder, and no Hub id (org/name or org/name@revision)")
+    folder = download(match["repo"], match["revision"])
+    check_folder(folder)
+    return folder
+
+
+def check_file(path: Path) -> None:
+    if path.suffix in PICKLE_SUFFIXES:
+        raise CheckpointError(f"{path}: {NO_PICKLE}")
+    if path.suffix in (".safetensors", ".json"):
+        raise CheckpointError(f"{path}: give the folder it lies in, {path.parent}: a model is its weights and its config.json")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder whose weights are pickles only, or lie in a file that must be named itself."""
+    files = sorted(f.name for f in path.iterdir() if f.is_file())
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
+        return
+    if pickles := [name for name in files if name.endswith(PICKLE_SUFFIXES) and name != "training_args.bin"]:
+        raise CheckpointError(f"{path / pickles[0]}: {NO_PICKLE}")
+    if ggufs := [name for name in files if name.endswith(".gguf")]:
+        raise CheckpointError(f"{path}: holds {len(ggufs)} .gguf files; name one of them: {path / ggufs[0]}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of ``folder``."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; a Hugging Face model folder has one (is this the right folder, the download complete?)")
+    # Two equal keys in a config are sloppy and harmless: every other reader takes the last one.
+    config = read_json(path, unique=False)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: is no JSON object")
+    return config
+
+
+def download(repo: str, revision: str | None) -> Path:
+    """The snapshot of a Hub repository in the local cache. ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are huggingface_hub's to read."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the library's transport, and with it the class of its network errors, changes between versions
+        name = repo if revision is None else f"{repo}@{revision}"
+        raise CheckpointError(f"{name}: {hub_way_out(error)}") from error
+
+
+def hub_way_out(error: Exception) -> str:
+    """What to do about an error of huggingface_hub."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "access is gated; accept its terms on the Hub and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository on the Hub, or a private one (set HF_TOKEN), and no such local folder"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "no such local folder, not in the local cache, and the Hub cannot be reached; connect, or check HF_ENDPOINT"
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return f"the download failed ({reason}); try again, or give a local folder"
+
+
+def unread(path: Path, config: dict[str, Any] | None) -> QuantcliError:
+    """The error for a source that no format claims."""
+    if config is None:
+        return CheckpointError(f"{path}: no model file that quantcli reads (a folder, or a .gguf file)")
+    words = config.get("quantization_config")
+    method = words.get("quant_method") if isinstance(words, dict) else words
+    return UnsupportedError(f"{path}: is quantized by {shown(method)}; quantcli reads {', '.join(names('formats'))}")
