@@ -1,0 +1,270 @@
+// Drivers of the block types: kLanes consecutive blocks at a time go through the text of blocks/*.h, on all threads.
+#include "../blocks/q8_0.h"
+#include "lanes.h"
+#include "threads.h"
+
+namespace quantcli::QC_ISA {
+namespace {
+
+constexpr int64_t kGrain = 16;  // lane groups a thread takes at once
+
+/// The blocks of one lane group: lanes past the end repeat the last block and are not stored.
+struct Group {
+    int64_t block[kLanes];
+    int n_lanes;
+
+    Group(int64_t index, int64_t n_blocks) {
+        const int64_t first = index * kLanes, left = n_blocks - first;
+        n_lanes = left < kLanes ? static_cast<int>(left) : kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) block[lane] = first + (lane < n_lanes ? lane : n_lanes - 1);
+    }
+};
+
+template <class Body>
+void for_each_group(int64_t n_blocks, const Body& body) {
+    parallel_for((n_blocks + kLanes - 1) / kLanes, kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) body(Group(index, n_blocks));
+    });
+}
+
+template <class Body>
+auto visit(Float dtype, const Body& body) {
+    switch (dtype) {
+        case Float::bf16:
+            return body(Bf16{});
+        case Float::f16:
+            return body(F16{});
+        default:
+            return body(float{});
+    }
+}
+
+/// Runs of `n` elements of T, lane by lane, at block · n.
+template <class T>
+QC_FN void runs_of(T* data, const Group& group, int64_t n, T** runs) {
+    for (int lane = 0; lane < kLanes; ++lane) runs[lane] = data + group.block[lane] * n;
+}
+
+template <class T, class S>
+QC_FN void load_weights(const S* W, const Group& group, F* x) {
+    const S* runs[kLanes];
+    runs_of(W, group, T::kBlock, runs);
+    load_runs(runs, T::kBlock, x);
+}
+
+/// The importance of each lane's inputs: block b covers inputs (b mod blocks_per_row) · kBlock and on.
+template <class T>
+QC_FN void load_importance(const float* importance, const Group& group, int64_t blocks_per_row, F* x) {
+    const float* runs[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) runs[lane] = importance + group.block[lane] % blocks_per_row * T::kBlock;
+    load_runs(runs, T::kBlock, x);
+}
+
+/// Memory for one float a row. (Not std::vector: see threads.h.)
+struct RowFloats {
+    float* data;
+    explicit RowFloats(int64_t rows) : data(rows ? new float[rows] : nullptr) {}
+    RowFloats(const RowFloats&) = delete;
+    ~RowFloats() { delete[] data; }
+};
+
+/// Mean square of each row in ggml's order (one float32 sum along the row), a row a lane.
+template <class S>
+void row_powers(const S* W, int64_t rows, int64_t cols, float* powers) {
+    for_each_group(rows, [&](const Group& group) {
+        const S* runs[kLanes];
+        runs_of(W, group, cols, runs);
+        F sum = splat(0.0f);
+        for (int64_t i = 0; i < cols; i += 32) {
+            F x[32];
+            load_runs(runs, 32, x);
+            for (int k = 0; k < 32; ++k) sum += x[k] * x[k];
+            for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 32;
+        }
+        for (int lane = 0; lane < group.n_lanes; ++lane) powers[group.block[lane]] = sum[lane] / cols;
+    });
+}
+
+/// The search of every lane group; done(group, x, found) takes what it found.
+template <class T, class S, class Done>
+void search_all(const S* W, int64_t rows, int64_t cols, const float* importance, const Done& done) {
+    const bool weighted = T::kWeighted && importance;
+    const int64_t blocks_per_row = cols / T::kBlock;
+    const RowFloats powers(weighted && T::kRowPower ? rows : 0);
+    if (powers.data) row_powers(W, rows, cols, powers.data);
+    for_each_group(rows * blocks_per_row, [&](const Group& group) {
+        F x[T::kBlock];
+        F wanted[T::kBlock];
+        F power = splat(0.0f);
+        load_weights<T>(W, group, x);
+        if (weighted) load_importance<T>(importance, group, blocks_per_row, wanted);
+        for (int lane = 0; powers.data && lane < kLanes; ++lane) power[lane] = powers.data[group.block[lane] / blocks_per_row];
+        Found found;
+        T::search(x, weighted ? wanted : nullptr, power, found);
+        done(group, x, found);
+    });
+}
+
+void put_halves(I values, uint8_t* const* at, int n_lanes) {
+    for (int lane = 0; lane < n_lanes; ++lane) {
+        const uint16_t half = static_cast<uint16_t>(values[lane]);
+        std::memcpy(at[lane], &half, 2);
+    }
+}
+
+template <class T>
+QC_FN void store_blocks(const I* codes, const Params& params, const Group& group, uint8_t* blocks) {
+    I words[T::kWords];
+    T::pack(codes, params, words);
+    uint8_t* runs[kLanes];
+    runs_of(blocks, group, T::kBytes, runs);
+    if constexpr (T::kHead) put_halves(params.d, runs, group.n_lanes);
+    for (int lane = 0; lane < kLanes; ++lane) runs[lane] += T::kHead;
+    store_runs(words, T::kWords, runs, group.n_lanes);
+    for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 4 * T::kWords;
+    if constexpr (T::kTail) put_halves(params.d, runs, group.n_lanes);
+}
+
+I get_halves(const uint8_t* const* at) {
+    I values;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        uint16_t half;
+        std::memcpy(&half, at[lane], 2);
+        values[lane] = half;
+    }
+    return values;
+}
+
+template <class T>
+QC_FN void load_blocks(const uint8_t* blocks, const Group& group, I* codes, Params& params) {
+    const uint8_t* runs[kLanes];
+    runs_of(blocks, group, T::kBytes, runs);
+    if constexpr (T::kHead) params.d = get_halves(runs);
+    for (int lane = 0; lane < kLanes; ++lane) runs[lane] += T::kHead;
+    I words[T::kWords];
+    for (int lane = 0; lane < kLanes; ++lane) {
+        for (int i = 0; i < T::kWords; ++i) {
+            int32_t word;
+            std::memcpy(&word, runs[lane] + 4 * i, 4);
+            words[i][lane] = word;
+        }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 4 * T::kWords;
+    if constexpr (T::kTail) params.d = get_halves(runs);
+    T::unpack(words, codes, params);
+}
+
+/// Parameters to and from their arrays.
+template <class T>
+void put_params(const Params& params, const Group& group, const BlockParams& out) {
+    constexpr int kSubs = T::kBlock / T::kSub;
+    for (int lane = 0; lane < group.n_lanes; ++lane) {
+        const int64_t block = group.block[lane];
+        out.d[block] = static_cast<uint16_t>(params.d[lane]);
+        if constexpr (T::kHasMin) out.dmin[block] = static_cast<uint16_t>(params.dmin[lane]);
+        for (int j = 0; T::kHasScales && j < kSubs; ++j) out.scale[block * kSubs + j] = static_cast<uint8_t>(params.scale[j][lane]);
+        for (int j = 0; T::kHasMin && j < kSubs; ++j) out.min[block * kSubs + j] = static_cast<uint8_t>(params.min[j][lane]);
+    }
+}
+
+template <class T>
+void get_params(const BlockParams& in, const Group& group, Params& params) {
+    constexpr int kSubs = T::kBlock / T::kSub;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t block = group.block[lane];
+        params.d[lane] = in.d[block];
+        if constexpr (T::kHasMin) params.dmin[lane] = in.dmin[block];
+        for (int j = 0; T::kHasScales && j < kSubs; ++j) params.scale[j][lane] = in.scale[block * kSubs + j];
+        for (int j = 0; T::kHasMin && j < kSubs; ++j) params.min[j][lane] = in.min[block * kSubs + j];
+    }
+}
+
+template <class T>
+void quantize_blocks(Weights W, const float* importance, uint8_t* blocks) {
+    visit(W.dtype, [&](auto element) {
+        const auto* data = static_cast<const decltype(element)*>(W.data);
+        search_all<T>(data, W.rows, W.cols, importance, [&](const Group& group, const F* x, const Found& found) {
+            I codes[T::kBlock];
+            T::encode(x, found, codes);
+            store_blocks<T>(codes, found.params, group, blocks);
+        });
+    });
+}
+
+template <class T>
+void fit_blocks(Weights W, const float* importance, BlockParams out) {
+    visit(W.dtype, [&](auto element) {
+        const auto* data = static_cast<const decltype(element)*>(W.data);
+        search_all<T>(data, W.rows, W.cols, importance,
+                      [&](const Group& group, const F*, const Found& found) { put_params<T>(found.params, group, out); });
+    });
+}
+
+template <class T>
+void dequantize_blocks(const uint8_t* blocks, int64_t rows, int64_t cols, float* W) {
+    for_each_group(rows * (cols / T::kBlock), [&](const Group& group) {
+        I codes[T::kBlock];
+        F x[T::kBlock];
+        Params params;
+        load_blocks<T>(blocks, group, codes, params);
+        T::decode(codes, params, x);
+        uint8_t* runs[kLanes];
+        runs_of(reinterpret_cast<uint8_t*>(W), group, 4 * T::kBlock, runs);
+        store_runs(x, T::kBlock, runs, group.n_lanes);
+    });
+}
+
+template <class T>
+void pack_blocks(const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks) {
+    for_each_group(rows * (cols / T::kBlock), [&](const Group& group) {
+        I lanes[T::kBlock];
+        Params params;
+        for (int lane = 0; lane < kLanes; ++lane)
+            for (int i = 0; i < T::kBlock; ++i) lanes[i][lane] = codes[group.block[lane] * T::kBlock + i];
+        get_params<T>(in, group, params);
+        store_blocks<T>(lanes, params, group, blocks);
+    });
+}
+
+template <class T>
+void unpack_blocks(const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out) {
+    for_each_group(rows * (cols / T::kBlock), [&](const Group& group) {
+        I lanes[T::kBlock];
+        Params params;
+        load_blocks<T>(blocks, group, lanes, params);
+        put_params<T>(params, group, out);
+        for (int lane = 0; lane < group.n_lanes; ++lane)
+            for (int i = 0; i < T::kBlock; ++i) codes[group.block[lane] * T::kBlock + i] = static_cast<int8_t>(lanes[i][lane]);
+    });
+}
+
+/// Calls body(T{}) for the text of `kind`.
+template <class Body>
+Status with_text(Kind kind, const Body& body) {
+    switch (kind) {
+        case Kind::q8_0:
+            body(Q8_0{});
+            break;
+        default:
+            break;
+    }
+    return kOk;
+}
+
+}  // namespace
+
+extern const BlockOps block_ops;
+const BlockOps block_ops = {
+    .quantize = [](Kind kind, Weights W, const float* importance, uint8_t* blocks,
+                   void*) { return with_text(kind, [&](auto text) { quantize_blocks<decltype(text)>(W, importance, blocks); }); },
+    .dequantize = [](Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, float* W,
+                     void*) { return with_text(kind, [&](auto text) { dequantize_blocks<decltype(text)>(blocks, rows, cols, W); }); },
+    .fit = [](Kind kind, Weights W, const float* importance, BlockParams out,
+              void*) { return with_text(kind, [&](auto text) { fit_blocks<decltype(text)>(W, importance, out); }); },
+    .pack = [](Kind kind, const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks,
+               void*) { return with_text(kind, [&](auto text) { pack_blocks<decltype(text)>(codes, in, rows, cols, blocks); }); },
+    .unpack = [](Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out,
+                 void*) { return with_text(kind, [&](auto text) { unpack_blocks<decltype(text)>(blocks, rows, cols, codes, out); }); },
+};
+
+}  // namespace quantcli::QC_ISA
