@@ -1,0 +1,53 @@
+# The verbs that people and CI use. Everything lives in .venv; nothing else on the machine is touched.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+KERNELS := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt)
+CPP := $(filter %.h %.cpp %.cu,$(KERNELS))
+PICO := tests/data/pico
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test peer-test bench lint format clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.packages: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt scikit-build-core nanobind cmake ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(KERNELS)
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,data]'
+	@touch $@
+
+setup: $(VENV)/.installed  ## the virtual environment with quantcli in it, kernels compiled
+
+build: setup  ## compile the kernels (setup does it too, whenever a source has changed)
+
+demo: setup  ## the main job on the model that ships with the tests
+	BIN=$(BIN) MODEL=$(PICO) ./demo.sh
+
+test: setup  ## the tests
+	$(BIN)/pytest -q
+
+peer-test: setup  ## the tests against the peers' own programs (see tests/PEERS.md)
+	$(BIN)/pytest -q -m peer
+
+bench: setup  ## timings of the kernels against their torch references
+	$(BIN)/python tests/bench/bench_solve.py
+
+lint: setup  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: setup  ## put every file into the house's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build

@@ -1,0 +1,70 @@
+"""quantcli export: a checkpoint in another format, without calibration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantcli.cli import options
+from quantcli.cli.console import Console
+from quantcli.cli.quantize import execute
+from quantcli.errors import RecipeError
+
+
+def command(
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=f"{options.SOURCE_HELP} This folder when left out.")] = None,
+    type_: Annotated[str | None, typer.Argument(metavar="[TYPE]", help="GGUF file type, e.g. Q4_K_M.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="Output format: gguf or hf.")] = "gguf",
+    output: options.Output = None,
+    pure: Annotated[bool, typer.Option("--pure", help="One type for every matrix, no mix.")] = False,
+    tensor_type: Annotated[list[str] | None, typer.Option(metavar="REGEX=TYPE", help="Type of the tensors that REGEX finds.")] = None,
+    output_tensor_type: Annotated[str | None, typer.Option(help="Type of the output matrix.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="Type of the token embedding.")] = None,
+    leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Do not quantize the output matrix.")] = False,
+    pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer.")] = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Convert a model: to a GGUF file of a type, straight from its shards, or between formats."""
+    from quantcli import recipe as recipes
+
+    where, file_type = split_arguments(source, type_)
+    if format_ != "gguf":
+        raise RecipeError(f"export writes gguf, not '{format_}'; for other formats use quantcli quantize --format")
+    recipe = recipes.load(file_type or "F16" if Path(file_type or "").suffix == "" else "")
+    if recipe.mix is None:
+        raise RecipeError(f"'{file_type}' is no GGUF file type; there are: {', '.join(gguf_types())}")
+    format_options = {
+        "pure": pure,
+        "tensor_types": dict(options.split_pair(text, "--tensor-type") for text in tensor_type or []),
+        "output_tensor_type": output_tensor_type,
+        "token_embedding_type": token_embedding_type,
+        "leave_output_tensor": leave_output_tensor,
+        "pre_tokenizer": pre_tokenizer,
+    }
+    recipe = replace(recipe, format_options={key: value for key, value in format_options.items() if value})
+    execute(
+        Console(json, quiet, verbose), where, output, recipe, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run
+    )
+
+
+def split_arguments(source: str | None, type_: str | None) -> tuple[str, str | None]:
+    """SOURCE and TYPE: a lone argument that names a GGUF type and no path is TYPE, and SOURCE is the current folder."""
+    if source is not None and type_ is None and source.upper() in gguf_types() and not Path(source).exists():
+        return ".", source
+    return source or ".", type_
+
+
+def gguf_types() -> list[str]:
+    """The GGUF file types that a shipped recipe writes."""
+    from quantcli import recipe as recipes
+
+    return sorted(mix for mix in (recipes.load(name).mix for name in recipes.shipped()) if mix)

@@ -1,0 +1,81 @@
+"""quantcli inspect: what a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantcli.cli import options
+from quantcli.cli.console import Console, count, size
+
+if TYPE_CHECKING:
+    from quantcli.checkpoint import Checkpoint
+
+
+def command(
+    source: options.Source = ".",
+    tensors: Annotated[bool, typer.Option("--tensors", help="List each tensor.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show architecture, size, number formats and what is quantized; no weight is read."""
+    from quantcli.checkpoint import Checkpoint
+
+    console = Console(json, quiet, verbose)
+    with Checkpoint.open(source) as checkpoint:
+        data = describe(checkpoint)
+        if tensors:
+            data["tensors"] = list_tensors(checkpoint)
+        console.result(data, render(console, data))
+        for note in checkpoint.notes:
+            console.warn(note)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    specs = checkpoint.specs.values()
+    n_params = sum(s.n_elements for s in specs)
+    n_bytes = sum(s.nbytes for s in specs)
+    architectures = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "unknown")]
+    formats = Counter(str(checkpoint.schemes.get(s.name, s.dtype.lower())) for s in specs)
+    return {
+        "source": checkpoint.source,
+        "kind": checkpoint.kind,
+        "architecture": architectures[0],
+        "n_params": n_params,
+        "n_tensors": len(checkpoint.specs),
+        "n_bytes": n_bytes,
+        "bpw": 8 * n_bytes / n_params if n_params else 0.0,
+        "dtypes": dict(sorted(formats.items())),
+        "quantization": checkpoint.quantization,
+        "notes": list(checkpoint.notes),
+    }
+
+
+def list_tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    rows = []
+    for spec in checkpoint.specs.values():
+        scheme = checkpoint.schemes.get(spec.name)
+        row = {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "n_bytes": spec.nbytes}
+        rows.append({**row, "scheme": None if scheme is None else str(scheme)})
+    return rows
+
+
+def render(console: Console, data: dict[str, Any]) -> list[str]:
+    formats = ", ".join(f"{n} x {name}" for name, n in data["dtypes"].items())
+    lines = [
+        f"source        {data['source']}",
+        f"kind          {data['kind']}",
+        f"architecture  {data['architecture']}",
+        f"parameters    {count(data['n_params'])} in {data['n_tensors']} tensors",
+        f"size          {size(data['n_bytes'])}, {data['bpw']:.3f} bits per weight",
+        f"tensors       {formats}",
+    ]
+    for key, value in sorted((data["quantization"] or {}).items()):
+        lines.append(f"  {key:<22} {value}")
+    if rows := data.get("tensors"):
+        cells = [[r["name"], r["scheme"] or r["dtype"], "x".join(map(str, r["shape"])), str(r["n_bytes"])] for r in rows]
+        lines += ["", *console.table(["tensor", "format", "shape", "bytes"], cells)]
+    return lines

@@ -1,0 +1,128 @@
+"""The house rules that a machine can check: who may import whom, contracts of the variant folders, names, start-up time."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quantcli.registry import find, names
+
+ROOT = Path(__file__).parent.parent / "quantcli"
+
+FLOORS = [
+    {"cli"},
+    {"pipeline", "evaluate"},
+    {"plan", "calibrate"},
+    {"forward"},
+    {"formats", "passes"},
+    {"checkpoint", "recipe", "writer", "shards", "texts"},
+    {"archs", "qtypes"},
+    {"ops"},
+    {"tensors", "errors", "registry"},
+]
+FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+ONLY = {"quantcli._kernels": "ops", "transformers": "forward", "typer": "cli", "rich": "cli"}
+BANNED_NAMES = {"utils", "common", "base", "helpers", "manager"}
+CONTRACT = {
+    "archs": ("ARCH",),
+    "qtypes": ("OPTIONS", "layout", "fit", "pack", "unpack"),
+    "passes": ("NEEDS", "Options", "run"),
+    "formats": ("detect", "read", "supports", "context", "outputs", "parts", "writer"),
+}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Every module that ``path`` imports, outside ``if TYPE_CHECKING``, with its line."""
+    tree = ast.parse(path.read_text("utf8"))
+    hidden = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)}
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            found += [(f"{node.module}.{a.name}" if node.module == "quantcli" else str(node.module), node.lineno) for a in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_only_to_the_right(path: Path) -> None:
+    here = room_of(path)
+    for module, line in imports(path):
+        if not module.startswith("quantcli.") or module in ONLY or here == "__init__":
+            continue
+        there = module.split(".")[1]
+        if there in ("__version__", here):
+            continue
+        where = f"{path.relative_to(ROOT)}:{line} imports {module}"
+        assert there in FLOOR_OF, f"{where}, a room that test_house.py does not know"
+        assert FLOOR_OF[there] > FLOOR_OF[here] or (there != here and FLOORS[FLOOR_OF[here]] >= {here, there} and here not in CONTRACT), where
+
+
+@pytest.mark.parametrize("folder", ["archs", "qtypes", "passes", "formats"])
+def test_no_variant_imports_its_neighbour(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        variant = path.relative_to(ROOT / folder).parts[0].removesuffix(".py")
+        for module, line in imports(path):
+            parts = module.split(".")
+            if parts[:2] == ["quantcli", folder] and len(parts) > 2 and folder != "archs":
+                assert parts[2] == variant or parts[2] not in names(folder), f"{path}:{line} imports {module}"
+
+
+@pytest.mark.parametrize(("library", "room"), ONLY.items())
+def test_only_one_room_imports(library: str, room: str) -> None:
+    for path in modules():
+        for module, line in imports(path):
+            if module == library or module.startswith(library + "."):
+                assert room_of(path) == room, f"{path.relative_to(ROOT)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize(("folder", "variant"), [(f, v) for f in CONTRACT for v in names(f)])
+def test_every_variant_keeps_its_contract(folder: str, variant: str) -> None:
+    module = find(folder, variant)
+    assert module.__doc__
+    for attribute in CONTRACT[folder]:
+        assert hasattr(module, attribute), f"{folder}/{variant} lacks {attribute}"
+
+
+def test_every_module_opens_with_one_sentence() -> None:
+    for path in modules():
+        doc = ast.get_docstring(ast.parse(path.read_text("utf8"))) or ""
+        first = doc.split("\n\n")[0]
+        assert first.endswith("."), f"{path}: its first sentence is '{first}'"
+
+
+def test_nothing_is_named_after_nothing() -> None:
+    assert not [p for p in modules() if p.stem in BANNED_NAMES]
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    """The limit of 0.3 s is for an idle machine: the best of several runs, so that a busy one does not decide."""
+    code = (
+        "import sys\nfrom quantcli.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'a heavy library was imported'\n"
+    )
+    best = min(_seconds([sys.executable, "-c", code]) for _ in range(5))
+    assert best < 0.3, f"--help took {best:.2f} s"
+
+
+def _seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
