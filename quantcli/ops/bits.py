@@ -19,12 +19,12 @@ BITS = (2, 3, 4, 8)
 
 
 def codes_per_run(bits: int) -> int:
-    """Codes after which the pattern of words repeats: the multiple that a row's length must have."""
+    """Codes after which the pattern of words repeats, and the multiple that a row's length must have: 16, 32, 8, 4 for 2, 3, 4, 8 bits."""
     return 32 if bits == 3 else 32 // bits
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Words of ``codes``: [rows, n] uint8 below 2^bits, n a multiple of 16, 32, 8, 4 for 2, 3, 4, 8 bits. Returns [rows, n·bits/32] int32."""
+    """Words of ``codes``: [rows, n] uint8 below 2^bits, n a multiple of :func:`codes_per_run`. Returns [rows, n·bits/32] int32."""
     _check(codes, torch.uint8, bits, codes_per_run(bits) if bits in BITS else 1, "codes")
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise KernelError(f"pack_bits: the largest code is {int(codes.max())}; expected at most {2**bits - 1} for {bits} bits")

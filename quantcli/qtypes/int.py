@@ -1,0 +1,110 @@
+"""Affine integers of 2, 3, 4 or 8 bits: ``w ≈ scale·(code − zero)`` by group, as GPTQ, AWQ and compressed-tensors store them.
+
+Parts of one weight matrix [out, in]::
+
+    codes   U8   [out, in]         0 … 2^bits − 1
+    scale   F16  [out, n_groups]   above zero
+    zero    U8   [out, n_groups]   an integer code; 2^(bits−1) everywhere when symmetric
+    g_idx   I32  [in]              the group of each input; only with the option desc_act
+
+Options: ``bits``; ``group_size`` (inputs that share a scale, −1: a whole row); ``sym``; ``search``: "mse", the importance-weighted search
+of :mod:`quantcli.ops.affine` and the default, or "minmax"; ``desc_act``: groups run along the order of solving and ``g_idx`` tells which
+input is in which. The grid is ``scale·q + offset``: symmetric codes are signed there and have no offset, asymmetric ones are unsigned
+with ``offset = −scale·zero``, exact in float32 (11 bits × 8 bits).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import RecipeError
+from quantcli.ops.affine import fit_affine
+from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
+
+OPTIONS = {"bits": 4, "group_size": 128, "sym": True}
+
+BITS = (2, 3, 4, 8)
+SEARCHES = ("mse", "minmax")
+
+
+def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+    """The parts of a matrix of ``shape``; :class:`RecipeError` when the options or the width do not fit."""
+    _check_options(scheme)
+    if len(shape) != 2:
+        raise RecipeError(f"weight: {scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
+    group_size = _group_size(shape, scheme)
+    check_divisible("weight", shape, group_size, scheme, _divisors(shape[1]))
+    n_groups = shape[1] // group_size
+    parts = {"codes": ("U8", tuple(shape)), "scale": ("F16", (shape[0], n_groups)), "zero": ("U8", (shape[0], n_groups))}
+    if scheme.get("desc_act", False):
+        parts["g_idx"] = ("I32", (shape[1],))
+    return {name: TensorSpec.dense(name, dtype, size) for name, (dtype, size) in parts.items()}
+
+
+def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
+    """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
+    layout(tuple(W.shape), scheme)
+    bits, sym, group_size = _get(scheme, "bits"), _get(scheme, "sym"), _group_size(tuple(W.shape), scheme)
+    search = scheme.get("search", "mse") == "mse"
+    scale, zero = fit_affine(W, importance, bits=bits, group_size=group_size, sym=sym, search=search)
+    half = 2 ** (bits - 1)
+    return Grid(
+        scale=scale,
+        offset=None if sym else -(scale * zero),
+        lo=-half if sym else 0,
+        hi=half - 1 if sym else 2 * half - 1,
+        group_size=group_size,
+        parts={"zero": zero.to(torch.uint8)},
+    )
+
+
+def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
+    """``codes`` [out, in] of ``grid`` as parts, inputs in their natural order.
+
+    With ``desc_act`` the grid's part ``g_idx`` [in] names each input's group; a grid without one has its groups side by side.
+    """
+    parts = {"codes": (codes.to(torch.int16) - grid.lo).to(torch.uint8), "scale": grid.scale.half(), "zero": grid.parts["zero"]}
+    if scheme.get("desc_act", False):
+        natural = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // grid.group_size
+        parts["g_idx"] = grid.parts.get("g_idx", natural)
+    elif "g_idx" in grid.parts:
+        raise RecipeError(f"{scheme}: the grid orders its groups by g_idx, which only a scheme with desc_act stores; set desc_act")
+    return QuantizedTensor(scheme, tuple(codes.shape), parts)
+
+
+def unpack(tensor: QuantizedTensor) -> Tensor:
+    """The weights [out, in] float32 that an engine computes: ``scale.float()·(code − zero)``."""
+    codes, scale, zero = (tensor.parts[name] for name in ("codes", "scale", "zero"))
+    if "g_idx" in tensor.parts:
+        index = tensor.parts["g_idx"].long()
+        return scale.float()[:, index] * (codes.to(torch.int16) - zero[:, index]).float()
+    grouped = codes.view(codes.shape[0], scale.shape[1], -1).to(torch.int16)
+    return (scale.float()[:, :, None] * (grouped - zero[:, :, None]).float()).view(codes.shape)
+
+
+def _get(scheme: Scheme, option: str) -> Any:
+    return scheme.get(option, OPTIONS[option])
+
+
+def _group_size(shape: tuple[int, ...], scheme: Scheme) -> int:
+    group_size = _get(scheme, "group_size")
+    return shape[1] if group_size == -1 else group_size
+
+
+def _divisors(in_features: int) -> str:
+    """What to do about a group size that does not divide ``in_features``."""
+    sizes = ", ".join(str(g) for g in (128, 64, 32) if in_features % g == 0)
+    return f"use group_size {sizes} or -1 (one group a row)" if sizes else "use group_size -1 (one group a row) or exclude it"
+
+
+def _check_options(scheme: Scheme) -> None:
+    bits, group_size, search = _get(scheme, "bits"), _get(scheme, "group_size"), scheme.get("search", "mse")
+    if bits not in BITS:
+        raise RecipeError(f"{scheme}: bits is {bits}; expected 2, 3, 4 or 8")
+    if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
+        raise RecipeError(f"{scheme}: group_size is {group_size}; expected a positive number of inputs, or -1 for a whole row")
+    if search not in SEARCHES:
+        raise RecipeError(f"{scheme}: search is '{search}'; expected mse or minmax")
