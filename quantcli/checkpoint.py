@@ -21,6 +21,22 @@ HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revi
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 """Weights, config, tokenizer files and chat templates: all that is read or copied, and no pickle."""
 
+SIDECAR_PATTERNS = (
+    "*.json",
+    "*.model",
+    "*.model.v*",
+    "*.tiktoken",
+    "*.jinja",
+    "*.txt",
+    "*.py",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "additional_chat_templates/*.jinja",
+)
+MAX_SIDECAR_BYTES = 200_000_000
+FORMAT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantcli.json", "trainer_state.json")
+"""Written by the output's own format, or telling how *this* folder came to be: not carried over to another."""
+
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 NO_PICKLE = (
@@ -96,6 +112,14 @@ class Checkpoint(ABC):
     def load_quantized(self, name: str) -> QuantizedTensor:
         """The parts of a tensor of ``schemes``; a reader of a format without any need not say."""
         raise UnsupportedError(f"{self.kind} holds no quantized tensors")
+
+    def sidecars(self) -> dict[str, Path]:
+        """The small files beside the weights that any copy of the model needs: tokenizer, templates, generation config, code, licence."""
+        if not self.path.is_dir():
+            return {}
+        files = sorted({path for pattern in SIDECAR_PATTERNS for path in self.path.glob(pattern) if path.is_file()})
+        named = {path.relative_to(self.path).as_posix(): path for path in files if path.stat().st_size <= MAX_SIDECAR_BYTES}
+        return {name: path for name, path in named.items() if name not in FORMAT_FILES and not name.endswith(".index.json")}
 
     def close(self) -> None:
         """Give back what the reader holds open."""

@@ -88,10 +88,14 @@ class Writer:
         self._replace_stale_part()
         n_bytes = sum(f.size for f in files) + sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars.values())
         check_disk(self.target, n_bytes)
-        with self._wording_disk_errors():
-            self._create(files)
-        for name, data in sidecars.items():
-            self.add_sidecar(name, data)
+        try:
+            with self._wording_disk_errors():
+                self._create(files)
+            for name, data in sidecars.items():
+                self.add_sidecar(name, data)
+        except BaseException:
+            self.abort()  # nobody may have entered the context yet
+            raise
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor. ``tensor``: dtype and shape of its spec; uint8 of the same byte count where the spec has a ggml type.
