@@ -306,10 +306,10 @@ def layout(specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTE
     return files, {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 
 
-def file_layout(name: str, specs: Sequence[TensorSpec]) -> FileLayout:
-    """One safetensors file of ``specs``."""
+def file_layout(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> FileLayout:
+    """One safetensors file of ``specs``; ``metadata`` goes into its header."""
     ordered = sorted(specs, key=lambda spec: (FILE_ORDER.index(spec.dtype), spec.name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begins: list[int] = []
     end = 0
     for spec in ordered:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from quantcli.errors import CheckpointError
-from quantcli.forward.layer import LoadedLayer, OnInput
+from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.names import NameMap, Source
 from quantcli.forward.skeleton import build, drop, dtypes, put
 from quantcli.forward.stack import Call, Stack
@@ -69,15 +69,21 @@ class Forward:
         self._need("head")
         return self._stack.logits(self.entering(hidden))
 
-    def observe_head(self, hidden: Tensor, on_input: OnInput) -> None:
-        """``on_input(tap, X)`` with what the output embedding reads; the tap is its module's name. No logits are computed."""
-        name = self._module_name(self._stack.head)
+    def observe_head(self, hidden: Tensor, on_input: Callable[[Tensor], None]) -> None:
+        """``on_input(X)`` with what the output embedding reads, X [n_tokens, hidden]. No logits are computed."""
 
         def catch(x: Tensor) -> Tensor:
-            on_input(name, x.flatten(0, -2))
+            on_input(x.flatten(0, -2))
             return x[..., :1]
 
         self._stack.logits(self.entering(hidden), catch)
+
+    @property
+    def head_in_features(self) -> int:
+        """Width of what the output embedding reads."""
+        if self._stack.head is None:
+            raise UnsupportedError(f"{type(self._model).__name__} has no output embedding")
+        return int(self._stack.head.weight.shape[-1])
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LoadedLayer]:

@@ -71,7 +71,7 @@ class Stack:
         self.model = model
         self.name, self.layers = decoder_layers(model)
         self.embedding: nn.Embedding = model.get_input_embeddings()
-        self.head: nn.Module | None = model.get_output_embeddings()
+        self.head: nn.Linear | None = model.get_output_embeddings()
         self.traces: list[Trace] = []
 
     def trace(self, device: torch.device) -> bool:
