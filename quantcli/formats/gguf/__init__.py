@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 from torch import Tensor
 
 from quantcli.archs import Architecture
+from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError
+from quantcli.formats.gguf import filetypes, rope
 from quantcli.formats.gguf import metadata as keyed
-from quantcli.formats.gguf import mix as mixes
-from quantcli.formats.gguf import rope
 from quantcli.formats.gguf.container import BLOCKS, Field, header, read_header, tensor_spec
+from quantcli.formats.gguf.filetypes import mix
+from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.formats.gguf.tokenizer import add_tokenizer
 from quantcli.registry import names
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 from quantcli.writer import FileLayout, Slot, Writer
 
-if TYPE_CHECKING:
-    from quantcli.checkpoint import Checkpoint
+__all__ = ["Context", "context", "detect", "mix", "outputs", "parts", "read", "supports", "writer"]
 
-ROPE_FACTORS = "rope_freqs.weight"
 NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quantcli.")
 """Metadata that says how a file was made, and that a file made from it must say for itself."""
 
@@ -55,28 +55,34 @@ def supports(scheme: Scheme) -> bool:
     return not scheme.options and scheme.qtype in names("qtypes") and scheme.qtype.upper() in BLOCKS
 
 
-def context(
-    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, file_type: str, pre_tokenizer: str | None = None
-) -> Context:
+def read(path: Path) -> GgufCheckpoint:
+    """The model in a GGUF file, its header read and checked."""
+    return GgufCheckpoint(path)
+
+
+def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], **options: Any) -> Context:
     """Everything but the tensors' data of a GGUF file made from ``source``.
 
-    ``schemes``: as :func:`quantcli.formats.gguf.mix.mix` chose them; ``metadata``: written as ``quantcli.<key>``; ``file_type``: its name
-    (Q4_K_M); ``pre_tokenizer``: overrides the name found in tokenizer.json. A GGUF source hands on its own metadata.
+    ``schemes``: as :func:`mix` chose them; ``metadata``: written as ``quantcli.<key>``; ``options``: :class:`filetypes.Options`, of which
+    ``pre_tokenizer`` counts here. A GGUF source hands on its own metadata.
     """
     config = source.config
-    arch = mixes.architecture(config)
-    table = mixes.gguf_names(source.specs, config)
+    arch = filetypes.architecture(config)
+    table = filetypes.gguf_names(source.specs, config)
     check_complete(source, table.values())
     extras = extra_tensors(config)
-    n_params = sum(source.specs[name].n_elements for name in table) + sum(extra.numel() for extra in extras.values())
-    fields = inherited(source) if source.kind == "gguf" else describe(source, arch, n_params, pre_tokenizer)
+    if source.kind == "gguf":
+        fields = inherited(source)
+    else:
+        n_params = sum(source.specs[name].n_elements for name in table) + sum(extra.numel() for extra in extras.values())
+        fields = describe(source, arch, n_params, filetypes.Options.of(options).pre_tokenizer)
     fields["general.quantization_version"] = Field(GGUFValueType.UINT32, GGML_QUANT_VERSION)
-    fields["general.file_type"] = Field(GGUFValueType.UINT32, int(mixes.file_type(file_type).number))
+    fields["general.file_type"] = Field(GGUFValueType.UINT32, int(filetypes.closest(schemes, source.specs, config).number))
     fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in metadata.items()}
     return Context(arch, config, schemes, table, fields, extras)
 
 
-def check_complete(source: Checkpoint, gguf_names: Sequence[str] | Any) -> None:
+def check_complete(source: Checkpoint, gguf_names: Collection[str]) -> None:
     """Raise :class:`CheckpointError` when an embedding or a head that the config speaks of is not there."""
     needed = ["token_embd.weight"] + ([] if source.config.get("tie_word_embeddings") else ["output.weight"])
     for name in needed:
@@ -88,7 +94,7 @@ def check_complete(source: Checkpoint, gguf_names: Sequence[str] | Any) -> None:
 def describe(source: Checkpoint, arch: Architecture, n_params: int, pre_tokenizer: str | None) -> dict[str, Field]:
     """The metadata convert_hf_to_gguf writes for a Hugging Face folder, in its order."""
     keys = GGUFWriter(None, arch.gguf_arch)
-    hub_id = None if Path(source.source).exists() else source.source.partition("@")[0]
+    hub_id = None if Path(source.source).expanduser().exists() else source.source.partition("@")[0]
     keyed.general(keys, source.path, source.config, n_params, name=hub_id)
     keyed.hyperparameters(keys, source.config)
     add_tokenizer(keys, source.path, source.config["vocab_size"], pre_tokenizer)
@@ -105,7 +111,7 @@ def extra_tensors(config: Mapping) -> dict[str, Tensor]:
     parameters = keyed.rope_parameters(config)
     if parameters["rope_type"] != "llama3":
         return {}
-    return {ROPE_FACTORS: rope.llama3_factors(parameters, keyed.head_dim(config))}
+    return {rope.TENSOR: rope.llama3_factors(parameters, keyed.head_dim(config))}
 
 
 def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
@@ -117,7 +123,7 @@ def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[T
 def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None) -> str:
     if scheme is not None:
         return scheme.qtype.upper()
-    return spec.dtype if mixes.is_quantizable(target, spec) and spec.dtype in mixes.DENSE else "F32"
+    return spec.dtype if filetypes.is_quantizable(target, spec) and spec.dtype in filetypes.DENSE else "F32"
 
 
 def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
@@ -147,13 +153,13 @@ def dense(name: str, target: str, tensor: Tensor, context: Context) -> Tensor:
     return data
 
 
-DTYPE_WORDS = {DTYPES[word]: word for word in mixes.DENSE}
+DTYPE_WORDS = {DTYPES[word]: word for word in filetypes.DENSE}
 
 
 def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
     """A declared writer of the file at ``path``: tensors in llama-quantize's order, the computed ones already put."""
     extras = [tensor_spec(name, "F32", tuple(tensor.shape)) for name, tensor in context.extras.items()]
-    specs = sorted([*outputs, *extras], key=lambda spec: mixes.file_order(spec.name))
+    specs = sorted([*outputs, *extras], key=lambda spec: filetypes.file_order(spec.name))
     head, offsets, size = header(context.fields, specs)
     layout = FileLayout(path.name, head, size, {spec.name: Slot(spec, offsets[spec.name]) for spec in specs})
     out = Writer(path, overwrite=overwrite, folder=False)

@@ -23,6 +23,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.shards import shown
 from quantcli.tensors import TensorSpec
 
 MAGIC = b"GGUF"
@@ -30,9 +31,9 @@ VERSION = 3
 ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_NAME_BYTES = 65535
-MAX_FIELDS = 1 << 16
-MAX_TENSORS = 1 << 18
-MAX_STRINGS = 1 << 22
+MAX_FIELDS = 1 << 14
+MAX_TENSORS = 1 << 16
+MAX_STRINGS = 1 << 21
 """Bounds on what a header may ask of us: far above any real model (vocabulary and merges: under a million strings), and soon parsed."""
 
 BLOCKS: dict[str, tuple[int, int]] = {t.name: sizes for t, sizes in GGML_QUANT_SIZES.items()}
@@ -166,9 +167,12 @@ class _HeaderReader:
         if not 0 < length <= MAX_NAME_BYTES:
             raise self.error(f"has a name of {length} bytes, expected 1 to {MAX_NAME_BYTES}")
         try:
-            return self.take(length).decode()
+            name = self.take(length).decode()
         except UnicodeDecodeError as error:
             raise self.error("has a name that is not UTF-8") from error
+        if not name.isprintable():
+            raise self.error(f"has the name {shown(name)}, which cannot be printed")
+        return name
 
     def value_type(self) -> GGUFValueType:
         number = self.integer("<I")

@@ -15,6 +15,7 @@ from gguf import GGUFValueType, GGUFWriter, RopeScalingType
 from quantcli.archs import Architecture
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.container import Container, Field
+from quantcli.shards import read_json
 
 QUANTIZATION_KEYS = ("general.quantization_version", "general.file_type")
 
@@ -23,7 +24,7 @@ def general(keys: GGUFWriter, folder: Path, config: Mapping, n_params: int, *, n
     """general.*: what the model card, generation_config.json and the folder's name tell; ``name`` (a Hub id) replaces a guessed one."""
     card = gguf.Metadata.load(None, folder, name, n_params)
     card.name = card.name or folder.resolve().name
-    generation = read_json(folder / "generation_config.json")
+    generation = read_object(folder / "generation_config.json")
     if card.sampling_penalty_repeat is None:
         card.sampling_penalty_repeat = generation.get("repetition_penalty")
     card.size_label = card.size_label or gguf.size_label(n_params, n_params, 0, 0)
@@ -102,7 +103,7 @@ def _field(value: Any, kind: GGUFValueType, element: GGUFValueType | None) -> Fi
     if isinstance(value, bytes):
         return Field(kind, np.frombuffer(value, np.uint8), GGUFValueType.UINT8)
     values = [text.decode() if isinstance(text, bytes) else text for text in value]
-    return Field(kind, values, element or GGUFValueType.get_type(values[0]))
+    return Field(kind, values, GGUFValueType.get_type(values[0]) if element is None else element)
 
 
 def plain_field(value: Any) -> Field:
@@ -174,14 +175,9 @@ def short_float(value: float) -> float:
     return number
 
 
-def read_json(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """A JSON object, {} when there is no such file; :class:`CheckpointError` when it is something else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    content = read_json(path, unique=False) if path.is_file() else {}
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise CheckpointError(f"{path}: is no JSON object")
     return content

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from quantcli.errors import UnsupportedError
 
+TENSOR = "rope_freqs.weight"
+
 PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 """(factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of Llama 3.1 and of 3.2."""
 TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from gguf import GGUFWriter, TokenType
 
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import pretokenizers
-from quantcli.formats.gguf.metadata import read_json
+from quantcli.formats.gguf.metadata import read_object
 from quantcli.formats.gguf.spm import SentencePiece, read_sentencepiece
 
 SPACE = "\u2581"
@@ -61,8 +61,8 @@ def add_tokenizer(keys: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizer
     ``pre_tokenizer`` overrides the name found from tokenizer.json. Raises :class:`CheckpointError` when there is no tokenizer or it
     does not fit ``vocab_size``, :class:`UnsupportedError` when llama.cpp has no such tokenizer.
     """
-    settings = read_json(folder / "tokenizer_config.json")
-    parsed = read_json(folder / "tokenizer.json")
+    settings = read_object(folder / "tokenizer_config.json")
+    parsed = read_object(folder / "tokenizer.json")
     if (prefix := settings.get("add_prefix_space")) is not None:
         keys.add_add_space_prefix(bool(prefix))
     if model := read_sentencepiece(folder / "tokenizer.model", required=not parsed):
@@ -199,7 +199,7 @@ def add_sentencepiece(keys: GGUFWriter, model: SentencePiece, folder: Path, sett
     vocabulary = Vocabulary.empty(vocab_size)
     for id, (piece, score, kind) in enumerate(model.pieces):
         vocabulary.set(id, piece, kind, score)
-    for token, id in read_json(folder / "added_tokens.json").items():
+    for token, id in read_object(folder / "added_tokens.json").items():
         vocabulary.set(id, token, TokenType.USER_DEFINED, ADDED_SCORE)
     add_configured_tokens(vocabulary, settings)
     if settings.get("add_prefix_space") is None and (model.is_unigram or not model.adds_prefix):

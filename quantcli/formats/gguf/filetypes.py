@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from gguf import LlamaFileType
 
@@ -62,14 +63,37 @@ FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 @dataclass(frozen=True)
-class Overrides:
-    """llama-quantize's options. ``tensor_types``: (regular expression on GGUF names, ggml type), first match wins."""
+class Options:
+    """What a user may say of a GGUF file, under llama-quantize's names; a recipe's ``format_options``.
+
+    ``tensor_type``: "REGEX=TYPE" on GGUF names, the first match wins; ``pre_tokenizer``: replaces the name found from tokenizer.json.
+    """
 
     pure: bool = False
-    tensor_types: tuple[tuple[str, str], ...] = ()
+    tensor_type: Sequence[str] = ()
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
     leave_output_tensor: bool = False
+    pre_tokenizer: str | None = None
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any]) -> Options:
+        """The options by name; :class:`RecipeError` for one that GGUF does not have."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(words.keys() - set(known)):
+            raise RecipeError(f"the gguf format has no option '{unknown[0]}'; there are: {', '.join(known)}")
+        return cls(**words)
+
+    def manual(self, gguf_name: str) -> str | None:
+        """The type that ``tensor_type`` gives a tensor, or None."""
+        for rule in self.tensor_type:
+            pattern, _, ggml_type = rule.rpartition("=")
+            try:
+                if re.search(pattern, gguf_name):
+                    return ggml_type.upper()
+            except re.error as error:
+                raise RecipeError(f"--tensor-type {rule}: expected REGEX=TYPE: {error}") from error
+        return None
 
 
 def file_type(name: str) -> FileType:
@@ -115,22 +139,38 @@ def is_quantizable(gguf_name: str, spec: TensorSpec) -> bool:
     return len(spec.shape) >= 2 and gguf_name.endswith("weight") and not gguf_name.endswith("_norm.weight")
 
 
-def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, overrides: Overrides | None = None) -> dict[str, Scheme]:
+def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, **options: Any) -> dict[str, Scheme]:
     """The scheme of every matrix in a file of type ``name``: HF name → scheme. What is missing here is kept dense.
 
-    ``specs``: the model's tensors by HF name. Raises :class:`RecipeError` where a row fits no type that quantcli can write.
+    ``specs``: the model's tensors by HF name; ``options``: :class:`Options`. Raises :class:`RecipeError` where a row fits no type that
+    quantcli can write.
     """
-    table = gguf_names(specs, config)
-    chooser = _Chooser(file_type(name), overrides or Overrides(), config, set(table.values()))
-    chosen = {hf: chooser.choose(target, specs[hf].shape[-1]) for hf, target in table.items() if is_quantizable(target, specs[hf])}
+    chosen = _types(file_type(name), Options.of(options), specs, config)
     return {hf: _scheme(hf, ggml_type, specs[hf]) for hf, ggml_type in chosen.items() if ggml_type is not None}
+
+
+def closest(schemes: Mapping[str, Scheme], specs: Mapping[str, TensorSpec], config: Mapping) -> FileType:
+    """The file type whose own mix gives the most weights the type they have in ``schemes``: what general.file_type is to say."""
+
+    def agreement(kind: FileType) -> int:
+        chosen = _types(kind, Options(), specs, config)
+        return sum(specs[hf].n_elements for hf, scheme in schemes.items() if chosen.get(hf) == scheme.qtype.upper())
+
+    return max(FILE_TYPES.values(), key=agreement)
+
+
+def _types(kind: FileType, options: Options, specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str | None]:
+    """HF name → ggml type of every matrix, None for one that is to stay as it is."""
+    table = gguf_names(specs, config)
+    chooser = _Chooser(kind, options, config, set(table.values()))
+    return {hf: chooser.choose(target, specs[hf].shape[-1]) for hf, target in table.items() if is_quantizable(target, specs[hf])}
 
 
 class _Chooser:
     """llama_tensor_get_type: sees the tensors in file order and counts those it decided by role, as that function does."""
 
-    def __init__(self, kind: FileType, overrides: Overrides, config: Mapping, gguf_names: set[str]) -> None:
-        self.kind, self.overrides = kind, overrides
+    def __init__(self, kind: FileType, options: Options, config: Mapping, gguf_names: set[str]) -> None:
+        self.kind, self.options = kind, options
         self.is_tied = "output.weight" not in gguf_names
         self.n_layers = config["num_hidden_layers"]
         self.n_seen = {"attn_v": 0, "ffn_down": 0}
@@ -139,7 +179,7 @@ class _Chooser:
 
     def choose(self, name: str, in_features: int) -> str | None:
         """The ggml type of the matrix with GGUF name ``name``; None when it is to stay as it is."""
-        options = self.overrides
+        options = self.options
         if options.leave_output_tensor and name == "output.weight":
             return None
         if options.token_embedding_type and name == "token_embd.weight":
@@ -148,9 +188,8 @@ class _Chooser:
             return options.output_tensor_type.upper()
         if self.kind.default in DENSE:
             return self.kind.default
-        manual = next((chosen for pattern, chosen in options.tensor_types if re.search(pattern, name)), None)
-        if manual is not None:
-            return _fit(manual.upper(), in_features)
+        if (manual := options.manual(name)) is not None:
+            return _fit(manual, in_features)
         return _fit(self.kind.default if options.pure else self.by_role(name, in_features), in_features)
 
     def by_role(self, name: str, in_features: int) -> str:
@@ -168,8 +207,8 @@ class _Chooser:
         return chosen
 
     def head(self, in_features: int) -> str:
-        if self.overrides.output_tensor_type:
-            return self.overrides.output_tensor_type.upper()
+        if self.options.output_tensor_type:
+            return self.options.output_tensor_type.upper()
         if self.kind.default == "Q8_0" or in_features % BLOCKS[self.kind.default][0]:
             return "Q8_0"
         return "Q6_K"
