@@ -39,7 +39,7 @@ __all__ = [
 BATCH_TOKENS = 2048
 """Tokens that a layer runs at once (at least one window): enough to keep a GEMM busy, few enough for the activations to stay small."""
 
-BLOCK = 512
+BLOCK = 256
 """Rows of H that one GEMM adds to: only the blocks on and above the diagonal are computed, H being symmetric."""
 
 DIAGONAL_PARTS = ("importance", "absmax", "mean")
@@ -68,9 +68,9 @@ class StatsMeter:
         X = X.float()
         self._n_tokens += len(X)
         self._sum += X.sum(0)
-        self._absmax = torch.maximum(self._absmax, torch.linalg.vector_norm(X, torch.inf, dim=0))
+        self._absmax = torch.maximum(self._absmax, torch.maximum(X.amax(0), -X.amin(0)))
         if self._H is None:
-            self._squares += torch.linalg.vector_norm(X, dim=0).double().square_()
+            self._squares += X.square().sum(0)
             return
         for a in range(0, len(self._H), BLOCK):
             self._H[a : a + BLOCK, a:].addmm_(X[:, a : a + BLOCK].T, X[:, a:])
