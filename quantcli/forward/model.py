@@ -79,6 +79,16 @@ class Forward:
         self._stack.logits(self.entering(hidden), catch)
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states between layers."""
+        return int(self._model.config.get_text_config().hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits of a position."""
+        return int(self._model.config.get_text_config().vocab_size)
+
+    @property
     def head_in_features(self) -> int:
         """Width of what the output embedding reads."""
         if self._stack.head is None:

@@ -1,0 +1,199 @@
+"""Perplexity, KL divergence, top-1 agreement and the error of each layer, walked layer by layer for anything Checkpoint reads.
+
+A model and its baseline go side by side: layer i of one, layer i of the other. Memory: one layer, the hidden states of the windows of both
+models in float32 (at most ``MAX_HIDDEN_BYTES``; more windows take more walks), and the logits of one batch of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcli.calibrate import Activations
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import NumericsError, RecipeError
+from quantcli.forward import Forward
+
+MAX_HIDDEN_BYTES = 4 << 30
+
+LOGITS_AT_ONCE = 1 << 23
+"""Logits of one model that are held at a time; their softmax is taken in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWalked:
+    """All windows of one walk have gone through one layer. ``relative_error``: ‖h−ĥ‖² / ‖h‖² of its output, with a baseline."""
+
+    name: str
+    index: int
+    n_layers: int
+    relative_error: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an evaluation found; natural logarithms throughout.
+
+    ``perplexity_stderr`` is perplexity · (standard error of the mean negative log-likelihood over tokens), as llama.cpp states it.
+    ``n_tokens``: predicted tokens. With a baseline: ``kld_*`` is KL(baseline ‖ model) over every position, ``top1_agreement`` the share
+    of positions where both hold the same token for the likeliest, ``layer_errors`` name → relative error of the hidden states.
+    """
+
+    perplexity: float
+    perplexity_stderr: float
+    n_tokens: int
+    seq_len: int
+    baseline_perplexity: float | None = None
+    kld_mean: float | None = None
+    kld_p99: float | None = None
+    kld_max: float | None = None
+    top1_agreement: float | None = None
+    layer_errors: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``quantcli eval --json``."""
+        keys = ["perplexity", "perplexity_stderr", "n_tokens", "seq_len"]
+        data: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        if self.baseline_perplexity is None:
+            return data
+        keys = ["baseline_perplexity", "kld_mean", "kld_p99", "kld_max", "top1_agreement"]
+        data |= {key: getattr(self, key) for key in keys}
+        return data | {"layers": [{"name": name, "relative_error": error} for name, error in self.layer_errors.items()]}
+
+
+def perplexity(checkpoint: Checkpoint, ids: Tensor, *, device: str = "cpu") -> Scores:
+    """Scores of ``checkpoint`` on token windows ``ids``: [n, T] int64; each predicts its tokens 1 … T−1."""
+    return _last(evaluate(checkpoint, ids, device=device))
+
+
+def compare(checkpoint: Checkpoint, baseline: Checkpoint, ids: Tensor, *, device: str = "cpu") -> Scores:
+    """Scores of ``checkpoint`` against ``baseline`` on token windows ``ids``: [n, T] int64."""
+    return _last(evaluate(checkpoint, ids, baseline=baseline, device=device))
+
+
+def evaluate(
+    checkpoint: Checkpoint, ids: Tensor, *, baseline: Checkpoint | None = None, device: str = "cpu"
+) -> Iterator[LayerWalked | Scores]:
+    """The walk behind :func:`perplexity` and :func:`compare`: an event for each layer, the scores last."""
+    if ids.shape[1] < 2:
+        raise RecipeError(f"windows of {ids.shape[1]} token leave nothing to predict; give a longer text or --seq-len")
+    models = [Forward(source, device=device) for source in (checkpoint, baseline) if source is not None]
+    if len(models) == 2:
+        _check_alike(*models)
+    tally = _Tally()
+    groups = _groups(ids, models[0].hidden_size * len(models))
+    n_layers = len(models[0].layers)
+    for g, group in enumerate(groups):
+        walked = [Activations.embed(model, group) for model in models]
+        for i, name in enumerate(models[0].layers):
+            started = time.perf_counter()
+            for model, activations in zip(models, walked, strict=True):
+                with model.layer(i) as layer:
+                    activations.advance(layer)
+            error = tally.add_layer(name, *(a.hidden for a in walked))
+            yield LayerWalked(name, g * n_layers + i, len(groups) * n_layers, error, time.perf_counter() - started)
+        for model, activations in zip(models, walked, strict=True):
+            activations.hidden = activations.hidden.to(model.device)
+        _score(tally, models, walked)
+    yield tally.scores(ids.shape[1])
+
+
+class _Tally:
+    """What the batches add up to: values of each token on the CPU in float64 (24 bytes a token)."""
+
+    def __init__(self) -> None:
+        self.nll: list[Tensor] = []
+        self.baseline_nll: list[Tensor] = []
+        self.kld: list[Tensor] = []
+        self.n_agreed = 0
+        self.layers: dict[str, tuple[float, float]] = {}  # ‖h−ĥ‖², ‖h‖²
+
+    def add_layer(self, name: str, hidden: Tensor, baseline: Tensor | None = None) -> float | None:
+        if baseline is None:
+            return None
+        error, total = self.layers.get(name, (0.0, 0.0))
+        for h, b in zip(hidden, baseline, strict=True):  # window by window: no third copy of the hidden states
+            error += float((h - b).square().sum(dtype=torch.float64))
+            total += float(b.square().sum(dtype=torch.float64))
+        self.layers[name] = (error, total)
+        return error / total if total else float(error > 0)
+
+    def add_tokens(self, logp: Tensor, targets: Tensor, baseline: Tensor | None = None) -> None:
+        """Log-probabilities [n, vocab] float64 of the positions before ``targets`` [k]: k is n, or n − 1 at the end of a window."""
+        k = len(targets)
+        self.nll.append(-logp[:k].gather(1, targets[:, None])[:, 0].cpu())
+        if baseline is None:
+            return
+        self.baseline_nll.append(-baseline[:k].gather(1, targets[:, None])[:, 0].cpu())
+        p = baseline.exp()
+        terms = torch.where(p > 0, p * (baseline - logp), 0.0)
+        self.kld.append(terms.sum(1).clamp_(min=0).cpu())
+        self.n_agreed += int((logp.argmax(1) == baseline.argmax(1)).sum())
+
+    def scores(self, seq_len: int) -> Scores:
+        nll = torch.cat(self.nll)
+        value = math.exp(nll.mean())
+        stderr = value * float(nll.std()) / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+        if not self.kld:
+            return Scores(value, stderr, len(nll), seq_len)
+        kld = torch.cat(self.kld).numpy()
+        return Scores(
+            value,
+            stderr,
+            len(nll),
+            seq_len,
+            baseline_perplexity=math.exp(torch.cat(self.baseline_nll).mean()),
+            kld_mean=float(kld.mean()),
+            kld_p99=float(np.quantile(kld, 0.99)),
+            kld_max=float(kld.max()),
+            top1_agreement=self.n_agreed / len(kld),
+            layer_errors={name: error / total if total else float(error > 0) for name, (error, total) in self.layers.items()},
+        )
+
+
+def _score(tally: _Tally, models: list[Forward], walked: list[Activations]) -> None:
+    """Logits of every position, a batch of tokens at a time, into ``tally``."""
+    step = max(1, LOGITS_AT_ONCE // models[0].vocab_size)
+    for i, ids in enumerate(walked[0].ids):
+        for t in range(0, len(ids), step):
+            logp = [_log_probabilities(m, a.hidden[i : i + 1, t : t + step]) for m, a in zip(models, walked, strict=True)]
+            tally.add_tokens(logp[0], ids[t + 1 : t + 1 + step].to(models[0].device), *logp[1:])
+
+
+def _log_probabilities(model: Forward, hidden: Tensor) -> Tensor:
+    """[n, vocab] float64 of ``hidden`` [1, n, hidden]. Raises :class:`NumericsError` for NaN."""
+    logits = model.head(hidden)[0]
+    if logits.isnan().any():
+        raise NumericsError(f"{model.checkpoint.source}: logits have NaN; check the output embedding and the final norm")
+    return torch.log_softmax(logits.double(), -1)
+
+
+def _groups(ids: Tensor, width: int) -> list[Tensor]:
+    """Windows [n, T] in groups whose hidden states, ``width`` floats a token, fit into MAX_HIDDEN_BYTES."""
+    size = max(1, MAX_HIDDEN_BYTES // (4 * width * ids.shape[1]))
+    return list(ids.split(size))
+
+
+def _check_alike(model: Forward, baseline: Forward) -> None:
+    """A model and its baseline have the same layers and vocabulary."""
+    for what in ("layers", "hidden_size", "vocab_size"):
+        got, expected = (len(v) if isinstance(v := getattr(m, what), tuple) else v for m in (model, baseline))
+        if got != expected:
+            raise RecipeError(
+                f"{model.checkpoint.source} cannot be compared with {baseline.checkpoint.source}: {what} is {got} in the one and "
+                f"{expected} in the other; give the model it was made from as --baseline"
+            )
+
+
+def _last(events: Iterator[LayerWalked | Scores]) -> Scores:
+    *_, scores = events
+    assert isinstance(scores, Scores)
+    return scores
