@@ -114,9 +114,14 @@ class Checkpoint(ABC):
         raise UnsupportedError(f"{self.kind} holds no quantized tensors")
 
     def sidecars(self) -> dict[str, Path]:
-        """The small files beside the weights that any copy of the model needs: tokenizer, templates, generation config, code, licence."""
+        """The small files beside the weights that any copy of the model needs: tokenizer, templates, generation config, code, licence.
+
+        Raises :class:`UnsupportedError` for a source that is a single file and has none to give.
+        """
         if not self.path.is_dir():
-            return {}
+            raise UnsupportedError(
+                f"{self.source}: a single file lacks the tokenizer's files of a Hugging Face folder; start from the folder"
+            )
         files = sorted({path for pattern in SIDECAR_PATTERNS for path in self.path.glob(pattern) if path.is_file()})
         named = {path.relative_to(self.path).as_posix(): path for path in files if path.stat().st_size <= MAX_SIDECAR_BYTES}
         return {name: path for name, path in named.items() if name not in FORMAT_FILES and not name.endswith(".index.json")}

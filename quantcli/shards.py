@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from quantcli.errors import CheckpointError
+from quantcli.errors import CheckpointError, NumericsError
 from quantcli.tensors import DTYPES, TensorSpec
 from quantcli.writer import FileLayout, Slot
 
@@ -283,6 +283,15 @@ def shown(value: Any) -> str:
 
 def fail(path: Path, what: str) -> NoReturn:
     raise CheckpointError(f"{path}: {what}")
+
+
+def stored_as(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """``tensor`` in the dtype of its file. Raises :class:`NumericsError` when a finite value does not fit it."""
+    out = tensor.to(DTYPES[dtype])
+    if out.dtype != tensor.dtype and out.is_floating_point() and out.isinf().sum() > tensor.isinf().sum():
+        largest = float(tensor[tensor.isfinite()].abs().max())
+        raise NumericsError(f"{name}: a value of magnitude {largest:.3g} does not fit {dtype}; use bf16 or f32")
+    return out
 
 
 def layout(specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[list[FileLayout], dict[str, bytes]]:

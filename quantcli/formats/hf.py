@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint, read_config
-from quantcli.errors import NumericsError, UnsupportedError
-from quantcli.shards import MAX_SHARD_BYTES, Shards, layout, open_folder
+from quantcli.errors import UnsupportedError
+from quantcli.shards import MAX_SHARD_BYTES, Shards, layout, open_folder, stored_as
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 from quantcli.writer import Writer
 
@@ -83,14 +83,10 @@ def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[T
 
 
 def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
-    """``tensor`` as it is stored. Raises :class:`NumericsError` when a finite value does not fit the dtype."""
+    """``tensor`` as it is stored."""
     if isinstance(tensor, QuantizedTensor):
         return {name: tensor.parts["data"]}
-    out = tensor.to(DTYPES[context.dtypes[name]])
-    if out.dtype != tensor.dtype and out.isinf().sum() > tensor.isinf().sum():
-        largest = float(tensor[tensor.isfinite()].abs().max())
-        raise NumericsError(f"{name}: a value of magnitude {largest:.3g} does not fit {context.dtypes[name]}; use bf16 or f32")
-    return {name: out}
+    return {name: stored_as(name, tensor, context.dtypes[name])}
 
 
 def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:

@@ -1,0 +1,103 @@
+"""The words of GPTQ's ``quantization_config``: how they are found and believed, and how they are written for each reader."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantcli import __version__
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import UnsupportedError
+from quantcli.shards import read_json, shown
+from quantcli.tensors import Scheme
+
+V1, V2 = "gptq", "gptq_v2"
+LEGACY_CONFIG = "quantize_config.json"
+
+
+def is_gptq(words: Any, *, unnamed: bool) -> bool:
+    """Whether ``words`` name GPTQ; ``unnamed``: what to say of words with bits and no method, as AutoGPTQ wrote them."""
+    if not isinstance(words, dict):
+        return False
+    method = words.get("quant_method")
+    return unnamed and "bits" in words if method is None else str(method).lower() == "gptq"
+
+
+def legacy_words(path: Path) -> Any:
+    file = path / LEGACY_CONFIG
+    return read_json(file, unique=False) if file.is_file() else None
+
+
+def declared_version(path: Path, words: Mapping[str, Any]) -> str:
+    """ "gptq" (v1) or "gptq_v2"; :class:`UnsupportedError` for GPTQ in an engine's private layout."""
+    version = words.get("checkpoint_format") or words.get("format") or V1
+    if version not in (V1, V2) or words.get("is_marlin_format"):
+        shape = "marlin" if words.get("is_marlin_format") else version
+        raise UnsupportedError(f"{path}: checkpoint_format {shown(shape)} is an engine's own layout; quantcli reads {V1} and {V2}")
+    return str(version)
+
+
+def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """``quantization_config``: the commonest scheme, and what differs from it in each reader's own words."""
+    settings = {name: module_settings(scheme) for name, scheme in coded.items()}
+    (common, _), *_ = Counter(settings.values()).most_common()
+    main = dict(common)
+    words: dict[str, Any] = {
+        "quant_method": "gptq",
+        **main,
+        "desc_act": any(scheme.get("desc_act", False) for scheme in coded.values()),
+        "act_group_aware": False,  # transformers' default is true
+        "lm_head": "lm_head.weight" in coded,
+        "checkpoint_format": version,
+        "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": dict(metadata)},
+    }
+    for key in ("damp_percent", "true_sequential"):
+        if key in metadata:
+            words[key] = metadata[key]
+    dynamic = {f"+:{exactly(name)}": dict(own) for name, own in settings.items() if own != common}
+    if left := dense_linears(source, coded):
+        # vLLM and optimum take the list of what is quantized, GPTQModel the patterns of what is not.
+        words["modules_in_block_to_quantize"] = [module_suffixes(coded, left)]
+        dynamic |= {f"-:{exactly(name)}": {} for name in left}
+    if dynamic:
+        words["dynamic"] = dynamic
+    return words
+
+
+def module_settings(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
+    """What ``dynamic`` may set for one module."""
+    return tuple((key, scheme.get(key, default)) for key, default in (("bits", 4), ("group_size", 128), ("sym", True)))
+
+
+def exactly(name: str) -> str:
+    """The pattern of one module."""
+    return f"^{re.escape(module_of(name))}$"
+
+
+def module_of(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def dense_linears(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
+    """Matrices that stay dense inside the numbered blocks, where readers expect every linear to be quantized."""
+    blocks = {split_block(name)[0] for name in coded} - {""}
+    dense = (spec for name, spec in source.specs.items() if name.endswith(".weight") and name not in coded and len(spec.shape) == 2)
+    return [spec.name for spec in dense if split_block(spec.name)[0] in blocks]
+
+
+def split_block(name: str) -> tuple[str, str]:
+    """("model.layers", "self_attn.q_proj") of "model.layers.3.self_attn.q_proj.weight"; ("", module) outside of blocks."""
+    match = re.fullmatch(r"(.*?)\.\d+\.(.+)", module_of(name))
+    return (match[1], match[2]) if match else ("", module_of(name))
+
+
+def module_suffixes(coded: Mapping[str, Scheme], left: Sequence[str]) -> list[str]:
+    """The quantized modules by their names inside a block; in full where a name is quantized in one block and dense in another."""
+    inside = [name for name in coded if split_block(name)[0]]
+    dense = {split_block(name)[1] for name in left}
+    if dense.isdisjoint(split_block(name)[1] for name in inside):
+        return sorted({split_block(name)[1] for name in inside})
+    return sorted(module_of(name) for name in inside)

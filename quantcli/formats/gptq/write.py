@@ -1,0 +1,130 @@
+"""Writing GPTQ folders: the file tensors of a quantized weight, and the shapes that readers refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_of, quantization_words
+from quantcli.formats.gptq.read import BITS, natural_groups
+from quantcli.ops.bits import codes_per_run, pack_bits
+from quantcli.qtypes import int as int_qtype
+from quantcli.registry import find
+from quantcli.shards import MAX_SHARD_BYTES, layout, stored_as
+from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+from quantcli.writer import Writer
+
+DENSE_QTYPES = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What writing needs to know: the format's version, the dtypes of what stays dense, and the files beside the weights."""
+
+    version: str
+    dtypes: Mapping[str, str]
+    sidecars: Mapping[str, bytes | Path]
+    max_shard_bytes: int
+
+
+def supports(scheme: Scheme) -> bool:
+    return scheme.qtype in DENSE_QTYPES or (scheme.qtype == "int" and scheme.get("bits", 4) in BITS)
+
+
+def context(
+    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Context:
+    """How ``source`` is written with ``schemes``. ``metadata`` (JSON: how the model was made) goes into ``meta.quantcli``."""
+    coded = {name: scheme for name, scheme in schemes.items() if scheme.qtype == "int"}
+    if not coded:
+        raise RecipeError(f"{source.source}: no tensor is quantized to integers, so there is nothing to write as GPTQ; use --format hf")
+    version = V1 if all(scheme.get("sym", True) for scheme in coded.values()) else V2
+    words = quantization_words(source, coded, version, metadata)
+    config = {**source.config, "quantization_config": words}
+    sidecars: dict[str, bytes | Path] = {"config.json": as_json(config), LEGACY_CONFIG: as_json(words), **source.sidecars()}
+    dtypes = {name: spec.dtype for name, spec in source.specs.items()}
+    return Context(version, dtypes, sidecars, max_shard_bytes)
+
+
+def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
+    """The file tensors of ``spec``; :class:`RecipeError` when a reader would refuse its shape."""
+    if scheme is None:
+        return [TensorSpec.dense(spec.name, context.dtypes[spec.name], spec.shape)]
+    if scheme.qtype in DENSE_QTYPES:
+        data = find("qtypes", scheme.qtype).layout(spec.shape, scheme)["data"]
+        return [TensorSpec.dense(spec.name, data.dtype, spec.shape)]
+    if not supports(scheme):
+        raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as GPTQ, which holds integers of 2, 3, 4 and 8 bits")
+    check_shape(spec, scheme)
+    out, n_in = spec.shape
+    bits, n_groups, module = scheme.get("bits", 4), n_in // group_size_in(scheme, n_in), module_of(spec.name)
+    return [
+        TensorSpec.dense(f"{module}.qweight", "I32", (n_in * bits // 32, out)),
+        TensorSpec.dense(f"{module}.qzeros", "I32", (n_groups, out * bits // 32)),
+        TensorSpec.dense(f"{module}.scales", "F16", (n_groups, out)),
+        TensorSpec.dense(f"{module}.g_idx", "I32", (n_in,)),
+    ]
+
+
+def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
+    """Readers take matrices named ``.weight`` whose two sides fill whole words."""
+    if not spec.name.endswith(".weight"):
+        raise RecipeError(f"{spec.name}: GPTQ stores linears, whose tensor is named <module>.weight; exclude this one")
+    try:
+        int_qtype.layout(spec.shape, scheme)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("weight:", f"{spec.name}:", 1)) from None
+    run = codes_per_run(scheme.get("bits", 4))
+    for side, size in zip(("out_features", "in_features"), spec.shape, strict=True):
+        if size % run:
+            raise RecipeError(
+                f"{spec.name}: {side} {size} is not a multiple of {run}, which {scheme} needs to fill 32-bit words; exclude it"
+            )
+
+
+def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
+    """``tensor`` as its file tensors. A symmetric one must have its one zero point: v1 has no other, and vLLM's Marlin reads none."""
+    if not isinstance(tensor, QuantizedTensor):
+        return {name: stored_as(name, tensor, context.dtypes[name])}
+    if tensor.scheme.qtype in DENSE_QTYPES:
+        return {name: tensor.parts["data"]}
+    bits, sym = tensor.scheme.get("bits", 4), tensor.scheme.get("sym", True)
+    codes, scale, zero = (tensor.parts[part] for part in ("codes", "scale", "zero"))
+    if sym and bool((zero != 2 ** (bits - 1)).any()):
+        raise ValueError(f"{name}: {tensor.scheme} is symmetric, and a zero point is not {2 ** (bits - 1)}")
+    if not sym and context.version == V1:
+        raise ValueError(f"{name}: {tensor.scheme} in a v1 file; the context was made from other schemes")
+    n_in = tensor.shape[1]
+    groups = tensor.parts.get("g_idx")
+    module = module_of(name)
+    return {
+        f"{module}.qweight": pack_bits(codes.contiguous(), bits).T.contiguous(),
+        f"{module}.qzeros": pack_bits((zero - 1 if context.version == V1 else zero).T.contiguous(), bits),
+        f"{module}.scales": stored_as(f"{module}.scales", scale, "F16").T.contiguous(),
+        f"{module}.g_idx": natural_groups(n_in, group_size_in(tensor.scheme, n_in)) if groups is None else groups.to(torch.int32),
+    }
+
+
+def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
+    """A declared writer of the folder ``path``."""
+    files, index = layout(outputs, max_shard_bytes=context.max_shard_bytes)
+    out = Writer(path, overwrite=overwrite)
+    out.declare(files, {**context.sidecars, **index})
+    return out
+
+
+def group_size_in(scheme: Scheme, n_in: int) -> int:
+    group_size = int(scheme.get("group_size", 128))
+    return n_in if group_size == -1 else group_size
+
+
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
