@@ -1,0 +1,56 @@
+"""quantcli calibrate: one measurement of a model's activations that serves every calibrated method."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantcli.cli import options
+from quantcli.cli.console import Console, count
+
+
+def command(
+    source: options.Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The statistics file to write (.safetensors).")],
+    dataset: options.Dataset = None,
+    samples: options.Samples = 128,
+    seq_len: options.SeqLen = 2048,
+    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Gather H, which gptq needs; without it the file is tiny.")] = True,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Run text through a model and keep what its linears read."""
+    from quantcli import calibrate
+    from quantcli.checkpoint import Checkpoint
+    from quantcli.forward import tokenizer
+    from quantcli.writer import check_replaceable
+
+    console = Console(json, quiet, verbose)
+    started = time.perf_counter()
+    torch_device = options.set_up_device(device, threads)
+    check_replaceable(output.resolve(), overwrite=overwrite, folder=False)
+    n_taps = 0
+    with Checkpoint.open(source) as checkpoint:
+        windows = calibrate.windows_of(dataset or [], tokenizer(checkpoint), samples or 128, seq_len or 2048, seed, note=console.note)
+        events = calibrate.calibrate(checkpoint, windows, output, hessian=hessian, device=torch_device, overwrite=overwrite)
+        with console.progress("embedding the text") as progress:
+            for event in events:
+                n_taps += event.n_taps
+                progress.step(event.index, event.n_layers, f"{event.name}  {event.n_taps} taps  {event.seconds:.1f} s")
+    data = {
+        "stats": str(output),
+        "n_samples": windows.shape[0],
+        "n_tokens": windows.numel(),
+        "taps": n_taps,
+        "dataset_sha256": calibrate.sha256(windows),
+        "seconds": time.perf_counter() - started,
+    }
+    console.result(data, [f"{output}", f"{n_taps} taps measured on {count(windows.numel())} tokens in {data['seconds']:.1f} s"])

@@ -1,0 +1,95 @@
+"""quantcli eval: how good a model is, and how far from its original."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantcli.cli import options
+from quantcli.cli.console import Console, size
+from quantcli.errors import GateError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.checkpoint import Checkpoint
+
+
+def command(
+    source: options.Source,
+    baseline: Annotated[str | None, typer.Option(help="The model it was made from: adds KL divergence and top-1 agreement.")] = None,
+    dataset: options.Dataset = None,
+    samples: options.Samples = 64,
+    seq_len: options.SeqLen = 512,
+    max_perplexity: Annotated[float | None, typer.Option(help="Exit with code 9 above this perplexity.")] = None,
+    max_kld: Annotated[float | None, typer.Option(help="Exit with code 9 above this mean KL divergence.")] = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure perplexity, and with --baseline KL divergence and top-1 agreement."""
+    from contextlib import ExitStack
+
+    from quantcli import evaluate
+    from quantcli.checkpoint import Checkpoint
+
+    if max_kld is not None and baseline is None:
+        raise RecipeError("--max-kld needs --baseline: the divergence from what?")
+    console = Console(json, quiet, verbose)
+    torch_device = options.set_up_device(device, threads)
+    scores: evaluate.Scores | None = None
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint.open(source))
+        original = stack.enter_context(Checkpoint.open(baseline)) if baseline else None
+        windows = read_windows(console, original or checkpoint, dataset or [], samples, seq_len or 512)
+        with console.progress("evaluating") as progress:
+            for event in evaluate.evaluate(checkpoint, windows, baseline=original, device=torch_device):
+                if isinstance(event, evaluate.Scores):
+                    scores = event
+                else:
+                    error = "" if event.relative_error is None else f"  error {event.relative_error:.2e}"
+                    progress.step(event.index, event.n_layers, f"{event.name}{error}  {event.seconds:.1f} s")
+        n_bytes = sum(spec.nbytes for spec in checkpoint.specs.values())
+        n_params = sum(spec.n_elements for spec in (original or checkpoint).specs.values())
+    assert scores is not None
+    data = {**scores.to_dict(), "n_bytes": n_bytes, "bpw": 8 * n_bytes / n_params}
+    console.result(data, render(data))
+    check_gates(scores, max_perplexity, max_kld)
+
+
+def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], samples: int | None, seq_len: int) -> Tensor:
+    """The first windows of the texts, in order; by default of a text that calibration does not use."""
+    from quantcli import texts
+    from quantcli.forward import tokenizer
+
+    if not datasets:
+        console.note("measuring on docstrings of CPython's standard library; give --dataset with text of your own domain")
+    text = "\n\n".join(texts.read(word) for word in datasets) if datasets else texts.default_eval_text()
+    return texts.eval_windows(text, tokenizer(checkpoint), n_samples=samples, seq_len=seq_len)
+
+
+def render(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"perplexity      {data['perplexity']:.4f} +- {data['perplexity_stderr']:.4f} over {data['n_tokens']} tokens",
+        f"size            {size(data['n_bytes'])}, {data['bpw']:.3f} bits per weight",
+    ]
+    if "kld_mean" not in data:
+        return lines
+    return [
+        lines[0],
+        f"baseline        {data['baseline_perplexity']:.4f}",
+        f"KL divergence   mean {data['kld_mean']:.5f}, 99 % {data['kld_p99']:.5f}, max {data['kld_max']:.3f}",
+        f"top-1 agreement {data['top1_agreement']:.2%}",
+        lines[1],
+    ]
+
+
+def check_gates(scores: Any, max_perplexity: float | None, max_kld: float | None) -> None:
+    """Raise :class:`GateError` for the first gate that was missed."""
+    if max_perplexity is not None and not scores.perplexity <= max_perplexity:
+        raise GateError(f"perplexity {scores.perplexity:.4f} is above --max-perplexity {max_perplexity}")
+    if max_kld is not None and not scores.kld_mean <= max_kld:
+        raise GateError(f"mean KL divergence {scores.kld_mean:.5f} is above --max-kld {max_kld}")
