@@ -90,4 +90,5 @@ NB_MODULE(_kernels, m) {
           "The instruction sets this machine can run, best last; with those that only tests use.");
     m.def("set_threads", &set_threads, nb::arg("n"));
     register_blocks(m);
+    register_solve(m);
 }

@@ -36,5 +36,6 @@ bool on_cuda(const Array& array);
 void require_ok(const char* op, Status status);
 
 void register_blocks(nb::module_& m);
+void register_solve(nb::module_& m);
 
 }  // namespace quantcli

@@ -11,6 +11,7 @@
 
 #ifdef __CUDACC__
 #define QC_FN static __device__ __forceinline__
+#define QC_CALL static __device__ __noinline__
 #define QC_UNROLL(n) _Pragma("unroll")
 #ifndef QC_ISA
 #define QC_ISA cuda
@@ -18,6 +19,7 @@
 #else
 #include <cmath>
 #define QC_FN static inline __attribute__((always_inline))
+#define QC_CALL static __attribute__((noinline))  // for what is called from several places: lanes by reference, never by value
 #define QC_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
 #define QC_UNROLL(n) QC_PRAGMA(clang loop unroll_count(n))
@@ -45,6 +47,7 @@ QC_FN F from_bits(I x) { return __int_as_float(x); }
 QC_FN F to_float(I x) { return static_cast<float>(x); }
 QC_FN I shift_right_logical(I x, int n) { return static_cast<I>(static_cast<uint32_t>(x) >> n); }
 QC_FN bool any(Mask m) { return m; }
+QC_FN bool all(Mask m) { return m; }
 QC_FN F square_root(F x) { return __fsqrt_rn(x); }
 /// Truncation towards zero; NaN and values outside int32 give INT32_MIN, as on x86 (and so in ggml's files).
 QC_FN I truncate(F x) { return fabsf(x) < 2147483648.0f ? static_cast<I>(x) : INT32_MIN; }
@@ -77,6 +80,8 @@ QC_FN bool any(Mask m) {
     return found != 0;
 #endif
 }
+
+QC_FN bool all(Mask m) { return !any(~m); }
 
 QC_FN F square_root(F x) {
 #if defined(__AVX512F__) && QC_LANES == 16

@@ -19,6 +19,7 @@ struct Found {
     Params params;
     F inverse[16];
     F origin[8];
+    bool is_weighted;
 };
 
 /// Four codes as the bytes of one little-endian word.

@@ -1,4 +1,8 @@
 // Drivers of the block types: kLanes consecutive blocks at a time go through the text of blocks/*.h, on all threads.
+#include "../blocks/q4_0.h"
+#include "../blocks/q4_k.h"
+#include "../blocks/q5_k.h"
+#include "../blocks/q6_k.h"
 #include "../blocks/q8_0.h"
 #include "lanes.h"
 #include "threads.h"
@@ -46,7 +50,7 @@ QC_FN void runs_of(T* data, const Group& group, int64_t n, T** runs) {
 }
 
 template <class T, class S>
-QC_FN void load_weights(const S* W, const Group& group, F* x) {
+QC_CALL void load_weights(const S* W, const Group& group, F* x) {
     const S* runs[kLanes];
     runs_of(W, group, T::kBlock, runs);
     load_runs(runs, T::kBlock, x);
@@ -54,7 +58,7 @@ QC_FN void load_weights(const S* W, const Group& group, F* x) {
 
 /// The importance of each lane's inputs: block b covers inputs (b mod blocks_per_row) · kBlock and on.
 template <class T>
-QC_FN void load_importance(const float* importance, const Group& group, int64_t blocks_per_row, F* x) {
+QC_CALL void load_importance(const float* importance, const Group& group, int64_t blocks_per_row, F* x) {
     const float* runs[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) runs[lane] = importance + group.block[lane] % blocks_per_row * T::kBlock;
     load_runs(runs, T::kBlock, x);
@@ -85,6 +89,18 @@ void row_powers(const S* W, int64_t rows, int64_t cols, float* powers) {
     });
 }
 
+// One copy of each text, whatever the op and the float type that lead to it.
+
+template <class T>
+QC_CALL void search_lanes(const F* x, const F* importance, const F& power, Found& found) {
+    T::search(x, importance, power, found);
+}
+
+template <class T>
+QC_CALL void encode_lanes(const F* x, const Found& found, I* codes) {
+    T::encode(x, found, codes);
+}
+
 /// The search of every lane group; done(group, x, found) takes what it found.
 template <class T, class S, class Done>
 void search_all(const S* W, int64_t rows, int64_t cols, const float* importance, const Done& done) {
@@ -100,7 +116,7 @@ void search_all(const S* W, int64_t rows, int64_t cols, const float* importance,
         if (weighted) load_importance<T>(importance, group, blocks_per_row, wanted);
         for (int lane = 0; powers.data && lane < kLanes; ++lane) power[lane] = powers.data[group.block[lane] / blocks_per_row];
         Found found;
-        T::search(x, weighted ? wanted : nullptr, power, found);
+        search_lanes<T>(x, weighted ? wanted : nullptr, power, found);
         done(group, x, found);
     });
 }
@@ -113,7 +129,7 @@ void put_halves(I values, uint8_t* const* at, int n_lanes) {
 }
 
 template <class T>
-QC_FN void store_blocks(const I* codes, const Params& params, const Group& group, uint8_t* blocks) {
+QC_CALL void store_blocks(const I* codes, const Params& params, const Group& group, uint8_t* blocks) {
     I words[T::kWords];
     T::pack(codes, params, words);
     uint8_t* runs[kLanes];
@@ -136,7 +152,7 @@ I get_halves(const uint8_t* const* at) {
 }
 
 template <class T>
-QC_FN void load_blocks(const uint8_t* blocks, const Group& group, I* codes, Params& params) {
+QC_CALL void load_blocks(const uint8_t* blocks, const Group& group, I* codes, Params& params) {
     const uint8_t* runs[kLanes];
     runs_of(blocks, group, T::kBytes, runs);
     if constexpr (T::kHead) params.d = get_halves(runs);
@@ -185,7 +201,7 @@ void quantize_blocks(Weights W, const float* importance, uint8_t* blocks) {
         const auto* data = static_cast<const decltype(element)*>(W.data);
         search_all<T>(data, W.rows, W.cols, importance, [&](const Group& group, const F* x, const Found& found) {
             I codes[T::kBlock];
-            T::encode(x, found, codes);
+            encode_lanes<T>(x, found, codes);
             store_blocks<T>(codes, found.params, group, blocks);
         });
     });
@@ -245,7 +261,17 @@ Status with_text(Kind kind, const Body& body) {
         case Kind::q8_0:
             body(Q8_0{});
             break;
-        default:
+        case Kind::q4_0:
+            body(Q4_0{});
+            break;
+        case Kind::q4_k:
+            body(Q4_K{});
+            break;
+        case Kind::q5_k:
+            body(Q5_K{});
+            break;
+        case Kind::q6_k:
+            body(Q6_K{});
             break;
     }
     return kOk;

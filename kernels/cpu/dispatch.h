@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../api.h"
+#include "../solve.h"
 
 namespace quantcli {
 
@@ -14,6 +15,7 @@ struct InstructionSet {
     bool supported;  // by this machine and its operating system
     bool hidden;     // only for tests: never chosen unless named
     const BlockOps* blocks;
+    const SolveOps* solve;
 };
 
 const std::vector<InstructionSet>& instruction_sets();

@@ -1,0 +1,145 @@
+// What Q4_K and Q5_K share: 8 sub-blocks of 32 weights, w = (d·scale)·q − (dmin·min), 6-bit scales and minima in 12 bytes.
+//
+//   byte j of the 12:   scale[j] | scale[j+4] high 2 bits << 6        j = 0 … 3
+//   byte j + 4:         min[j] | min[j+4] high 2 bits << 6
+//   byte j + 8:         scale[j+4] low 4 bits | min[j+4] low 4 bits << 4
+#pragma once
+
+#include "search.h"
+
+namespace quantcli::QC_ISA {
+
+/// kMax is the largest code; plain and weighted searches have their own spacing (first, step, count).
+template <int kMax, int kPlainSteps>
+struct AffineK {
+    static constexpr int kBlock = 256, kSub = 32, kSubs = 8;
+    static constexpr int kHead = 0, kTail = 0;
+    static constexpr bool kHasScales = true, kHasMin = true, kWeighted = true, kRowPower = false;
+
+    /// words[0 … 3]: d, dmin and the 12 bytes of scales and minima, given as ggml's bytes (low 8 bits).
+    QC_FN void pack_params(const Params& params, I* words) {
+        I low[4], high[4], split[4];
+        for (int j = 0; j < 4; ++j) {
+            low[j] = params.scale[j] | shift_right_logical(params.scale[j + 4], 4) << 6;
+            high[j] = params.min[j] | shift_right_logical(params.min[j + 4], 4) << 6;
+            split[j] = (params.scale[j + 4] & 15) | (params.min[j + 4] & 15) << 4;
+        }
+        words[0] = (params.d & 0xffff) | params.dmin << 16;
+        words[1] = bytes_of(low[0], low[1], low[2], low[3]);
+        words[2] = bytes_of(high[0], high[1], high[2], high[3]);
+        words[3] = bytes_of(split[0], split[1], split[2], split[3]);
+    }
+
+    QC_FN void unpack_params(const I* words, Params& params) {
+        params.d = words[0] & 0xffff;
+        params.dmin = shift_right_logical(words[0], 16);
+        for (int j = 0; j < 4; ++j) {
+            const I low = byte_at(words[1], j), high = byte_at(words[2], j), split = byte_at(words[3], j);
+            params.scale[j] = low & 63;
+            params.min[j] = high & 63;
+            params.scale[j + 4] = (split & 15) | shift_right_logical(low, 6) << 4;
+            params.min[j + 4] = shift_right_logical(split, 4) | shift_right_logical(high, 6) << 4;
+        }
+    }
+
+    QC_FN void search(const F* x, const F* importance, F, Found& found) {
+        if (importance)
+            search_weighted(x, importance, found);
+        else
+            search_plain(x, found);
+        // What is stored is what counts: ggml ORs bytes that it does not always clip.
+        I words[4];
+        pack_params(found.params, words);
+        unpack_params(words, found.params);
+    }
+
+    QC_FN void search_plain(const F* x, Found& found) {
+        F scale[kSubs], min[kSubs];
+        F max_scale = splat(0.0f), max_min = splat(0.0f);
+        for (int j = 0; j < kSubs; ++j) {
+            const F* sub = x + kSub * j;
+            F w[kSub];
+            F power = splat(0.0f);
+            for (int i = 0; i < kSub; ++i) power += sub[i] * sub[i];
+            const F rms = square_root(power / 32.0f);
+            for (int i = 0; i < kSub; ++i) w[i] = rms + absolute(sub[i]);
+            constexpr float kFirst = kMax == 15 ? -1.0f : -0.5f;
+            Line line;
+            search_line<kSub, kMax>(sub, w, kFirst, 0.1f, kPlainSteps, line);
+            keep(line, j, found, scale, min);
+            max_scale = QC_ISA::max(scale[j], max_scale);
+            max_min = QC_ISA::max(min[j], max_min);
+        }
+        const F inverse_scale = select(max_scale > 0.0f, 63.0f / max_scale, splat(0.0f));
+        const F inverse_min = select(max_min > 0.0f, 63.0f / max_min, splat(0.0f));
+        for (int j = 0; j < kSubs; ++j) {
+            found.params.scale[j] = QC_ISA::min(nearest_int(inverse_scale * scale[j]) & 255, splat_int(63));
+            found.params.min[j] = QC_ISA::min(nearest_int(inverse_min * min[j]) & 255, splat_int(63));
+        }
+        found.params.d = to_half(max_scale / 63.0f);
+        found.params.dmin = to_half(max_min / 63.0f);
+    }
+
+    QC_FN void search_weighted(const F* x, const F* importance, Found& found) {
+        F power = splat(0.0f);
+        for (int i = 0; i < kBlock; ++i) power += x[i] * x[i];
+        power = 2.0f * power / 256.0f;
+        F scale[kSubs], min[kSubs], total[kSubs];
+        for (int j = 0; j < kSubs; ++j) {
+            const F* sub = x + kSub * j;
+            F w[kSub];
+            total[j] = splat(0.0f);
+            for (int i = 0; i < kSub; ++i) w[i] = importance[kSub * j + i] * square_root(power + sub[i] * sub[i]);
+            for (int i = 0; i < kSub; ++i) total[j] += w[i];
+            Line line;
+            search_line<kSub, kMax>(sub, w, -0.9f, 0.05f, 36, line);
+            keep(line, j, found, scale, min);
+        }
+        F d, dmin;
+        search_scales(scale, total, found.params.scale, d);
+        search_scales(min, total, found.params.min, dmin);
+        found.params.d = to_half(d);
+        found.params.dmin = to_half(dmin);
+        if (kMax == 31) {  // ggml clips here for Q5_K alone
+            for (int j = 0; j < kSubs; ++j) {
+                found.params.scale[j] = QC_ISA::min(found.params.scale[j], splat_int(63));
+                found.params.min[j] = QC_ISA::min(found.params.min[j], splat_int(63));
+            }
+        }
+    }
+
+    QC_FN void keep(const Line& line, int j, Found& found, F* scale, F* min) {
+        scale[j] = line.scale;
+        min[j] = negate(line.min);
+        found.inverse[j] = line.inverse;
+        found.origin[j] = line.origin;
+    }
+
+    QC_FN void encode(const F* x, const Found& found, I* codes) {
+        const F d = from_half(found.params.d), dmin = from_half(found.params.dmin);
+        for (int j = 0; j < kSubs; ++j) {
+            const F scale = d * to_float(found.params.scale[j]);
+            const F min = dmin * to_float(found.params.min[j]);
+            const Mask vanished = scale == 0.0f;  // ggml then keeps the codes of its search
+            for (int i = kSub * j; i < kSub * (j + 1); ++i) codes[i] = clamp_code(nearest_int((x[i] + min) / scale));
+            if (!any(vanished)) continue;
+            for (int i = kSub * j; i < kSub * (j + 1); ++i) {
+                const I searched = clamp_code(nearest_int(found.inverse[j] * (x[i] - found.origin[j])));
+                codes[i] = select(vanished, searched, codes[i]);
+            }
+        }
+    }
+
+    QC_FN I clamp_code(I code) { return QC_ISA::max(QC_ISA::min(code, splat_int(kMax)), splat_int(0)); }
+
+    QC_FN void decode(const I* codes, const Params& params, F* x) {
+        const F d = from_half(params.d), dmin = from_half(params.dmin);
+        for (int j = 0; j < kSubs; ++j) {
+            const F scale = d * to_float(params.scale[j]);
+            const F min = dmin * to_float(params.min[j]);
+            for (int i = kSub * j; i < kSub * (j + 1); ++i) x[i] = scale * to_float(codes[i]) - min;
+        }
+    }
+};
+
+}  // namespace quantcli::QC_ISA

@@ -1,0 +1,49 @@
+// The ops that solvers need, as every instruction set and CUDA offer them.
+#pragma once
+
+#include "api.h"
+
+namespace quantcli {
+
+/// A group fit: `group_size` divides cols; `importance` [cols] is at most 1; scale, zero are [rows, cols / group_size].
+struct AffineFit {
+    const float* W;
+    const float* importance;
+    int64_t rows, cols, group_size;
+    int bits;
+    bool sym, search;
+    float* scale;
+    int32_t* zero;
+};
+
+/// A GPTQ chunk: W, E, codes [rows, n], U [n, n], scale, offset [rows, n_groups] (offset null is 0), group [n]; book [hi + 1] with mids
+/// [hi] between its entries, or both null. Codes are bytes, signed or not as lo … hi demands.
+struct GptqChunk {
+    const float* W;
+    const float* U;
+    const float* scale;
+    const float* offset;
+    const int32_t* group;
+    const float* book;
+    const float* mids;
+    int64_t rows, n, n_groups;
+    int lo, hi;
+    uint8_t* codes;
+    float* E;
+};
+
+/// Dense bits: codes [rows, n], words [rows, n · bits / 32].
+struct DenseBits {
+    int64_t rows, n;
+    int bits;
+};
+
+/// `stream` is a cudaStream_t; the CPU ignores it.
+struct SolveOps {
+    Status (*fit_affine)(const AffineFit&, void* stream);
+    Status (*gptq_chunk)(const GptqChunk&, void* stream);
+    Status (*pack_bits)(const DenseBits&, const uint8_t* codes, uint32_t* words, void* stream);
+    Status (*unpack_bits)(const DenseBits&, const uint32_t* words, uint8_t* codes, void* stream);
+};
+
+}  // namespace quantcli
