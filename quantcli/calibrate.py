@@ -53,7 +53,8 @@ HEAD = "lm_head"
 class StatsMeter:
     """Gathers :class:`Stats` of one tap over batches of its input.
 
-    Per batch X is float32; H is summed in float32 (one GEMM a batch added to it), the rest in float64. Cost: n_tokens · in² operations.
+    X is taken in float32; H is summed in float32 (each batch's product, then their sum), the rest in float64. Cost: n_tokens · in²
+    multiplications.
     """
 
     def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu") -> None:
@@ -73,7 +74,8 @@ class StatsMeter:
             self._squares += X.square().sum(0)
             return
         for a in range(0, len(self._H), BLOCK):
-            self._H[a : a + BLOCK, a:].addmm_(X[:, a : a + BLOCK].T, X[:, a:])
+            # Not addmm_: its kernel would add every product to the large running sum and lose the small ones.
+            self._H[a : a + BLOCK, a:] += X[:, a : a + BLOCK].T @ X[:, a:]
 
     def stats(self) -> Stats:
         """The means so far. The meter's H is handed over: it cannot gather more."""
@@ -81,7 +83,8 @@ class StatsMeter:
         H, self._H = self._H, None
         if H is not None:
             for a in range(0, len(H), BLOCK):
-                H[a + BLOCK :, a : a + BLOCK] = H[a : a + BLOCK, a + BLOCK :].T
+                H[a : a + BLOCK, a : a + BLOCK].triu_()
+                H[a:, a : a + BLOCK] += H[a : a + BLOCK, a:].T.tril(-1)
             H /= n
         importance = (self._squares / n).float() if H is None else H.diagonal().clone()
         return Stats(importance=importance, absmax=self._absmax, mean=(self._sum / n).float(), n_tokens=self._n_tokens, H=H)
