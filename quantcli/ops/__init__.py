@@ -3,17 +3,24 @@
 Each op lives in one file of this package with its ``_reference`` twin; both give the same result, bit for bit, on every instruction set.
 """
 
+from quantcli.ops.affine import fit_affine
+from quantcli.ops.bits import pack_bits, unpack_bits
 from quantcli.ops.blocks import dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks, unpack_blocks
 from quantcli.ops.dispatch import active, available, set_threads, use
+from quantcli.ops.solve import gptq_chunk
 
 __all__ = [
     "active",
     "available",
     "dequantize_blocks",
+    "fit_affine",
     "fit_blocks",
+    "gptq_chunk",
+    "pack_bits",
     "pack_blocks",
     "quantize_blocks",
     "set_threads",
+    "unpack_bits",
     "unpack_blocks",
     "use",
 ]

@@ -11,7 +11,7 @@ min–max, GPTQ's own convention (range widened to hold 0)::
 search, minimizing the measure Σ_j importance_j·(w_j − ŵ_j)², from the min–max grid on, so that it is never worse under that measure:
 
 1. *shrink*: symmetric: 40 scales below max|w| / (2^(bits−1) − 1), in steps of 2 %; asymmetric: 10 × 10 pairs of factors on the two ends;
-2. *move* (asymmetric): zero points −2 … 2 and scales −10 … 10 % around the best;
+2. *move* (asymmetric): zero points −2 … 2 and scales −20 … 20 % around the best;
 3. *re-solve*, three times: the codes of the best fixed, its scale by weighted least squares (as ggml's ``make_qx_quants`` does).
 
 Each candidate's scale is rounded to float16 *before* it is judged, and judged on the codes that :meth:`Grid.encode` will find with it. On
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import KernelError, NumericsError
+from quantcli.ops.dispatch import kernel, stream
 
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24
@@ -36,7 +37,7 @@ F16_TINY = 2.0**-24
 SYM_SHRINK = tuple(1.0 - 0.02 * i for i in range(40))
 END_SHRINK = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.57, 0.48, 0.38, 0.27)
 MOVE_ZERO = (-2.0, -1.0, 0.0, 1.0, 2.0)
-MOVE_SCALE = (0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1)
+MOVE_SCALE = (0.8, 0.84, 0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.15, 1.2)
 N_RESOLVE = 3
 
 _CPU_CANDIDATES = 1 << 16
@@ -53,7 +54,14 @@ def fit_affine(W: Tensor, importance: Tensor | None, *, bits: int, group_size: i
     """
     group_size = W.shape[-1] if group_size == -1 else group_size
     _check(W, importance, bits, group_size)
-    scale, zero = fit_affine_reference(W, relative_importance(W, importance), bits=bits, group_size=group_size, sym=sym, search=search)
+    W, importance = W.detach().contiguous(), relative_importance(W, importance)
+    kernels = kernel(W)
+    if kernels is None:
+        scale, zero = fit_affine_reference(W, importance, bits=bits, group_size=group_size, sym=sym, search=search)
+    else:
+        scale = torch.empty(W.shape[0], W.shape[1] // group_size, device=W.device)
+        zero = torch.empty_like(scale, dtype=torch.int32)
+        kernels.fit_affine(W, importance, bits, group_size, sym, search, scale, zero, stream=stream(W))
     _check_scale(W, scale, group_size)
     return scale, zero
 
@@ -64,7 +72,7 @@ def relative_importance(W: Tensor, importance: Tensor | None) -> Tensor:
         return torch.ones(W.shape[1], device=W.device)
     importance = importance.to(W.device, torch.float32)
     largest = importance.max()
-    return torch.where(largest > 0, importance / largest, torch.ones_like(importance))
+    return torch.where(largest > 0, importance / largest, torch.ones_like(importance)).contiguous()
 
 
 def fit_affine_reference(W: Tensor, importance: Tensor, *, bits: int, group_size: int, sym: bool, search: bool) -> tuple[Tensor, Tensor]:
@@ -102,13 +110,15 @@ class _Lanes:
         self.levels = float(2**bits - 1)
         self.lo = -float(2 ** (bits - 1)) if sym else 0.0
         self.hi = self.lo + self.levels
+        # Divisors are tensors: on CUDA torch divides by a number through its reciprocal, which rounds twice.
+        self.levels_there, self.hi_there = w.new_tensor(self.levels), w.new_tensor(self.hi)
         self.min = w.amin(0).clamp_max(0.0)
         self.max = w.amax(0).clamp_min(0.0)
         self.absmax = torch.maximum(-self.min, self.max)
 
     def minmax(self) -> tuple[Tensor, Tensor]:
         width = 2.0 * self.absmax if self.sym else self.max - self.min
-        scale = self.storable(width / self.levels)
+        scale = self.storable(width / self.levels_there)
         return scale, self.zero_at(self.min, scale)
 
     def search(self) -> tuple[Tensor, Tensor]:
@@ -121,14 +131,14 @@ class _Lanes:
 
     def shrink_symmetric(self, best: _Best) -> _Best:
         factors = torch.tensor(SYM_SHRINK, device=self.w.device)[:, None]
-        scale = (self.absmax / self.hi) * factors
+        scale = (self.absmax / self.hi_there) * factors
         return self.better(best, scale, torch.zeros_like(scale))
 
     def shrink_ends(self, best: _Best) -> _Best:
         factors = torch.tensor(END_SHRINK, device=self.w.device)[:, None]
         low, high = self.min * factors, self.max * factors  # [10, lanes]
         low = low.repeat_interleave(len(END_SHRINK), 0)
-        scale = self.storable((high.repeat(len(END_SHRINK), 1) - low) / self.levels)
+        scale = self.storable((high.repeat(len(END_SHRINK), 1) - low) / self.levels_there)
         return self.better(best, scale, self.zero_at(low, scale))
 
     def move(self, best: _Best) -> _Best:

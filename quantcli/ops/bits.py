@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import KernelError
+from quantcli.ops.dispatch import kernel, stream
 
 BITS = (2, 3, 4, 8)
 
@@ -28,7 +29,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     _check(codes, torch.uint8, bits, codes_per_run(bits) if bits in BITS else 1, "codes")
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise KernelError(f"pack_bits: the largest code is {int(codes.max())}; expected at most {2**bits - 1} for {bits} bits")
-    return pack_bits_reference(codes, bits)
+    codes = codes.contiguous()
+    kernels = kernel(codes)
+    if kernels is None:
+        return pack_bits_reference(codes, bits)
+    words = torch.empty(codes.shape[0], codes.shape[1] * bits // 32, dtype=torch.int32, device=codes.device)
+    kernels.pack_bits(codes, bits, words, stream=stream(codes))
+    return words
 
 
 def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
@@ -36,7 +43,13 @@ def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
     _check(words, torch.int32, bits, 3 if bits == 3 else 1, "words")
     if n * bits != words.shape[1] * 32:
         raise KernelError(f"unpack_bits: {n} codes of {bits} bits do not fill {words.shape[1]} words of 32 bits a row")
-    return unpack_bits_reference(words, bits, n)
+    words = words.contiguous()
+    kernels = kernel(words)
+    if kernels is None:
+        return unpack_bits_reference(words, bits, n)
+    codes = torch.empty(words.shape[0], n, dtype=torch.uint8, device=words.device)
+    kernels.unpack_bits(words, bits, codes, stream=stream(words))
+    return codes
 
 
 def pack_bits_reference(codes: Tensor, bits: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import KernelError
+from quantcli.ops.dispatch import kernel, stream
 
 
 def gptq_chunk(
@@ -38,7 +39,17 @@ def gptq_chunk(
     E [out, n] float32, the error of each column over U_jj.
     """
     _check(W, U, scale, offset, group, lo, hi, book)
-    return gptq_chunk_reference(W, U, scale, offset, group, lo, hi, book)
+    W = W.detach().contiguous()
+    kernels = kernel(W)
+    if kernels is None:
+        return gptq_chunk_reference(W, U, scale, offset, group, lo, hi, book)
+    mids = None if book is None else midpoints(book)
+    codes = torch.empty(W.shape, dtype=torch.uint8 if hi > 127 else torch.int8, device=W.device)
+    E = torch.empty_like(W)
+    U, scale, group = U.contiguous(), scale.contiguous(), group.to(torch.int32).contiguous()
+    offset = None if offset is None else offset.contiguous()
+    kernels.gptq_chunk(W, U, scale, offset, group, lo, hi, book, mids, codes, E, stream=stream(W))
+    return codes, E
 
 
 def gptq_chunk_reference(
