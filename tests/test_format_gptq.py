@@ -1,0 +1,473 @@
+"""GPTQ folders against a loop that packs and decodes one code at a time, as the layout is documented."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
+from quantcli.formats import gptq
+from quantcli.tensors import DTYPE_NAMES, QuantizedTensor, Scheme, TensorSpec
+
+TinyLlama = Callable[..., Path]
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def loop_pack(codes: list[int], bits: int) -> list[int]:
+    """Codes one bit at a time into a long integer, then cut into signed 32-bit words."""
+    run = sum(code << (bits * i) for i, code in enumerate(codes))
+    words = [(run >> (32 * w)) & 0xFFFFFFFF for w in range(len(codes) * bits // 32)]
+    return [w - 2**32 if w >= 2**31 else w for w in words]
+
+
+def loop_unpack(words: list[int], bits: int) -> list[int]:
+    run = sum((word & 0xFFFFFFFF) << (32 * w) for w, word in enumerate(words))
+    return [(run >> (bits * i)) & (2**bits - 1) for i in range(32 * len(words) // bits)]
+
+
+def loop_decode(file: Mapping[str, torch.Tensor], module: str, bits: int, plus: int) -> torch.Tensor:
+    """W[o, i] = scales[g_idx[i], o] · (q[i, o] − z[g_idx[i], o]), in double and rounded to float32."""
+    qweight, qzeros, scales, g_idx = (file[f"{module}.{part}"].numpy() for part in ("qweight", "qzeros", "scales", "g_idx"))
+    q = np.array([loop_unpack(column.tolist(), bits) for column in qweight.T])  # [out, in]
+    z = np.array([loop_unpack(row.tolist(), bits) for row in qzeros]) + plus  # [groups, out]
+    W = np.empty(q.shape)
+    for o in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            W[o, i] = float(scales[g_idx[i], o]) * (int(q[o, i]) - int(z[g_idx[i], o]))
+    return torch.from_numpy(W.astype(np.float32))
+
+
+def random_codes(scheme: Scheme, out: int, n_in: int, seed: int = 0) -> QuantizedTensor:
+    """A random tensor of ``scheme`` that uses every code, and every zero point when asymmetric."""
+    g = torch.Generator().manual_seed(seed)
+    bits, size = scheme.get("bits"), scheme.get("group_size")
+    n_groups = 1 if size == -1 else n_in // size
+    parts = {
+        "codes": torch.randint(0, 2**bits, (out, n_in), generator=g, dtype=torch.uint8),
+        "scale": (torch.rand(out, n_groups, generator=g) + 0.01).half(),
+        "zero": torch.randint(0, 2**bits, (out, n_groups), generator=g, dtype=torch.uint8),
+    }
+    if scheme.get("sym"):
+        parts["zero"] = torch.full((out, n_groups), 2 ** (bits - 1), dtype=torch.uint8)
+    if scheme.get("desc_act"):
+        parts["g_idx"] = (torch.randperm(n_in, generator=g) // (n_in // n_groups)).int()
+    return QuantizedTensor(scheme, (out, n_in), parts)
+
+
+def write(source: Checkpoint, target: Path, tensors: Mapping[str, QuantizedTensor], metadata: Mapping = {}, **options: int) -> None:
+    schemes = {name: tensor.scheme for name, tensor in tensors.items()}
+    context = gptq.context(source, schemes, dict(metadata), **options)
+    outputs = [out for spec in source.specs.values() for out in gptq.outputs(spec, schemes.get(spec.name), context)]
+    with gptq.writer(target, outputs, context, overwrite=False) as writer:
+        for name in source.specs:
+            for part, tensor in gptq.parts(name, tensors.get(name, source.read(name) if name not in tensors else None), context).items():
+                writer.put(part, tensor)
+        writer.commit()
+
+
+def linears(source: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: spec.shape for name, spec in source.specs.items() if "_proj.weight" in name}
+
+
+def quantized_folder(tiny_llama: TinyLlama, target: Path, scheme: Scheme, **options: object) -> tuple[Path, dict[str, QuantizedTensor]]:
+    """A small model whose linears are random codes of ``scheme``, written to ``target``; (source folder, codes)."""
+    folder = tiny_llama(**{"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 300, **options})
+    with Checkpoint.open(str(folder)) as source:
+        tensors = {name: random_codes(scheme, *shape, seed=i) for i, (name, shape) in enumerate(linears(source).items())}
+        write(source, target, tensors)
+    return folder, tensors
+
+
+def files_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def words_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def damage(folder: Path, words: Mapping | None = None, **tensors: torch.Tensor | None) -> None:
+    """Change ``quantization_config`` and tensors of a written folder by a foreign hand; None removes."""
+    file = load_file(folder / "model.safetensors") | {name: t for name, t in tensors.items() if t is not None}
+    save_file({name: t for name, t in file.items() if tensors.get(name, t) is not None}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    merged = {**config["quantization_config"], **(words or {})}
+    config["quantization_config"] = {key: value for key, value in merged.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").unlink(missing_ok=True)
+
+
+ALL_SCHEMES = [
+    Scheme.of("int", bits=bits, group_size=group_size, sym=sym, **desc)
+    for bits in (2, 3, 4, 8)
+    for sym in (True, False)
+    for group_size in (-1, 32)
+    for desc in ({}, {"desc_act": True})
+    if not (desc and group_size == -1)
+]
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda s: f"{s}{'-act' if s.get('desc_act') else ''}")
+def test_codes_come_back_bit_for_bit_and_decode_as_the_layout_says(tiny_llama: TinyLlama, tmp_path: Path, scheme: Scheme) -> None:
+    folder, tensors = quantized_folder(tiny_llama, tmp_path / "out", scheme, bias=True)
+    file = files_of(tmp_path / "out")
+    with Checkpoint.open(str(tmp_path / "out")) as back, Checkpoint.open(str(folder)) as source:
+        assert back.kind == "gptq"
+        assert back.notes == ()
+        assert back.specs.keys() == source.specs.keys()
+        assert back.schemes == dict.fromkeys(tensors, scheme)
+        for name, tensor in tensors.items():
+            module = name.removesuffix(".weight")
+            got = back.quantized(name)
+            assert got.scheme == scheme
+            assert got.parts.keys() == tensor.parts.keys()
+            assert all(torch.equal(got.parts[part], value) for part, value in tensor.parts.items())
+            assert back.specs[name].shape == source.specs[name].shape
+            assert back.specs[name].nbytes == sum(
+                t.nbytes for part, t in file.items() if part.rpartition(".")[0] == module and "bias" not in part
+            )
+        decoded = loop_decode(file, Q, scheme.get("bits"), plus=1 if scheme.get("sym") else 0)
+        assert torch.equal(back.read(f"{Q}.weight"), decoded)
+        for name in source.specs.keys() - tensors.keys():
+            assert torch.equal(back.read(name), source.read(name))
+
+
+@pytest.mark.parametrize(("sym", "version", "word"), [(True, "gptq", 0x77777777), (False, "gptq_v2", 0x88888888 - 2**32)])
+def test_symmetric_is_v1_and_asymmetric_is_v2(tiny_llama: TinyLlama, tmp_path: Path, sym: bool, version: str, word: int) -> None:
+    scheme = Scheme.of("int", bits=4, group_size=32, sym=sym)
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
+        tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items()}
+        for tensor in tensors.values():
+            tensor.parts["zero"].fill_(8)
+        write(source, tmp_path / "out", tensors)
+    assert words_of(tmp_path / "out")["checkpoint_format"] == version
+    assert set(files_of(tmp_path / "out")[f"{Q}.qzeros"].flatten().tolist()) == {word}
+
+
+def test_one_asymmetric_tensor_makes_the_whole_file_v2(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    sym, asym = (Scheme.of("int", bits=4, group_size=32, sym=s) for s in (True, False))
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
+        tensors = {name: random_codes(asym if "down" in name else sym, *shape) for name, shape in linears(source).items()}
+        write(source, tmp_path / "out", tensors)
+    words = words_of(tmp_path / "out")
+    assert (words["checkpoint_format"], words["sym"]) == ("gptq_v2", True)
+    assert words["dynamic"] == {r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": False}}
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        for name, tensor in tensors.items():
+            assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
+
+
+def test_the_metadata_hold_what_readers_ask_for(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
+    folder = tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300)
+    with Checkpoint.open(str(folder)) as source:
+        tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items()}
+        write(source, tmp_path / "out", tensors, {"damp_percent": 0.01, "true_sequential": False, "samples": 128})
+    words = words_of(tmp_path / "out")
+    for key, value in {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "lm_head": False}.items():
+        assert words[key] == value
+    assert words["damp_percent"] == 0.01
+    assert words["meta"]["quantizer"][0].startswith("quantcli:")
+    assert words["meta"]["quantcli"]["samples"] == 128
+    assert not {"dynamic", "modules_in_block_to_quantize"} & words.keys()
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == words
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["quantization_config"]
+    assert config == json.loads((folder / "config.json").read_text())
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_transformers_takes_the_metadata(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    from transformers import AutoConfig, GPTQConfig
+
+    quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=3, group_size=32, sym=False))
+    words = AutoConfig.from_pretrained(tmp_path / "out").quantization_config
+    parsed = GPTQConfig.from_dict(words)
+    assert (parsed.bits, parsed.group_size, parsed.sym, parsed.desc_act, parsed.format) == (3, 32, False, False, "gptq_v2")
+
+
+@pytest.mark.parametrize(
+    ("skip", "listed"),
+    [
+        ("self_attn.o_proj", ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]),
+        ("layers.0.", [f"model.layers.1.{m}_proj" for m in ("mlp.down", "mlp.gate", "mlp.up", *(f"self_attn.{k}" for k in "koqv"))]),
+    ],
+)
+def test_what_stays_dense_is_told_to_every_reader(tiny_llama: TinyLlama, tmp_path: Path, skip: str, listed: list[str]) -> None:
+    scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
+        tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items() if skip not in name}
+        write(source, tmp_path / "out", tensors)
+        words = words_of(tmp_path / "out")
+        assert words["modules_in_block_to_quantize"] == [listed]
+        dense = {name.removesuffix(".weight") for name in linears(source).keys() - tensors.keys()}
+        assert {pattern.removeprefix("-:").strip("^$").replace("\\", "") for pattern in words["dynamic"]} == dense
+
+
+def test_a_quantized_lm_head_is_announced(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    scheme = Scheme.of("int", bits=8, group_size=32, sym=True)
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=320))) as source:
+        tensors = {name: random_codes(scheme, *shape) for name, shape in {**linears(source), "lm_head.weight": (320, 64)}.items()}
+        write(source, tmp_path / "out", tensors)
+    assert words_of(tmp_path / "out")["lm_head"] is True
+    assert "modules_in_block_to_quantize" not in words_of(tmp_path / "out")
+
+
+def test_shards_of_a_quantized_model_read_the_same(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300, shards=2))) as source:
+        tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items()}
+        write(source, tmp_path / "out", tensors, max_shard_bytes=30_000)
+        assert len(list((tmp_path / "out").glob("model-0000?-of-0000?.safetensors"))) > 2
+        with Checkpoint.open(str(tmp_path / "out")) as back:
+            assert all(torch.equal(back.quantized(n).parts["codes"], t.parts["codes"]) for n, t in tensors.items())
+
+
+def test_a_dense_scheme_changes_the_dtype_of_what_stays(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
+        head = source.read("lm_head.weight")
+        data = QuantizedTensor(Scheme.of("f16"), tuple(head.shape), {"data": head.half()})
+        tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items()} | {"lm_head.weight": data}
+        write(source, tmp_path / "out", tensors)
+    assert files_of(tmp_path / "out")["lm_head.weight"].dtype == torch.float16
+
+
+def test_a_quantized_source_is_written_again_without_loss(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "a", Scheme.of("int", bits=4, group_size=32, sym=False))
+    with Checkpoint.open(str(tmp_path / "a")) as first:
+        write(first, tmp_path / "b", {name: first.quantized(name) for name in tensors})
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+# ---- folders of other hands ----
+
+
+def v1_words_of(tensor: QuantizedTensor, minus: int) -> torch.Tensor:
+    """qzeros [groups, out·bits/32] packed by the loop with ``minus`` taken from every zero point."""
+    rows = (tensor.parts["zero"].T.int() - minus).tolist()
+    return torch.tensor([loop_pack(row, tensor.scheme.get("bits")) for row in rows], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("said", "stored"), [("gptq", 0), ("gptq_v2", 1), (None, 0)])
+def test_symmetric_zeros_of_the_other_version_are_seen_and_read_right(
+    tiny_llama: TinyLlama, tmp_path: Path, bits: int, said: str | None, stored: int
+) -> None:
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=bits, group_size=32, sym=True))
+    zeros = {f"{n.removesuffix('.weight')}.qzeros": v1_words_of(t, minus=stored) for n, t in tensors.items()}
+    damage(tmp_path / "out", {"checkpoint_format": said}, **zeros)
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert "checkpoint_format is" in back.notes[0]
+        for name, tensor in tensors.items():
+            assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
+
+
+def test_a_symmetric_file_that_mixes_versions_is_read_right(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    damage(tmp_path / "out", **{f"{Q}.qzeros": v1_words_of(tensors[f"{Q}.weight"], minus=0)})
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        for name, tensor in tensors.items():
+            assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_an_asymmetric_v1_of_positive_zeros_gets_its_ones_back(tiny_llama: TinyLlama, tmp_path: Path, bits: int) -> None:
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=bits, group_size=32, sym=False))
+    for tensor in tensors.values():
+        tensor.parts["zero"].clamp_(min=1)
+    zeros = {f"{n.removesuffix('.weight')}.qzeros": v1_words_of(t, minus=1) for n, t in tensors.items()}
+    damage(tmp_path / "out", {"checkpoint_format": "gptq"}, **zeros)
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert back.notes == ()
+        for name, tensor in tensors.items():
+            assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_borrow_of_a_packed_subtraction_is_undone(tiny_llama: TinyLlama, tmp_path: Path, bits: int) -> None:
+    """GPTQModel makes an asymmetric v1 by taking ones from whole words: a zero point 0 borrows from its neighbour."""
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=bits, group_size=32, sym=False))
+    ones = sum(1 << (bits * i) for i in range(32 // bits))
+    zeros = {}
+    for name, tensor in tensors.items():
+        tensor.parts["zero"][::7] = 0
+        wrapped = (v1_words_of(tensor, minus=0).long() - ones) & 0xFFFFFFFF
+        zeros[f"{name.removesuffix('.weight')}.qzeros"] = torch.where(wrapped >= 2**31, wrapped - 2**32, wrapped).int()
+    damage(tmp_path / "out", {"checkpoint_format": "gptq"}, **zeros)
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        for name, tensor in tensors.items():
+            assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
+
+
+def test_sym_that_is_not_true_is_noted_and_the_tensors_obeyed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=False))
+    damage(tmp_path / "out", {"sym": True})
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert "zero points" in back.notes[0]
+        assert torch.equal(back.quantized(f"{Q}.weight").parts["zero"], tensors[f"{Q}.weight"].parts["zero"])
+        assert back.schemes[f"{Q}.weight"].get("sym") is False
+
+
+def test_a_g_idx_out_of_order_is_obeyed_whatever_desc_act_says(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True, desc_act=True))
+    damage(tmp_path / "out", {"desc_act": False})
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert "desc_act is false" in back.notes[0]
+        assert torch.equal(back.read(f"{Q}.weight"), loop_decode(files_of(tmp_path / "out"), Q, 4, plus=1))
+
+
+def test_bits_and_groups_come_from_the_shapes_and_g_idx_may_be_absent(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    expected = loop_decode(files_of(tmp_path / "out"), Q, 4, plus=1)
+    gone = {f"{name.removesuffix('.weight')}.g_idx": None for name in tensors}
+    damage(tmp_path / "out", {"bits": 8, "group_size": 16}, **gone)
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert str(back.schemes[f"{Q}.weight"]) == "int4-g32-sym"
+        assert torch.equal(back.read(f"{Q}.weight"), expected)
+
+
+def test_a_short_last_group_is_read(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    groups = torch.arange(64, dtype=torch.int32) // 48  # 48 and 16 inputs, two groups as before
+    damage(tmp_path / "out", {"group_size": 48}, **{f"{Q}.g_idx": groups})
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert torch.equal(back.read(f"{Q}.weight"), loop_decode(files_of(tmp_path / "out"), Q, 4, plus=1))
+
+
+def test_a_folder_of_autogptq_speaks_in_quantize_config_alone(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    old = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True}
+    (tmp_path / "out" / "quantize_config.json").write_text(json.dumps(old))
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert back.kind == "gptq"
+        assert torch.equal(back.quantized(f"{Q}.weight").parts["codes"], tensors[f"{Q}.weight"].parts["codes"])
+
+
+def test_two_configs_that_differ_are_noted(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    words = words_of(tmp_path / "out") | {"desc_act": True}
+    (tmp_path / "out" / "quantize_config.json").write_text(json.dumps(words))
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert "desc_act False / True" in back.notes[0]
+
+
+@pytest.mark.parametrize("words", [{"checkpoint_format": "marlin"}, {"is_marlin_format": True}, {"checkpoint_format": "gptq_p"}])
+def test_an_engines_private_layout_is_unsupported(tiny_llama: TinyLlama, tmp_path: Path, words: dict) -> None:
+    quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    damage(tmp_path / "out", words)
+    with pytest.raises(UnsupportedError, match=r"checkpoint_format '(marlin|gptq_p)'"):
+        Checkpoint.open(str(tmp_path / "out"))
+
+
+I32 = torch.int32
+BAD_TENSORS: dict[str, dict[str, torch.Tensor | None]] = {
+    "no qzeros": {f"{Q}.qzeros": None},
+    "no scales": {f"{Q}.scales": None},
+    "no qweight": {f"{Q}.qweight": None},
+    "scales of integers": {f"{Q}.scales": torch.ones(2, 64, dtype=I32)},
+    "qweight of floats": {f"{Q}.qweight": torch.ones(8, 64)},
+    "a flat qweight": {f"{Q}.qweight": torch.ones(512, dtype=I32)},
+    "no group at all": {f"{Q}.qzeros": torch.ones(0, 8, dtype=I32), f"{Q}.scales": torch.ones(0, 64).half()},
+    "five bits": {f"{Q}.qzeros": torch.ones(2, 10, dtype=I32)},
+    "a part of a bit": {f"{Q}.qzeros": torch.ones(2, 9, dtype=I32)},
+    "scales of another width": {f"{Q}.scales": torch.ones(2, 63).half()},
+    "scales of another height": {f"{Q}.scales": torch.ones(3, 64).half()},
+    "groups that do not divide": {f"{Q}.qzeros": torch.ones(3, 8, dtype=I32), f"{Q}.scales": torch.ones(3, 64).half()},
+    "a long g_idx": {f"{Q}.g_idx": torch.zeros(65, dtype=I32)},
+    "a g_idx of floats": {f"{Q}.g_idx": torch.zeros(64)},
+    "both forms": {f"{Q}.weight": torch.zeros(64, 64)},
+}
+
+
+@pytest.mark.parametrize("what", BAD_TENSORS)
+def test_tensors_that_fit_no_layout_are_an_error_by_name(tiny_llama: TinyLlama, tmp_path: Path, what: str) -> None:
+    quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    damage(tmp_path / "out", **BAD_TENSORS[what])
+    with pytest.raises(CheckpointError, match=Q.replace(".", r"\.")):
+        Checkpoint.open(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("group", [-1, 2])
+def test_a_g_idx_that_points_outside_is_an_error(tiny_llama: TinyLlama, tmp_path: Path, group: int) -> None:
+    quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True, desc_act=True))
+    damage(tmp_path / "out", **{f"{Q}.g_idx": torch.full((64,), group, dtype=I32)})
+    with pytest.raises(CheckpointError, match=r"q_proj\.g_idx: groups"), Checkpoint.open(str(tmp_path / "out")) as back:
+        back.read(f"{Q}.weight")
+
+
+def test_words_of_gptq_over_a_dense_folder_are_an_error(tiny_llama: TinyLlama) -> None:
+    folder = tiny_llama(hidden=64, intermediate=96, layers=1, heads=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(CheckpointError, match=r"no tensor's name ends in \.qweight"):
+        Checkpoint.open(str(folder))
+
+
+# ---- plan-time refusals ----
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "group_size", "message"),
+    [
+        ((64, 96), 4, 64, "in_features 96 is not a multiple of the int4-g64-sym block 64"),
+        ((60, 64), 4, 32, "out_features 60 is not a multiple of 8"),
+        ((48, 64), 3, 32, "out_features 48 is not a multiple of 32"),
+        ((64, 48), 3, -1, "in_features 48 is not a multiple of 32"),
+        ((64, 8), 2, -1, "in_features 8 is not a multiple of 16"),
+        ((64, 64, 64), 4, 32, "codes matrices"),
+    ],
+)
+def test_a_shape_that_readers_refuse_is_refused_when_planning(
+    tiny_llama: TinyLlama, shape: tuple[int, ...], bits: int, group_size: int, message: str
+) -> None:
+    scheme = Scheme.of("int", bits=bits, group_size=group_size, sym=True)
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
+        context = gptq.context(source, {f"{Q}.weight": scheme}, {})
+    with pytest.raises(RecipeError, match=message) as caught:
+        gptq.outputs(TensorSpec.dense("model.x.weight", "F16", shape), scheme, context)
+    assert "model.x.weight" in str(caught.value)
+
+
+def test_other_number_formats_are_refused(tiny_llama: TinyLlama) -> None:
+    assert [gptq.supports(Scheme.of("int", bits=b)) for b in (2, 3, 4, 5, 8)] == [True, True, True, False, True]
+    assert not gptq.supports(Scheme.of("q4_k"))
+    with (
+        Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source,
+        pytest.raises(RecipeError, match="nothing to write"),
+    ):
+        gptq.context(source, {}, {})
+
+
+def test_a_bug_that_would_pass_in_marlin_alone_is_caught(tiny_llama: TinyLlama) -> None:
+    scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
+        context = gptq.context(source, {f"{Q}.weight": scheme}, {})
+    tensor = random_codes(scheme, 64, 64)
+    tensor.parts["zero"][3, 1] = 7
+    with pytest.raises(ValueError, match=f"{Q}.weight: int4-g32-sym is symmetric"):
+        gptq.parts(f"{Q}.weight", tensor, context)
+    tensor = random_codes(scheme, 64, 64)
+    too_large = {**tensor.parts, "scale": torch.full((64, 2), 1e6)}
+    with pytest.raises(NumericsError, match=r"q_proj\.scales: a value of magnitude 1e"):
+        gptq.parts(f"{Q}.weight", QuantizedTensor(scheme, (64, 64), too_large), context)
+
+
+def test_every_byte_is_planned(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=3, group_size=32, sym=False))
+    written = files_of(tmp_path / "out")
+    assert {t.dtype for n, t in written.items() if n.endswith("scales")} == {torch.float16}
+    q = {n.rpartition(".")[2]: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in written.items() if n.startswith(Q)}
+    assert q == {"qweight": ("I32", (6, 64)), "qzeros": ("I32", (2, 6)), "scales": ("F16", (2, 64)), "g_idx": ("I32", (64,))}
+    assert math.prod(q["qweight"][1]) * 32 == 64 * 64 * 3
