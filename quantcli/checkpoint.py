@@ -170,7 +170,7 @@ def check_folder(path: Path) -> None:
     files = sorted(f.name for f in path.iterdir() if f.is_file())
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
         return
-    if pickles := [name for name in files if name.endswith(PICKLE_SUFFIXES) and name != "training_args.bin"]:
+    if pickles := [name for name in files if name.endswith((*PICKLE_SUFFIXES, ".bin.index.json")) and name != "training_args.bin"]:
         raise CheckpointError(f"{path / pickles[0]}: {NO_PICKLE}")
     if ggufs := [name for name in files if name.endswith(".gguf")]:
         raise CheckpointError(f"{path}: holds {len(ggufs)} .gguf files; name one of them: {path / ggufs[0]}")

@@ -115,7 +115,7 @@ def find_weights(folder: Path) -> tuple[Path | None, Path | None]:
         return files[0], None
     if files:
         raise CheckpointError(f"{folder}: {len(files)} .safetensors files and no {INDEX} that says which of them make the model")
-    raise CheckpointError(f"{folder}: no weights (model.safetensors, or {INDEX} with its shards)")
+    raise CheckpointError(f"{folder}: no weights: neither model.safetensors nor {INDEX} (pickles such as pytorch_model.bin are not read)")
 
 
 def read_index(path: Path) -> dict[str, str]:
