@@ -55,95 +55,147 @@ def looks_special(token: str) -> bool:
     return bracketed or token in SPECIAL_LOOKS
 
 
+@dataclass(frozen=True)
+class Files:
+    """A tokenizer's files: tokenizer_config.json and tokenizer.json, parsed ({} where there is none)."""
+
+    folder: Path
+    settings: Mapping
+    parsed: Mapping
+
+    @classmethod
+    def of(cls, folder: Path) -> Files:
+        return cls(folder, read_object(folder / "tokenizer_config.json"), read_object(folder / "tokenizer.json"))
+
+
 def add_tokenizer(keys: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizer: str | None = None) -> None:
     """tokenizer.*: everything llama.cpp needs to turn text into the ids of the tokenizer in ``folder``.
 
     ``pre_tokenizer`` overrides the name found from tokenizer.json. Raises :class:`CheckpointError` when there is no tokenizer or it
     does not fit ``vocab_size``, :class:`UnsupportedError` when llama.cpp has no such tokenizer.
     """
-    settings = read_object(folder / "tokenizer_config.json")
-    parsed = read_object(folder / "tokenizer.json")
-    if (prefix := settings.get("add_prefix_space")) is not None:
+    files = Files.of(folder)
+    try:
+        _add(keys, files, vocab_size, pre_tokenizer)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{folder}: the tokenizer's files are not laid out as the tokenizers library writes them ({reason})"
+        ) from error
+
+
+def _add(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> None:
+    if (prefix := files.settings.get("add_prefix_space")) is not None:
         keys.add_add_space_prefix(bool(prefix))
-    if model := read_sentencepiece(folder / "tokenizer.model", required=not parsed):
-        add_sentencepiece(keys, model, folder, settings, vocab_size)
-    elif not parsed:
+    if model := read_sentencepiece(files.folder / "tokenizer.model", required=not files.parsed):
+        add_sentencepiece(keys, model, files, vocab_size)
+    elif not files.parsed:
         raise CheckpointError(
             f"{folder}: no tokenizer.json or tokenizer.model; save the tokenizer there with save_pretrained and try again"
         )
     else:
-        add_json(keys, parsed, folder, settings, vocab_size, pre_tokenizer)
+        add_json(keys, files, vocab_size, pre_tokenizer)
 
 
-def add_json(keys: GGUFWriter, parsed: Mapping, folder: Path, settings: Mapping, vocab_size: int, pre_tokenizer: str | None) -> None:
-    kind = parsed.get("model", {}).get("type")
+def add_json(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> None:
+    model = files.parsed.get("model", {})
+    kind = model.get("type")
     if kind == "Unigram":
-        add_unigram_json(keys, parsed, folder, settings, vocab_size)
-    elif kind == "BPE" and parsed["model"].get("byte_fallback"):
-        add_byte_fallback_bpe(keys, parsed, folder, settings, vocab_size)
+        add_unigram_json(keys, files, vocab_size)
+    elif kind == "BPE" and model.get("byte_fallback"):
+        add_byte_fallback_bpe(keys, files, vocab_size)
     elif kind == "BPE":
-        add_byte_level_bpe(keys, parsed, folder, settings, vocab_size, pre_tokenizer)
+        add_byte_level_bpe(keys, files, vocab_size, pre_tokenizer)
     else:
-        raise UnsupportedError(
-            f"{folder / 'tokenizer.json'}: a {kind} tokenizer; quantcli writes BPE, SentencePiece and Unigram ones as GGUF"
-        )
+        where = files.folder / "tokenizer.json"
+        raise UnsupportedError(f"{where}: a {kind} tokenizer; quantcli writes BPE, SentencePiece and Unigram ones as GGUF")
 
 
-def add_byte_level_bpe(
-    keys: GGUFWriter, parsed: Mapping, folder: Path, settings: Mapping, vocab_size: int, pre_tokenizer: str | None
-) -> None:
+def add_byte_level_bpe(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> None:
     """GPT-2's kind, Llama 3's too: tokens over an alphabet of bytes, and merges by rank."""
     vocabulary = Vocabulary.empty(vocab_size)
-    for token, id in parsed["model"]["vocab"].items():
+    for token, id in files.parsed["model"]["vocab"].items():
         vocabulary.set(id, token, TokenType.NORMAL, 0.0)
-    add_added_tokens(vocabulary, parsed, settings)
+    add_added_tokens(vocabulary, files)
     keys.add_tokenizer_model("gpt2")
-    keys.add_tokenizer_pre(pre_tokenizer or pretokenizers.name_of(parsed))
+    keys.add_tokenizer_pre(pre_tokenizer or pretokenizers.name_of(files.parsed))
     keys.add_token_list(vocabulary.tokens)
     keys.add_token_types(vocabulary.types)
-    gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(keys, quiet=True)
+    add_special(keys, vocabulary, files, load_merges=True)
 
 
-def add_byte_fallback_bpe(keys: GGUFWriter, parsed: Mapping, folder: Path, settings: Mapping, vocab_size: int) -> None:
+def add_byte_fallback_bpe(keys: GGUFWriter, files: Files, vocab_size: int) -> None:
     """A SentencePiece BPE that came as tokenizer.json alone. SentencePiece merges by the score of the outcome, so a piece's score is
     minus the rank of the merge that makes it: exactly what transformers made the merges from.
     """
+    model = files.parsed["model"]
     vocabulary = Vocabulary.empty(vocab_size)
     rank: dict[str, int] = {}
-    for i, merge in enumerate(parsed["model"]["merges"]):
+    for i, merge in enumerate(model["merges"]):
         rank.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), i)
-    for token, id in parsed["model"]["vocab"].items():
-        vocabulary.set(id, token, piece_type(token, parsed["model"].get("unk_token")), -float(rank.get(token, len(rank))))
-    add_added_tokens(vocabulary, parsed, settings)
-    if settings.get("add_prefix_space") is None and not prepends_space(parsed):
+    for token, id in model["vocab"].items():
+        vocabulary.set(id, token, piece_type(token, model.get("unk_token")), -float(rank.get(token, len(rank))))
+    add_added_tokens(vocabulary, files)
+    if files.settings.get("add_prefix_space") is None and not prepends_space(files.parsed):
         keys.add_add_space_prefix(False)
-    add_pieces(keys, "llama", vocabulary, folder)
+    add_pieces(keys, "llama", vocabulary)
+    add_special(keys, vocabulary, files)
 
 
-def add_unigram_json(keys: GGUFWriter, parsed: Mapping, folder: Path, settings: Mapping, vocab_size: int) -> None:
+def add_unigram_json(keys: GGUFWriter, files: Files, vocab_size: int) -> None:
     """A Unigram model in tokenizer.json: pieces by log probability; llama.cpp calls it t5."""
     vocabulary = Vocabulary.empty(vocab_size)
-    pieces = parsed["model"]["vocab"]
-    unknown = parsed["model"].get("unk_id")
+    pieces, unknown = files.parsed["model"]["vocab"], files.parsed["model"].get("unk_id")
     for id, (token, score) in enumerate(pieces):
-        vocabulary.set(id, token, piece_type(token, None if unknown is None else pieces[unknown][0]), score)
-    add_added_tokens(vocabulary, parsed, settings)
-    steps = list(flat(parsed.get("normalizer"), "normalizers"))
-    if settings.get("add_prefix_space") is None:
-        keys.add_add_space_prefix(prepends_space(parsed))
+        vocabulary.set(id, token, TokenType.UNKNOWN if id == unknown else piece_type(token, None), score)
+    add_added_tokens(vocabulary, files)
+    steps = list(flat(files.parsed.get("normalizer"), "normalizers"))
+    if files.settings.get("add_prefix_space") is None:
+        keys.add_add_space_prefix(prepends_space(files.parsed))
     keys.add_remove_extra_whitespaces(any(step.get("pattern") == {"Regex": " {2,}"} for step in steps))
     if charsmap := next((step.get("precompiled_charsmap") for step in steps if step["type"] == "Precompiled"), None):
         keys.add_precompiled_charsmap(base64.b64decode(charsmap))
-    add_pieces(keys, "t5", vocabulary, folder)
+    add_pieces(keys, "t5", vocabulary)
+    # llama.cpp would end every text with T5's end token unless told otherwise
+    add_special(keys, vocabulary, files, roles={} if unknown is None else {"unk": unknown}, adds={"bos": False, "eos": False})
 
 
-def add_pieces(keys: GGUFWriter, model: str, vocabulary: Vocabulary, folder: Path) -> None:
+def add_pieces(keys: GGUFWriter, model: str, vocabulary: Vocabulary) -> None:
     keys.add_tokenizer_model(model)
     keys.add_tokenizer_pre("default")
     keys.add_token_list(vocabulary.tokens)
     keys.add_token_scores(vocabulary.scores)
     keys.add_token_types(vocabulary.types)
-    gguf.SpecialVocab(folder, n_vocab=len(vocabulary.tokens)).add_to_gguf(keys, quiet=True)
+
+
+def add_special(
+    keys: GGUFWriter,
+    vocabulary: Vocabulary,
+    files: Files,
+    *,
+    load_merges: bool = False,
+    roles: Mapping[str, int] | None = None,
+    adds: Mapping[str, bool] | None = None,
+) -> None:
+    """Ids of the special roles, whether bos and eos are added, the chat template, merges.
+
+    The ids are those of the tokens tokenizer_config.json names; else config.json's; else ``roles``, what the tokenizer's model says.
+    ``adds``: role → is it added to a text, where no file says so.
+    """
+    special = gguf.SpecialVocab(files.folder, load_merges=load_merges, n_vocab=len(vocabulary.tokens))
+    ids = {token: id for id, token in enumerate(vocabulary.tokens)}
+    named = {word.removesuffix("_token"): ids.get(content_of(files.settings.get(word))) for word in SPECIAL_WORDS}
+    known = {role: id for role, id in named.items() if id is not None}
+    special.special_token_ids = {**(roles or {}), **special.special_token_ids, **known}
+    special.add_special_token = {**(adds or {}), **special.add_special_token}
+    special.add_to_gguf(keys, quiet=True)
+
+
+def content_of(token: object) -> str:
+    """The text of a special token, whether tokenizer_config.json has it as text or as an object; empty when it has none."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
 
 
 def piece_type(token: str, unknown: str | None) -> TokenType:
@@ -152,14 +204,14 @@ def piece_type(token: str, unknown: str | None) -> TokenType:
     return TokenType.BYTE if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token) else TokenType.NORMAL
 
 
-def add_added_tokens(vocabulary: Vocabulary, parsed: Mapping, settings: Mapping) -> None:
+def add_added_tokens(vocabulary: Vocabulary, files: Files) -> None:
     """Tokens beside the model: tokenizer.json's, tokenizer_config.json's, and those a special role names."""
-    for token in parsed.get("added_tokens", []):
+    for token in files.parsed.get("added_tokens", []):
         vocabulary.add(token["id"], token["content"], special=bool(token.get("special")))
-    add_configured_tokens(vocabulary, settings)
-    extra = settings.get("extra_special_tokens") or []
-    roles = [settings.get(word) for word in SPECIAL_WORDS] + list(extra.values() if isinstance(extra, dict) else extra)
-    contents = {role.get("content") if isinstance(role, dict) else role for role in roles}
+    add_configured_tokens(vocabulary, files.settings)
+    extra = files.settings.get("extra_special_tokens") or []
+    roles = [files.settings.get(word) for word in SPECIAL_WORDS] + list(extra.values() if isinstance(extra, dict) else extra)
+    contents = {content_of(role) for role in roles} - {""}
     for id, token in enumerate(vocabulary.tokens):
         if token in contents and vocabulary.types[id] in (TokenType.NORMAL, TokenType.USER_DEFINED):
             vocabulary.types[id] = TokenType.CONTROL
@@ -194,18 +246,19 @@ def metaspace_prepends(step: Mapping) -> bool:
     return step["prepend_scheme"] != "never" if "prepend_scheme" in step else bool(step.get("add_prefix_space", True))
 
 
-def add_sentencepiece(keys: GGUFWriter, model: SentencePiece, folder: Path, settings: Mapping, vocab_size: int) -> None:
+def add_sentencepiece(keys: GGUFWriter, model: SentencePiece, files: Files, vocab_size: int) -> None:
     """Pieces, scores and types from tokenizer.model; added tokens from added_tokens.json and tokenizer_config.json."""
     vocabulary = Vocabulary.empty(vocab_size)
     for id, (piece, score, kind) in enumerate(model.pieces):
         vocabulary.set(id, piece, kind, score)
-    for token, id in read_object(folder / "added_tokens.json").items():
+    for token, id in read_object(files.folder / "added_tokens.json").items():
         vocabulary.set(id, token, TokenType.USER_DEFINED, ADDED_SCORE)
-    add_configured_tokens(vocabulary, settings)
-    if settings.get("add_prefix_space") is None and (model.is_unigram or not model.adds_prefix):
+    add_configured_tokens(vocabulary, files.settings)
+    if files.settings.get("add_prefix_space") is None and (model.is_unigram or not model.adds_prefix):
         keys.add_add_space_prefix(model.adds_prefix)
     if model.is_unigram:
         keys.add_remove_extra_whitespaces(model.merges_spaces)
-        if model.charsmap:
-            keys.add_precompiled_charsmap(model.charsmap)
-    add_pieces(keys, "t5" if model.is_unigram else "llama", vocabulary, folder)
+    if model.is_unigram and model.charsmap:
+        keys.add_precompiled_charsmap(model.charsmap)
+    add_pieces(keys, "t5" if model.is_unigram else "llama", vocabulary)
+    add_special(keys, vocabulary, files, roles=model.roles, adds={"bos": True, "eos": False} if model.is_unigram else {})
