@@ -105,7 +105,8 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
         if not fmt.supports(scheme):
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
         find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
-    context = fmt.context(source, schemes, dict(metadata or {}), **recipe.format_options)
+    mix = {} if recipe.mix is None else {"file_type": recipe.mix}
+    context = fmt.context(source, schemes, dict(metadata or {}), **mix, **recipe.format_options)
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
@@ -118,7 +119,10 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
     """Tensor name → scheme, for the tensors that do not stay as they are: the first rule that matches, else the mix or the recipe's scheme."""
     schemes: dict[str, Scheme] = {}
     if recipe.mix is not None:
-        schemes = dict(find("formats", recipe.format).mix(recipe.mix, source.specs, source.config, **recipe.format_options))
+        fmt = find("formats", recipe.format)
+        if not hasattr(fmt, "mixed_schemes"):
+            raise RecipeError(f"{recipe.mix} is a mix of types for GGUF; the {recipe.format} format has none: leave --format out")
+        schemes = fmt.mixed_schemes(recipe.mix, source.specs, source.config, **recipe.mix_options)
     elif recipe.scheme is not None:
         schemes = dict.fromkeys(taps, recipe.scheme)
     matrices = [name for name, spec in source.specs.items() if name in taps or (len(spec.shape) == 2 and layer_of(name) == name)]

@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich would double the start-up time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     console = Console(verbose="-v" in argv or "--verbose" in argv)
     try:
-        code = app(argv, standalone_mode=False)
+        code = app(argv, standalone_mode=False, prog_name="quantcli")
     except QuantcliError as error:
         sys.exit(console.failure(error, error.exit_code))
     except (KeyboardInterrupt, typer.Abort):

@@ -39,21 +39,24 @@ def command(
     where, file_type = split_arguments(source, type_)
     if format_ != "gguf":
         raise RecipeError(f"export writes gguf, not '{format_}'; for other formats use quantcli quantize --format")
-    recipe = recipes.load(file_type or "F16" if Path(file_type or "").suffix == "" else "")
-    if recipe.mix is None:
-        raise RecipeError(f"'{file_type}' is no GGUF file type; there are: {', '.join(gguf_types())}")
-    format_options = {
+    if file_type is None or file_type.upper() not in gguf_types():
+        given = "TYPE is missing" if file_type is None else f"'{file_type}' is no GGUF file type"
+        raise RecipeError(f"{given}; there are: {', '.join(gguf_types())}")
+    recipe = recipes.load(file_type)
+    mix_options = {
         "pure": pure,
-        "tensor_types": dict(options.split_pair(text, "--tensor-type") for text in tensor_type or []),
+        "tensor_types": tuple(options.split_pair(text, "--tensor-type") for text in tensor_type or []),
         "output_tensor_type": output_tensor_type,
         "token_embedding_type": token_embedding_type,
         "leave_output_tensor": leave_output_tensor,
-        "pre_tokenizer": pre_tokenizer,
     }
-    recipe = replace(recipe, format_options={key: value for key, value in format_options.items() if value})
-    execute(
-        Console(json, quiet, verbose), where, output, recipe, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run
+    recipe = replace(
+        recipe,
+        mix_options={key: value for key, value in mix_options.items() if value},
+        format_options={"pre_tokenizer": pre_tokenizer} if pre_tokenizer else {},
     )
+    console = Console(json, quiet, verbose)
+    execute(console, where, output, recipe, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 
 
 def split_arguments(source: str | None, type_: str | None) -> tuple[str, str | None]:
