@@ -17,7 +17,7 @@ namespace quantcli {
 #if defined(__x86_64__)
 QC_DECLARE(baseline)
 QC_DECLARE(avx2)
-//QC_DECLARE(avx2x16)
+QC_DECLARE(avx2x16)
 QC_DECLARE(avx512)
 #elif defined(__aarch64__)
 QC_DECLARE(neon)
@@ -33,7 +33,7 @@ static std::vector<InstructionSet> detect() {
     const bool avx2 = __builtin_cpu_supports("avx2");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    return {QC_ENTRY(baseline, true, false), QC_ENTRY(avx2, avx2, false), QC_ENTRY(avx512, avx512, false)};
+    return {QC_ENTRY(baseline, true, false), QC_ENTRY(avx2x16, avx2, true), QC_ENTRY(avx2, avx2, false), QC_ENTRY(avx512, avx512, false)};
 #elif defined(__aarch64__)
     return {QC_ENTRY(neon, true, false)};
 #else

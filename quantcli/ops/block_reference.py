@@ -1,59 +1,96 @@
-"""The block ops in torch: ggml's arithmetic step by step, with the block index as its lane.
-
-``x`` is [block, n]: row ``i`` holds element ``i`` of every block, so that a sum over ``i`` runs in ggml's order for each of them.
-Codes are [block, n] int32 and centred on zero where the type is signed; bytes are [row_bytes, n] int32 in 0 … 255.
-"""
+"""The block ops in torch, the truth that the compiled kernels are held against: matrices into lanes, a text, and back."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from quantcli.ops.block_search import Found, Params
+from quantcli.ops.block_texts import TEXTS
 
-@dataclass(slots=True)
-class Found:
-    """What a search finds in every block: the stored parameters (``d`` float32 until it is stored) and how to code where they are zero."""
-
-    d: Tensor
-    inverse: Tensor
-    scale: Tensor | None = None
-    dmin: Tensor | None = None
-    min: Tensor | None = None
+BLOCK = {"q8_0": 32, "q4_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256}
 
 
-def nearest_int(x: Tensor) -> Tensor:
-    """ggml's rounding to nearest even through the low bits of x + 1.5·2²³, int32; NaN gives what its bits give (0)."""
-    return ((x + 12582912.0).view(torch.int32) & 0x007FFFFF) - 0x00400000
+def _lanes(values: Tensor, size: int) -> Tensor:
+    """[rows, k·size] → [size, rows·k], contiguous."""
+    return values.reshape(-1, size).T.contiguous()
 
 
-def truncate(x: Tensor) -> Tensor:
-    """float32 → int32 towards zero; NaN and values outside int32 give the smallest, as on x86."""
-    inside = x.abs() < 2147483648.0
-    return torch.where(inside, torch.where(inside, x, 0.0).to(torch.int32), -(2**31))
+def _rows(lanes: Tensor, n_rows: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`_lanes`, as ``dtype``."""
+    return lanes.T.reshape(n_rows, -1).to(dtype).contiguous()
 
 
-def round_half_away(x: Tensor) -> Tensor:
-    return truncate(x + torch.copysign(torch.tensor(0.49999997), x))
+def _row_power(W: Tensor) -> Tensor:
+    """Mean square of each row [out], summed along it in float32 as ggml does."""
+    total = torch.zeros_like(W[:, 0])
+    for column in W.T:
+        total = total + column * column
+    return total / W.shape[1]
 
 
-def halves(x: Tensor) -> Tensor:
-    """IEEE half bits of float32 ``x``, int32 in 0 … 65535."""
-    return x.half().view(torch.int16).int() & 0xFFFF
+def _search(W: Tensor, kind: str, importance: Tensor | None) -> tuple[Tensor, Found]:
+    size = BLOCK[kind]
+    x = _lanes(W.float(), size)
+    if importance is None or kind == "q8_0":
+        return x, TEXTS[kind].search(x, None, None)
+    weights = _lanes(importance.expand(W.shape), size)
+    power = _row_power(W.float()).repeat_interleave(W.shape[1] // size) if kind == "q4_0" else None
+    return x, TEXTS[kind].search(x, weights, power)
 
 
-def from_halves(bits: Tensor) -> Tensor:
-    return bits.to(torch.int16).view(torch.float16).float()
+def _to_parts(params: Params, n_rows: int) -> dict[str, Tensor]:
+    def half(bits: Tensor) -> Tensor:
+        return bits.to(torch.int16).view(torch.float16).view(n_rows, -1)
+
+    parts = {"d": half(params.d)}
+    if params.scale is not None:
+        parts["scale"] = _rows(params.scale, n_rows, torch.int8 if params.min is None else torch.uint8)
+    if params.min is not None and params.dmin is not None:
+        parts |= {"dmin": half(params.dmin), "min": _rows(params.min, n_rows, torch.uint8)}
+    return parts
 
 
-def signed_byte(x: Tensor) -> Tensor:
-    return (x & 255 ^ 128) - 128
+def _from_parts(parts: dict[str, Tensor]) -> Params:
+    def half(part: Tensor) -> Tensor:
+        return part.contiguous().view(torch.int16).int().flatten() & 0xFFFF
+
+    def subs(part: Tensor) -> Tensor:
+        return _lanes(part.int(), part.shape[1] // parts["d"].shape[1])
+
+    params = Params(half(parts["d"]))
+    if "scale" in parts:
+        params.scale = subs(parts["scale"])
+    if "min" in parts:
+        params.dmin, params.min = half(parts["dmin"]), subs(parts["min"])
+    return params
 
 
-class Q8_0:
-    @staticmethod
-    def search(x: Tensor, importance: Tensor | None, power: Tensor) -> Found:
-        d = x.abs().amax(0) / 127
-        return Found(d=halves(d), inverse=torch.where(d == 0, 0.0, 1 / d))
+def quantize(W: Tensor, kind: str, importance: Tensor | None) -> Tensor:
+    x, found = _search(W, kind, importance)
+    codes = TEXTS[kind].encode(x, found)
+    return _rows(TEXTS[kind].pack(codes, found.params), W.shape[0], torch.uint8)
+
+
+def fit(W: Tensor, kind: str, importance: Tensor | None) -> dict[str, Tensor]:
+    return _to_parts(_search(W, kind, importance)[1].params, W.shape[0])
+
+
+def pack(codes: Tensor, parts: dict[str, Tensor], kind: str) -> Tensor:
+    packed = TEXTS[kind].pack(_lanes(codes.int(), BLOCK[kind]), _from_parts(parts))
+    return _rows(packed, codes.shape[0], torch.uint8)
+
+
+def unpack(blocks: Tensor, kind: str, in_features: int) -> tuple[Tensor, dict[str, Tensor]]:
+    codes, params = _unpack(blocks, kind, in_features)
+    return _rows(codes, blocks.shape[0], torch.int8), _to_parts(params, blocks.shape[0])
+
+
+def dequantize(blocks: Tensor, kind: str, in_features: int) -> Tensor:
+    codes, params = _unpack(blocks, kind, in_features)
+    return _rows(TEXTS[kind].decode(codes, params), blocks.shape[0], torch.float32)
+
+
+def _unpack(blocks: Tensor, kind: str, in_features: int) -> tuple[Tensor, Params]:
+    n_bytes = blocks.shape[1] // (in_features // BLOCK[kind])
+    return TEXTS[kind].unpack(_lanes(blocks.int(), n_bytes))

@@ -100,7 +100,7 @@ def fit_blocks(W: Tensor, kind: str, importance: Tensor | None = None) -> Params
     importance = _on(W, importance)
     if kernels is None:
         return reference.fit(W, kind, importance)
-    params = _empty_params(sizes, *W.shape, W.device)
+    params = _empty_params(sizes, W.shape[0], W.shape[1], W.device)
     kernels.fit_blocks(kind, W, importance, **params, stream=stream(W))
     return params
 
