@@ -125,23 +125,16 @@ class Activations:
 
     def measure(self, layer: LoadedLayer, taps: Sequence[str] | None = None, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
         """Stats of ``taps`` (None: all of the layer's) for the windows as they stand; H only where ``needs`` has it."""
-        return self._observe(layer, taps, needs, advance=False)
+        meters: dict[str, StatsMeter] = {}
+        for hidden, ids in self.batches():
+            layer.inputs(hidden, ids, partial(_gather, meters, needs), taps)
+        return _finished(meters)
 
     def measure_and_advance(self, layer: LoadedLayer, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
         """Stats of all taps of ``layer`` while going through it: one run instead of two."""
-        return self._observe(layer, None, needs, advance=True)
-
-    def _observe(self, layer: LoadedLayer, taps: Sequence[str] | None, needs: frozenset[str], *, advance: bool) -> dict[str, Stats]:
         meters: dict[str, StatsMeter] = {}
-
-        def on_input(tap: str, X: Tensor) -> None:
-            if taps is None or tap in taps:
-                _gather(meters, needs, tap, X)
-
         for hidden, ids in self.batches():
-            output = layer.observe(hidden, ids, on_input)
-            if advance:
-                hidden.copy_(output)
+            hidden.copy_(layer.observe(hidden, ids, partial(_gather, meters, needs)))
         return _finished(meters)
 
 

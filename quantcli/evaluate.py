@@ -140,7 +140,7 @@ class _Tally:
 
     def scores(self, seq_len: int) -> Scores:
         nll = torch.cat(self.nll)
-        value = math.exp(nll.mean())
+        value = float(nll.mean().exp())
         stderr = value * float(nll.std()) / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
         if not self.kld:
             return Scores(value, stderr, len(nll), seq_len)
@@ -150,7 +150,7 @@ class _Tally:
             stderr,
             len(nll),
             seq_len,
-            baseline_perplexity=math.exp(torch.cat(self.baseline_nll).mean()),
+            baseline_perplexity=float(torch.cat(self.baseline_nll).mean().exp()),
             kld_mean=float(kld.mean()),
             kld_p99=float(np.quantile(kld, 0.99)),
             kld_max=float(kld.max()),

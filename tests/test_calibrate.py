@@ -148,6 +148,28 @@ def test_measuring_some_taps_leaves_the_hidden_states_where_they_are(folder: Pat
         check(again["model.layers.1.self_attn.q_proj"], inputs["model.layers.1.self_attn.q_proj"])
 
 
+def test_a_layer_runs_no_further_than_the_last_tap_that_is_measured(folder: Path) -> None:
+    finished: list[str] = []
+
+    def note(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        if isinstance(module, nn.Linear) and module.out_features != 512:  # not the head
+            finished.append(f"{module.in_features}→{module.out_features}")
+
+    with Checkpoint.open(str(folder)) as checkpoint:
+        forward = Forward(checkpoint)
+        activations = Activations.embed(forward, IDS[:2])
+        handle = nn.modules.module.register_module_forward_hook(note)
+        try:
+            with forward.layer(0) as layer:
+                activations.measure(layer, ["model.layers.0.self_attn.o_proj"])
+                assert finished == ["64→64", "64→32", "64→32"]  # q, k, v
+                finished.clear()
+                activations.measure(layer)
+                assert finished == ["64→64", "64→32", "64→32", "64→64", "64→320", "64→320"]  # all but down
+        finally:
+            handle.remove()
+
+
 def test_activations_beyond_float32s_squares_are_an_error_that_names_the_tap(folder: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "model"
     damaged.mkdir()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -78,13 +79,36 @@ class LoadedLayer:
 
     def observe(self, hidden: Tensor, ids: Tensor, on_input: OnInput) -> Tensor:
         """The same as a call; ``on_input(tap, X)`` is told what each tap's linears read as it runs."""
-        taps = self._forward.tap_modules(self._index)
+        with self._hooked(self._forward.tap_modules(self._index), on_input):
+            return self(hidden, ids)
+
+    def inputs(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> None:
+        """``on_input(tap, X)`` with what ``taps`` (None: all) read; the layer runs no further than the last of them."""
+        modules = self._forward.tap_modules(self._index)
+        modules = {tap: modules[tap] for tap in modules if taps is None or tap in taps}
+        missing = set(modules)
+
+        def note(tap: str, X: Tensor) -> None:
+            on_input(tap, X)
+            missing.discard(tap)
+            if not missing and not self._forward.repeats(self._index):
+                raise _AllSeen
+
+        with self._hooked(modules, note), contextlib.suppress(_AllSeen):
+            self(hidden, ids)
+
+    @contextlib.contextmanager
+    def _hooked(self, taps: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None]:
         handles = [module.register_forward_pre_hook(partial(_tell, on_input, tap)) for tap, module in taps.items()]
         try:
-            return self(hidden, ids)
+            yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _AllSeen(Exception):
+    """Ends a forward whose rest nobody needs."""
 
 
 def _tell(on_input: OnInput, tap: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

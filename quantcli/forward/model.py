@@ -137,6 +137,10 @@ class Forward:
         modules = {disk.removesuffix(".weight"): name for name, disk in self._names.disk.items() if name.startswith(prefix)}
         return {tap: self._model.get_submodule(modules[tap].removesuffix(".weight")) for tap in set(self._disk_taps(index).values())}
 
+    def repeats(self, index: int) -> bool:
+        """Whether layer ``index`` calls one of its linears more than once in a forward."""
+        return self._stack.traces[index].repeats
+
     def model_names(self, index: int) -> list[str]:
         """The model's names of the tensors of layer ``index``."""
         return self._parts[str(index)]

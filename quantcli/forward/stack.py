@@ -50,11 +50,12 @@ class Trace:
     """What one small forward showed of a layer.
 
     ``n_outputs``: length of the tuple that it returns, or None for the bare hidden states; ``taps``: each linear → the first linear that
-    reads the same input, by module name within the layer.
+    reads the same input, by module name within the layer; ``repeats``: a linear is called more than once in a forward.
     """
 
     n_outputs: int | None
     taps: dict[str, str]
+    repeats: bool
 
     def output(self, hidden: Tensor) -> Any:
         """``hidden`` in the form in which the layer returns it."""
@@ -231,4 +232,4 @@ def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
         raise UnsupportedError(f"{type(layer).__name__} passes more than hidden states to the layers after it; {_TOGETHER}")
     first: dict[tuple[tuple[int, ...], ...], str] = {}
     taps = {name: first.setdefault(tuple(keys), name) for name, keys in fed.items()}
-    return Trace(None if isinstance(output, Tensor) else len(output), taps)
+    return Trace(None if isinstance(output, Tensor) else len(output), taps, any(len(keys) > 1 for keys in fed.values()))
