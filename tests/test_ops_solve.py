@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import oracles
 import pytest
 import torch
 from torch import Tensor
 
+from quantcli import ops
 from quantcli.errors import KernelError, NumericsError
 from quantcli.ops.affine import F16_TINY, fit_affine
 from quantcli.ops.bits import BITS, codes_per_run, pack_bits, unpack_bits
 from quantcli.ops.solve import gptq_chunk
 from quantcli.tensors import Grid
+
+KERNELS = [pytest.param(name, "cpu", id=name) for name in ops.available(hidden=True) if name != "reference"]
+NO_CUDA = not torch.cuda.is_available()
+CUDA = pytest.param(None, "cuda", id="cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(NO_CUDA, reason="no CUDA device")])
+
+on_every_kernel = pytest.mark.parametrize(("kernel", "device"), [*KERNELS, CUDA])
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    """The best instruction set and one thread, whatever a test chose."""
+    yield
+    ops.use(None)
+    ops.set_threads(1)
+
+
+def equals_reference(kernel: str | None, device: str, run: Callable[[str], tuple[Tensor, ...]]) -> bool:
+    """Whether ``run(device)`` gives the same numbers by ``kernel``, on one thread and on three, as by the torch reference on the CPU."""
+    ops.use("reference")
+    expected = run("cpu")
+    ops.use(kernel)
+    found = []
+    for n_threads in (1, 3):
+        ops.set_threads(n_threads)
+        found.append(run(device))
+    return all(torch.equal(a.cpu(), b) and a.dtype == b.dtype for once in found for a, b in zip(once, expected, strict=True))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -89,12 +118,12 @@ def test_search_is_never_worse_than_minmax_and_better_on_the_whole(bits: int, sy
     assert float(found[gaussian].sum()) < (0.98 if bits == 8 else 0.85) * float(plain[gaussian].sum())
 
 
-@pytest.mark.parametrize(("sym", "excess"), [(True, 1.01), (False, 1.10)])
+@pytest.mark.parametrize(("sym", "excess"), [(True, 1.01), (False, 1.05)])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_search_comes_close_to_the_exhaustive_one(bits: int, sym: bool, excess: float) -> None:
-    W, importance = random(12, 64), importance_of(64)
+    W, importance = random(6, 48), importance_of(48)
     W[::2, ::7] *= 3  # a heavy tail
-    scale, zero = fit_affine(W, importance, bits=bits, group_size=64, sym=sym, search=True)
+    scale, zero = fit_affine(W, importance, bits=bits, group_size=48, sym=sym, search=True)
     ours = best = 0.0
     for row, s, z in zip(W.numpy(), scale[:, 0].tolist(), zero[:, 0].tolist(), strict=True):
         ours += oracles.affine_error(row, importance.numpy(), s, z, 2**bits - 1)
@@ -169,6 +198,19 @@ def test_fit_affine_refuses_what_it_cannot_take_with_the_actual_values() -> None
         fit_affine(random(4, 64), None, bits=9, group_size=32, sym=True, search=True)
 
 
+@on_every_kernel
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("n_rows", "n", "group_size"), [(37, 96, 32), (1, 35, 7), (16, 66, 33), (19, 50, -1)])
+def test_fit_affine_is_the_reference_on_every_kernel(
+    kernel: str | None, device: str, sym: bool, bits: int, n_rows: int, n: int, group_size: int
+) -> None:
+    W, importance = weights_of_every_sort(n_rows, n, seed=bits), importance_of(n)
+    options = {"bits": bits, "group_size": group_size, "sym": sym}
+    assert equals_reference(kernel, device, lambda d: fit_affine(W.to(d), importance, search=True, **options))
+    assert equals_reference(kernel, device, lambda d: fit_affine(W.to(d), None, search=False, **options))
+
+
 # --- gptq_chunk ------------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +273,18 @@ def test_the_chunk_equals_a_scalar_loop_bit_for_bit(name: str) -> None:
     assert np.array_equal(E.numpy().view(np.int32), expected_E.view(np.int32))
     assert torch.equal(case["W"], before)
     assert codes.dtype == (torch.uint8 if case["hi"] > 127 else torch.int8)
+
+
+@on_every_kernel
+@pytest.mark.parametrize("name", CHUNKS)
+@pytest.mark.parametrize(("n_rows", "n"), [(37, 31), (1, 1), (16, 66), (3, 32), (24, 5)])
+def test_the_chunk_is_the_reference_on_every_kernel(kernel: str | None, device: str, name: str, n_rows: int, n: int) -> None:
+    case = chunk_case(name, n_rows, n)
+
+    def run(device: str) -> tuple[Tensor, ...]:
+        return gptq_chunk(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in case.items()})
+
+    assert equals_reference(kernel, device, run)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -297,6 +351,20 @@ def test_bits_are_dense_and_least_significant_first(bits: int, runs: int) -> Non
     assert words.tolist() == [oracles.pack_dense(row, bits) for row in codes.tolist()]
     assert torch.equal(unpack_bits(words, bits, n), codes)
     assert [oracles.unpack_dense(row, bits) for row in words.tolist()] == codes.tolist()
+
+
+@on_every_kernel
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("n_rows", "runs"), [(1, 1), (7, 5), (130, 129)])
+def test_bits_are_the_references_on_every_kernel(kernel: str | None, device: str, bits: int, n_rows: int, runs: int) -> None:
+    n = codes_per_run(bits) * runs
+    codes = torch.randint(0, 2**bits, (n_rows, n), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+
+    def run(device: str) -> tuple[Tensor, ...]:
+        words = pack_bits(codes.to(device), bits)
+        return words, unpack_bits(words, bits, n)
+
+    assert equals_reference(kernel, device, run)
 
 
 def test_three_bit_codes_10_and_21_lie_across_words() -> None:

@@ -99,10 +99,11 @@ QC_FN AffineBest minmax(const AffineGroup<Run>& group) {
 template <class Run>
 QC_FN void shrink_symmetric(const AffineGroup<Run>& group, AffineBest& best) {
     const F top = group.peak / splat(group.hi);
-    for (int i = 0; i < 40; i += kAbreast) {
+    double factor = 1.0;
+    for (int i = 0; i < 48; i += kAbreast) {
         F scale[kAbreast], zero[kAbreast];
-        for (int c = 0; c < kAbreast; ++c) {
-            scale[c] = storable(group, top * static_cast<float>(1.0 - 0.02 * (i + c)));
+        for (int c = 0; c < kAbreast; ++c, factor *= 0.96) {
+            scale[c] = storable(group, top * static_cast<float>(factor));
             zero[c] = splat(0.0f);
         }
         improve<kAbreast>(group, scale, zero, best);
@@ -111,7 +112,7 @@ QC_FN void shrink_symmetric(const AffineGroup<Run>& group, AffineBest& best) {
 
 template <class Run>
 QC_FN void shrink_ends(const AffineGroup<Run>& group, AffineBest& best) {
-    const float factors[10] = {1.0f, 0.93f, 0.86f, 0.79f, 0.72f, 0.65f, 0.57f, 0.48f, 0.38f, 0.27f};
+    const float factors[10] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f, 0.5f, 0.4f, 0.28f, 0.16f};
     for (int i = 0; i < 100; i += kAbreast) {
         F scale[kAbreast], zero[kAbreast];
         for (int c = 0; c < kAbreast; ++c) {
