@@ -1,0 +1,22 @@
+"""Q8_0: 8 bits in blocks of 32 weights, 8.5 bpw.
+
+``w = d·q``; 34 bytes a block, drawn in ``kernels/blocks/q8_0.h``.
+The scale is the largest magnitude over 127; importance is not used, as in ggml.
+The search is llama.cpp's (ggml-quants.c), bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantcli.qtypes._ggml import BlockType
+
+OPTIONS: dict[str, Any] = {}
+
+_TYPE = BlockType("q8_0", lo=-127, hi=127, hint="use F16 or exclude it")
+
+layout = _TYPE.layout
+fit = _TYPE.fit
+pack = _TYPE.pack
+unpack = _TYPE.unpack
+encode = _TYPE.encode
