@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -172,13 +173,54 @@ def test_an_error_names_the_tensor(tmp_path: Path, bad: dict) -> None:
         open_folder(tmp_path)
 
 
-def test_a_truncated_tensor_is_an_error_even_after_opening(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n", [100, 100_000])
+def test_a_truncated_tensor_is_an_error_even_after_opening(tmp_path: Path, n: int) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(100)}, path)
+    save_file({"a": torch.zeros(n)}, path)
     location = read_header(path)["a"]
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CheckpointError, match="a: the file ends before"):
         read_tensor(location)
+
+
+def test_a_tensor_may_be_written_to_and_its_file_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"large": torch.ones(100, 1000), "small": torch.ones(3)}, path)
+    before = path.read_bytes()
+    for name, location in read_header(path).items():
+        tensor = read_tensor(location)
+        tensor.mul_(2)
+        assert float(tensor.sum()) == 2 * tensor.numel(), name
+        assert float(read_tensor(location).sum()) == tensor.numel()
+    assert path.read_bytes() == before
+
+
+def test_a_view_outlives_its_tensor_and_its_file(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(100_000.0).reshape(100, 1000)}, tmp_path / "model.safetensors")
+    row = open_folder(tmp_path).read("a")[99]
+    (tmp_path / "model.safetensors").unlink()
+    gc.collect()
+    assert row[-1] == 99_999
+
+
+def test_unaligned_tensors_of_any_size_are_read(tmp_path: Path) -> None:
+    values = torch.arange(50_000.0)
+    header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (50_000,), (1, 200_001))}
+    (tmp_path / "model.safetensors").write_bytes(raw(header, b"\x07" + values.numpy().tobytes()))
+    shards = open_folder(tmp_path)
+    assert shards.read("a").tolist() == [7]
+    assert torch.equal(shards.read("b"), values)
+    assert shards.read("b").data_ptr() % 4 == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in Linux's /proc")
+def test_living_tensors_hold_no_file_open(tmp_path: Path) -> None:
+    save_file({f"t{i}": torch.full((32, 1024), float(i)) for i in range(50)}, tmp_path / "model.safetensors")
+    shards = open_folder(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    living = [shards.read(name) for name in shards.specs]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert sum(float(tensor[0, 0]) for tensor in living) == sum(range(50))
 
 
 def mutated(good: bytes, rng: random.Random) -> bytes:
