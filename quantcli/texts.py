@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import itertools
 import json
 import random
 import re
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from quantcli.errors import CheckpointError, RecipeError
 
 MAX_DOCUMENTS = 20_000
 """Documents taken from a dataset by name, which may be larger than any disk."""
+
+EVAL_TEXT_CHARS = 400_000
 
 FIELDS = ("text", "content", "messages")
 
@@ -50,6 +54,23 @@ def default_text() -> str:
     from pydoc_data import topics
 
     return "\n\n".join(text for _, text in sorted(topics.topics.items()))
+
+
+def default_eval_text() -> str:
+    """Docstrings of CPython's standard library, module by module: a text that :func:`default_text` does not contain."""
+    docs: list[str] = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(file.read_bytes())
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        docs += [doc for n in nodes if (doc := ast.get_docstring(n))]
+        if sum(map(len, docs)) > EVAL_TEXT_CHARS:
+            break
+    return "\n\n".join(docs)
+
+
+def read(word: str) -> str:
+    """All documents of the dataset that ``word`` names as one text."""
+    return "\n\n".join(Dataset.open(word).documents)
 
 
 def windows(texts: Sequence[str], tokenizer: Any, *, n_samples: int, seq_len: int, seed: int = 0) -> Tensor:

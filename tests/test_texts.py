@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from quantcli.errors import CheckpointError, RecipeError
-from quantcli.texts import Dataset, default_text, eval_windows, sha256, windows, windows_of
+from quantcli.texts import Dataset, default_eval_text, default_text, eval_windows, read, sha256, windows, windows_of
 
 DOCUMENTS = [f"document number {i} speaks of {'many ' * i}things" for i in range(30)]
 
@@ -122,6 +122,13 @@ def test_the_default_text_is_long_and_is_noted(plain: Any) -> None:
     assert "own domain" in notes[0]
 
 
+def test_the_default_text_to_measure_on_is_not_the_one_to_calibrate_on() -> None:
+    seen, measured = default_text(), default_eval_text()
+    assert len(measured) > 300_000
+    passages = [p for p in measured.split("\n\n") if len(p) > 80]
+    assert sum(p in seen for p in passages) < 0.01 * len(passages)
+
+
 def test_fewer_windows_than_asked_are_noted(plain: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("few words " * 20)
     notes: list[str] = []
@@ -154,6 +161,7 @@ def test_jsonl_rows_give_text_content_or_messages(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert Dataset.open(f"{tmp_path}/a.jsonl").documents == ["a", "b", "c\nd"]
+    assert read(f"{tmp_path}/a.jsonl") == "a\n\nb\n\nc\nd"
 
 
 @pytest.mark.parametrize(
