@@ -415,6 +415,25 @@ def test_words_of_gptq_over_a_dense_folder_are_an_error(tiny_llama: TinyLlama) -
         Checkpoint.open(str(folder))
 
 
+def test_words_of_any_type_are_an_error_or_read_right(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    expected = tensors[f"{Q}.weight"].parts
+    good = words_of(tmp_path / "out")
+    odd = [None, -1, 0, 7, 1e9, True, "4", "", [], [4], {}, {"a": 1}, 2**70]
+    read = 0
+    for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "quant_method", "meta", "dynamic", "is_marlin_format"):
+        for value in odd:
+            damage(tmp_path / "out", {**good, key: value})
+            try:
+                with Checkpoint.open(str(tmp_path / "out")) as back:
+                    got = back.quantized(f"{Q}.weight").parts
+            except (CheckpointError, UnsupportedError):
+                continue
+            read += 1
+            assert all(torch.equal(got[part], expected[part]) for part in ("codes", "scale", "zero")), (key, value)
+    assert read > 50
+
+
 # ---- plan-time refusals ----
 
 
