@@ -91,7 +91,7 @@ def _add(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | N
         add_sentencepiece(keys, model, files, vocab_size)
     elif not files.parsed:
         raise CheckpointError(
-            f"{folder}: no tokenizer.json or tokenizer.model; save the tokenizer there with save_pretrained and try again"
+            f"{files.folder}: no tokenizer.json or tokenizer.model; save the tokenizer there with save_pretrained and try again"
         )
     else:
         add_json(keys, files, vocab_size, pre_tokenizer)

@@ -1,0 +1,170 @@
+"""File types: the type of every tensor is the one llama-quantize chooses."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats.gguf import filetypes
+from quantcli.formats.gguf.filetypes import FILE_TYPES, mix
+from quantcli.tensors import Scheme, TensorSpec
+
+ALL_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
+
+
+@pytest.fixture(autouse=True)
+def every_type_of_this_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mix is tested against a fixed set of number formats, so that a new one does not change what these tests say."""
+    monkeypatch.setattr(filetypes, "names", lambda package: ALL_TYPES)
+
+
+def config(layers: int = 8, heads: int = 8, kv_heads: int = 8, tied: bool = False) -> dict:
+    keys = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {"model_type": "llama", "tie_word_embeddings": tied, **keys}
+
+
+def specs(layers: int = 8, hidden: int = 256, wide: int = 512, tied: bool = False) -> dict[str, TensorSpec]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (100, hidden), "model.norm.weight": (hidden,)}
+    for i in range(layers):
+        p = f"model.layers.{i}"
+        shapes |= {f"{p}.self_attn.{x}_proj.weight": (hidden, hidden) for x in "qkvo"}
+        shapes |= {f"{p}.mlp.{x}_proj.weight": (wide, hidden) for x in ("gate", "up")} | {f"{p}.mlp.down_proj.weight": (hidden, wide)}
+        shapes |= {f"{p}.input_layernorm.weight": (hidden,), f"{p}.self_attn.rotary_emb.inv_freq": (4,)}
+    if not tied:
+        shapes["lm_head.weight"] = (100, hidden)
+    return {name: TensorSpec.dense(name, "BF16", shape) for name, shape in shapes.items()}
+
+
+def layers_with(chosen: dict[str, Scheme], ending: str, qtype: str) -> list[int]:
+    return [int(n.split(".")[2]) for n, s in chosen.items() if n.endswith(ending) and s.qtype == qtype]
+
+
+# by hand from llama.cpp's src/llama-quant.cpp: more bits for i < n/8, i ≥ 7n/8, and every third between
+MORE_BITS = {8: [0, 3, 6, 7], 2: [1], 4: [2, 3], 16: [0, 1, 4, 7, 10, 13, 14, 15], 22: [0, 1, 4, 7, 10, 13, 16, 19, 20, 21]}
+
+
+@pytest.mark.parametrize("layers", MORE_BITS)
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q5_K_M"])
+def test_medium_types_give_six_bits_to_v_and_down_of_the_layers_that_hurt_most(name: str, layers: int) -> None:
+    chosen = mix(name, specs(layers), config(layers))
+    assert layers_with(chosen, "v_proj.weight", "q6_k") == MORE_BITS[layers]
+    assert layers_with(chosen, "down_proj.weight", "q6_k") == MORE_BITS[layers]
+    assert layers_with(chosen, "q_proj.weight", FILE_TYPES[name].default.lower()) == list(range(layers))
+
+
+def test_small_q4_k_gives_five_bits_to_the_first_v_and_down() -> None:
+    chosen = mix("Q4_K_S", specs(16), config(16))
+    assert layers_with(chosen, "v_proj.weight", "q5_k") == [0, 1, 2, 3]
+    assert layers_with(chosen, "down_proj.weight", "q5_k") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("Q4_0", "q6_k"), ("Q4_K_M", "q6_k"), ("Q6_K", "q6_k"), ("Q8_0", "q8_0"), ("F16", "f16"), ("BF16", "bf16"), ("F32", "f32")],
+)
+def test_the_head_takes_six_bits_unless_all_take_more(name: str, head: str) -> None:
+    untied = mix(name, specs(), config())
+    assert untied["lm_head.weight"].qtype == head
+    assert untied["model.embed_tokens.weight"].qtype == FILE_TYPES[name].default.lower()
+    assert mix(name, specs(tied=True), config(tied=True))["model.embed_tokens.weight"].qtype == head
+
+
+def test_a_tied_head_that_is_stored_all_the_same_is_no_tensor_of_the_file() -> None:
+    assert "lm_head.weight" not in mix("Q4_K_M", specs(), config(tied=True))
+
+
+def test_norms_biases_and_rotary_tables_have_no_scheme() -> None:
+    chosen = mix("Q8_0", specs(), config())
+    assert not [name for name in chosen if "norm" in name or "inv_freq" in name]
+    assert len(chosen) == 8 * 7 + 2
+
+
+def test_seventy_billion_with_shared_heads_gives_v_five_bits() -> None:
+    chosen = mix("Q4_K_M", specs(80), config(80, heads=64, kv_heads=8))
+    assert layers_with(chosen, "v_proj.weight", "q4_k") == []
+    assert len(layers_with(chosen, "v_proj.weight", "q5_k")) + len(layers_with(chosen, "v_proj.weight", "q6_k")) == 80
+    assert layers_with(mix("Q4_K_M", specs(80), config(80, heads=64, kv_heads=64)), "v_proj.weight", "q5_k") == []
+
+
+def test_q6_k_falls_back_to_q8_0_in_rows_that_are_no_multiple_of_256() -> None:
+    chosen = mix("Q6_K", specs(wide=288), config())
+    assert layers_with(chosen, "down_proj.weight", "q8_0") == list(range(8))
+
+
+def test_a_fallback_quantcli_cannot_write_is_an_error_that_names_the_tensor_and_the_way_out() -> None:
+    with pytest.raises(RecipeError, match=r"down_proj\.weight: rows of 288 .* Q5_[01], .*Q8_0, .*--tensor-type"):
+        mix("Q4_K_S", specs(wide=288), config())
+    chosen = mix("Q4_K_S", specs(wide=288), config(), tensor_type=["ffn_down=q8_0"])
+    assert layers_with(chosen, "down_proj.weight", "q8_0") == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q8_0", "Q4_0"])
+def test_rows_that_are_no_multiple_of_32_become_f16(name: str) -> None:
+    chosen = mix(name, specs(hidden=256, wide=100), config())
+    assert layers_with(chosen, "down_proj.weight", "f16") == list(range(8))
+
+
+def test_a_head_of_odd_rows_takes_q8_0() -> None:
+    assert mix("Q6_K", specs(hidden=288, wide=288), config())["lm_head.weight"].qtype == "q8_0"
+
+
+def test_pure_gives_every_matrix_the_default_type() -> None:
+    assert {s.qtype for s in mix("Q4_K_M", specs(), config(), pure=True).values()} == {"q4_k"}
+
+
+def test_the_head_and_the_embedding_can_be_given_a_type() -> None:
+    chosen = mix("Q4_K_M", specs(), config(), output_tensor_type="f16", token_embedding_type="Q8_0")
+    assert (chosen["lm_head.weight"].qtype, chosen["model.embed_tokens.weight"].qtype) == ("f16", "q8_0")
+    tied = mix("Q4_K_M", specs(tied=True), config(tied=True), output_tensor_type="q8_0")
+    assert tied["model.embed_tokens.weight"].qtype == "q8_0"
+
+
+def test_leave_output_tensor_leaves_it() -> None:
+    assert "lm_head.weight" not in mix("Q4_K_M", specs(), config(), leave_output_tensor=True)
+
+
+def test_the_first_tensor_type_that_matches_wins_and_its_layers_are_not_counted() -> None:
+    """llama-quantize counts v and down as it decides them, so those a user decides push the pattern of the others on."""
+    chosen = mix("Q4_K_M", specs(), config(), tensor_type=[r"blk\.[01]\.attn_v=q8_0", "attn_v=q5_k", "attn_q=q6_k"])
+    assert layers_with(chosen, "v_proj.weight", "q8_0") == [0, 1]
+    assert layers_with(chosen, "v_proj.weight", "q5_k") == [2, 3, 4, 5, 6, 7]
+    assert layers_with(chosen, "q_proj.weight", "q6_k") == list(range(8))
+    shifted = mix("Q4_K_M", specs(), config(), tensor_type=[r"blk\.0\.attn_v=q8_0"])
+    assert layers_with(shifted, "v_proj.weight", "q6_k") == [1, 4, 7]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [({"tensor_type": ["(=q8_0"]}, "REGEX=TYPE"), ({"output_tensor_type": "q9"}, "Q9"), ({"colour": 1}, "no option 'colour'")],
+)
+def test_options_that_make_no_sense_are_recipe_errors(words: dict, match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        mix("Q4_K_M", specs(), config(), **words)
+
+
+def test_unknown_file_types_and_architectures_are_refused() -> None:
+    with pytest.raises(RecipeError, match="Q4_K_M"):
+        mix("Q9_X", specs(), config())
+    with pytest.raises(UnsupportedError, match="model_type 'mamba'"):
+        mix("Q8_0", specs(), {"model_type": "mamba"})
+    strange = specs() | {"model.layers.0.mlp.router.weight": TensorSpec.dense("model.layers.0.mlp.router.weight", "BF16", (8, 256))}
+    with pytest.raises(UnsupportedError, match="router"):
+        mix("Q8_0", strange, config())
+
+
+@pytest.mark.parametrize("name", FILE_TYPES)
+def test_general_file_type_is_found_back_from_the_schemes(name: str) -> None:
+    assert filetypes.closest(mix(name, specs(), config()), specs(), config()) is FILE_TYPES[name]
+
+
+def test_tensors_lie_in_llama_quantizes_order() -> None:
+    order = list(filetypes.gguf_names(specs(11), config(11)).values())
+    assert order[:3] == ["output.weight", "output_norm.weight", "token_embd.weight"]
+    assert [name.split(".")[1] for name in order if "ffn_up" in name] == [str(i) for i in range(11)]
+    assert order[3:11] == [
+        f"blk.0.{x}.weight" for x in ("attn_k", "attn_norm", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate", "ffn_up")
+    ]
+
+
+def test_aliases_mean_what_llama_quantize_means() -> None:
+    assert filetypes.file_type("q4_k") is FILE_TYPES["Q4_K_M"]
