@@ -51,8 +51,10 @@ class Text(Protocol):
 
 
 def nearest_int(x: Tensor) -> Tensor:
-    """ggml's rounding to nearest even by the low bits of x + 1.5·2²³, int32; out of range and NaN give what the bits give."""
-    return ((x + 12582912.0).view(torch.int32) & 0x007FFFFF) - 0x00400000
+    """ggml's rounding to nearest even by the low bits of x + 1.5·2²³, int32. Out of range it gives what the bits give; NaN gives 0,
+    which are the bits of x86's and Arm's own NaN, though not of every NaN that torch makes."""
+    total = x + 12582912.0
+    return torch.where(total.isnan(), 0, (total.view(torch.int32) & 0x007FFFFF) - 0x00400000)
 
 
 def truncate(x: Tensor) -> Tensor:

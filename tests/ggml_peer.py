@@ -1,0 +1,37 @@
+"""ggml's own quantizer and dequantizer through ctypes: the peer of the block ops."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from quantcli.ops.blocks import KINDS
+
+TYPES = {"q4_0": 2, "q8_0": 8, "q4_k": 12, "q5_k": 13, "q6_k": 14}
+"""ggml's enum values."""
+
+
+class Ggml:
+    """``libggml-base.so`` at ``path``."""
+
+    def __init__(self, path: str) -> None:
+        self.library = ctypes.CDLL(path)
+        self.library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        self.library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+
+    def quantize(self, W: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
+        """The bytes of ``W`` [out, in] float32: [out, row_bytes] uint8."""
+        rows, cols = W.shape
+        blocks = torch.empty(rows, cols // KINDS[kind].block * KINDS[kind].n_bytes, dtype=torch.uint8)
+        weights = None if importance is None else importance.data_ptr()
+        self.library.ggml_quantize_chunk(TYPES[kind], W.contiguous().data_ptr(), blocks.data_ptr(), 0, rows, cols, weights)
+        return blocks
+
+    def dequantize(self, blocks: Tensor, kind: str, in_features: int) -> Tensor:
+        W = torch.empty(blocks.shape[0], in_features)
+        decode = getattr(self.library, f"dequantize_row_{kind.replace('k', 'K')}")
+        decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        decode(blocks.contiguous().data_ptr(), W.data_ptr(), W.numel())
+        return W

@@ -1,0 +1,226 @@
+"""ggml's block ops: ggml's bytes on every instruction set, whatever the shape and the number of threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ggml_peer import Ggml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantcli import ops
+from quantcli.errors import KernelError
+from quantcli.ops.blocks import KINDS
+
+GOLDEN = Path(__file__).parent / "data" / "ggml_blocks.safetensors"
+SETS = ops.available(hidden=True)
+COMPILED = [name for name in SETS if name != "reference"]
+
+
+def importance(n: int) -> Tensor:
+    """[n]: skewed as activations are, with zeros, and with values whose products leave float32's normal range."""
+    values = torch.rand(n, generator=torch.Generator().manual_seed(3)) ** 3
+    values[: n // 8] = 0
+    values[n // 4 : n // 4 + 20] = 1e30
+    values[n // 2 : n // 2 + 40] = 1e-30
+    return values
+
+
+def make_inputs() -> dict[str, Tensor]:
+    """[3, 2048] each: ordinary weights and every corner where a search returns early, overflows or divides by nothing."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 2048)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*(size or shape), generator=generator)
+
+    sub_scales = torch.exp(2 * randn(3, 2048 // 16, 1)).repeat(1, 1, 16).reshape(shape)
+    wild_scales = torch.exp(8 * randn(3, 2048 // 32, 1)).repeat(1, 1, 32).reshape(shape)
+    half_zero = randn()
+    half_zero[:, ::2] = 0
+    return {
+        "gaussian": randn(),
+        "heavy_tailed": torch.tan(1.5 * randn()),
+        "mixed_scales": randn() * sub_scales,
+        "vanishing_scales": randn() * wild_scales * 1e-5,
+        "constant": torch.full(shape, 0.37),
+        "negative_constant": torch.full(shape, -1.37),
+        "nearly_constant": 1 + 1e-7 * randn(),
+        "nearly_negative_constant": -1 + 1e-7 * randn(),
+        "zero": torch.zeros(shape),
+        "negative_zero": torch.full(shape, -0.0),
+        "half_zero": half_zero,
+        "sparse": (randn() > 2.5).float(),
+        "integers": torch.randint(-8, 8, shape, generator=generator).float(),
+        "denormal": randn() * 1e-40,
+        "tiny": randn() * 1e-15,
+        "beyond_half": randn() * 1e7,
+        "huge": randn() * 1e37,
+        "largest": torch.where(randn() > 0, 1.0, -1.0) * 3.4e38,
+    }
+
+
+INPUTS = make_inputs()
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    yield
+    ops.use(None)
+    ops.set_threads(1)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN)
+
+
+def assert_same_bytes(got: Tensor, expected: Tensor, case: str, kind: str) -> None:
+    """Equal, or the message says how many blocks differ and at which bytes."""
+    assert got.shape == expected.shape
+    differs = (got != expected).view(-1, KINDS[kind].n_bytes)
+    assert not differs.any(), (
+        f"{case}: {int(differs.any(1).sum())} blocks differ, at bytes {differs.any(0).nonzero().flatten().tolist()[:9]}"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SETS)
+def test_quantize_gives_ggmls_bytes(name: str, kind: str, golden: dict[str, Tensor]) -> None:
+    ops.use(name)
+    W = torch.cat([golden[f"{case}/W"] for case in INPUTS])
+    for weights, suffix in ((None, ""), (importance(W.shape[1]), "/weighted")):
+        got = ops.quantize_blocks(W, kind, weights).split(2)
+        for case, blocks in zip(INPUTS, got, strict=True):
+            assert_same_bytes(blocks, golden[f"{case}/{kind}{suffix}"], f"{case}{suffix}", kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SETS)
+def test_dequantize_gives_ggmls_floats(name: str, kind: str, golden: dict[str, Tensor]) -> None:
+    ops.use(name)
+    W = ops.dequantize_blocks(golden[f"gaussian/{kind}"], kind, 512)
+    assert torch.equal(W.view(torch.int32), golden[f"decoded/{kind}"].view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_any_number_of_rows_and_threads_equals_the_reference(name: str, kind: str, rows: int) -> None:
+    W = torch.randn(rows, 768, generator=torch.Generator().manual_seed(rows))
+    weights = importance(768)
+    ops.use("reference")
+    blocks = ops.quantize_blocks(W, kind, weights)
+    params = ops.fit_blocks(W, kind, weights)
+    codes, _ = ops.unpack_blocks(blocks, kind, 768)
+    ops.use(name)
+    for n_threads in (1, 3):
+        ops.set_threads(n_threads)
+        assert_same_bytes(ops.quantize_blocks(W, kind, weights), blocks, "quantize", kind)
+        fitted = ops.fit_blocks(W, kind, weights)
+        assert fitted.keys() == params.keys()
+        assert all(torch.equal(fitted[part], params[part]) and fitted[part].dtype == params[part].dtype for part in params)
+        assert torch.equal(ops.unpack_blocks(blocks, kind, 768)[0], codes)
+        assert_same_bytes(ops.pack_blocks(codes, params, kind), blocks, "pack", kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SETS)
+def test_unpack_then_pack_is_the_identity_on_any_bytes(name: str, kind: str) -> None:
+    ops.use(name)
+    sizes = KINDS[kind]
+    blocks = torch.randint(0, 256, (5, 3 * sizes.n_bytes), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    codes, params = ops.unpack_blocks(blocks, kind, 3 * sizes.block)
+    assert_same_bytes(ops.pack_blocks(codes, params, kind), blocks, "pack", kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SETS)
+def test_sixteen_bit_weights_quantize_as_their_float32_values(name: str, kind: str, dtype: torch.dtype) -> None:
+    ops.use(name)
+    W = torch.cat((INPUTS["gaussian"], INPUTS["mixed_scales"] * 1e-6))[:, :512].to(dtype)  # float16 subnormals among them
+    assert_same_bytes(ops.quantize_blocks(W, kind), ops.quantize_blocks(W.float(), kind), str(dtype), kind)
+
+
+def test_every_float16_becomes_the_same_float32() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = torch.where(every.isfinite(), every, 0).view(-1, 32)
+    for name in SETS:
+        ops.use(name)
+        blocks = torch.zeros(finite.numel(), 34, dtype=torch.uint8)
+        blocks[:, :2] = finite.view(-1, 1).contiguous().view(torch.uint8)
+        blocks[:, 2] = 1
+        W = ops.dequantize_blocks(blocks, "q8_0", 32)[:, 0]
+        assert torch.equal(W, finite.float().flatten())
+
+
+def test_rounding_to_float16_is_to_nearest_even_with_subnormals_and_overflow() -> None:
+    generator = torch.Generator().manual_seed(2)
+    exponents = torch.randint(-30, 18, (20000,), generator=generator)
+    values = torch.ldexp(torch.rand(20000, generator=generator) + 1, exponents)
+    ties = torch.ldexp(torch.arange(1024, 2049).float() + 0.5, torch.tensor(-24))
+    peaks = torch.cat((values, ties, torch.tensor([65504.0, 65519.99, 65520.0, 1e30]))) * 127
+    for name in COMPILED:
+        ops.use(name)
+        W = peaks[:, None] * torch.eye(1, 32)
+        d = ops.fit_blocks(W, "q8_0")["d"].flatten()
+        assert torch.equal(d, (peaks / 127).half())
+
+
+def test_importance_changes_the_codes_of_every_searched_type() -> None:
+    W = INPUTS["gaussian"]
+    for kind in KINDS.keys() - {"q8_0"}:
+        assert not torch.equal(ops.quantize_blocks(W, kind), ops.quantize_blocks(W, kind, importance(W.shape[1])))
+
+
+def test_a_row_that_is_no_whole_number_of_blocks_is_refused() -> None:
+    with pytest.raises(KernelError, match="in_features 300 is not a positive multiple of the q4_k block 256"):
+        ops.quantize_blocks(torch.zeros(2, 300), "q4_k")
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(KernelError, match="no block type 'q3_k'; there are: q8_0"):
+        ops.quantize_blocks(torch.zeros(2, 256), "q3_k")
+
+
+@pytest.mark.skipif(not COMPILED, reason="this installation has no compiled kernels")
+def test_the_binding_names_the_argument_that_does_not_fit() -> None:
+    ops.use(COMPILED[0])
+    with pytest.raises(KernelError, match=r"importance: expected float32 \[256\], got float32 \[128\] on cpu"):
+        ops.quantize_blocks(torch.zeros(1, 256), "q4_k", torch.ones(128))
+    with pytest.raises(KernelError, match=r"W: expected float32\|bfloat16\|float16 \[1, 256\], got float64"):
+        ops.quantize_blocks(torch.zeros(1, 256, dtype=torch.float64), "q4_k")
+    with pytest.raises(KernelError, match=r"blocks: expected uint8 \[2, 144\], got uint8 \[2, 100\]"):
+        ops.dequantize_blocks(torch.zeros(2, 100, dtype=torch.uint8), "q4_k", 256)
+
+
+def test_an_instruction_set_this_machine_lacks_is_refused_with_those_it_has() -> None:
+    with pytest.raises(KernelError, match=r"'sse9' is not available.*reference"):
+        ops.use("sse9")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_environment_forces_a_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTCLI_KERNELS", name)
+    monkeypatch.setattr("quantcli.ops.dispatch._forced_reference", None)
+    assert ops.active() == name
+
+
+@pytest.mark.peer
+@pytest.mark.skipif("QUANTCLI_LIBGGML" not in os.environ, reason="QUANTCLI_LIBGGML does not name a libggml-base.so")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", COMPILED)
+def test_live_ggml_agrees_on_many_random_blocks(name: str, kind: str) -> None:
+    ggml = Ggml(os.environ["QUANTCLI_LIBGGML"])
+    ops.use(name)
+    for case, W in INPUTS.items():
+        for weights in (None, importance(W.shape[1])):
+            expected = ggml.quantize(W, kind, weights)
+            assert_same_bytes(ops.quantize_blocks(W, kind, weights), expected, case, kind)
+            decoded = ggml.dequantize(expected, kind, W.shape[1])
+            assert torch.equal(ops.dequantize_blocks(expected, kind, W.shape[1]).view(torch.int32), decoded.view(torch.int32)), case

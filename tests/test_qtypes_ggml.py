@@ -1,0 +1,112 @@
+"""ggml's block types and the dense dtypes as qtypes: layout, grid, packing and errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcli import ops
+from quantcli.errors import NumericsError, RecipeError, UnsupportedError
+from quantcli.registry import find
+from quantcli.tensors import Scheme
+
+BLOCK_TYPES = ("q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
+SEARCHED = ("q4_0", "q4_k", "q5_k", "q6_k")
+BITS_PER_WEIGHT = {"q8_0": 8.5, "q4_0": 4.5, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
+
+
+@pytest.fixture
+def W() -> Tensor:
+    return torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_layout_is_the_shape_of_what_encode_stores(name: str, W: Tensor) -> None:
+    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    (spec,) = qtype.layout(tuple(W.shape), scheme).values()
+    (blocks,) = qtype.encode(W, scheme).parts.values()
+    assert (spec.name, spec.dtype, spec.shape, spec.nbytes) == ("blocks", "U8", tuple(blocks.shape), blocks.numel())
+    assert 8 * spec.nbytes / W.numel() == BITS_PER_WEIGHT[name]
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_encode_stores_ggmls_bytes(name: str, W: Tensor) -> None:
+    importance = torch.linspace(0.1, 3, W.shape[1])
+    stored = find("qtypes", name).encode(W, Scheme.parse(name), importance).parts["blocks"]
+    assert torch.equal(stored, ops.quantize_blocks(W, name, importance))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_the_grid_decodes_to_what_ggml_decodes_from_the_packed_bytes(name: str, weighted: bool, W: Tensor) -> None:
+    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    W[0, :64] = 0  # a sub-block whose scale is zero
+    grid = qtype.fit(W, scheme, torch.linspace(0, 3, W.shape[1]) if weighted else None)
+    codes = torch.randint(grid.lo, grid.hi + 1, W.shape, generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    tensor = qtype.pack(codes, grid, scheme)
+    assert torch.equal(qtype.unpack(tensor), grid.decode(codes))
+    assert tuple(tensor.shape) == tuple(W.shape)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_the_grids_nearest_codes_are_as_good_as_ggmls(name: str, W: Tensor) -> None:
+    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    grid = qtype.fit(W, scheme)
+    error = (grid.decode(grid.encode(W)) - W).square().sum()
+    error_of_ggml = (qtype.unpack(qtype.encode(W, scheme)) - W).square().sum()
+    assert error <= 1.001 * error_of_ggml
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_importance_lowers_the_weighted_error(name: str, W: Tensor) -> None:
+    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    importance = torch.rand(W.shape[1], generator=torch.Generator().manual_seed(2)) ** 4
+
+    def weighted_error(weights: Tensor | None) -> Tensor:
+        return ((qtype.unpack(qtype.encode(W, scheme, weights)) - W).square() * importance).sum()
+
+    assert weighted_error(importance) < 0.97 * weighted_error(None)
+
+
+@pytest.mark.parametrize(("name", "block"), [("q8_0", 32), ("q4_0", 32), ("q4_k", 256), ("q5_k", 256), ("q6_k", 256)])
+def test_a_row_that_is_no_whole_number_of_blocks_is_a_recipe_error(name: str, block: int) -> None:
+    with pytest.raises(RecipeError, match=f"in_features 2888 is not a multiple of the {name} block {block}; use"):
+        find("qtypes", name).layout((4, 2888), Scheme.parse(name))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_a_vector_is_a_recipe_error(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"codes matrices \[out, in\], got shape \[512\]"):
+        find("qtypes", name).layout((512,), Scheme.parse(name))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_a_scale_beyond_float16_is_an_error_with_the_largest_weight(name: str, W: Tensor) -> None:
+    W[3, 300] = 1e9
+    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    for run in (qtype.encode, qtype.fit):
+        with pytest.raises(NumericsError, match=f"a scale of {name} does not fit float16 \\(largest .w. is 1e.09\\)"):
+            run(W, scheme)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)])
+def test_dense_types_store_the_cast_tensor_of_any_shape(name: str, dtype: torch.dtype) -> None:
+    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    for shape in ((7,), (3, 5), (2, 3, 4)):
+        W = torch.randn(shape)
+        (spec,) = qtype.layout(shape, scheme).values()
+        tensor = qtype.encode(W, scheme)
+        assert torch.equal(tensor.parts["data"], W.to(dtype))
+        assert torch.equal(qtype.unpack(tensor), W.to(dtype).float())
+        assert (spec.name, spec.shape, spec.nbytes) == ("data", shape, W.numel() * dtype.itemsize)
+
+
+def test_a_value_beyond_float16_is_an_error_that_names_it() -> None:
+    with pytest.raises(NumericsError, match="70000 is beyond the largest F16, 65504"):
+        find("qtypes", "f16").encode(torch.tensor([1.0, -70000.0]), Scheme.parse("f16"))
+
+
+def test_a_dense_type_has_no_grid() -> None:
+    with pytest.raises(UnsupportedError, match="BF16 stores values, not codes"):
+        find("qtypes", "bf16").fit(torch.zeros(2, 2), Scheme.parse("bf16"))
