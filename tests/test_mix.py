@@ -20,7 +20,7 @@ def every_type_of_this_format(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(layers: int = 8, heads: int = 8, kv_heads: int = 8, tied: bool = False) -> dict:
     keys = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return {"model_type": "llama", "tie_word_embeddings": tied, **keys}
+    return {"model_type": "llama", "tie_word_embeddings": tied, "hidden_size": 256, "vocab_size": 100, **keys}
 
 
 def specs(layers: int = 8, hidden: int = 256, wide: int = 512, tied: bool = False) -> dict[str, TensorSpec]:

@@ -11,7 +11,7 @@ from gguf import LlamaFileType
 
 from quantcli import archs
 from quantcli.archs import Architecture
-from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats.gguf.container import BLOCKS
 from quantcli.registry import names
 from quantcli.tensors import Scheme, TensorSpec
@@ -105,9 +105,12 @@ def file_type(name: str) -> FileType:
 
 
 def architecture(config: Mapping) -> Architecture:
-    """The architecture of ``config``, or :class:`UnsupportedError`."""
+    """The architecture of ``config``, or :class:`UnsupportedError`; :class:`CheckpointError` when the config does not say its sizes."""
     if (arch := archs.of(config)) is None:
         raise UnsupportedError(f"model_type '{config.get('model_type')}' cannot be written as GGUF yet; use --format hf or gptq")
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise CheckpointError(f"config.json: {key} is {config.get(key)!r}, expected a positive integer")
     return arch
 
 

@@ -1,0 +1,316 @@
+"""The GGUF format: a model goes out under llama.cpp's names and comes back under Hugging Face's, whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf as peer
+import numpy as np
+import pytest
+import torch
+
+from quantcli import ops
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
+from quantcli.formats import gguf
+from quantcli.formats.gguf import container, rope
+from quantcli.formats.gguf.filetypes import DENSE, FILE_TYPES
+from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
+
+def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """The whole of a plain GGUF export: what a pipeline does, without passes."""
+    schemes = gguf.mix(file_type, source.specs, source.config, **options)
+    context = gguf.context(source, schemes, metadata or {}, **options)
+    outputs = [out for name, spec in source.specs.items() for out in gguf.outputs(spec, schemes.get(name), context)]
+    with gguf.writer(path, outputs, context, overwrite=False) as writer:
+        for name in source.specs:
+            for part, data in gguf.parts(name, quantized(source.read(name), schemes.get(name)), context).items():
+                writer.put(part, data)
+        writer.commit()
+    return path
+
+
+def quantized(tensor: torch.Tensor, scheme: Scheme | None) -> torch.Tensor | QuantizedTensor:
+    if scheme is None or scheme.qtype.upper() in DENSE:
+        return tensor
+    return QuantizedTensor(scheme, tuple(tensor.shape), {"blocks": ops.quantize_blocks(tensor.float(), scheme.qtype)})
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": True, "shards": 3}, {"bias": True, "kv_heads": 4}, {"dtype": "float16"}])
+def test_a_dense_file_gives_back_every_tensor(tiny_llama: Any, tmp_path: Path, options: dict) -> None:
+    with Checkpoint.open(str(tiny_llama(**options))) as source:
+        path = export(source, tmp_path / "m.gguf", "F32")
+        with Checkpoint.open(str(path)) as back:
+            assert back.kind == "gguf"
+            assert back.specs.keys() == source.specs.keys()
+            for name, spec in source.specs.items():
+                assert torch.equal(back.read(name), source.read(name).float()), name
+                assert back.specs[name].shape == spec.shape
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_every_file_type_comes_back_as_the_blocks_that_went_out(tiny_llama: Any, tmp_path: Path, file_type: str) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        schemes = gguf.mix(file_type, source.specs, source.config)
+        with Checkpoint.open(str(export(source, tmp_path / "m.gguf", file_type))) as back:
+            for name, scheme in schemes.items():
+                sent = quantized(source.read(name), scheme)
+                if isinstance(sent, QuantizedTensor):
+                    assert back.schemes[name] == scheme
+                    assert torch.equal(back.quantized(name).parts["blocks"], sent.parts["blocks"]), name
+                    assert torch.equal(back.read(name), ops.dequantize_blocks(sent.parts["blocks"], scheme.qtype, sent.shape[1])), name
+                else:
+                    assert torch.equal(back.read(name).float(), sent.to(back.read(name).dtype).float()), name
+            assert back.read("model.norm.weight").dtype == torch.float32
+
+
+@pytest.mark.parametrize("file_type", ["Q4_K_M", "Q8_0", "BF16"])
+def test_the_gguf_package_decodes_the_same_weights(tiny_llama: Any, tmp_path: Path, file_type: str) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "m.gguf", file_type)
+    with Checkpoint.open(str(path)) as back:
+        reader = peer.GGUFReader(path)
+        for tensor in reader.tensors:
+            name = back.arch.hf_name(tensor.name)
+            theirs = torch.from_numpy(peer.dequantize(tensor.data, tensor.tensor_type).copy()).reshape(back.specs[name].shape)
+            order = back.arch.row_order(name, theirs.shape[0], back.config)
+            ours = back.read(name).float()
+            torch.testing.assert_close(ours if order is None else ours[order], theirs, rtol=0, atol=0)
+
+
+def test_config_comes_back(tiny_llama: Any, tmp_path: Path) -> None:
+    with (
+        Checkpoint.open(str(tiny_llama(layers=3, tied=True))) as source,
+        Checkpoint.open(str(export(source, tmp_path / "m.gguf", "F16"))) as back,
+    ):
+        missing = {"attention_dropout", "initializer_range", "pretraining_tp", "use_cache", "dtype"}
+        assert {key: back.config[key] for key in source.config.keys() - missing} == {
+            key: value for key, value in source.config.items() if key not in missing
+        }
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.5},
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 30.0},
+        LLAMA3,
+        LLAMA3 | {"factor": 32.0},
+        LLAMA3 | {"factor": 5.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 4096},
+    ],
+)
+def test_rotary_scaling_comes_back(tiny_llama: Any, tmp_path: Path, parameters: dict) -> None:
+    folder = edit_config(tiny_llama(), rope_parameters=parameters)
+    with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(export(source, tmp_path / "m.gguf", "F16"))) as back:
+        assert back.config["rope_parameters"] == parameters
+        assert ("rope_freqs.weight" in container.read_header(back.path).specs) == (parameters["rope_type"] == "llama3")
+
+
+def test_transformers_4_configs_mean_the_same(tiny_llama: Any, tmp_path: Path) -> None:
+    old = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    with Checkpoint.open(str(edit_config(tiny_llama(), **old))) as source:
+        fields = container.read_header(export(source, tmp_path / "m.gguf", "F16")).fields
+    assert fields["llama.rope.freq_base"].value == 5e5
+    assert (fields["llama.rope.scaling.type"].value, fields["llama.rope.scaling.factor"].value) == ("linear", 2.0)
+
+
+def test_llama3_factors_are_one_factor_and_between() -> None:
+    factors = rope.llama3_factors(LLAMA3, 128)
+    assert factors[0] == 1
+    assert factors[-1] == 8
+    between = factors[(factors > 1) & (factors < 8)]
+    assert len(between) > 3
+    assert torch.equal(between, between.sort().values)
+
+
+def test_factors_by_another_rule_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="rope_freqs"):
+        rope.llama3_parameters(torch.linspace(1, 8, 64), 500000.0)
+
+
+def test_metadata_names_the_file_type_and_carries_ours(tiny_llama: Any, tmp_path: Path) -> None:
+    ours = {"version": "0.1", "seed": 3, "error": 0.25, "lossless": False, "schemes": {"b": 1, "a": [2]}}
+    with Checkpoint.open(str(tiny_llama())) as source:
+        fields = container.read_header(export(source, tmp_path / "m.gguf", "Q4_K_S", ours)).fields
+    assert fields["general.file_type"].value == peer.LlamaFileType.MOSTLY_Q4_K_S
+    assert fields["general.quantization_version"].value == peer.GGML_QUANT_VERSION
+    assert {key: fields[f"quantcli.{key}"].value for key in ("version", "seed", "error", "lossless")} == {
+        k: ours[k] for k in list(ours)[:4]
+    }
+    assert json.loads(fields["quantcli.schemes"].value) == ours["schemes"]
+
+
+def test_a_gguf_goes_to_another_type_with_its_metadata(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        first = export(source, tmp_path / "a.gguf", "BF16", {"seed": 1})
+        direct = export(source, tmp_path / "b.gguf", "Q4_K_M")
+    with Checkpoint.open(str(first)) as source:
+        second = export(source, tmp_path / "c.gguf", "Q4_K_M")
+    a, b, c = (container.read_header(path) for path in (first, direct, second))
+    assert c.fields.keys() == a.fields.keys() - {"quantcli.seed"}
+    assert direct.read_bytes()[b.offsets["output.weight"] :] == second.read_bytes()[c.offsets["output.weight"] :]
+
+
+def test_a_pre_tokenizer_can_be_named(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        assert container.read_header(export(source, tmp_path / "a.gguf", "F16")).get("tokenizer.ggml.pre") == "gpt-2"
+        assert container.read_header(export(source, tmp_path / "b.gguf", "F16", pre_tokenizer="mpt")).get("tokenizer.ggml.pre") == "mpt"
+
+
+def test_the_plan_knows_every_byte(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        schemes = gguf.mix("Q5_K_M", source.specs, source.config)
+        context = gguf.context(source, schemes, {})
+        for name, spec in source.specs.items():
+            (planned,) = gguf.outputs(spec, schemes.get(name), context)
+            ((got, data),) = gguf.parts(name, quantized(source.read(name), schemes.get(name)), context).items()
+            assert (got, data.nbytes) == (planned.name, planned.nbytes)
+
+
+def test_a_matrix_without_a_scheme_keeps_its_type(tiny_llama: Any) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        context = gguf.context(source, {}, {})
+        assert gguf.outputs(source.specs["lm_head.weight"], None, context)[0].dtype == "BF16"
+        assert gguf.outputs(source.specs["model.norm.weight"], None, context)[0].dtype == "F32"
+        assert gguf.parts("lm_head.weight", source.read("lm_head.weight"), context)["output.weight"].dtype == torch.bfloat16
+
+
+def test_norms_take_the_architectures_offset(tiny_llama: Any) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        context = gguf.context(source, {}, {})
+        shifted = replace(context, arch=replace(context.arch, norm_offset=1.0))
+        norm = source.read("model.norm.weight")
+        assert torch.equal(gguf.parts("model.norm.weight", norm, shifted)["output_norm.weight"], norm.float() + 1)
+
+
+def test_only_ggml_types_are_supported() -> None:
+    assert all(gguf.supports(Scheme.of(qtype)) for qtype in ("q4_k", "q6_k", "q8_0", "f16", "bf16", "f32"))
+    assert not gguf.supports(Scheme.parse("int4-g128"))
+
+
+def test_a_weight_too_large_for_f16_is_named(tiny_llama: Any) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        schemes = gguf.mix("F16", source.specs, source.config)
+        context = gguf.context(source, schemes, {})
+        W = source.read("lm_head.weight").float()
+        W[3, 5] = 1e5
+        with pytest.raises(NumericsError, match=r"lm_head\.weight: a weight of 100000"):
+            gguf.parts("lm_head.weight", W, context)
+
+
+def test_an_untied_model_without_a_head_is_refused(tiny_llama: Any) -> None:
+    with (
+        Checkpoint.open(str(edit_config(tiny_llama(tied=True), tie_word_embeddings=False))) as source,
+        pytest.raises(CheckpointError, match="tie_word_embeddings"),
+    ):
+        gguf.context(source, {}, {})
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size"])
+def test_an_incomplete_config_is_named(tiny_llama: Any, key: str) -> None:
+    folder = tiny_llama()
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    with Checkpoint.open(str(folder)) as source, pytest.raises(CheckpointError, match=key):
+        gguf.context(source, gguf.mix("F16", source.specs, source.config), {})
+
+
+def test_unknown_rotary_scaling_is_refused(tiny_llama: Any) -> None:
+    with (
+        Checkpoint.open(str(edit_config(tiny_llama(), rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}))) as source,
+        pytest.raises(UnsupportedError, match="longrope"),
+    ):
+        gguf.context(source, {}, {})
+
+
+def test_unknown_options_are_refused(tiny_llama: Any) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source, pytest.raises(RecipeError, match="colour"):
+        gguf.context(source, {}, {}, colour="red")
+
+
+def rewrite(
+    path: Path, target: Path, *, drop: str = "", fields: Mapping[str, Any] | None = None, dtype: dict[str, str] | None = None
+) -> Path:
+    """The file at ``path`` again, with a tensor dropped, metadata replaced, or a tensor's type renamed (its data then zeros)."""
+    read = container.read_header(path)
+    specs = [spec for name, spec in read.specs.items() if name != drop]
+    specs = [container.tensor_spec(s.name, (dtype or {}).get(s.name, s.dtype), s.shape) for s in specs]
+    kept = {key: field for key, field in read.fields.items() if key not in (fields or {})}
+    head, offsets, size = container.header(kept | dict(fields or {}), specs)
+    data = bytearray(head + bytes(size - len(head)))
+    for spec in specs:
+        if spec == read.specs[spec.name]:
+            start = read.offsets[spec.name]
+            data[offsets[spec.name] : offsets[spec.name] + spec.nbytes] = path.read_bytes()[start : start + spec.nbytes]
+    target.write_bytes(data)
+    return target
+
+
+def u32(value: int) -> container.Field:
+    return container.Field(peer.GGUFValueType.UINT32, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "word"),
+    [
+        ({"drop": "blk.1.ffn_up.weight"}, CheckpointError, "ffn_up.*missing"),
+        ({"drop": "token_embd.weight"}, CheckpointError, "token_embd"),
+        ({"fields": {"llama.block_count": u32(3)}}, CheckpointError, "missing"),
+        ({"fields": {"llama.block_count": u32(2**31)}}, CheckpointError, "layers"),
+        ({"fields": {"llama.attention.head_count": u32(3)}}, CheckpointError, "attn_q"),
+        ({"fields": {"llama.attention.head_count": u32(0)}}, CheckpointError, "head_count"),
+        ({"fields": {"llama.embedding_length": container.Field(peer.GGUFValueType.STRING, "x")}}, CheckpointError, "embedding_length"),
+        ({"fields": {"llama.rope.freq_base": container.Field(peer.GGUFValueType.FLOAT32, float("nan"))}}, CheckpointError, "finite"),
+        ({"fields": {"llama.rope.scaling.type": container.Field(peer.GGUFValueType.STRING, "su")}}, UnsupportedError, "su"),
+        ({"fields": {"general.architecture": container.Field(peer.GGUFValueType.STRING, "mamba")}}, UnsupportedError, "mamba"),
+        ({"fields": {"general.architecture": u32(1)}}, CheckpointError, "architecture"),
+        ({"fields": {"split.count": container.Field(peer.GGUFValueType.UINT16, 2)}}, UnsupportedError, "merge"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(
+    tiny_llama: Any, tmp_path: Path, change: dict, error: type[Exception], word: str
+) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "good.gguf", "F16")
+    with pytest.raises(error, match=word):
+        Checkpoint.open(str(rewrite(path, tmp_path / "bad.gguf", **change)))
+
+
+def test_a_type_nobody_here_decodes_is_listed_and_refused_when_read(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "good.gguf", "F16")
+    with Checkpoint.open(str(rewrite(path, tmp_path / "iq.gguf", dtype={"blk.0.ffn_up.weight": "IQ2_XXS"}))) as back:
+        assert back.specs["model.layers.0.mlp.up_proj.weight"].dtype == "IQ2_XXS"
+        with pytest.raises(UnsupportedError, match=r"up_proj\.weight is IQ2_XXS"):
+            back.read("model.layers.0.mlp.up_proj.weight")
+        assert np.isfinite(back.read("model.layers.0.mlp.gate_proj.weight").float().numpy()).all()
+
+
+def test_layers_come_in_their_numbers_order(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama(layers=11, hidden=64, intermediate=64))) as source:
+        path = export(source, tmp_path / "m.gguf", "Q8_0")
+    with Checkpoint.open(str(path)) as back:
+        layers = [int(name.split(".")[2]) for name in back.specs if ".layers." in name]
+    assert layers == sorted(layers)
+
+
+def test_an_extra_tensor_of_the_source_is_an_error(tiny_llama: Any) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        source.specs["model.layers.0.mlp.router.weight"] = TensorSpec.dense("model.layers.0.mlp.router.weight", "BF16", (8, 256))
+        with pytest.raises(UnsupportedError, match="router"):
+            gguf.context(source, {}, {})
