@@ -15,9 +15,9 @@ search, minimizing the measure Σ_j importance_j·(w_j − ŵ_j)², from the min
 3. *re-solve*, three times: the codes of the best fixed, its scale by weighted least squares (as ggml's ``make_qx_quants`` does).
 
 Each candidate's scale is rounded to float16 *before* it is judged, and judged on the codes that :meth:`Grid.encode` will find with it. On
-Gaussian, heavy-tailed and skewed groups of 32 and 128 weights the measure lies within 0.1 % of an exhaustive search for symmetric grids and
-within 1 % for asymmetric ones, where min–max is 1.3 to 2.4 times above it. Shrinking both ends alike, by 80 factors (the usual ``mse``
-observer), stays up to 25 % above it.
+Gaussian, heavy-tailed and skewed groups of 16 to 128 weights, under even and very uneven importance, the measure's sum comes within 1 % of
+a dense search (every zero point, 200 scales each), where min–max is 1.3 to 8 times above it. Shrinking both ends alike by 80 factors, the
+usual ``mse`` observer, stays up to 25 % above it on asymmetric grids.
 """
 
 from __future__ import annotations
