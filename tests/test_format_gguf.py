@@ -12,42 +12,15 @@ import gguf as peer
 import numpy as np
 import pytest
 import torch
+from gguf_export import LLAMA3, edit_config, export, quantized
 
 from quantcli import ops
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
 from quantcli.formats import gguf
 from quantcli.formats.gguf import container, rope
-from quantcli.formats.gguf.filetypes import DENSE, FILE_TYPES
+from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 8192}
-
-
-def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str, Any] | None = None, **options: Any) -> Path:
-    """The whole of a plain GGUF export: what a pipeline does, without passes."""
-    schemes = gguf.mix(file_type, source.specs, source.config, **options)
-    context = gguf.context(source, schemes, metadata or {}, **options)
-    outputs = [out for name, spec in source.specs.items() for out in gguf.outputs(spec, schemes.get(name), context)]
-    with gguf.writer(path, outputs, context, overwrite=False) as writer:
-        for name in source.specs:
-            for part, data in gguf.parts(name, quantized(source.read(name), schemes.get(name)), context).items():
-                writer.put(part, data)
-        writer.commit()
-    return path
-
-
-def quantized(tensor: torch.Tensor, scheme: Scheme | None) -> torch.Tensor | QuantizedTensor:
-    if scheme is None or scheme.qtype.upper() in DENSE:
-        return tensor
-    return QuantizedTensor(scheme, tuple(tensor.shape), {"blocks": ops.quantize_blocks(tensor.float(), scheme.qtype)})
-
-
-def edit_config(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True, "shards": 3}, {"bias": True, "kv_heads": 4}, {"dtype": "float16"}])

@@ -1,0 +1,44 @@
+"""A plain GGUF export for tests: what the pipeline does, without passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantcli import ops
+from quantcli.checkpoint import Checkpoint
+from quantcli.formats import gguf
+from quantcli.formats.gguf.filetypes import DENSE
+from quantcli.tensors import QuantizedTensor, Scheme
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
+
+def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """``source`` as a file of ``file_type`` at ``path``."""
+    schemes = gguf.mix(file_type, source.specs, source.config, **options)
+    context = gguf.context(source, schemes, metadata or {}, **options)
+    outputs = [out for name, spec in source.specs.items() for out in gguf.outputs(spec, schemes.get(name), context)]
+    with gguf.writer(path, outputs, context, overwrite=False) as writer:
+        for name in source.specs:
+            for part, data in gguf.parts(name, quantized(source.read(name), schemes.get(name)), context).items():
+                writer.put(part, data)
+        writer.commit()
+    return path
+
+
+def quantized(tensor: torch.Tensor, scheme: Scheme | None) -> torch.Tensor | QuantizedTensor:
+    if scheme is None or scheme.qtype.upper() in DENSE:
+        return tensor
+    return QuantizedTensor(scheme, tuple(tensor.shape), {"blocks": ops.quantize_blocks(tensor.float(), scheme.qtype)})
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
