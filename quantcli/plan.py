@@ -104,9 +104,8 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     for name, scheme in schemes.items():
         if not fmt.supports(scheme):
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
-        find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
-    mix = {} if recipe.mix is None else {"file_type": recipe.mix}
-    context = fmt.context(source, schemes, dict(metadata or {}), **mix, **recipe.format_options)
+        check_layout(source.specs[name], scheme)
+    context = fmt.context(source, schemes, dict(metadata or {}), **recipe.format_options)
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
@@ -120,9 +119,9 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
     schemes: dict[str, Scheme] = {}
     if recipe.mix is not None:
         fmt = find("formats", recipe.format)
-        if not hasattr(fmt, "mixed_schemes"):
+        if not hasattr(fmt, "mix"):
             raise RecipeError(f"{recipe.mix} is a mix of types for GGUF; the {recipe.format} format has none: leave --format out")
-        schemes = fmt.mixed_schemes(recipe.mix, source.specs, source.config, **recipe.mix_options)
+        schemes = fmt.mix(recipe.mix, source.specs, source.config, **recipe.format_options)
     elif recipe.scheme is not None:
         schemes = dict.fromkeys(taps, recipe.scheme)
     matrices = [name for name, spec in source.specs.items() if name in taps or (len(spec.shape) == 2 and layer_of(name) == name)]
@@ -140,6 +139,14 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
     if idle := [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]:
         raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first is {matrices[0] if matrices else 'none'}")
     return schemes
+
+
+def check_layout(spec: TensorSpec, scheme: Scheme) -> None:
+    """Raise :class:`RecipeError` with the tensor's name when its shape does not fit ``scheme``."""
+    try:
+        find("qtypes", scheme.qtype).layout(spec.shape, scheme)
+    except RecipeError as error:
+        raise RecipeError(f"{spec.name}: {error}") from None
 
 
 def layer_of(name: str) -> str:

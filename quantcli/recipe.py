@@ -70,8 +70,7 @@ class Calibration:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Passes, rules and a format. ``scheme`` serves the linears of decoder layers that no rule names;
-    ``mix`` instead lets a GGUF file type choose the type of every tensor, with ``mix_options``. The first rule that matches wins.
-    ``format_options`` go to the format's ``context``."""
+    ``mix`` instead lets a GGUF file type choose the type of every tensor. The format reads ``format_options``. The first rule that matches wins."""
 
     name: str
     format: str
@@ -85,7 +84,6 @@ class Recipe:
     seed: int = 0
     default_for: str | None = None
     format_options: Mapping[str, Any] = field(default_factory=dict)
-    mix_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -121,7 +119,6 @@ class Recipe:
             "true_sequential": self.true_sequential,
             "seed": self.seed,
             "format_options": dict(self.format_options),
-            "mix_options": dict(self.mix_options),
         }
 
 
@@ -185,7 +182,7 @@ def parse(data: Any, name: str) -> Recipe:
     scheme = data.get("scheme")
     return replace(
         Recipe(name=str(data.get("name") or name), format=data["format"], passes=_parse_passes(data["passes"], name)),
-        **{k: data[k] for k in ("description", "mix", "true_sequential", "seed", "default_for", "format_options", "mix_options") if k in data},
+        **{k: data[k] for k in ("description", "mix", "true_sequential", "seed", "default_for", "format_options") if k in data},
         scheme=None if scheme is None else Scheme.parse(scheme),
         rules=_parse_rules(data.get("rules") or (), name),
         calibration=calibration,

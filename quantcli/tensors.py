@@ -206,8 +206,8 @@ def relative_error(W: Tensor, W_hat: Tensor, H: Tensor | None = None) -> float:
     return float(error / total) if total > 0 else float(error > 0)
 
 
-def check_divisible(name: str, shape: tuple[int, ...], block: int, scheme: Scheme, hint: str) -> None:
-    """Raise :class:`RecipeError` unless the last dimension of ``shape`` is a multiple of ``block``."""
+def check_divisible(shape: tuple[int, ...], block: int, scheme: Scheme, hint: str) -> None:
+    """Raise :class:`RecipeError` unless the last dimension of ``shape`` is a multiple of ``block``. The caller knows the tensor's name."""
     if not shape or shape[-1] % block:
         got = shape[-1] if shape else "a scalar"
-        raise RecipeError(f"{name}: in_features {got} is not a multiple of the {scheme} block {block}; {hint}")
+        raise RecipeError(f"in_features {got} is not a multiple of the {scheme} block {block}; {hint}")

@@ -43,18 +43,15 @@ def command(
         given = "TYPE is missing" if file_type is None else f"'{file_type}' is no GGUF file type"
         raise RecipeError(f"{given}; there are: {', '.join(gguf_types())}")
     recipe = recipes.load(file_type)
-    mix_options = {
+    given = {
         "pure": pure,
-        "tensor_types": tuple(options.split_pair(text, "--tensor-type") for text in tensor_type or []),
+        "tensor_type": tuple(tensor_type or ()),
         "output_tensor_type": output_tensor_type,
         "token_embedding_type": token_embedding_type,
         "leave_output_tensor": leave_output_tensor,
+        "pre_tokenizer": pre_tokenizer,
     }
-    recipe = replace(
-        recipe,
-        mix_options={key: value for key, value in mix_options.items() if value},
-        format_options={"pre_tokenizer": pre_tokenizer} if pre_tokenizer else {},
-    )
+    recipe = replace(recipe, format_options={key: value for key, value in given.items() if value})
     console = Console(json, quiet, verbose)
     execute(console, where, output, recipe, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 

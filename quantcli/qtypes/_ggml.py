@@ -41,9 +41,9 @@ class BlockType:
     def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
         """The part ``blocks`` of a matrix of ``shape``; :class:`RecipeError` unless rows are whole blocks."""
         if len(shape) != 2:
-            raise RecipeError(f"weight: {scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
+            raise RecipeError(f"{scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
         sizes = KINDS[self.kind]
-        check_divisible("weight", shape, sizes.block, scheme, self.hint)
+        check_divisible(shape, sizes.block, scheme, self.hint)
         return {"blocks": TensorSpec.dense("blocks", "U8", (shape[0], shape[1] // sizes.block * sizes.n_bytes))}
 
     def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:

@@ -34,9 +34,9 @@ def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
     """The parts of a matrix of ``shape``; :class:`RecipeError` when the options or the width do not fit."""
     _check_options(scheme)
     if len(shape) != 2:
-        raise RecipeError(f"weight: {scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
+        raise RecipeError(f"{scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
     group_size = _group_size(shape, scheme)
-    check_divisible("weight", shape, group_size, scheme, _divisors(shape[1]))
+    check_divisible(shape, group_size, scheme, _divisors(shape[1]))
     n_groups = shape[1] // group_size
     parts = {"codes": ("U8", tuple(shape)), "scale": ("F16", (shape[0], n_groups)), "zero": ("U8", (shape[0], n_groups))}
     if scheme.get("desc_act", False):

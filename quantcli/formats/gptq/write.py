@@ -81,7 +81,7 @@ def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
     try:
         int_qtype.layout(spec.shape, scheme)
     except RecipeError as error:
-        raise RecipeError(str(error).replace("weight:", f"{spec.name}:", 1)) from None
+        raise RecipeError(f"{spec.name}: {error}") from None
     run = codes_per_run(scheme.get("bits", 4))
     for side, size in zip(("out_features", "in_features"), spec.shape, strict=True):
         if size % run:

@@ -1,0 +1,224 @@
+"""The walk: what comes out is what the plan said, whatever interrupts it, within the memory that the house promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantcli import calibrate, pipeline
+from quantcli import recipe as recipes
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import NumericsError, RecipeError
+from quantcli.evaluate import compare
+from quantcli.pipeline import Calibrated, Finished, LayerDone, Planned
+
+TinyLlama = Callable[..., Path]
+
+
+def windows(n: int = 8, length: int = 32, vocab: int = 512) -> torch.Tensor:
+    return torch.randint(vocab, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+def calibrated(n: int = 8) -> Calibrated:
+    return Calibrated("of a test", windows=windows(n))
+
+
+def quantize(folder: Path, target: Path, recipe: str | recipes.Recipe, **options: object) -> list[pipeline.Event]:
+    chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
+    with Checkpoint.open(str(folder)) as source:
+        return list(pipeline.quantize(source, target, chosen, **{"calibrate": calibrated, **options}))
+
+
+@pytest.mark.parametrize("recipe", ["gptq-int4", "rtn-int4", "gptq-int4-asym", "q4_k_m", "q8_0", "bf16"])
+@pytest.mark.parametrize("options", [{"tied": True}, {"shards": 3}])
+def test_what_is_written_is_what_was_planned(tiny_llama: TinyLlama, tmp_path: Path, recipe: str, options: dict) -> None:
+    planned, *layers, finished = quantize(tiny_llama(**options), tmp_path / "out", recipe)
+    assert isinstance(planned, Planned)
+    assert isinstance(finished, Finished)
+    assert [e.name for e in layers] == [layer.name for layer in planned.plan.layers]
+    with Checkpoint.open(str(tmp_path / "out")) as output:
+        assert set(output.specs) == {t.name for t in planned.plan.tensors if t.outputs}
+        assert sum(s.nbytes for s in output.specs.values()) == planned.plan.n_bytes
+        assert {n: str(s) for n, s in output.schemes.items()} == {
+            t.name: str(t.scheme) for t in planned.plan.tensors if t.scheme and t.scheme.qtype not in ("f32", "f16", "bf16")
+        }
+
+
+def test_what_is_read_back_is_close_and_gptq_is_closer_than_rtn(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama()
+    kld = {}
+    for recipe in ("gptq-int4", "rtn-int4"):
+        quantize(folder, tmp_path / recipe, recipe, calibrate=lambda: calibrated(32))
+        with Checkpoint.open(str(tmp_path / recipe)) as output, Checkpoint.open(str(folder)) as source:
+            kld[recipe] = compare(output, source, windows(16)).kld_mean
+    assert kld["gptq-int4"] < kld["rtn-int4"]
+
+
+def test_the_same_run_gives_the_same_bytes_with_any_number_of_threads(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama()
+    for i, n_threads in enumerate((1, 1, 2)):
+        torch.set_num_threads(n_threads)
+        quantize(folder, tmp_path / str(i), "q4_k_m")
+    first, *others = ((tmp_path / str(i)).read_bytes() for i in range(3))
+    assert all(first == other for other in others)
+
+
+def test_statistics_from_a_file_serve_in_place_of_windows(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama(layers=1)
+    with Checkpoint.open(str(folder)) as source:
+        list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
+    stats = calibrate.load_stats(tmp_path / "stats.safetensors")
+    quantize(folder, tmp_path / "a", "gptq-int4", calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    quantize(folder, tmp_path / "b", "gptq-int4")
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)  # one layer: there is no error to propagate
+
+
+def test_true_sequential_sees_what_is_already_coded(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama(layers=1)
+    recipe = recipes.load("gptq-int3")
+    quantize(folder, tmp_path / "a", recipe)
+    quantize(folder, tmp_path / "b", replace(recipe, true_sequential=True))
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    same = {name for name in a if torch.equal(a[name], b[name])}
+    assert {f"model.layers.0.self_attn.{k}_proj.qweight" for k in "qkv"} <= same
+    assert "model.layers.0.mlp.down_proj.qweight" not in same
+
+
+def test_later_layers_are_measured_behind_quantized_ones(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama(layers=2)
+    with Checkpoint.open(str(folder)) as source:
+        list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
+    stats = calibrate.load_stats(tmp_path / "stats.safetensors")
+    quantize(folder, tmp_path / "a", "gptq-int3", calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    quantize(folder, tmp_path / "b", "gptq-int3")
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert torch.equal(a["model.layers.0.self_attn.q_proj.qweight"], b["model.layers.0.self_attn.q_proj.qweight"])
+    assert not torch.equal(a["model.layers.1.self_attn.q_proj.qweight"], b["model.layers.1.self_attn.q_proj.qweight"])
+
+
+def test_a_dry_run_touches_nothing(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    events = quantize(tiny_llama(), tmp_path / "out", "gptq-int4", dry_run=True)
+    assert len(events) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_output_says_how_it_was_made(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    quantize(tiny_llama(), tmp_path / "out", "gptq-int4")
+    record = json.loads((tmp_path / "out" / "quantcli.json").read_text())
+    assert record["recipe"]["name"] == "gptq-int4"
+    assert record["dataset_sha256"] == "of a test"
+    assert len(record["tensors"]) == 14
+    assert recipes.parse(record["recipe"], "again").to_dict() == recipes.load("gptq-int4").to_dict()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("recipe", ["rtn-int4", "q4_k_m"])
+def test_nan_in_the_source_is_an_error_with_the_tensors_name(
+    tiny_llama: TinyLlama, tmp_path: Path, value: float, name: str, recipe: str
+) -> None:
+    folder = tiny_llama()
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[17] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=name):
+        quantize(folder, tmp_path / "out", recipe)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_output_is_not_replaced_unasked(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama()
+    quantize(folder, tmp_path / "out", "rtn-int4")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match="out"):
+        quantize(folder, tmp_path / "out", "gptq-int4")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    quantize(folder, tmp_path / "out", "gptq-int4", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("recipe", ["gptq-int4", "q4_k_m"])
+@pytest.mark.parametrize("after", range(0, 5, 2))
+def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_path: Path, recipe: str, after: int) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        walk = pipeline.quantize(source, tmp_path / "out", recipes.load(recipe), calibrate=calibrated)
+        for _ in range(after + 1):
+            next(walk)
+        walk.close()
+    assert not list(tmp_path.iterdir())
+
+
+CHILD = """
+import resource, sys, torch
+from quantcli import pipeline, recipe as recipes
+from quantcli.checkpoint import Checkpoint
+from quantcli.pipeline import Calibrated, LayerDone
+torch.set_num_threads(1)
+ids = torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(0))
+with Checkpoint.open(sys.argv[1]) as source:
+    for event in pipeline.quantize(source, __import__("pathlib").Path(sys.argv[2]), recipes.load(sys.argv[3]), calibrate=lambda: Calibrated("", windows=ids)):
+        if isinstance(event, LayerDone): print(event.name, flush=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_no_file_under_a_final_name(tiny_llama: TinyLlama, tmp_path: Path, kind: int) -> None:
+    command = [sys.executable, "-c", CHILD, str(tiny_llama(layers=6)), str(tmp_path / "out"), "gptq-int4"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert child.stdout is not None
+    for _ in range(3):
+        assert child.stdout.readline()
+    os.kill(child.pid, kind)
+    child.wait()
+    assert not (tmp_path / "out").exists()
+    if kind == signal.SIGINT:
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_two_layers_and_their_statistics(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    hidden, intermediate, vocab = 768, 2048, 512
+    folder = tiny_llama(layers=12, hidden=hidden, intermediate=intermediate, heads=12, kv_heads=4, dtype="bfloat16", shards=4)
+    command = [sys.executable, "-c", CHILD, str(folder), str(tmp_path / "out"), "gptq-int4"]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    layer = hidden * hidden * 2 + 2 * hidden * hidden // 3 + 3 * hidden * intermediate
+    statistics = 3 * hidden**2 + intermediate**2
+    activations = 8 * 64 * hidden
+    assert peak < 4 * (2 * layer + statistics + activations) + 600e6
+
+
+@pytest.mark.slow
+def test_time_grows_no_faster_than_the_number_of_layers(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    seconds = {}
+    for n_layers in (4, 16):
+        folder = tiny_llama(layers=n_layers)
+        start = psutil.Process().cpu_times().user
+        quantize(folder, tmp_path / str(n_layers), "gptq-int4")
+        seconds[n_layers] = psutil.Process().cpu_times().user - start
+    assert seconds[16] < 4 * 1.3 * seconds[4]
+
+
+def test_progress_events_carry_what_a_user_wants_to_see(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    events = [e for e in quantize(tiny_llama(), tmp_path / "out", "gptq-int4") if isinstance(e, LayerDone)]
+    layer = events[1]
+    assert (layer.index, layer.n_layers) == (1, len(events))
+    assert layer.relative_error is not None
+    assert 0 < layer.relative_error < 0.05
+    assert 4 < layer.bpw < 5
+    assert 0 < sum(e.seconds for e in events) < time.perf_counter() - start
+    assert events[0].relative_error is None

@@ -1,0 +1,105 @@
+"""Plans: every byte known beforehand, every tensor accounted for, every conflict found before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quantcli import plan as planning
+from quantcli import recipe as recipes
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.forward import Forward
+from quantcli.plan import Plan
+from quantcli.recipe import Recipe, Rule
+
+TinyLlama = Callable[..., Path]
+
+
+def make(folder: Path, recipe: Recipe) -> Plan:
+    with Checkpoint.open(str(folder)) as source:
+        taps = planning.declared_taps(source)
+        assert taps is not None
+        return planning.make(source, recipe, taps)
+
+
+def with_rules(name: str, *rules: tuple[str, str]) -> Recipe:
+    return replace(recipes.load(name), rules=tuple(Rule.parse(*rule) for rule in rules))
+
+
+def schemes(plan: Plan) -> dict[str, str]:
+    return {t.name: str(t.scheme) for t in plan.tensors if t.scheme}
+
+
+def test_declared_taps_equal_traced_ones(tiny_llama: TinyLlama) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        assert planning.declared_taps(source) == dict(Forward(source).taps)
+
+
+def test_every_source_tensor_is_in_the_plan_once(tiny_llama: TinyLlama) -> None:
+    folder = tiny_llama(shards=3)
+    with Checkpoint.open(str(folder)) as source:
+        plan = planning.make(source, recipes.load("gptq-int4"), planning.declared_taps(source) or {})
+        assert sorted(t.name for t in plan.tensors) == sorted(source.specs)
+        assert sum(plan.census().values()) == len(source.specs)
+
+
+def test_layers_come_in_the_order_of_a_forward_pass(tiny_llama: TinyLlama) -> None:
+    names = [layer.name for layer in make(tiny_llama(layers=11), recipes.load("gptq-int4")).layers]
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[1:12] == [f"model.layers.{i}" for i in range(11)]
+    assert set(names[12:]) == {"model.norm.weight", "lm_head.weight"}
+
+
+def test_linears_of_layers_are_coded_and_the_rest_is_kept(tiny_llama: TinyLlama) -> None:
+    chosen = schemes(make(tiny_llama(), recipes.load("gptq-int4")))
+    assert len(chosen) == 14
+    assert set(chosen.values()) == {"int4-g128-sym"}
+
+
+def test_bpw_counts_scales_and_zero_points(tiny_llama: TinyLlama) -> None:
+    plan = make(tiny_llama(), recipes.load("gptq-int4"))
+    layer = plan.layers[1]
+    coded = [t for t in layer.tensors if t.scheme]
+    n_bits = 8 * sum(s.nbytes for t in coded for s in t.outputs)
+    n_weights = sum(t.source.n_elements for t in coded)
+    g_idx_bits = sum(32 * t.source.shape[1] for t in coded)
+    assert (n_bits - g_idx_bits) / n_weights == pytest.approx(4 + 16 / 128 + 4 / 128)
+
+
+def test_the_first_rule_that_matches_wins(tiny_llama: TinyLlama) -> None:
+    recipe = with_rules("gptq-int4", (r"layers\.0\.mlp\.down", "keep"), (r"down_proj", "int8-g128-sym"))
+    chosen = schemes(make(tiny_llama(), recipe))
+    assert "model.layers.0.mlp.down_proj.weight" not in chosen
+    assert chosen["model.layers.1.mlp.down_proj.weight"] == "int8-g128-sym"
+
+
+def test_a_rule_that_matches_nothing_is_an_error(tiny_llama: TinyLlama) -> None:
+    with pytest.raises(RecipeError, match="rule 'experts' matches no weight matrix"):
+        make(tiny_llama(), with_rules("gptq-int4", ("experts", "int8-g128-sym")))
+
+
+def test_a_group_that_does_not_divide_is_found_before_any_weight_is_read(tiny_llama: TinyLlama) -> None:
+    with pytest.raises(RecipeError, match=r"model.layers.0.mlp.down_proj.weight: in_features 544 is not a multiple"):
+        make(tiny_llama(intermediate=544), recipes.load("gptq-int4"))
+
+
+def test_a_scheme_the_format_cannot_hold_is_unsupported(tiny_llama: TinyLlama) -> None:
+    with pytest.raises(UnsupportedError, match="gptq format cannot hold q4_k"):
+        make(tiny_llama(), with_rules("gptq-int4", ("down_proj", "q4_k")))
+
+
+def test_a_mix_needs_a_format_that_has_mixes(tiny_llama: TinyLlama) -> None:
+    with pytest.raises(RecipeError, match="Q4_K_M is a mix of types for GGUF"):
+        make(tiny_llama(), replace(recipes.load("q4_k_m"), format="gptq"))
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_shipped_recipe_can_plan_a_llama(tiny_llama: TinyLlama, name: str, tied: bool) -> None:
+    plan = make(tiny_llama(tied=tied), recipes.load(name))
+    assert 2 < plan.bpw < 33
+    assert plan.census()["dropped"] == 0

@@ -1,0 +1,92 @@
+"""Recipes: what ships loads, what is wrong says so, what is written down reads back."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from quantcli import recipe as recipes
+from quantcli.errors import RecipeError
+from quantcli.registry import find
+from quantcli.tensors import Scheme
+
+GOOD = {"format": "gptq", "passes": ["gptq"], "scheme": "int4-g128-sym"}
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_every_shipped_recipe_loads_and_says_when_to_choose_it(name: str) -> None:
+    recipe = recipes.load(name)
+    assert recipe.description.endswith(".")
+    assert find("formats", recipe.format)
+    assert recipe.scheme is None or find("formats", recipe.format).supports(recipe.scheme)
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
+    recipe = recipes.load(name)
+    again = recipes.parse(yaml.safe_load(yaml.safe_dump(recipe.to_dict())), "again")
+    assert again.to_dict() == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "zip"}, "no format 'zip'; there are: gguf"),
+        ({"passes": ["magic"]}, "no pass 'magic'; there are: gptq"),
+        ({"passes": [{"gptq": {"damp": 1}}]}, "has no option 'damp'; it has: act_order"),
+        ({"passes": []}, "lacks 'passes'"),
+        ({"scheme": "int4-g128-wide"}, "'wide' in scheme"),
+        ({"scheme": "foo4"}, "'foo4' names no number format"),
+        ({"scheme": None}, "either a scheme or a mix"),
+        ({"mix": "Q4_K_M"}, "either a scheme or a mix"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"rules": [{"match": "("}]}, "keys match and scheme"),
+        ({"rules": [{"match": "(", "scheme": "keep"}]}, "no regular expression"),
+        ({"calibration": {"sampels": 3}}, "calibration takes samples"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(change: dict, words: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipes.parse({**GOOD, **change}, "mine")
+    assert words in str(error.value)
+
+
+def test_a_name_that_does_not_exist_lists_the_ones_that_do() -> None:
+    with pytest.raises(RecipeError, match="gptq-int4"):
+        recipes.load("nope")
+
+
+def test_a_recipe_file_of_ones_own_loads(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "rules": [{"match": "down_proj", "scheme": "int8-g128-sym"}]}))
+    recipe = recipes.load(str(path))
+    assert recipe.name == "mine"
+    assert recipe.rules[0].matches("model.layers.0.mlp.down_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [("int4", "int4-g128-sym"), ("INT8-channel-asym", "int8-channel-asym"), ("int3-g64", "int3-g64-sym"), ("bf16", "bf16"), ("q4_k", "q4_k")],
+)
+def test_schemes_print_as_they_are_written(text: str, printed: str) -> None:
+    assert str(Scheme.parse(text)) == printed
+    assert Scheme.parse(str(Scheme.parse(text))) == Scheme.parse(text)
+
+
+def test_overriding_bits_renames_the_recipe() -> None:
+    recipe = recipes.load("gptq-int4")
+    assert recipe.with_scheme(bits=4).name == "gptq-int4"
+    assert recipe.with_scheme(bits=3, sym=False).name == "gptq-int3-g128-asym"
+
+
+def test_a_mix_has_no_bits_to_set() -> None:
+    with pytest.raises(RecipeError, match="Q4_K_M"):
+        recipes.load("q4_k_m").with_scheme(bits=3)
+
+
+def test_every_method_has_one_default_recipe() -> None:
+    methods = [recipes.load(name).default_for for name in recipes.shipped()]
+    assert recipes.default_for("gptq").name == "gptq-int4"
+    assert methods.count("gptq") == methods.count("rtn") == 1
+    with pytest.raises(RecipeError, match="there are: gptq, rtn"):
+        recipes.default_for("awq")
