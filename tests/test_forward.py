@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +49,7 @@ ODD: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 128},  # learned positions, no nn.Linear in the layers
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 32},  # an embedding narrower than the layers
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},  # two rotary tables
-    "gemma4_text": {"sliding_window": 8},  # each layer is given an embedding of the tokens of its own
+    "gemma4_text": {"sliding_window": 8, "vocab_size_per_layer_input": 97},  # each layer is given an embedding of the tokens of its own
     "olmo_hybrid": {},  # three convolutions on disk are one in memory
 }
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -348,3 +350,39 @@ def test_the_tokenizer_is_the_checkpoints_own(tiny_llama: TinyLlama) -> None:
 def test_a_folder_without_tokenizer_is_an_error(save_model: SaveModel) -> None:
     with Checkpoint.open(str(save_model("llama"))) as checkpoint, pytest.raises(CheckpointError, match="no tokenizer"):
         tokenizer(checkpoint)
+
+
+WALK = """
+import resource, sys
+from pathlib import Path
+import torch
+from quantcli.checkpoint import Checkpoint
+from quantcli.forward import Forward
+
+torch.set_num_threads(1)
+def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def walk(folder):
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    with Checkpoint.open(folder) as checkpoint:
+        forward = Forward(checkpoint)
+        traced = peak_mb()
+        hidden = forward.embed(ids)
+        for i in range(len(forward.layers)):
+            with forward.layer(i) as layer:
+                hidden = layer(hidden, ids)
+        forward.head(hidden)
+    return traced
+walk(sys.argv[1])  # imports, and what libraries keep for themselves
+before = peak_mb()
+traced = walk(sys.argv[2])
+print(traced - before, peak_mb() - before)
+"""
+
+
+def test_a_walk_holds_one_layer_at_a_time_and_a_trace_none(tiny_llama: TinyLlama) -> None:
+    small = tiny_llama(hidden=64, intermediate=128)
+    large = tiny_llama(hidden=1024, intermediate=4096, layers=8, kv_heads=4, dtype="bfloat16", shards=8)  # 64 MiB a layer in float32
+    run = subprocess.run([sys.executable, "-c", WALK, str(small), str(large)], check=True, capture_output=True, text=True)
+    traced, walked = map(float, run.stdout.split())
+    assert traced < 16
+    assert walked < 64 + 8 + 16  # a layer, its largest tensor as it is read, and what else there is

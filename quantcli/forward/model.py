@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.forward import heap
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.names import NameMap, Source
 from quantcli.forward.skeleton import build, drop, dtypes, put
@@ -48,6 +49,7 @@ class Forward:
         self._drop("embedding")
         self._load("rest")
         self._by_tokens = self._stack.trace(self.device)
+        heap.trim()
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self.layers = tuple(self._disk_prefix(i) for i in range(len(self._stack.layers)))
         self.taps = {name: tap for i in range(len(self.layers)) for name, tap in self._disk_taps(i).items()}
@@ -104,6 +106,7 @@ class Forward:
             yield LoadedLayer(self, index, self._stack.layers[index])
         finally:
             self._drop(str(index))
+            heap.trim()
 
     def close(self) -> None:
         """Free all weights."""

@@ -6,6 +6,7 @@ share an input (a *tap*) are seen in one forward of two tokens, each layer with 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,15 +187,21 @@ def _replaced(forwards: Mapping[nn.Module, Run]) -> Iterator[None]:
 
 @contextmanager
 def _zeros(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """``layer`` has zeros for parameters: memory that the system maps but never fills."""
+    """``layer`` has zeros for parameters."""
     names = [name for name, _ in layer.named_parameters()]
     for name, param in list(layer.named_parameters()):
-        put(layer, name, torch.zeros(param.shape, dtype=param.dtype, device=device))
+        put(layer, name, _zero_pages(param).to(device))
     try:
         yield
     finally:
         for name in names:
             drop(layer, name, torch.device("meta"))
+
+
+def _zero_pages(like: Tensor) -> Tensor:
+    """Zeros on the CPU that take no memory while they are only read: fresh pages of the system, which torch would write to."""
+    pages = mmap.mmap(-1, max(1, like.numel()) * like.itemsize)
+    return torch.frombuffer(pages, dtype=like.dtype)[: like.numel()].view(like.shape)
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:
