@@ -144,6 +144,31 @@ def test_a_pre_tokenizer_can_be_named(tiny_llama: Any, tmp_path: Path) -> None:
         assert container.read_header(export(source, tmp_path / "b.gguf", "F16", pre_tokenizer="mpt")).get("tokenizer.ggml.pre") == "mpt"
 
 
+def test_a_pre_tokenizer_can_be_named_for_a_gguf_source_too(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        first = export(source, tmp_path / "a.gguf", "F16")
+    with Checkpoint.open(str(first)) as source:
+        assert container.read_header(export(source, tmp_path / "b.gguf", "F16", pre_tokenizer="mpt")).get("tokenizer.ggml.pre") == "mpt"
+
+
+def test_the_model_card_names_the_model(tiny_llama: Any) -> None:
+    folder = tiny_llama()
+    (folder / "README.md").write_text("---\nlicense: mit\ntags:\n- small\n---\n# Model\n")
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": 7, "temperature": 0.5}))
+    with Checkpoint.open(str(folder)) as source:
+        fields = gguf.context(source, {}, {}).fields
+    assert (fields["general.license"].value, fields["general.tags"].value) == ("mit", ["small"])
+    assert (fields["general.sampling.top_k"].value, fields["general.sampling.temp"].value) == (7, 0.5)
+
+
+@pytest.mark.parametrize("card", ["---\nfoo: [1\n bar: :\n---\n", "---\nlicense: 3\n---\n"])
+def test_a_model_card_that_makes_no_sense_is_a_checkpoint_error(tiny_llama: Any, card: str) -> None:
+    folder = tiny_llama()
+    (folder / "README.md").write_text(card)
+    with Checkpoint.open(str(folder)) as source, pytest.raises(CheckpointError, match=r"README\.md"):
+        gguf.context(source, {}, {})
+
+
 def test_the_plan_knows_every_byte(tiny_llama: Any, tmp_path: Path) -> None:
     with Checkpoint.open(str(tiny_llama())) as source:
         schemes = gguf.mix("Q5_K_M", source.specs, source.config)

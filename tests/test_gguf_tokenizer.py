@@ -18,7 +18,7 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import pretokenizers
 from quantcli.formats.gguf.metadata import fields_of
 from quantcli.formats.gguf.spm import read_sentencepiece
-from quantcli.formats.gguf.tokenizer import add_tokenizer
+from quantcli.formats.gguf.tokenizer import add_tokenizer, merge_text
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")
@@ -65,6 +65,10 @@ def test_both_ways_to_write_merges_mean_the_same(tmp_path: Path) -> None:
     parsed["model"]["merges"] = [" ".join(m) if isinstance(m, list) else m for m in parsed["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(parsed))
     assert tokenizer_keys(tmp_path, 260)["merges"] == pairs == ["h e"]
+
+
+def test_a_space_inside_a_merge_is_written_as_the_byte_alphabet_has_it() -> None:
+    assert merge_text(["a b", "c"]) == "a\u0120b c"
 
 
 def test_a_role_token_is_control_and_gets_its_id_though_nobody_added_it(tmp_path: Path) -> None:

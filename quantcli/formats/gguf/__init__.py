@@ -71,11 +71,12 @@ def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping
     table = filetypes.gguf_names(source.specs, config)
     check_complete(source, table.values())
     extras = extra_tensors(config)
+    pre_tokenizer = filetypes.Options.of(options).pre_tokenizer
     if source.kind == "gguf":
-        fields = inherited(source)
+        fields = inherited(source, pre_tokenizer)
     else:
         n_params = sum(source.specs[name].n_elements for name in table) + sum(extra.numel() for extra in extras.values())
-        fields = describe(source, arch, n_params, filetypes.Options.of(options).pre_tokenizer)
+        fields = describe(source, arch, n_params, pre_tokenizer)
     fields["general.quantization_version"] = Field(GGUFValueType.UINT32, GGML_QUANT_VERSION)
     fields["general.file_type"] = Field(GGUFValueType.UINT32, int(filetypes.closest(schemes, source.specs, config).number))
     fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in metadata.items()}
@@ -101,9 +102,12 @@ def describe(source: Checkpoint, arch: Architecture, n_params: int, pre_tokenize
     return keyed.fields_of(keys)
 
 
-def inherited(source: Checkpoint) -> dict[str, Field]:
-    fields = read_header(source.path).fields
-    return {key: field for key, field in fields.items() if not key.startswith(NOT_INHERITED)}
+def inherited(source: Checkpoint, pre_tokenizer: str | None) -> dict[str, Field]:
+    """The metadata of a GGUF source, without what says how that file was made."""
+    fields = {key: field for key, field in read_header(source.path).fields.items() if not key.startswith(NOT_INHERITED)}
+    if pre_tokenizer is not None:
+        fields["tokenizer.ggml.pre"] = Field(GGUFValueType.STRING, pre_tokenizer)
+    return fields
 
 
 def extra_tensors(config: Mapping) -> dict[str, Tensor]:

@@ -156,11 +156,20 @@ class _HeaderReader:
     def integer(self, form: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
-    def string(self) -> str:
-        self.n_strings += 1
-        if self.n_strings > MAX_STRINGS:
-            raise self.error(f"the header holds more than {MAX_STRINGS} strings")
-        return self.take(self.integer("<Q")).decode("utf-8", "surrogateescape")
+    def strings(self, count: int) -> list[str]:
+        """The next ``count`` strings. A vocabulary has hundreds of thousands, so this loop is spelled out."""
+        self.n_strings += count
+        if self.n_strings > MAX_STRINGS or count > (self.size - self.at) // 8:
+            raise self.error(f"promises {count} strings, more than {self.size - self.at} bytes can hold or a model has")
+        data, at, size, length_at = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
+        out = []
+        for _ in range(count):
+            if size - at < 8 or (length := length_at(data, at)[0]) > size - at - 8:
+                raise self.error(f"has a string at offset {at} that would end after the file, at {size}")
+            at += 8 + length
+            out.append(data[at - length : at].decode("utf-8", "surrogateescape"))
+        self.at = at
+        return out
 
     def name(self) -> str:
         length = self.integer("<Q")
@@ -185,7 +194,7 @@ class _HeaderReader:
         kind = self.value_type()
         if kind == GGUFValueType.ARRAY:
             return self.array()
-        return Field(kind, self.string() if kind == GGUFValueType.STRING else self.scalars(kind, 1)[0].item())
+        return Field(kind, self.strings(1)[0] if kind == GGUFValueType.STRING else self.scalars(kind, 1)[0].item())
 
     def array(self) -> Field:
         element, count = self.value_type(), self.integer("<Q")
@@ -193,9 +202,7 @@ class _HeaderReader:
             raise self.error("is an array of arrays, which no GGUF reader takes")
         if element != GGUFValueType.STRING:
             return Field(GGUFValueType.ARRAY, self.scalars(element, count), element)
-        if count > min((self.size - self.at) // 8, MAX_STRINGS):
-            raise self.error(f"promises {count} strings, but the file ends {self.size - self.at} bytes later")
-        return Field(GGUFValueType.ARRAY, [self.string() for _ in range(count)], element)
+        return Field(GGUFValueType.ARRAY, self.strings(count), element)
 
     def scalars(self, kind: GGUFValueType, count: int) -> np.ndarray:
         """``count`` numbers, copied out of the file."""

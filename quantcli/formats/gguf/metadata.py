@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import yaml
 from gguf import GGUFValueType, GGUFWriter, RopeScalingType
 
 from quantcli.archs import Architecture
@@ -22,7 +23,11 @@ QUANTIZATION_KEYS = ("general.quantization_version", "general.file_type")
 
 def general(keys: GGUFWriter, folder: Path, config: Mapping, n_params: int, *, name: str | None) -> None:
     """general.*: what the model card, generation_config.json and the folder's name tell; ``name`` (a Hub id) replaces a guessed one."""
-    card = gguf.Metadata.load(None, folder, name, n_params)
+    try:
+        card = gguf.Metadata.load(None, folder, name, n_params)
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError) as error:
+        hint = "correct or remove README.md or generation_config.json"
+        raise CheckpointError(f"{folder}: the model card cannot be read ({str(error)[:100]}); {hint}") from error
     card.name = card.name or folder.resolve().name
     generation = read_object(folder / "generation_config.json")
     if card.sampling_penalty_repeat is None:
@@ -93,17 +98,26 @@ YARN_WORDS = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_fa
 
 
 def fields_of(keys: GGUFWriter) -> dict[str, Field]:
-    """What was added to ``keys``, typed as GGUFWriter would write it."""
-    return {key: _field(entry.value, entry.type, entry.sub_type) for key, entry in keys.kv_data[0].items()}
+    """What was added to ``keys``, typed as GGUFWriter would write it; :class:`CheckpointError` for a value that is not of its type."""
+    return {key: _field(key, entry.value, entry.type, entry.sub_type) for key, entry in keys.kv_data[0].items()}
 
 
-def _field(value: Any, kind: GGUFValueType, element: GGUFValueType | None) -> Field:
+def _field(key: str, value: Any, kind: GGUFValueType, element: GGUFValueType | None) -> Field:
     if kind != GGUFValueType.ARRAY:
-        return Field(kind, value)
+        return Field(kind, _typed(key, value, kind))
     if isinstance(value, bytes):
         return Field(kind, np.frombuffer(value, np.uint8), GGUFValueType.UINT8)
-    values = [text.decode() if isinstance(text, bytes) else text for text in value]
-    return Field(kind, values, GGUFValueType.get_type(values[0]) if element is None else element)
+    values = list(value)
+    element = GGUFValueType.get_type(values[0]) if element is None else element
+    return Field(kind, [_typed(key, item, element) for item in values], element)
+
+
+def _typed(key: str, value: Any, kind: GGUFValueType) -> Any:
+    """``value``, which a model's own files gave, if it is what the key takes."""
+    allowed = {GGUFValueType.STRING: (str,), GGUFValueType.BOOL: (bool,)}.get(kind, (int, float))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind != GGUFValueType.BOOL):
+        raise CheckpointError(f"'{key}' would be {value!r}, expected {kind.name}; correct config.json, generation_config.json or README.md")
+    return value
 
 
 def plain_field(value: Any) -> Field:

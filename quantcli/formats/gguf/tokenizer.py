@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from quantcli.formats.gguf.metadata import read_object
 from quantcli.formats.gguf.spm import SentencePiece, read_sentencepiece
 
 SPACE = "\u2581"
+SPACE_BYTE = "\u0120"
 ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0
 SPECIAL_LOOKS = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
 SPECIAL_WORDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -121,7 +122,16 @@ def add_byte_level_bpe(keys: GGUFWriter, files: Files, vocab_size: int, pre_toke
     keys.add_tokenizer_pre(pre_tokenizer or pretokenizers.name_of(files.parsed))
     keys.add_token_list(vocabulary.tokens)
     keys.add_token_types(vocabulary.types)
-    add_special(keys, vocabulary, files, load_merges=True)
+    keys.add_token_merges([merge_text(merge) for merge in files.parsed["model"]["merges"]])
+    add_special(keys, vocabulary, files)
+
+
+def merge_text(merge: str | Sequence[str]) -> str:
+    """A merge as GGUF has it, "left right", from either form of tokenizer.json; a space inside a half is written as the byte alphabet's."""
+    if isinstance(merge, str):
+        return merge
+    left, right = merge
+    return f"{left.replace(' ', SPACE_BYTE)} {right.replace(' ', SPACE_BYTE)}"
 
 
 def add_byte_fallback_bpe(keys: GGUFWriter, files: Files, vocab_size: int) -> None:
@@ -173,16 +183,15 @@ def add_special(
     vocabulary: Vocabulary,
     files: Files,
     *,
-    load_merges: bool = False,
     roles: Mapping[str, int] | None = None,
     adds: Mapping[str, bool] | None = None,
 ) -> None:
-    """Ids of the special roles, whether bos and eos are added, the chat template, merges.
+    """Ids of the special roles, whether bos and eos are added, and the chat template.
 
     The ids are those of the tokens tokenizer_config.json names; else config.json's; else ``roles``, what the tokenizer's model says.
     ``adds``: role → is it added to a text, where no file says so.
     """
-    special = gguf.SpecialVocab(files.folder, load_merges=load_merges, n_vocab=len(vocabulary.tokens))
+    special = gguf.SpecialVocab(files.folder, n_vocab=len(vocabulary.tokens))
     ids = {token: id for id, token in enumerate(vocabulary.tokens)}
     named = {word.removesuffix("_token"): ids.get(content_of(files.settings.get(word))) for word in SPECIAL_WORDS}
     known = {role: id for role, id in named.items() if id is not None}
