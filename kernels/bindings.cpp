@@ -55,6 +55,21 @@ void check(const char* name, const Array& array, std::initializer_list<nb::dlpac
 
 bool on_cuda(const Array& array) { return array.device_type() == nb::device::cuda::value; }
 
+#ifdef QUANTCLI_CUDA
+namespace cuda {
+int exchange_device(int device);
+}
+OnDevice::OnDevice(const Array& array) {
+    if (on_cuda(array)) previous_ = cuda::exchange_device(array.device_id());
+}
+OnDevice::~OnDevice() {
+    if (previous_ >= 0) cuda::exchange_device(previous_);
+}
+#else
+OnDevice::OnDevice(const Array&) {}
+OnDevice::~OnDevice() {}
+#endif
+
 void require_ok(const char* op, Status status) {
     if (status != kOk) throw KernelFault(std::string(op) + ": the device failed with CUDA error " + std::to_string(status));
 }

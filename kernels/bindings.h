@@ -33,6 +33,18 @@ constexpr nb::dlpack::dtype kI8{static_cast<uint8_t>(nb::dlpack::dtype_code::Int
 constexpr nb::dlpack::dtype kI32{static_cast<uint8_t>(nb::dlpack::dtype_code::Int), 32, 1};
 
 bool on_cuda(const Array& array);
+
+/// While it lives, this thread's CUDA calls go to the array's device. Nothing for an array on the CPU.
+class OnDevice {
+  public:
+    explicit OnDevice(const Array& array);
+    ~OnDevice();
+    OnDevice(const OnDevice&) = delete;
+
+  private:
+    int previous_ = -1;
+};
+
 void require_ok(const char* op, Status status);
 
 void register_blocks(nb::module_& m);

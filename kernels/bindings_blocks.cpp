@@ -97,6 +97,7 @@ void quantize(const std::string& name, const Array& W, const Maybe& importance, 
     check_blocks(blocks, kind, extent, &W);
     const BlockOps& ops = ops_for(W);
     auto* out = static_cast<uint8_t*>(blocks.data());
+    const OnDevice device(W);
     nb::gil_scoped_release release;
     require_ok("quantize_blocks", ops.quantize(kind, weights, weight, out, stream_of(stream)));
 }
@@ -109,6 +110,7 @@ void dequantize(const std::string& name, const Array& blocks, const Array& W, ui
     const BlockOps& ops = ops_for(W);
     const auto* in = static_cast<const uint8_t*>(blocks.data());
     auto* out = static_cast<float*>(W.data());
+    const OnDevice device(W);
     nb::gil_scoped_release release;
     require_ok("dequantize_blocks", ops.dequantize(kind, in, extent.rows, extent.cols, out, stream_of(stream)));
 }
@@ -121,6 +123,7 @@ void fit(const std::string& name, const Array& W, const Maybe& importance, const
     const float* weight = importance_of(importance, extent, W);
     const BlockParams params = params_of(kind, extent, W, d, dmin, scale, min);
     const BlockOps& ops = ops_for(W);
+    const OnDevice device(W);
     nb::gil_scoped_release release;
     require_ok("fit_blocks", ops.fit(kind, weights, weight, params, stream_of(stream)));
 }
@@ -135,6 +138,7 @@ void pack(const std::string& name, const Array& codes, const Array& d, const May
     const BlockOps& ops = ops_for(codes);
     const auto* in = static_cast<const int8_t*>(codes.data());
     auto* out = static_cast<uint8_t*>(blocks.data());
+    const OnDevice device(codes);
     nb::gil_scoped_release release;
     require_ok("pack_blocks", ops.pack(kind, in, params, extent.rows, extent.cols, out, stream_of(stream)));
 }
@@ -149,6 +153,7 @@ void unpack(const std::string& name, const Array& blocks, const Array& codes, co
     const BlockOps& ops = ops_for(codes);
     const auto* in = static_cast<const uint8_t*>(blocks.data());
     auto* out = static_cast<int8_t*>(codes.data());
+    const OnDevice device(codes);
     nb::gil_scoped_release release;
     require_ok("unpack_blocks", ops.unpack(kind, in, extent.rows, extent.cols, out, params, stream_of(stream)));
 }

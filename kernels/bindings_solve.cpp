@@ -64,6 +64,7 @@ void fit_affine(const Array& W, const Array& importance, int bits, int64_t group
                         .scale = pointer<float>(scale),
                         .zero = pointer<int32_t>(zero)};
     const SolveOps& ops = ops_for(W);
+    const OnDevice device(W);
     nb::gil_scoped_release release;
     require_ok("fit_affine", ops.fit_affine(fit, stream_of(stream)));
 }
@@ -96,6 +97,7 @@ void gptq_chunk(const Array& W, const Array& U, const Array& scale, const Maybe&
                           .codes = pointer<uint8_t>(codes),
                           .E = pointer<float>(E)};
     const SolveOps& ops = ops_for(W);
+    const OnDevice device(W);
     nb::gil_scoped_release release;
     require_ok("gptq_chunk", ops.gptq_chunk(chunk, stream_of(stream)));
 }
@@ -113,6 +115,7 @@ DenseBits bits_of(const Array& codes, const Array& words, int bits) {
 void pack_bits(const Array& codes, int bits, const Array& words, uint64_t stream) {
     const DenseBits shape = bits_of(codes, words, bits);
     const SolveOps& ops = ops_for(codes);
+    const OnDevice device(codes);
     nb::gil_scoped_release release;
     require_ok("pack_bits", ops.pack_bits(shape, pointer<uint8_t>(codes), pointer<uint32_t>(words), stream_of(stream)));
 }
@@ -120,6 +123,7 @@ void pack_bits(const Array& codes, int bits, const Array& words, uint64_t stream
 void unpack_bits(const Array& words, int bits, const Array& codes, uint64_t stream) {
     const DenseBits shape = bits_of(codes, words, bits);
     const SolveOps& ops = ops_for(codes);
+    const OnDevice device(codes);
     nb::gil_scoped_release release;
     require_ok("unpack_bits", ops.unpack_bits(shape, pointer<uint32_t>(words), pointer<uint8_t>(codes), stream_of(stream)));
 }

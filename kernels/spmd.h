@@ -111,9 +111,20 @@ QC_FN I truncate(F x) {
 QC_FN F select(Mask m, F a, F b) { return m ? a : b; }
 QC_FN I select(Mask m, I a, I b) { return m ? a : b; }
 
-/// a < b ? a : b, which is what SSE's minps does with NaN and signed zeros too.
+/// a < b ? a : b and a > b ? a : b, with NaN and signed zeros too: minps and maxps, which GCC 12 does not find by itself in vectors.
+#if defined(__AVX512F__) && QC_LANES == 16
+QC_FN F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+QC_FN F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__) && QC_LANES == 8
+QC_FN F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+QC_FN F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE2__) && QC_LANES == 4
+QC_FN F min(F a, F b) { return (F)_mm_min_ps((__m128)a, (__m128)b); }
+QC_FN F max(F a, F b) { return (F)_mm_max_ps((__m128)a, (__m128)b); }
+#else
 QC_FN F min(F a, F b) { return a < b ? a : b; }
 QC_FN F max(F a, F b) { return a > b ? a : b; }
+#endif
 QC_FN I min(I a, I b) { return a < b ? a : b; }
 QC_FN I max(I a, I b) { return a > b ? a : b; }
 QC_FN F absolute(F x) { return from_bits(bits(x) & 0x7fffffff); }
@@ -148,7 +159,11 @@ QC_FN I to_half(F x) {
     const I exponent = max(magnitude & 0x7f800000, splat_int(0x38800000));
     const I rounded = bits(from_bits(exponent + 0x07800000) + base);
     const I half = (shift_right_logical(rounded, 13) & 0x7c00) + (rounded & 0x0fff);
+#if defined(__x86_64__) && !defined(__CUDACC__)
     return sign | select(magnitude > 0x7f800000, splat_int(0x7e00), half);
+#else
+    return select(magnitude > 0x7f800000, splat_int(0xfe00), sign | half);  // x86 makes negative NaN, others positive: follow x86
+#endif
 }
 
 /// IEEE half (low 16 bits) → float, exact.

@@ -211,6 +211,25 @@ def test_the_environment_forces_a_set(name: str, monkeypatch: pytest.MonkeyPatch
     assert ops.active() == name
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [SETS[-1], "reference"])
+def test_cuda_gives_ggmls_bytes_and_floats(name: str, kind: str, golden: dict[str, Tensor]) -> None:
+    ops.use(name)
+    W = torch.cat([golden[f"{case}/W"] for case in INPUTS]).cuda()
+    for weights, suffix in ((None, ""), (importance(W.shape[1]), "/weighted")):
+        blocks = ops.quantize_blocks(W, kind, weights)
+        for case, got in zip(INPUTS, blocks.cpu().split(2), strict=True):
+            assert_same_bytes(got, golden[f"{case}/{kind}{suffix}"], f"{case}{suffix}", kind)
+        codes, params = ops.unpack_blocks(blocks, kind, W.shape[1])
+        assert_same_bytes(ops.pack_blocks(codes, params, kind), blocks, "pack", kind)
+        fitted = ops.fit_blocks(W, kind, weights)
+        assert all(torch.equal(fitted[part].view(torch.uint8), params[part].view(torch.uint8)) for part in params)
+    decoded = ops.dequantize_blocks(golden[f"gaussian/{kind}"].cuda(), kind, 512).cpu()
+    assert torch.equal(decoded.view(torch.int32), golden[f"decoded/{kind}"].view(torch.int32))
+
+
 @pytest.mark.peer
 @pytest.mark.skipif("QUANTCLI_LIBGGML" not in os.environ, reason="QUANTCLI_LIBGGML does not name a libggml-base.so")
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,221 @@
+// Drivers of the block types: a thread is a block (256 weights for the k-quants) and runs the same text as a lane of the CPU.
+#include <cuda_runtime.h>
+
+#include "../api.h"
+#include "../blocks/q4_0.h"
+#include "../blocks/q4_k.h"
+#include "../blocks/q5_k.h"
+#include "../blocks/q6_k.h"
+#include "../blocks/q8_0.h"
+
+namespace quantcli::cuda {
+namespace {
+
+constexpr int kThreads = 64;  // a thread holds a whole block in local memory: small groups spread over more multiprocessors
+
+__device__ int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+/// Blocks start at even addresses only: words go as halves.
+__device__ void put_half(uint8_t* at, I half) { *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(half); }
+__device__ I get_half(const uint8_t* at) { return *reinterpret_cast<const uint16_t*>(at); }
+
+template <class T>
+__device__ void store_block(const I* codes, const Params& params, uint8_t* at) {
+    I words[T::kWords];
+    T::pack(codes, params, words);
+    if (T::kHead) put_half(at, params.d);
+    at += T::kHead;
+    for (int i = 0; i < T::kWords; ++i, at += 4) {
+        put_half(at, words[i]);
+        put_half(at + 2, shift_right_logical(words[i], 16));
+    }
+    if (T::kTail) put_half(at, params.d);
+}
+
+template <class T>
+__device__ void load_block(const uint8_t* at, I* codes, Params& params) {
+    I words[T::kWords];
+    if (T::kHead) params.d = get_half(at);
+    at += T::kHead;
+    for (int i = 0; i < T::kWords; ++i, at += 4) words[i] = get_half(at) | get_half(at + 2) << 16;
+    if (T::kTail) params.d = get_half(at);
+    T::unpack(words, codes, params);
+}
+
+template <class T>
+__device__ void put_params(const Params& params, int64_t block, const BlockParams& out) {
+    constexpr int kSubs = T::kBlock / T::kSub;
+    out.d[block] = static_cast<uint16_t>(params.d);
+    if (T::kHasMin) out.dmin[block] = static_cast<uint16_t>(params.dmin);
+    for (int j = 0; T::kHasScales && j < kSubs; ++j) out.scale[block * kSubs + j] = static_cast<uint8_t>(params.scale[j]);
+    for (int j = 0; T::kHasMin && j < kSubs; ++j) out.min[block * kSubs + j] = static_cast<uint8_t>(params.min[j]);
+}
+
+template <class T>
+__device__ void get_params(const BlockParams& in, int64_t block, Params& params) {
+    constexpr int kSubs = T::kBlock / T::kSub;
+    params.d = in.d[block];
+    if (T::kHasMin) params.dmin = in.dmin[block];
+    for (int j = 0; T::kHasScales && j < kSubs; ++j) params.scale[j] = in.scale[block * kSubs + j];
+    for (int j = 0; T::kHasMin && j < kSubs; ++j) params.min[j] = in.min[block * kSubs + j];
+}
+
+/// What a search needs: `powers` [rows] is the mean square of each row where the type weighs with it, else null.
+struct Source {
+    Weights W;
+    const float* importance;
+    const float* powers;
+    int64_t n_blocks, blocks_per_row;
+
+    /// Weight i of the whole matrix. The float type is an argument, not a template's: each copy of a search costs the compiler seconds.
+    __device__ float weight(int64_t i) const {
+        if (W.dtype == Float::f32) return static_cast<const float*>(W.data)[i];
+        const I bits16 = static_cast<const uint16_t*>(W.data)[i];
+        return W.dtype == Float::bf16 ? from_bits(bits16 << 16) : from_half(bits16);
+    }
+};
+
+/// Search, and what is wanted of it: the blocks (if not null), the parameters (if out.d is not null).
+template <class T>
+__global__ void search_kernel(Source source, uint8_t* blocks, BlockParams out) {
+    const int64_t block = thread_index();
+    if (block >= source.n_blocks) return;
+    F x[T::kBlock], wanted[T::kBlock];
+    const bool weighted = T::kWeighted && source.importance;
+    for (int i = 0; i < T::kBlock; ++i) x[i] = source.weight(block * T::kBlock + i);
+    for (int i = 0; weighted && i < T::kBlock; ++i) wanted[i] = source.importance[block % source.blocks_per_row * T::kBlock + i];
+    const F power = source.powers ? source.powers[block / source.blocks_per_row] : 0.0f;
+    Found found;
+    T::search(x, weighted ? wanted : nullptr, power, found);
+    if (out.d) put_params<T>(found.params, block, out);
+    if (!blocks) return;
+    I codes[T::kBlock];
+    T::encode(x, found, codes);
+    store_block<T>(codes, found.params, blocks + block * T::kBytes);
+}
+
+/// Mean square of each row, a thread a row, in ggml's order.
+__global__ void row_powers_kernel(Source source, float* powers) {
+    const int64_t row = thread_index();
+    if (row >= source.W.rows) return;
+    F sum = 0.0f;
+    for (int64_t i = 0; i < source.W.cols; ++i) {
+        const F x = source.weight(row * source.W.cols + i);
+        sum += x * x;
+    }
+    powers[row] = sum / static_cast<float>(source.W.cols);
+}
+
+template <class T>
+__global__ void dequantize_kernel(const uint8_t* blocks, int64_t n_blocks, float* W) {
+    const int64_t block = thread_index();
+    if (block >= n_blocks) return;
+    I codes[T::kBlock];
+    Params params;
+    load_block<T>(blocks + block * T::kBytes, codes, params);
+    T::decode(codes, params, W + block * T::kBlock);
+}
+
+template <class T>
+__global__ void pack_kernel(const int8_t* codes, BlockParams in, int64_t n_blocks, uint8_t* blocks) {
+    const int64_t block = thread_index();
+    if (block >= n_blocks) return;
+    I lane[T::kBlock];
+    Params params;
+    for (int i = 0; i < T::kBlock; ++i) lane[i] = codes[block * T::kBlock + i];
+    get_params<T>(in, block, params);
+    store_block<T>(lane, params, blocks + block * T::kBytes);
+}
+
+template <class T>
+__global__ void unpack_kernel(const uint8_t* blocks, int64_t n_blocks, int8_t* codes, BlockParams out) {
+    const int64_t block = thread_index();
+    if (block >= n_blocks) return;
+    I lane[T::kBlock];
+    Params params;
+    load_block<T>(blocks + block * T::kBytes, lane, params);
+    put_params<T>(params, block, out);
+    for (int i = 0; i < T::kBlock; ++i) codes[block * T::kBlock + i] = static_cast<int8_t>(lane[i]);
+}
+
+unsigned grid_for(int64_t n) { return static_cast<unsigned>((n + kThreads - 1) / kThreads); }
+
+template <class T>
+Status search_all(Weights W, const float* importance, uint8_t* blocks, BlockParams out, cudaStream_t stream) {
+    const int64_t per_row = W.cols / T::kBlock;
+    Source source{W, importance, nullptr, W.rows * per_row, per_row};
+    if (source.n_blocks == 0) return kOk;
+    float* powers = nullptr;
+    if (T::kRowPower && importance) {
+        const Status status = cudaMallocAsync(&powers, W.rows * sizeof(float), stream);
+        if (status != cudaSuccess) return status;
+        row_powers_kernel<<<grid_for(W.rows), kThreads, 0, stream>>>(source, powers);
+        source.powers = powers;
+    }
+    search_kernel<T><<<grid_for(source.n_blocks), kThreads, 0, stream>>>(source, blocks, out);
+    const Status launched = cudaGetLastError();
+    const Status freed = powers ? cudaFreeAsync(powers, stream) : cudaSuccess;
+    return launched != cudaSuccess ? launched : freed;
+}
+
+/// Calls body(T{}) for the text of `kind`.
+template <class Body>
+Status with_text(Kind kind, const Body& body) {
+    switch (kind) {
+        case Kind::q8_0:
+            return body(Q8_0{});
+        case Kind::q4_0:
+            return body(Q4_0{});
+        case Kind::q4_k:
+            return body(Q4_K{});
+        case Kind::q5_k:
+            return body(Q5_K{});
+        default:
+            return body(Q6_K{});
+    }
+}
+
+Status quantize(Kind kind, Weights W, const float* importance, uint8_t* blocks, void* stream) {
+    return with_text(kind, [&](auto text) {
+        return search_all<decltype(text)>(W, importance, blocks, BlockParams{}, static_cast<cudaStream_t>(stream));
+    });
+}
+
+Status fit(Kind kind, Weights W, const float* importance, BlockParams out, void* stream) {
+    return with_text(kind,
+                     [&](auto text) { return search_all<decltype(text)>(W, importance, nullptr, out, static_cast<cudaStream_t>(stream)); });
+}
+
+Status dequantize(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, float* W, void* handle) {
+    return with_text(kind, [&](auto text) -> Status {
+        using T = decltype(text);
+        const int64_t n = rows * (cols / T::kBlock);
+        if (n) dequantize_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(blocks, n, W);
+        return cudaGetLastError();
+    });
+}
+
+Status pack(Kind kind, const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks, void* handle) {
+    return with_text(kind, [&](auto text) -> Status {
+        using T = decltype(text);
+        const int64_t n = rows * (cols / T::kBlock);
+        if (n) pack_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(codes, in, n, blocks);
+        return cudaGetLastError();
+    });
+}
+
+Status unpack(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out, void* handle) {
+    return with_text(kind, [&](auto text) -> Status {
+        using T = decltype(text);
+        const int64_t n = rows * (cols / T::kBlock);
+        if (n) unpack_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(blocks, n, codes, out);
+        return cudaGetLastError();
+    });
+}
+
+}  // namespace
+
+extern const BlockOps block_ops;
+const BlockOps block_ops = {quantize, dequantize, fit, pack, unpack};
+
+}  // namespace quantcli::cuda
