@@ -30,7 +30,6 @@ __all__ = [
     "calibrate",
     "default_text",
     "load_stats",
-    "measure",
     "sha256",
     "windows",
     "windows_of",
@@ -150,11 +149,6 @@ def _finished(meters: Mapping[str, StatsMeter]) -> dict[str, Stats]:
             )
         result[tap] = stats
     return result
-
-
-def measure(layer: LoadedLayer, activations: Activations, *, hessian: bool = True) -> dict[str, Stats]:
-    """Stats of all taps of ``layer`` for the windows as they stand before it."""
-    return activations.measure(layer, None, EVERYTHING if hessian else DIAGONALS)
 
 
 @dataclass(frozen=True, slots=True)
