@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +104,23 @@ def fields_of(keys: GGUFWriter) -> dict[str, Field]:
 
 def _field(key: str, value: Any, kind: GGUFValueType, element: GGUFValueType | None) -> Field:
     if kind != GGUFValueType.ARRAY:
-        return Field(kind, _typed(key, value, kind))
+        _check(key, [value], kind)
+        return Field(kind, value)
     if isinstance(value, bytes):
         return Field(kind, np.frombuffer(value, np.uint8), GGUFValueType.UINT8)
     values = list(value)
     element = GGUFValueType.get_type(values[0]) if element is None else element
-    return Field(kind, [_typed(key, item, element) for item in values], element)
+    _check(key, values, element)
+    return Field(kind, values, element)
 
 
-def _typed(key: str, value: Any, kind: GGUFValueType) -> Any:
-    """``value``, which a model's own files gave, if it is what the key takes."""
+def _check(key: str, values: Sequence[Any], kind: GGUFValueType) -> None:
+    """Raise :class:`CheckpointError` unless ``values``, which a model's own files gave, are what the key takes."""
     allowed = {GGUFValueType.STRING: (str,), GGUFValueType.BOOL: (bool,)}.get(kind, (int, float))
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind != GGUFValueType.BOOL):
+    wrong = {t for t in {type(value) for value in values} if not issubclass(t, allowed) or (t is bool and kind != GGUFValueType.BOOL)}
+    if wrong:
+        value = next(value for value in values if type(value) in wrong)
         raise CheckpointError(f"'{key}' would be {value!r}, expected {kind.name}; correct config.json, generation_config.json or README.md")
-    return value
 
 
 def plain_field(value: Any) -> Field:
