@@ -334,6 +334,25 @@ def test_a_model_that_is_no_causal_language_model_is_unsupported(save_model: Sav
         pass
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": -64},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 10**9},
+        {"hidden_act": "own-invention"},
+        {"head_dim": "wide"},
+        {"vocab_size": 10**15},
+    ],
+)
+def test_a_config_of_impossible_values_is_an_error_of_the_checkpoint(save_model: SaveModel, change: dict[str, Any]) -> None:
+    folder = save_model("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=re.escape(str(folder))), opened(folder):
+        pass
+
+
 def test_infinite_hidden_states_are_an_error_that_names_the_layer(save_model: SaveModel) -> None:
     folder = save_model("llama")
     rewrite(folder, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(float("inf")))

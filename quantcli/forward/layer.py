@@ -29,7 +29,6 @@ class LoadedLayer:
     """
 
     name: str
-    tensors: Mapping[str, Tensor]
 
     def __init__(self, forward: Forward, index: int, module: nn.Module) -> None:
         self.name = forward.layers[index]
@@ -39,7 +38,11 @@ class LoadedLayer:
         self._sources = {name: source for source in forward.sources(index) for name in source.disk}
         self._set: dict[str, Tensor] = {}
         self._stale: dict[str, Source] = {}  # by target: to be made again from what was set
-        self.tensors = _Tensors(self._sources, self.get)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Made on each call: kept, it would tie the layer into a cycle, and its weights would outlive it."""
+        return _Tensors(self._sources, self.get)
 
     def get(self, name: str) -> Tensor:
         """The weight ``name`` (on disk)."""

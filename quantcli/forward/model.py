@@ -39,7 +39,12 @@ class Forward:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
-        self._model = build(checkpoint.config, dtype)
+        n_layers, n_tensors = checkpoint.config.get("num_hidden_layers", 0), len(checkpoint.specs)
+        if isinstance(n_layers, int) and n_layers > n_tensors:
+            raise CheckpointError(
+                f"{checkpoint.source}: config.json tells of {n_layers} layers, the checkpoint has {n_tensors} tensors in all"
+            )
+        self._model = build(checkpoint.config, dtype, checkpoint.source)
         self._names = NameMap(self._model, checkpoint.specs, checkpoint.source)
         self._dtypes = dtypes(self._model, dtype)
         self._stack = Stack(self._model)

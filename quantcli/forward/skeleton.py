@@ -13,31 +13,32 @@ from torch import Tensor, nn
 from quantcli.errors import CheckpointError, UnsupportedError
 
 
-def build(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The causal LM that ``config`` (a config.json) describes, without weights, in evaluation mode.
+def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
+    """The causal LM that ``config``, the config.json of ``where``, describes: without weights, in evaluation mode.
 
-    Raises :class:`UnsupportedError` when transformers does not know the architecture: a repository's own code is never run.
+    Raises :class:`UnsupportedError` when transformers does not know the architecture (a repository's own code is never run),
+    :class:`CheckpointError` when it cannot make a model of the values.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedError(
-            f"model_type '{model_type}' in config.json is not one that the installed transformers knows, and code that comes with a "
-            "model is never run; upgrade transformers, or convert the model to an architecture that it has"
+            f"{where}: model_type '{model_type}' in config.json is not one that the installed transformers knows, and code that comes with "
+            "a model is never run; upgrade transformers, or convert the model to an architecture that it has"
         )
+    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedError(f"{where}: transformers has no causal language model for model_type '{model_type}'")
     # The weights arrive dense whatever their file: transformers must not look for a quantizer.
     words = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     try:
         parsed = CONFIG_MAPPING[model_type].from_dict(words)
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UnsupportedError(
-            f"transformers cannot build a causal language model from this config.json ({model_type}): {error}"
-        ) from error
-    return model.eval()
+            return AutoModelForCausalLM.from_config(parsed, dtype=dtype).eval()
+    except Exception as error:  # whatever the values of a foreign file may set off in configuration and modelling code
+        raise CheckpointError(f"{where}: transformers cannot build a {model_type} model from config.json: {error}") from error
 
 
 @contextmanager
