@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import KernelError
+from quantcli.ops import dispatch
 from quantcli.ops.blocks import KINDS
 
 GOLDEN = Path(__file__).parent / "data" / "ggml_blocks.safetensors"
@@ -209,6 +211,21 @@ def test_the_environment_forces_a_set(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("QUANTCLI_KERNELS", name)
     monkeypatch.setattr("quantcli.ops.dispatch._forced_reference", None)
     assert ops.active() == name
+
+
+def test_without_compiled_kernels_the_references_run_and_nothing_else_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = INPUTS["gaussian"][:, :256]
+    expected = ops.quantize_blocks(W, "q4_k")
+    monkeypatch.setitem(sys.modules, "quantcli._kernels", None)  # importing it is then a ModuleNotFoundError
+    dispatch._compiled.cache_clear()
+    try:
+        ops.use(None)
+        assert (ops.active(), ops.available()) == ("reference", ("reference",))
+        assert_same_bytes(ops.quantize_blocks(W, "q4_k"), expected, "gaussian", "q4_k")
+        with pytest.raises(KernelError, match="'avx2' is not available: this installation has no compiled kernels"):
+            ops.use("avx2")
+    finally:
+        dispatch._compiled.cache_clear()
 
 
 @pytest.mark.cuda

@@ -16,12 +16,13 @@ REFERENCE = "reference"
 
 @cache
 def _compiled() -> ModuleType | None:
-    """The compiled module, or None where the package was installed without one."""
+    """The compiled module, on as many threads as torch, or None where the package was installed without one."""
     try:
-        from quantcli import _kernels  # type: ignore[attr-defined]
+        import quantcli._kernels as kernels
     except ModuleNotFoundError:
         return None
-    return _kernels
+    kernels.set_threads(torch.get_num_threads())
+    return kernels
 
 
 _forced_reference: bool | None = None
