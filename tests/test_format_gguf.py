@@ -16,7 +16,7 @@ from gguf_export import LLAMA3, edit_config, export, quantized
 
 from quantcli import ops
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
+from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.formats import gguf
 from quantcli.formats.gguf import container, rope
 from quantcli.formats.gguf.filetypes import FILE_TYPES
@@ -287,6 +287,44 @@ def test_a_file_that_contradicts_itself_is_refused(
         path = export(source, tmp_path / "good.gguf", "F16")
     with pytest.raises(error, match=word):
         Checkpoint.open(str(rewrite(path, tmp_path / "bad.gguf", **change)))
+
+
+def test_a_gguf_file_is_known_by_its_name_or_its_first_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"<html>")
+    (tmp_path / "b").write_bytes(b"GGUF")
+    (tmp_path / "c").write_bytes(b"GGU")
+    assert [gguf.detect(tmp_path / name, None) for name in ("a.gguf", "b", "c", ".")] == [True, True, False, False]
+    with pytest.raises(CheckpointError, match=r"a\.gguf: not a GGUF file"):
+        Checkpoint.open(str(tmp_path / "a.gguf"))
+
+
+STRANGE = (
+    u32(0),
+    u32(2**32 - 1),
+    container.Field(peer.GGUFValueType.STRING, "\udcff x"),
+    container.Field(peer.GGUFValueType.BOOL, True),
+    container.Field(peer.GGUFValueType.FLOAT32, float("inf")),
+    container.Field(peer.GGUFValueType.INT64, -7),
+    container.Field(peer.GGUFValueType.ARRAY, [1, 2], peer.GGUFValueType.INT32),
+    container.Field(peer.GGUFValueType.ARRAY, [], peer.GGUFValueType.STRING),
+)
+
+
+def test_no_value_of_any_metadata_key_does_more_than_raise(tiny_llama: Any, tmp_path: Path) -> None:
+    """Every key with every strange value: the file opens and reads, or is refused by one of our errors."""
+    linear = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 30.0}
+    with Checkpoint.open(str(edit_config(tiny_llama(layers=1, hidden=64, intermediate=64), rope_parameters=linear))) as source:
+        path = export(source, tmp_path / "good.gguf", "F16")
+    refused = 0
+    keys = [key for key in container.read_header(path).fields if key.startswith(("general", "llama")) or key.endswith("_id")]
+    for key in [*keys, "split.count"]:
+        for value in STRANGE:
+            try:
+                with Checkpoint.open(str(rewrite(path, tmp_path / "bad.gguf", fields={key: value}))) as back:
+                    back.read("model.layers.0.self_attn.q_proj.weight")
+            except QuantcliError:
+                refused += 1
+    assert refused > 50
 
 
 def test_a_type_nobody_here_decodes_is_listed_and_refused_when_read(tiny_llama: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.formats.gguf import filetypes, rope
 from quantcli.formats.gguf import metadata as keyed
-from quantcli.formats.gguf.container import BLOCKS, Field, header, read_header, tensor_spec
+from quantcli.formats.gguf.container import BLOCKS, MAGIC, Field, header, read_header, tensor_spec
 from quantcli.formats.gguf.filetypes import mix
 from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.formats.gguf.tokenizer import add_tokenizer
@@ -43,11 +43,11 @@ class Context:
 
 
 def detect(path: Path, config: dict | None) -> bool:
-    """Is ``path`` a GGUF file?"""
+    """Is ``path`` a GGUF file, by its name or by its first bytes?"""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+        return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
 
 
 def supports(scheme: Scheme) -> bool:

@@ -16,7 +16,7 @@ from gguf import GGUFValueType, GGUFWriter, RopeScalingType
 from quantcli.archs import Architecture
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.container import Container, Field
-from quantcli.shards import read_json
+from quantcli.shards import read_json, shown
 
 QUANTIZATION_KEYS = ("general.quantization_version", "general.file_type")
 
@@ -149,7 +149,7 @@ def config_of(container: Container, arch: Architecture) -> dict:
         "num_attention_heads": n_heads,
         "num_key_value_heads": _integer(container, f"{p}.attention.head_count_kv", n_heads),
         "head_dim": _integer(container, f"{p}.attention.key_length", hidden // n_heads),
-        "rms_norm_eps": short_float(container.get(f"{p}.attention.layer_norm_rms_epsilon", 1e-6)),
+        "rms_norm_eps": _float(container, f"{p}.attention.layer_norm_rms_epsilon", 1e-6),
         "rope_parameters": _rope(container, p),
         "max_position_embeddings": _integer(container, f"{p}.context_length"),
         "vocab_size": specs["token_embd.weight"].shape[0] if "token_embd.weight" in specs else 0,
@@ -159,36 +159,38 @@ def config_of(container: Container, arch: Architecture) -> dict:
         "dtype": "float32",
     }
     ids = {word: container.get(f"tokenizer.ggml.{key}_token_id") for word, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
-    return config | {f"{word}_token_id": value for word, value in ids.items() if value is not None}
+    return config | {f"{word}_token_id": value for word, value in ids.items() if isinstance(value, int)}
 
 
 def _integer(container: Container, key: str, default: int | None = None) -> int:
     value = container.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{container.path}: metadata key '{key}' is {value!r}, expected a positive integer")
+        raise CheckpointError(f"{container.path}: metadata key '{key}' is {shown(value)}, expected a positive integer")
     return value
 
 
 def _rope(container: Container, p: str) -> dict:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": short_float(container.get(f"{p}.rope.freq_base", 10000.0))}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _float(container, f"{p}.rope.freq_base", 10000.0)}
     kind = container.get(f"{p}.rope.scaling.type", "none")
+    kind = kind if isinstance(kind, str) else type(kind).__name__
     if kind == "none":
         return rope
     if kind not in ("linear", "yarn"):
-        raise UnsupportedError(f"{container.path}: rotary scaling '{kind}'; quantcli reads linear, yarn and llama3")
-    rope |= {"rope_type": kind, "factor": short_float(container.get(f"{p}.rope.scaling.factor", 1.0))}
+        raise UnsupportedError(f"{container.path}: rotary scaling {shown(kind)}; quantcli reads linear, yarn and llama3")
+    rope |= {"rope_type": kind, "factor": _float(container, f"{p}.rope.scaling.factor", 1.0)}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = _integer(container, f"{p}.rope.scaling.original_context_length")
-        found = {word: container.get(f"{p}.rope.scaling.yarn_{key}") for word, key in YARN_WORDS.items()}
-        rope |= {word: short_float(value) for word, value in found.items() if value is not None}
+        keys = {word: f"{p}.rope.scaling.yarn_{key}" for word, key in YARN_WORDS.items()}
+        rope |= {word: _float(container, key, 0.0) for word, key in keys.items() if key in container.fields}
     return rope
 
 
-def short_float(value: float) -> float:
-    """The float64 with the fewest digits that is ``value`` in float32: 1e-06, not 9.99999997e-07."""
-    number = float(str(np.float32(value)))
+def _float(container: Container, key: str, default: float) -> float:
+    """The float64 with the fewest digits that is the float32 of metadata ``key``: 1e-06, not 9.99999997e-07."""
+    value = container.get(key, default)
+    number = float(str(np.float32(value))) if isinstance(value, (int, float)) else math.nan
     if not math.isfinite(number):
-        raise CheckpointError(f"a metadata value is {value}, expected a finite number")
+        raise CheckpointError(f"{container.path}: metadata key '{key}' is {shown(value)}, expected a finite number")
     return number
 
 

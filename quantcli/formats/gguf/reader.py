@@ -16,7 +16,7 @@ from quantcli.formats.gguf import rope
 from quantcli.formats.gguf.container import Container, read_header, row_bytes
 from quantcli.formats.gguf.metadata import config_of
 from quantcli.registry import names
-from quantcli.shards import Location, read_tensor
+from quantcli.shards import Location, read_tensor, shown
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 
@@ -25,8 +25,8 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         container = read_header(path)
-        if (n_files := container.get("split.count", 1)) != 1:
-            raise UnsupportedError(f"{path}: one of {n_files} parts of a split model; join them with llama-gguf-split --merge first")
+        if str(n_files := container.get("split.count", 1)) != "1":
+            raise UnsupportedError(f"{path}: one of {shown(n_files)} parts of a split model; join them with llama-gguf-split --merge first")
         arch = architecture(container)
         self.container, self.arch = container, arch
         self.gguf_names = {hf_name(container, arch, name): name for name in container.specs if name != rope.TENSOR}
