@@ -1,5 +1,10 @@
 """QuantcliError and its children: one exit code each, one sentence for the user."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class QuantcliError(Exception):
     """What the user can act on. The sentence says what, where, expected and got, and the next step."""
@@ -47,3 +52,12 @@ class GateError(QuantcliError):
     """A quality gate (``--max-perplexity``, ``--max-kld``) was missed."""
 
     exit_code = 9
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Put ``what`` (a tensor, a file) in front of an error raised by code that sees only numbers."""
+    try:
+        yield
+    except QuantcliError as error:
+        raise type(error)(f"{what}: {error}") from error

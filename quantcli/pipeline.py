@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__
+from quantcli import __version__, heap
 from quantcli import plan as planning
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
@@ -26,6 +26,7 @@ from quantcli.tensors import Layer, QuantizedTensor, Stats, TensorReport
 from quantcli.writer import Writer
 
 if TYPE_CHECKING:
+    from quantcli.calibrate import Activations
     from quantcli.forward import Forward, LoadedLayer
 
 TENSORS_IN_FLIGHT = 3
@@ -112,9 +113,9 @@ def quantize(
 ) -> Iterator[Event]:
     """Write ``source`` to ``target`` as ``recipe`` says.
 
-    ``calibrate`` is called, once the plan stands, when a pass needs statistics. With token windows each layer is measured on what the layers
-    before it, already quantized, hand it; with statistics gathered before no layer runs. Nothing stands at ``target`` until the
-    last event; ``overwrite`` replaces what stood there only then.
+    ``calibrate`` is called, once the plan stands, when a pass needs statistics. With token windows each layer is measured on what the
+    layers before it, already quantized, hand it; with statistics gathered before no layer runs. Nothing stands at ``target`` until the last
+    event; ``overwrite`` replaces what stood there only then.
     """
     declared = planning.declared_taps(source)
     forward = _open_forward(source, device) if declared is None or recipe.needs else None
@@ -208,6 +209,7 @@ def _propagate(run: _Run, forward: Forward, windows: Tensor) -> Iterator[LayerDo
     from quantcli.calibrate import Activations
 
     activations = Activations.embed(forward, windows)
+    taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
     for layer in _timed(run):
         name = layer.planned.name
@@ -216,15 +218,19 @@ def _propagate(run: _Run, forward: Forward, windows: Tensor) -> Iterator[LayerDo
             layer.reports += _code(run, layer.planned, tensors, {})
         else:
             with forward.layer(index[name]) as loaded:
-                layer.reports += _measure_and_code(run, layer.planned, loaded, activations)
+                layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps)
                 if index[name] + 1 < len(forward.layers):
                     activations.advance(loaded)
         yield layer.done()
 
 
-def _measure_and_code(run: _Run, planned: PlannedLayer, loaded: LoadedLayer, activations: Any) -> list[TensorReport]:
-    """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded."""
-    taps = list(dict.fromkeys(t.tap for t in planned.tensors if t.tap and t.scheme))
+def _measure_and_code(
+    run: _Run, planned: PlannedLayer, loaded: LoadedLayer, activations: Activations, order: Sequence[str]
+) -> list[TensorReport]:
+    """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
+    ``order``: the model's taps as it runs them."""
+    coded = {t.tap for t in planned.tensors if t.scheme}
+    taps = [tap for tap in order if tap in coded]
     stages = [[tap] for tap in taps] if run.plan.recipe.true_sequential else [taps]
     reports: list[TensorReport] = []
     for stage in stages:
@@ -327,3 +333,4 @@ class _Timed:
 def _timed(run: _Run) -> Iterator[_Timed]:
     for index, planned in enumerate(run.plan.layers):
         yield _Timed(planned, index, len(run.plan.layers), time.perf_counter())
+        heap.trim()

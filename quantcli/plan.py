@@ -9,7 +9,7 @@ from typing import Any
 
 from quantcli import archs
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
 from quantcli.tensors import Scheme, TensorSpec
@@ -96,15 +96,16 @@ def declared_taps(source: Checkpoint) -> dict[str, str] | None:
 def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadata: Mapping[str, Any] | None = None) -> Plan:
     """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header.
 
-    Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that the
-    format cannot hold.
+    Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that
+    the format cannot hold.
     """
     fmt = find("formats", recipe.format)
     schemes = choose_schemes(source, recipe, taps)
     for name, scheme in schemes.items():
         if not fmt.supports(scheme):
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
-        check_layout(source.specs[name], scheme)
+        with about(name):
+            find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
     context = fmt.context(source, schemes, dict(metadata or {}), **recipe.format_options)
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
@@ -115,7 +116,7 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
 
 
 def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:
-    """Tensor name → scheme, for the tensors that do not stay as they are: the first rule that matches, else the mix or the recipe's scheme."""
+    """Tensor name → scheme of the tensors that do not stay as they are: the first rule that matches, else the mix or the scheme."""
     schemes: dict[str, Scheme] = {}
     if recipe.mix is not None:
         fmt = find("formats", recipe.format)
@@ -137,16 +138,9 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
         else:
             schemes[name] = scheme
     if idle := [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]:
-        raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first is {matrices[0] if matrices else 'none'}")
+        example = matrices[0] if matrices else "none"
+        raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first of them is {example}")
     return schemes
-
-
-def check_layout(spec: TensorSpec, scheme: Scheme) -> None:
-    """Raise :class:`RecipeError` with the tensor's name when its shape does not fit ``scheme``."""
-    try:
-        find("qtypes", scheme.qtype).layout(spec.shape, scheme)
-    except RecipeError as error:
-        raise RecipeError(f"{spec.name}: {error}") from None
 
 
 def layer_of(name: str) -> str:

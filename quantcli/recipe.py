@@ -60,7 +60,7 @@ class PassSpec:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How much text the calibrated passes see. ``datasets``: ``PATH`` or ``NAME``, each optionally ``=WEIGHT``; none is the default text."""
+    """How much text the calibrated passes see. ``datasets``: ``PATH`` or ``NAME``, each with or without ``=WEIGHT``."""
 
     samples: int = 128
     seq_len: int = 2048
@@ -69,8 +69,8 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Passes, rules and a format. ``scheme`` serves the linears of decoder layers that no rule names;
-    ``mix`` instead lets a GGUF file type choose the type of every tensor. The format reads ``format_options``. The first rule that matches wins."""
+    """Passes, rules and a format. The first rule that matches a tensor wins; ``scheme`` serves the linears of decoder layers that no
+    rule names, or ``mix`` lets a GGUF file type choose the type of every tensor. ``format_options`` are the format's to read."""
 
     name: str
     format: str
@@ -176,7 +176,8 @@ def parse(data: Any, name: str) -> Recipe:
     if data["format"] not in names("formats"):
         raise RecipeError(f"recipe '{name}': no format '{data['format']}'; there are: {', '.join(names('formats'))}")
     try:
-        calibration = Calibration(**{k: tuple(v) if k == "datasets" else v for k, v in (data.get("calibration") or {}).items()})
+        calibration = Calibration(**(data.get("calibration") or {}))
+        calibration = replace(calibration, datasets=tuple(calibration.datasets))
     except TypeError:
         raise RecipeError(f"recipe '{name}': calibration takes {', '.join(f.name for f in fields(Calibration))}") from None
     scheme = data.get("scheme")

@@ -106,7 +106,7 @@ class Grid:
     """What a scheme allows one weight matrix: ``w ≈ scale·q + offset``, or ``w ≈ scale·book[q]`` with a code book.
 
     ``scale``: [out, n_groups] float32, already rounded to what the file can hold; ``offset``: the same shape, or None for zero.
-    Group ``j`` covers inputs ``j·group_size … (j+1)·group_size``. Codes are integers ``lo … hi`` (indices into ``book`` where there is one).
+    Group ``j`` covers inputs ``j·group_size … (j+1)·group_size``. Codes are integers ``lo … hi``, or indices into ``book``.
     ``parts`` carries what ``pack`` needs beside the codes (zero points, super-block scales), under the qtype's own names.
     """
 
@@ -129,10 +129,7 @@ class Grid:
         scale = self.scale[:, :, None]
         V = V if self.offset is None else V - self.offset[:, :, None]
         V = torch.where(scale == 0, 0.0, V / scale)
-        if self.book is None:
-            codes = V.round_().clamp_(self.lo, self.hi)
-        else:
-            codes = torch.bucketize(V, (self.book[1:] + self.book[:-1]) / 2)
+        codes = V.round_().clamp_(self.lo, self.hi) if self.book is None else torch.bucketize(V, (self.book[1:] + self.book[:-1]) / 2)
         return codes.to(torch.uint8 if self.hi > 127 else torch.int8).view(W.shape)
 
     def decode(self, codes: Tensor) -> Tensor:

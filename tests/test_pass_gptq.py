@@ -116,11 +116,13 @@ def test_linears_of_one_tap_share_the_factor_and_agree_with_each_alone() -> None
 
 def test_the_upper_factor_squares_to_the_inverse() -> None:
     _, H = problem()
-    H = H.double() + 0.01 * torch.eye(len(H), dtype=torch.float64)
-    U = gptq.upper_factor(H)
+    H = H.double()
+    order = torch.randperm(len(H), generator=torch.Generator().manual_seed(0))
+    U = gptq.upper_factor(H, order, 0.5)
     assert U is not None
     assert torch.equal(U, U.triu())
-    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H), rtol=1e-9, atol=1e-9)
+    damped = (H + 0.5 * torch.eye(len(H), dtype=H.dtype))[order][:, order]
+    torch.testing.assert_close(U.T @ U, torch.linalg.inv(damped), rtol=1e-9, atol=1e-9)
 
 
 def test_damping_is_raised_and_reported_when_h_is_not_positive_definite() -> None:
@@ -141,10 +143,11 @@ def test_damping_is_raised_and_reported_when_h_is_not_positive_definite() -> Non
     ],
 )
 def test_a_hopeless_hessian_is_an_error_that_names_the_tap(spoil: object, words: str) -> None:
-    _, H = problem()
+    W, H = problem()
     spoil(H)
+    layer = Layer("l", {"a": W}, {"a": Scheme.parse("int4-g32-sym")}, {"a": "layers.3.mlp.down_proj"})
     with pytest.raises(NumericsError, match=words) as error:
-        gptq.factorize(H, damp_ratio=0.01, name="model.layers.3.mlp.down_proj")
+        gptq.run(layer, {"layers.3.mlp.down_proj": stats_of(H)})
     assert "layers.3.mlp.down_proj" in str(error.value)
 
 

@@ -66,7 +66,13 @@ def test_a_recipe_file_of_ones_own_loads(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "printed"),
-    [("int4", "int4-g128-sym"), ("INT8-channel-asym", "int8-channel-asym"), ("int3-g64", "int3-g64-sym"), ("bf16", "bf16"), ("q4_k", "q4_k")],
+    [
+        ("int4", "int4-g128-sym"),
+        ("INT8-channel-asym", "int8-channel-asym"),
+        ("int3-g64", "int3-g64-sym"),
+        ("bf16", "bf16"),
+        ("q4_k", "q4_k"),
+    ],
 )
 def test_schemes_print_as_they_are_written(text: str, printed: str) -> None:
     assert str(Scheme.parse(text)) == printed

@@ -18,7 +18,7 @@ def command(
     dataset: options.Dataset = None,
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 2048,
-    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Gather H, which gptq needs; without it the file is tiny.")] = True,
+    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Gather H, which gptq needs; the file is tiny without.")] = True,
     device: options.Device = "auto",
     threads: options.Threads = None,
     seed: options.Seed = 0,

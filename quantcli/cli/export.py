@@ -11,13 +11,13 @@ import typer
 from quantcli.cli import options
 from quantcli.cli.console import Console
 from quantcli.cli.quantize import execute
-from quantcli.errors import RecipeError
+from quantcli.errors import RecipeError, UnsupportedError
 
 
 def command(
     source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=f"{options.SOURCE_HELP} This folder when left out.")] = None,
     type_: Annotated[str | None, typer.Argument(metavar="[TYPE]", help="GGUF file type, e.g. Q4_K_M.")] = None,
-    format_: Annotated[str, typer.Option("--format", help="Output format: gguf or hf.")] = "gguf",
+    format_: Annotated[str, typer.Option("--format", help="Output format: gguf.")] = "gguf",
     output: options.Output = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every matrix, no mix.")] = False,
     tensor_type: Annotated[list[str] | None, typer.Option(metavar="REGEX=TYPE", help="Type of the tensors that REGEX finds.")] = None,
@@ -33,17 +33,17 @@ def command(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Convert a model: to a GGUF file of a type, straight from its shards, or between formats."""
+    """Convert a model: to a GGUF file of a type, straight from its shards or from another GGUF file."""
     from quantcli import recipe as recipes
 
     where, file_type = split_arguments(source, type_)
     if format_ != "gguf":
-        raise RecipeError(f"export writes gguf, not '{format_}'; for other formats use quantcli quantize --format")
+        raise UnsupportedError(f"export writes gguf, not '{format_}'; quantcli quantize writes hf and gptq")
     if file_type is None or file_type.upper() not in gguf_types():
-        given = "TYPE is missing" if file_type is None else f"'{file_type}' is no GGUF file type"
-        raise RecipeError(f"{given}; there are: {', '.join(gguf_types())}")
+        problem = "TYPE is missing" if file_type is None else f"'{file_type}' is no GGUF file type"
+        raise RecipeError(f"{problem}; there are: {', '.join(gguf_types())}")
     recipe = recipes.load(file_type)
-    given = {
+    given: dict[str, object] = {
         "pure": pure,
         "tensor_type": tuple(tensor_type or ()),
         "output_tensor_type": output_tensor_type,

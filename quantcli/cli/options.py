@@ -27,7 +27,7 @@ Dataset = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(min=1, help="Windows of text.")]
 SeqLen = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")]
-Rules = Annotated[list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of the tensors that REGEX finds; first wins.")]
+Rules = Annotated[list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of the tensors REGEX finds; first wins.")]
 Skips = Annotated[list[str] | None, typer.Option("--skip", metavar="REGEX", help="Leave the tensors that REGEX finds as they are.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; <model>-<recipe> in this folder when left out.")]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantcli.cli import options
-from quantcli.cli.console import Console, count, size
+from quantcli.cli.console import Console, size
 from quantcli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def command(
     sym: Annotated[Flag, typer.Option("--sym/--asym", help="Without or with zero points.")] = None,
     desc_act: Annotated[Flag, typer.Option("--desc-act/--no-desc-act", help="Group columns in solving order (writes g_idx).")] = None,
     damp_percent: Annotated[float | None, typer.Option(help="GPTQ damping, a share of the mean of diag(H): 0.01.")] = None,
-    true_sequential: Annotated[bool, typer.Option("--true-sequential", help="Measure each tap after the ones before it are coded.")] = False,
+    true_sequential: Annotated[bool, typer.Option("--true-sequential", help="Measure each tap behind coded ones.")] = False,
     format_: Annotated[str | None, typer.Option("--format", help="Output format: hf, gptq or gguf.")] = None,
     rule: options.Rules = None,
     skip: options.Skips = None,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantcli import heap
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.forward import heap
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.names import NameMap, Source
 from quantcli.forward.skeleton import build, drop, dtypes, put

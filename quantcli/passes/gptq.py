@@ -11,15 +11,15 @@ A chunk of columns is solved by one kernel (:func:`quantcli.ops.gptq_chunk`); th
 
 Where we differ:
 
-- U comes from one Cholesky factor of H taken from its last row upwards (H = R·Rᵀ, R upper, U = R⁻¹): half the work of inverting H, and
-  no explicit inverse whose rounding must be repaired.
-- The grid is fitted once, to the weights as they are, minimizing Σ_j H_jj·(w_j − ŵ_j)² ("static groups"). So columns can be
-  solved in order of falling H_jj while groups stay contiguous, and the engine needs no ``g_idx``. It serves any qtype: affine integers, k-quants.
+- U comes from one Cholesky factor of H taken backwards, from the last column solved to the first (H = R·Rᵀ, R upper, U = R⁻¹): half the
+  work of inverting H, and no explicit inverse whose rounding must be repaired.
+- The grid is fitted once, to the weights as they are, minimizing Σ_j H_jj·(w_j − ŵ_j)² ("static groups"). So columns can be solved in
+  order of falling H_jj while groups stay contiguous, and the engine needs no ``g_idx``. Any qtype will do: affine integers, k-quants.
 - A scheme with ``desc_act`` forms its groups along the solving order instead and stores each input's group (``g_idx``).
 - An input that calibration never excited has a zero row in H: it takes no part in the compensation, and its weights are rounded to
   nearest rather than zeroed, for they may matter on other text.
 
-Time O(out·in²) + O(in³/3) for each tap, memory 2·in² + 2·out·in float32.
+Time O(out·in²) + O(in³/3) for each tap, memory 3·in² + 3·out·in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from quantcli import ops
-from quantcli.errors import NumericsError, RecipeError
+from quantcli.errors import NumericsError, RecipeError, about
 from quantcli.registry import find
 from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport, relative_error
 
@@ -71,40 +71,45 @@ class Factor:
     n_dead: int
 
 
-def upper_factor(H: Tensor) -> Tensor | None:
-    """U, upper triangular with H⁻¹ = Uᵀ·U, for ``H``: [in, in]; None when H is not positive definite in its dtype."""
-    L, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+def upper_factor(H: Tensor, order: Tensor, damp: float) -> Tensor | None:
+    """U, upper triangular with (H + damp·I)⁻¹ = Uᵀ·U in ``order``, for ``H``: [in, in]; None when that is not positive definite.
+
+    Memory beside H: two matrices of its size at a time.
+    """
+    backwards = order.flip(0)
+    A = H.index_select(0, backwards).index_select(1, backwards)
+    A.diagonal().add_(damp)
+    L, info = torch.linalg.cholesky_ex(A)
+    del A
     if info.item():
         return None
-    R = L.flip(0, 1)  # H = R·Rᵀ, R upper
-    U = torch.linalg.solve_triangular(R, torch.eye(len(H), dtype=H.dtype, device=H.device), upper=True)
-    return U if bool(torch.isfinite(U).all()) else None
+    L_inv = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    torch.linalg.solve_triangular(L, L_inv, upper=False, out=L_inv)
+    del L
+    return L_inv.flip(0, 1) if bool(torch.isfinite(L_inv).all()) else None
 
 
-def factorize(H: Tensor, *, damp_ratio: float, act_order: bool = True, name: str = "H") -> Factor:
+def factorize(H: Tensor, *, damp_ratio: float, act_order: bool = True) -> Factor:
     """Factor of one tap from ``H``: [in, in] float32, mean of x·xᵀ.
 
     Damping is raised along :data:`DAMP_LADDER` when the factorization fails, in float64 before each step up; when the ladder ends, or
-    H has NaN or Inf, a :class:`NumericsError` names the tap.
+    H has NaN or Inf, it is a :class:`NumericsError`.
     """
     diagonal = H.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
-        raise NumericsError(f"{name}: the Hessian has NaN or Inf; the calibration text drives this model's activations out of range")
-    mean = diagonal.double().mean()
+        raise NumericsError("the Hessian has NaN or Inf; the calibration text drives this model's activations out of range")
+    mean = float(diagonal.double().mean())
     if mean == 0:
-        raise NumericsError(f"{name}: the Hessian is zero; no calibration token reached this tap")
+        raise NumericsError("the Hessian is zero; no calibration token reached this tap")
     order = torch.arange(len(H), device=H.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    H = H[order][:, order]
     for step in DAMP_LADDER:
-        damp = step * damp_ratio
+        damp_used = step * damp_ratio
         for dtype in (torch.float32, torch.float64):
-            A = H.to(dtype, copy=True)
-            A.diagonal().add_(float(damp * mean))
-            if (U := upper_factor(A)) is not None:
-                return Factor(order, U.float(), damp, int((diagonal == 0).sum()))
-    raise NumericsError(f"{name}: the Hessian is not positive definite even with damp_ratio {damp}; calibrate with more or other text")
+            if (U := upper_factor(H.to(dtype), order, damp_used * mean)) is not None:
+                return Factor(order, U.float(), damp_used, int((diagonal == 0).sum()))
+    raise NumericsError(f"the Hessian is not positive definite even with damp_ratio {damp_used:g}; calibrate with more or other text")
 
 
 def solve(W: Tensor, grid: Grid, factor: Factor, *, chunk: int = 128) -> Tensor:
@@ -126,7 +131,7 @@ def solve(W: Tensor, grid: Grid, factor: Factor, *, chunk: int = 128) -> Tensor:
     return out
 
 
-def quantize(W: Tensor, scheme: Scheme, H: Tensor, factor: Factor, options: Options = Options()) -> QuantizedTensor:  # noqa: B008
+def quantize(W: Tensor, scheme: Scheme, H: Tensor, factor: Factor, options: Options = Options()) -> QuantizedTensor:
     """One weight matrix ``W``: [out, in] float32 with its tap's ``H`` and ``factor``."""
     qtype = find("qtypes", scheme.qtype)
     importance = H.diagonal() + factor.damp_ratio * H.diagonal().mean()
@@ -142,7 +147,7 @@ def quantize(W: Tensor, scheme: Scheme, H: Tensor, factor: Factor, options: Opti
     return qtype.pack(codes, replace(grid, parts={**grid.parts, "g_idx": g_idx}), scheme)
 
 
-def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:  # noqa: B008
+def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
     """Quantize every tensor of ``layer.schemes``, those of one tap with one factorization.
 
     ``layer.taps`` names the tap of each; a tap without statistics is a :class:`RecipeError`.
@@ -163,7 +168,8 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
         raise RecipeError(f"{tap}: gptq needs the Hessian, and these statistics were gathered with --no-hessian")
     device = layer.tensors[members[0]].device
     H = stats.H.to(device, torch.float32)
-    factor = factorize(H, damp_ratio=options.damp_ratio, act_order=options.act_order, name=tap)
+    with about(tap):
+        factor = factorize(H, damp_ratio=options.damp_ratio, act_order=options.act_order)
     notes = []
     if factor.damp_ratio != options.damp_ratio:
         notes.append(f"damping raised to {factor.damp_ratio:g}: H was not positive definite at {options.damp_ratio:g}")
@@ -173,7 +179,8 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
     for name in members:
         W = layer.tensors[name].float()
         scheme = layer.schemes[name]
-        tensor = quantize(W, scheme, H, factor, options)
+        with about(name):
+            tensor = quantize(W, scheme, H, factor, options)
         error = relative_error(W, find("qtypes", scheme.qtype).unpack(tensor), H)
         layer.quantized[name] = tensor
         reports.append(TensorReport(name, error, tuple(notes)))

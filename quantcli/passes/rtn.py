@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantcli.errors import NumericsError
+from quantcli.errors import NumericsError, about
 from quantcli.registry import find
 from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
 
@@ -35,7 +35,7 @@ def quantize(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Qua
 
 
 def weight_error(W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 << 18) -> float:
-    """‖W−Ŵ‖² / ‖W‖² of ``W``: [out, in], a few rows at a time so that no second copy of the matrix is made."""
+    """‖W−Ŵ‖² / ‖W‖² of ``W``: [out, in], a few rows at a time so that no second copy is made; :class:`NumericsError` for NaN or Inf."""
     unpack = find("qtypes", tensor.scheme.qtype).unpack
     rows = max(1, chunk_elements // W.shape[-1])
     error = total = 0.0
@@ -46,18 +46,18 @@ def weight_error(W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 
         E = V - unpack(QuantizedTensor(tensor.scheme, tuple(V.shape), parts))
         error += float(E.square().sum())
         total += float(V.square().sum())
+    if not math.isfinite(error) or not math.isfinite(total):
+        raise NumericsError(f"the weights, or what {tensor.scheme} makes of them, have NaN or Inf; check the source checkpoint")
     return error / total if total > 0 else float(error > 0)
 
 
-def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:  # noqa: B008
+def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
     """Quantize every tensor of ``layer.schemes``; importance is used where ``stats`` has it."""
     reports = []
     for name, scheme in layer.schemes.items():
         W = layer.tensors[name]
         tap = stats.get(layer.taps.get(name, ""))
-        layer.quantized[name] = quantize(W, scheme, None if tap is None else tap.importance)
-        error = weight_error(W, layer.quantized[name])
-        if not math.isfinite(error):
-            raise NumericsError(f"{name}: the weights, or what {scheme} makes of them, have NaN or Inf; check the source checkpoint")
-        reports.append(TensorReport(name, error))
+        with about(name):
+            layer.quantized[name] = quantize(W, scheme, None if tap is None else tap.importance)
+            reports.append(TensorReport(name, weight_error(W, layer.quantized[name])))
     return Report(tuple(reports))

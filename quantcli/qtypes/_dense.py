@@ -28,7 +28,7 @@ class DenseType:
         if W.dtype != data.dtype and not bool((data.isfinite() | ~W.isfinite()).all()):
             worst = float(torch.where(W.isfinite(), W, 0).abs().max())
             top = torch.finfo(data.dtype).max
-            raise NumericsError(f"weight: {worst:.6g} is beyond the largest {self.word}, {top:.6g}; keep this tensor in BF16 or F32")
+            raise NumericsError(f"{worst:.6g} is beyond the largest {self.word}, {top:.6g}; keep this tensor in BF16 or F32")
         return QuantizedTensor(scheme, tuple(W.shape), {"data": data.contiguous()})
 
     def unpack(self, tensor: QuantizedTensor) -> Tensor:

@@ -81,6 +81,4 @@ class BlockType:
         if all(bool(half.isfinite().all()) for half in halves):
             return
         largest = float(W.float().abs().max())
-        raise NumericsError(
-            f"weight: a scale of {self.kind} does not fit float16 (largest |w| is {largest:.3g}); keep this tensor in F32 or BF16"
-        )
+        raise NumericsError(f"a scale of {self.kind} does not fit float16 (largest |w| is {largest:.3g}); keep this tensor in F32 or BF16")

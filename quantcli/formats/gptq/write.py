@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_of, quantization_words
 from quantcli.formats.gptq.read import BITS, natural_groups
 from quantcli.ops.bits import codes_per_run, pack_bits
@@ -78,10 +78,8 @@ def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
     """Readers take matrices named ``.weight`` whose two sides fill whole words."""
     if not spec.name.endswith(".weight"):
         raise RecipeError(f"{spec.name}: GPTQ stores linears, whose tensor is named <module>.weight; exclude this one")
-    try:
+    with about(spec.name):
         int_qtype.layout(spec.shape, scheme)
-    except RecipeError as error:
-        raise RecipeError(f"{spec.name}: {error}") from None
     run = codes_per_run(scheme.get("bits", 4))
     for side, size in zip(("out_features", "in_features"), spec.shape, strict=True):
         if size % run:
