@@ -54,7 +54,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A qtype and its options: ``Scheme("int", bits=4, group_size=128, sym=True)`` prints as ``int4-g128-sym``."""
+    """A qtype and its options: ``Scheme.of("int", bits=4, group_size=128, sym=True)`` prints as ``int4-g128-sym``.
+
+    Further words: ``channel`` (one group a row), ``desc`` (groups along the solving order, GPTQ's desc_act), ``minmax`` (no scale search).
+    """
 
     qtype: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -79,10 +82,14 @@ class Scheme:
                 options["sym"] = word == "sym"
             elif word == "channel":
                 options["group_size"] = -1
+            elif word == "desc":
+                options["desc_act"] = True
+            elif word == "minmax":
+                options["search"] = "minmax"
             elif match := re.fullmatch(r"g(\d+)", word):
                 options["group_size"] = int(match[1])
             else:
-                raise RecipeError(f"'{word}' in scheme '{text}' is neither g<N>, channel, sym nor asym")
+                raise RecipeError(f"'{word}' in scheme '{text}' is none of g<N>, channel, sym, asym, desc, minmax")
         return cls.of(head, **{**find("qtypes", head).OPTIONS, **options})
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -98,7 +105,9 @@ class Scheme:
             text += "-channel" if group_size == -1 else f"-g{group_size}"
         if (sym := self.get("sym")) is not None:
             text += "-sym" if sym else "-asym"
-        return text
+        if self.get("desc_act"):
+            text += "-desc"
+        return text + ("-minmax" if self.get("search") == "minmax" else "")
 
 
 @dataclass(frozen=True, slots=True)

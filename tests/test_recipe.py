@@ -70,6 +70,8 @@ def test_a_recipe_file_of_ones_own_loads(tmp_path) -> None:
         ("int4", "int4-g128-sym"),
         ("INT8-channel-asym", "int8-channel-asym"),
         ("int3-g64", "int3-g64-sym"),
+        ("int4-desc", "int4-g128-sym-desc"),
+        ("int4-minmax-asym", "int4-g128-asym-minmax"),
         ("bf16", "bf16"),
         ("q4_k", "q4_k"),
     ],

@@ -24,7 +24,7 @@ from quantcli.errors import RecipeError
 from quantcli.ops.affine import fit_affine
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
-OPTIONS = {"bits": 4, "group_size": 128, "sym": True}
+OPTIONS = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "search": "mse"}
 
 BITS = (2, 3, 4, 8)
 SEARCHES = ("mse", "minmax")

@@ -1,0 +1,66 @@
+"""Perplexities by transformers or gptqmodel, run in the Python that has them: python gptq_client.py WINDOWS.safetensors LOADER=FOLDER…
+
+LOADER is transformers or gptqmodel. Prints one JSON line a folder: {"perplexity", "kernels": {linear class: how many}} or {"error"}.
+Imports nothing of quantcli.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own default on a machine of two cores is one, and with one it does not start
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it compiles its torch kernel otherwise, for half a minute
+
+import torch
+from gptqmodel import BACKEND, GPTQModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPTQConfig
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    """exp of the mean loss of tokens 1 … T−1 of ``windows`` [n, T]."""
+    losses = []
+    for window in windows:
+        logits = model(input_ids=window[None]).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
+    return math.exp(torch.cat(losses).mean())
+
+
+def load(loader: str, folder: Path) -> torch.nn.Module:
+    """The model on the CPU in float32, by the kernel that runs on every one."""
+    if loader == "gptqmodel":
+        return GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float32).model
+    bits = json.loads((folder / "config.json").read_text())["quantization_config"]["bits"]
+    kernel = GPTQConfig(bits=bits, backend="gptq_torch")  # everything else is taken from the folder's own config
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", quantization_config=kernel)
+
+
+def measure(loader: str, folder: Path, windows: torch.Tensor) -> dict:
+    model = load(loader, folder).eval()
+    kernels = Counter(type(module).__name__ for module in model.modules() if hasattr(module, "qweight"))
+    return {"perplexity": perplexity(model, windows), "kernels": kernels}
+
+
+def main(windows_file: str, words: list[str]) -> None:
+    windows = load_file(windows_file)["windows"]
+    out = sys.stdout
+    sys.stdout = sys.stderr  # the libraries print; the answers have stdout to themselves
+    for word in words:
+        loader, _, folder = word.partition("=")
+        try:
+            answer = measure(loader, Path(folder), windows)
+        except Exception as error:  # the test wants to see what the client says of every folder
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
