@@ -158,6 +158,13 @@ def test_missing_statistics_are_an_error() -> None:
         gptq.run(layer, {"other": stats_of(H)})
 
 
+def test_statistics_of_another_width_are_those_of_another_model() -> None:
+    W, H = problem()
+    layer = Layer("l", {"a": W}, {"a": Scheme.parse("int4-g32-sym")}, {"a": "tap"})
+    with pytest.raises(RecipeError, match="a: reads 64 inputs, the statistics of its tap 'tap' are of 32"):
+        gptq.run(layer, {"tap": stats_of(H[:32, :32])})
+
+
 @pytest.mark.parametrize("options", [{"damp_ratio": 0}, {"damp_ratio": 2}, {"chunk": 0}])
 def test_senseless_options_are_refused(options: dict) -> None:
     with pytest.raises(RecipeError):

@@ -178,6 +178,10 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
     reports = []
     for name in members:
         W = layer.tensors[name].float()
+        if W.shape[1] != len(H):
+            raise RecipeError(
+                f"{name}: reads {W.shape[1]} inputs, the statistics of its tap '{tap}' are of {len(H)}; they belong to another model"
+            )
         scheme = layer.schemes[name]
         with about(name):
             tensor = quantize(W, scheme, H, factor, options)

@@ -42,7 +42,7 @@ def weight_error(W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 
     for start in range(0, W.shape[0], rows):
         now = slice(start, start + rows)
         V = W[now].float()
-        parts = {name: part[now] for name, part in tensor.parts.items()}
+        parts = {name: part if part.ndim == 1 else part[now] for name, part in tensor.parts.items()}  # g_idx [in] serves every row
         E = V - unpack(QuantizedTensor(tensor.scheme, tuple(V.shape), parts))
         error += float(E.square().sum())
         total += float(V.square().sum())
