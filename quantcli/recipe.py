@@ -94,6 +94,8 @@ class Recipe:
         if all(p.name != name for p in self.passes):
             raise RecipeError(f"recipe '{self.name}' has no {name} pass that could take {', '.join(options)}")
         passes = tuple(replace(p, options={**p.options, **options}) if p.name == name else p for p in self.passes)
+        for spec in passes:
+            spec.build_options()
         return replace(self, passes=passes)
 
     def with_scheme(self, **options: Any) -> Recipe:

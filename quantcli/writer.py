@@ -227,7 +227,7 @@ class Writer:
                 raise ResourceError(
                     f"{self.target}: {error.strerror or error} while writing; free space there or choose another -o"
                 ) from error
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
                 raise RecipeError(f"{self.target}: {error.strerror}; choose another -o") from error
             raise
 
@@ -241,8 +241,15 @@ def check_replaceable(target: Path, *, overwrite: bool, folder: bool) -> None:
     """Raise :class:`RecipeError` unless ``target`` is free, an empty folder, or an earlier output that ``overwrite`` may replace."""
     if not target.name:
         raise RecipeError(f"{target}: cannot be an output; name a new folder or file with -o")
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir():
+        raise RecipeError(f"{target}: {parent} is no folder; choose another -o")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"{target}: no permission to write in {parent}; choose another -o")
     if not target.exists():
         return
+    if not target.is_dir() and not target.is_file():
+        raise RecipeError(f"{target}: is a device or a pipe, which a finished file would replace; choose another -o")
     kinds = ("folder", "file") if target.is_dir() else ("file", "folder")
     if target.is_dir() != folder:
         raise RecipeError(f"{target}: is a {kinds[0]} and the output a {kinds[1]}; choose another -o")

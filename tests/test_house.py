@@ -15,6 +15,7 @@ from quantcli.registry import find, names
 ROOT = Path(__file__).parent.parent / "quantcli"
 
 FLOORS = [
+    {"__main__"},
     {"cli"},
     {"pipeline", "evaluate"},
     {"plan", "calibrate"},

@@ -1,4 +1,4 @@
-"""Forward and LoadedLayer: one HF causal LM whose weights are in memory a layer at a time."""
+"""Forward: one HF causal LM whose weights are in memory a layer at a time."""
 
 from __future__ import annotations
 
@@ -256,4 +256,5 @@ def tokenizer(checkpoint: Checkpoint) -> Any:
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint.source}: no tokenizer that transformers can read: {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")
+        raise CheckpointError(f"{checkpoint.source}: no tokenizer that transformers can read: {reason}") from error

@@ -1,0 +1,5 @@
+"""``python -m quantcli``: the command line."""
+
+from quantcli.cli import main
+
+main()
