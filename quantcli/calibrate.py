@@ -256,18 +256,23 @@ class StatsFile(Mapping[str, Stats]):
         self.metadata: dict[str, str] = parse_json(path, read_header_text(path)[1]).get("__metadata__", {})
         if "quantcli.stats" not in self.metadata:
             raise CheckpointError(f"{path}: a safetensors file, but not one that `quantcli calibrate` wrote")
-        self._taps = tuple(name.removesuffix(".n_tokens") for name in self._locations if name.endswith(".n_tokens"))
+        self._taps = dict.fromkeys(name.removesuffix(".n_tokens") for name in self._locations if name.endswith(".n_tokens"))
+        for tap in self._taps:
+            self._check(tap)
 
     @property
     def dataset_sha256(self) -> str:
         return self.metadata["dataset_sha256"]
 
     def __getitem__(self, tap: str) -> Stats:
-        if f"{tap}.n_tokens" not in self._locations:
+        if tap not in self:
             raise KeyError(tap)
         H = self._read(f"{tap}.H") if f"{tap}.H" in self._locations else None
         importance, absmax, mean = (self._read(f"{tap}.{part}") for part in DIAGONAL_PARTS)
         return Stats(importance=importance, absmax=absmax, mean=mean, n_tokens=int(self._read(f"{tap}.n_tokens")), H=H)
+
+    def __contains__(self, tap: object) -> bool:
+        return tap in self._taps  # Mapping's own reads the tap
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._taps)
@@ -275,9 +280,20 @@ class StatsFile(Mapping[str, Stats]):
     def __len__(self) -> int:
         return len(self._taps)
 
+    def _check(self, tap: str) -> None:
+        """Raise :class:`CheckpointError` unless every part of ``tap`` is there, in the dtype and shape that the others give it."""
+        n = self._locations[f"{tap}.importance"].spec.n_elements if f"{tap}.importance" in self._locations else 0
+        expected: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(DIAGONAL_PARTS, ("F32", (n,)))
+        expected |= {"n_tokens": ("I64", (1,))}
+        if f"{tap}.H" in self._locations:
+            expected["H"] = ("F32", (n, n))
+        for part, (dtype, shape) in expected.items():
+            location = self._locations.get(f"{tap}.{part}")
+            if location is None or (location.spec.dtype, location.spec.shape) != (dtype, shape):
+                got = "missing" if location is None else f"{location.spec.dtype} {list(location.spec.shape)}"
+                raise CheckpointError(f"{self.path}: {tap}.{part} is {got}, expected {dtype} {list(shape)}; run `quantcli calibrate` again")
+
     def _read(self, name: str) -> Tensor:
-        if name not in self._locations:
-            raise CheckpointError(f"{self.path}: lacks {name}; write it again with `quantcli calibrate`")
         return read_tensor(self._locations[name])
 
 

@@ -22,7 +22,7 @@ from quantcli.errors import NumericsError, RecipeError
 from quantcli.plan import Plan, PlannedLayer, PlannedTensor
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
-from quantcli.tensors import Layer, QuantizedTensor, Stats, TensorReport
+from quantcli.tensors import DTYPES, Layer, QuantizedTensor, Stats, TensorReport
 from quantcli.writer import Writer
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 TENSORS_IN_FLIGHT = 3
 """Tensors that are read, coded and written at the same time when no statistics tie them together."""
+
+PIECE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +119,11 @@ def quantize(
     layers before it, already quantized, hand it; with statistics gathered before no layer runs. Nothing stands at ``target`` until the last
     event; ``overwrite`` replaces what stood there only then.
     """
+    _check_apart(source, target)
     declared = planning.declared_taps(source)
     forward = _open_forward(source, device) if declared is None or recipe.needs else None
-    taps = declared if declared is not None else dict(forward.taps)  # type: ignore[union-attr]
+    taps = declared if forward is None else forward.taps  # where the model is built, it knows best
+    assert taps is not None
     plan = planning.make(source, recipe, taps, metadata=provenance(source, recipe))
     yield Planned(plan)
     if dry_run:
@@ -129,6 +133,8 @@ def quantize(
         if calibrate is None:
             raise RecipeError(f"recipe '{recipe.name}' needs calibration data; give a dataset or --stats")
         data = calibrate()
+        if data.stats is not None:
+            _check_stats(plan, data.stats)
     fmt = find("formats", recipe.format)
     with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
         run = _Run(source, plan, writer, torch.device(device))
@@ -144,8 +150,7 @@ def quantize(
             record = {**provenance(source, recipe), "dataset_sha256": data.dataset_sha256 if data else None, "tensors": _record(run)}
             writer.add_sidecar("quantcli.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         writer.commit()
-    lossless = not any(planning.is_coded(t.scheme) and t.outputs for t in plan.tensors)
-    yield Finished(writer.target, plan, lossless)
+    yield Finished(writer.target, plan, all(_is_exact(source, tensor) for tensor in plan.tensors))
 
 
 def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
@@ -160,9 +165,39 @@ def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise :class:`NumericsError` when a float tensor has NaN or Inf."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    """Raise :class:`NumericsError` when a float tensor has NaN or Inf. A piece at a time: the check makes copies."""
+    if not tensor.is_floating_point():
+        return
+    if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(PIECE_ELEMENTS)):
         raise NumericsError(f"{name}: the source has NaN or Inf; check the checkpoint, or take another revision of it")
+
+
+def _check_apart(source: Checkpoint, target: Path) -> None:
+    """Raise :class:`RecipeError` when the output would replace the model that it is made from."""
+    model, output = source.path.resolve(), target.resolve()
+    if output == model or output in model.parents:
+        raise RecipeError(f"{target}: the output would replace the model it is made from, {source.source}; choose another -o")
+
+
+def _check_stats(plan: Plan, stats: Mapping[str, Stats]) -> None:
+    """Raise :class:`RecipeError` when statistics are missing, before any work is done."""
+    for tensor in plan.tensors:
+        if tensor.is_solved and tensor.tap not in stats:
+            raise RecipeError(
+                f"{tensor.name}: the statistics have no tap '{tensor.tap}'; they belong to another model: calibrate this one, "
+                "or exclude the tensor with --skip"
+            )
+
+
+def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
+    """Whether the output of ``tensor`` holds every value of the source."""
+    if not tensor.outputs:
+        return True
+    if planning.is_coded(tensor.scheme):
+        return False
+    read = torch.float32 if tensor.name in source.schemes else DTYPES.get(tensor.source.dtype)
+    stored = DTYPES.get(tensor.outputs[0].dtype)
+    return read == stored or (read is not None and stored is not None and torch.promote_types(read, stored) == stored)
 
 
 def _open_forward(source: Checkpoint, device: str) -> Forward:
@@ -229,17 +264,16 @@ def _measure_and_code(
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
     ``order``: the model's taps as it runs them."""
-    coded = {t.tap for t in planned.tensors if t.scheme}
-    taps = [tap for tap in order if tap in coded]
+    solved = [t for t in planned.tensors if t.is_solved]
+    taps = [tap for tap in order if any(t.tap == tap for t in solved)]
     stages = [[tap] for tap in taps] if run.plan.recipe.true_sequential else [taps]
     reports: list[TensorReport] = []
     for stage in stages:
         stats = activations.measure(loaded, stage, run.plan.recipe.needs)
-        names = {t.name for t in planned.tensors if t.tap in stage and t.scheme}
-        subset = PlannedLayer(planned.name, tuple(t for t in planned.tensors if t.name in names))
-        reports += _code(run, subset, {name: loaded.tensors[name] for name in names}, stats, decoded=loaded.set)
-    rest = PlannedLayer(planned.name, tuple(t for t in planned.tensors if not (t.tap and t.scheme)))
-    return reports + _code(run, rest, {}, {})
+        subset = PlannedLayer(planned.name, tuple(t for t in solved if t.tap in stage))
+        reports += _code(run, subset, {t.name: loaded.tensors[t.name] for t in subset.tensors}, stats, decoded=loaded.set)
+    rest = PlannedLayer(planned.name, tuple(t for t in planned.tensors if not t.is_solved))
+    return reports + _code(run, rest, {}, {}, decoded=loaded.set)
 
 
 def _code(
@@ -250,16 +284,16 @@ def _code(
     *,
     decoded: Callable[[str, Tensor], None] | None = None,
 ) -> list[TensorReport]:
-    """Run the passes over what ``planned`` codes and copy the rest. Tensors without a tap have no statistics: they are rounded to nearest.
+    """Run the passes over what ``planned`` solves, round to nearest what else has a scheme, and copy the rest.
     ``decoded`` receives each coded weight as the engine will see it."""
     reports: list[TensorReport] = []
     coded = [t for t in planned.tensors if t.scheme and t.outputs]
     for tensor in planned.tensors:
         if tensor not in coded:
             run.copy(tensor)
-    with_tap = [t for t in coded if t.tap]
-    without_tap = [t for t in coded if not t.tap]
-    for members, passes in ((with_tap, run.plan.recipe.passes), (without_tap, (planning.RTN,))):
+    solved = [t for t in coded if t.is_solved]
+    rounded = [t for t in coded if not t.is_solved]
+    for members, passes in ((solved, run.plan.recipe.passes), (rounded, (planning.RTN,))):
         if not members:
             continue
         unit = Layer(

@@ -31,6 +31,11 @@ class PlannedTensor:
     def name(self) -> str:
         return self.source.name
 
+    @property
+    def is_solved(self) -> bool:
+        """Whether the recipe's passes choose its codes: a coded linear with a tap. What else has a scheme is rounded to nearest."""
+        return self.tap is not None and bool(self.outputs) and is_coded(self.scheme)
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedLayer:
@@ -42,11 +47,15 @@ class PlannedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will be written. ``context`` is the format's own, handed back to it with every tensor."""
+    """What will be written. ``context`` is the format's own, handed back to it with every tensor.
+
+    ``notes``: what a user might not expect, for the command line to say.
+    """
 
     recipe: Recipe
     layers: tuple[PlannedLayer, ...]
     context: Any
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> list[PlannedTensor]:
@@ -97,10 +106,13 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header.
 
     Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that
-    the format cannot hold.
+    the format cannot hold, and for a model in whose layers no linear is found.
     """
     fmt = find("formats", recipe.format)
     schemes = choose_schemes(source, recipe, taps)
+    left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
+    if left and not taps and recipe.scheme is not None:
+        raise UnsupportedError(f"{source.source}: its layers have no linears, only matrices of other kinds such as {left[0]}")
     for name, scheme in schemes.items():
         if not fmt.supports(scheme):
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
@@ -112,7 +124,23 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
         planned.setdefault(layer_of(name), []).append(PlannedTensor(spec, schemes.get(name), taps.get(name), outputs))
     layers = tuple(PlannedLayer(name, tuple(tensors)) for name, tensors in sorted(planned.items(), key=lambda item: _natural(item[0])))
-    return Plan(recipe, layers, context)
+    return Plan(recipe, layers, context, surprises(recipe, schemes, taps, left))
+
+
+def surprises(recipe: Recipe, schemes: Mapping[str, Scheme], taps: Mapping[str, str], left: Sequence[str]) -> tuple[str, ...]:
+    """What of the plan a user might not expect. ``left``: the layers' matrices that are no linears of their own."""
+    notes = []
+    if alone := [name for name in left if name not in schemes]:
+        notes.append(f"{listed(alone)} stay as they are: matrices in layers that are no linears of their own (fused experts, routers)")
+    if recipe.needs and (blind := [name for name, scheme in schemes.items() if name not in taps and is_coded(scheme)]):
+        passes = ", ".join(p.name for p in recipe.passes)
+        notes.append(f"{listed(blind)} rounded to nearest: {passes} has no statistics of what they read")
+    return tuple(notes)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first two of ``names`` and how many more."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:
@@ -137,6 +165,8 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
             schemes.pop(name, None)
         else:
             schemes[name] = scheme
+    # What a rule keeps may also be what stays as it is anyway (a router, a norm).
+    used |= {i for i, rule in enumerate(recipe.rules) if rule.scheme is None and any(map(rule.matches, source.specs))}
     if idle := [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]:
         example = matrices[0] if matrices else "none"
         raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first of them is {example}")

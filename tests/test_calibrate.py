@@ -194,3 +194,25 @@ def test_a_tap_that_was_not_measured_is_a_key_error(folder: Path, tmp_path: Path
         list(calibrate(checkpoint, IDS[:1], tmp_path / "stats"))
     with pytest.raises(KeyError):
         load_stats(tmp_path / "stats")["model.layers.7.mlp.gate_proj"]
+
+
+@pytest.mark.parametrize(
+    ("part", "damaged", "words"),
+    [
+        ("H", torch.zeros(3, 3), r"H is F32 \[3, 3\], expected F32 \[64, 64\]"),
+        ("mean", None, "mean is missing"),
+        ("absmax", torch.zeros(3), "absmax"),
+    ],
+)
+def test_statistics_whose_parts_contradict_one_another_are_refused(
+    folder: Path, tmp_path: Path, part: str, damaged: Tensor | None, words: str
+) -> None:
+    with Checkpoint.open(str(folder)) as checkpoint:
+        list(calibrate(checkpoint, IDS[:1], tmp_path / "stats"))
+    parts = load_file(tmp_path / "stats")
+    del parts[f"model.layers.0.self_attn.q_proj.{part}"]
+    if damaged is not None:
+        parts[f"model.layers.0.self_attn.q_proj.{part}"] = damaged
+    save_file(parts, tmp_path / "stats", metadata=load_stats(tmp_path / "stats").metadata)
+    with pytest.raises(CheckpointError, match=rf"model.layers.0.self_attn.q_proj.{words}"):
+        load_stats(tmp_path / "stats")

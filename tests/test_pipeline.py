@@ -149,6 +149,60 @@ def test_a_finished_output_is_not_replaced_unasked(tiny_llama: TinyLlama, tmp_pa
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
 
 
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_model_itself_is_never_replaced(tiny_llama: TinyLlama, tmp_path: Path, place: str) -> None:
+    folder = tiny_llama().rename(tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (tmp_path / "config.json").write_text("{}")  # even where the folder above looks like an output
+    with pytest.raises(RecipeError, match="would replace the model"):
+        quantize(folder, folder / place, "rtn-int4", overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_statistics_of_another_model_are_refused_before_any_work(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama(layers=1))) as source:
+        list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
+    stats = calibrate.load_stats(tmp_path / "stats.safetensors")
+    with Checkpoint.open(str(tiny_llama(layers=2))) as source:
+        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), calibrate=lambda: Calibrated("", stats=stats))
+        assert isinstance(next(walk), Planned)
+        with pytest.raises(RecipeError, match=r"no tap 'model.layers.1.mlp.down_proj'"):
+            next(walk)
+
+
+@pytest.mark.parametrize("dense", ["bf16", "f16"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_calibrated_recipe_may_leave_linears_in_a_dense_type(tiny_llama: TinyLlama, tmp_path: Path, dense: str, from_file: bool) -> None:
+    folder = tiny_llama(layers=2)
+    data = calibrated()
+    if from_file:
+        with Checkpoint.open(str(folder)) as source:
+            list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
+        data = Calibrated("", stats=calibrate.load_stats(tmp_path / "stats.safetensors"))
+    recipe = replace(recipes.load("gptq-int4"), rules=(recipes.Rule.parse("down_proj", dense),))
+    quantize(folder, tmp_path / "out", recipe, calibrate=lambda: data)
+    source, out = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(out[name], source[name].to({"bf16": torch.bfloat16, "f16": torch.float16}[dense]))
+    assert "model.layers.1.mlp.up_proj.qweight" in out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recipe", "lossless"),
+    [
+        ("float32", "bf16", False),
+        ("bfloat16", "bf16", True),
+        ("bfloat16", "f16", False),
+        ("float16", "f16", True),
+        ("bfloat16", "q8_0", False),
+    ],
+)
+def test_lossless_is_what_loses_no_bit(tiny_llama: TinyLlama, tmp_path: Path, dtype: str, recipe: str, lossless: bool) -> None:
+    *_, finished = quantize(tiny_llama(dtype=dtype), tmp_path / "out", recipe)
+    assert isinstance(finished, Finished)
+    assert finished.lossless is lossless
+
+
 @pytest.mark.parametrize("recipe", ["gptq-int4", "q4_k_m"])
 @pytest.mark.parametrize("after", range(0, 5, 2))
 def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_path: Path, recipe: str, after: int) -> None:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from quantcli import plan as planning
 from quantcli import recipe as recipes
@@ -95,6 +97,32 @@ def test_a_scheme_the_format_cannot_hold_is_unsupported(tiny_llama: TinyLlama) -
 def test_a_mix_needs_a_format_that_has_mixes(tiny_llama: TinyLlama) -> None:
     with pytest.raises(RecipeError, match="Q4_K_M is a mix of types for GGUF"):
         make(tiny_llama(), replace(recipes.load("q4_k_m"), format="gptq"))
+
+
+def with_tensors(folder: Path, **more: torch.Tensor) -> Path:
+    """``folder`` with further tensors in layer 0, as a model with other matrices than linears has them."""
+    tensors = load_file(folder / "model.safetensors") | {f"model.layers.0.{name.replace('__', '.')}": t for name, t in more.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_matrices_that_no_statistics_reach_are_told(tiny_llama: TinyLlama) -> None:
+    folder = with_tensors(tiny_llama(), experts__0__w1__weight=torch.zeros(128, 128), experts__1__w1__weight=torch.zeros(128, 128))
+    (note,) = make(folder, recipes.load("rtn-int4")).notes
+    assert "model.layers.0.experts.0.w1.weight, model.layers.0.experts.1.w1.weight stay as they are" in note
+    assert make(folder, with_rules("rtn-int4", (r"experts", "keep"))).census()["quantized"] == 14
+
+
+def test_what_a_calibrated_recipe_rounds_to_nearest_is_told(tiny_llama: TinyLlama) -> None:
+    recipe = with_rules("gptq-int4", ("lm_head", "int8-g128-sym"))
+    assert make(tiny_llama(), recipe).notes == ("lm_head.weight rounded to nearest: gptq has no statistics of what they read",)
+    assert make(tiny_llama(), recipes.load("gptq-int4")).notes == ()
+    assert make(tiny_llama(), with_rules("rtn-int4", ("lm_head", "int8-g128-sym"))).notes == ()
+
+
+def test_a_model_without_linears_in_its_layers_is_unsupported(tiny_llama: TinyLlama) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source, pytest.raises(UnsupportedError, match=r"have no linears, only .* model.layers.0"):
+        planning.make(source, recipes.load("gptq-int4"), {})
 
 
 @pytest.mark.parametrize("name", recipes.shipped())
