@@ -34,9 +34,9 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
 
 
 def load(loader: str, folder: Path) -> torch.nn.Module:
-    """The model on the CPU in float32, by the kernel that runs on every one."""
+    """The model on the CPU by the kernel that runs on every one, in float32; gptqmodel's own loader insists on 16 bits."""
     if loader == "gptqmodel":
-        return GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float32).model
+        return GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH).model
     bits = json.loads((folder / "config.json").read_text())["quantization_config"]["bits"]
     kernel = GPTQConfig(bits=bits, backend="gptq_torch")  # everything else is taken from the folder's own config
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", quantization_config=kernel)

@@ -29,7 +29,7 @@ if PYTHON is None:
     pytest.skip("QUANTCLI_GPTQMODEL_PYTHON names no Python with transformers and gptqmodel", allow_module_level=True)
 
 HERE = Path(__file__).parent
-PICO = Path(os.environ.get("QUANTCLI_PEER_MODEL", HERE / "data/pico"))
+PICO = HERE / "data/pico"
 SYM4 = Scheme.parse("int4-g128-sym")
 
 OWN_LOADER = ("int4-g128-sym, down_proj in 8 bits",)
