@@ -212,6 +212,15 @@ def test_what_stays_dense_is_told_to_every_reader(tiny_llama: TinyLlama, tmp_pat
         assert {pattern.removeprefix("-:").strip("^$").replace("\\", "") for pattern in words["dynamic"]} == dense
 
 
+@pytest.mark.parametrize(("name", "tied"), [("model.embed_tokens.weight", False), ("lm_head.weight", True)])
+def test_codes_where_no_reader_looks_for_them_are_refused(tiny_llama: TinyLlama, name: str, tied: bool) -> None:
+    scheme = Scheme.parse("int4-g32-sym")
+    with Checkpoint.open(str(tiny_llama())) as source:
+        source.config["tie_word_embeddings"] = tied
+        with pytest.raises(RecipeError, match=rf"{name}: GPTQ quantizes the linears of decoder layers and an untied lm_head"):
+            gptq.context(source, {**dict.fromkeys(linears(source), scheme), name: scheme}, {})
+
+
 def test_a_quantized_lm_head_is_announced(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     scheme = Scheme.of("int", bits=8, group_size=32, sym=True)
     with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=320))) as source:

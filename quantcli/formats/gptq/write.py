@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
-from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_of, quantization_words
+from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_of, quantization_words, split_block
 from quantcli.formats.gptq.read import BITS, natural_groups
 from quantcli.ops.bits import codes_per_run, pack_bits
 from quantcli.qtypes import int as int_qtype
@@ -46,6 +46,8 @@ def context(
     coded = {name: scheme for name, scheme in schemes.items() if scheme.qtype == "int"}
     if not coded:
         raise RecipeError(f"{source.source}: no tensor is quantized to integers, so there is nothing to write as GPTQ; use --format hf")
+    for name in coded:
+        check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
     version = V1 if all(scheme.get("sym", True) for scheme in coded.values()) else V2
     words = quantization_words(source, coded, version, metadata)
     config = {**source.config, "quantization_config": words}
@@ -72,6 +74,16 @@ def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[T
         TensorSpec.dense(f"{module}.scales", "F16", (n_groups, out)),
         TensorSpec.dense(f"{module}.g_idx", "I32", (n_in,)),
     ]
+
+
+def check_place(name: str, *, tied: bool) -> None:
+    """Outside of the numbered blocks readers look for codes in one module, lm_head, and there only when it is not the embedding."""
+    if split_block(name)[0] or (name == "lm_head.weight" and not tied):
+        return
+    why = (
+        "the model ties it to the embedding, whose weights readers take instead" if name == "lm_head.weight" else "readers expect it dense"
+    )
+    raise RecipeError(f"{name}: GPTQ quantizes the linears of decoder layers and an untied lm_head; {why}: keep this one")
 
 
 def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
