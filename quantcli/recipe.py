@@ -17,6 +17,15 @@ from quantcli.tensors import Scheme
 KEEP = "keep"
 """The word that leaves a tensor as it is in place of a scheme."""
 
+YAML_TYPES: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "default_for"), (str, "a word")),
+    **dict.fromkeys(("passes", "rules", "datasets"), (list, "a list")),
+    **dict.fromkeys(("calibration", "format_options"), (Mapping, "a mapping")),
+    **dict.fromkeys(("seed", "samples", "seq_len"), (int, "an integer")),
+    "true_sequential": (bool, "true or false"),
+}
+"""What each key of a recipe holds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -55,7 +64,10 @@ class PassSpec:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(self.options) - known):
             raise RecipeError(f"pass '{self.name}' has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")
-        return cls(**self.options)
+        try:
+            return cls(**self.options)
+        except TypeError as error:
+            raise RecipeError(f"pass '{self.name}': an option has a value of the wrong kind: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,33 +183,57 @@ def parse(data: Any, name: str) -> Recipe:
     known = {f.name for f in fields(Recipe)}
     if unknown := sorted(set(map(str, data)) - known):
         raise RecipeError(f"recipe '{name}' has an unknown key '{unknown[0]}'; known are: {', '.join(sorted(known))}")
+    _check_types(data, name)
     if missing := [key for key in ("format", "passes") if not data.get(key)]:
         raise RecipeError(f"recipe '{name}' lacks '{missing[0]}'")
     if (data.get("scheme") is None) == (data.get("mix") is None):
         raise RecipeError(f"recipe '{name}' needs either a scheme or a mix")
     if data["format"] not in names("formats"):
         raise RecipeError(f"recipe '{name}': no format '{data['format']}'; there are: {', '.join(names('formats'))}")
-    try:
-        calibration = Calibration(**(data.get("calibration") or {}))
-        calibration = replace(calibration, datasets=tuple(calibration.datasets))
-    except TypeError:
-        raise RecipeError(f"recipe '{name}': calibration takes {', '.join(f.name for f in fields(Calibration))}") from None
     scheme = data.get("scheme")
     return replace(
         Recipe(name=str(data.get("name") or name), format=data["format"], passes=_parse_passes(data["passes"], name)),
-        **{k: data[k] for k in ("description", "mix", "true_sequential", "seed", "default_for", "format_options") if k in data},
+        **{
+            key: data[key]
+            for key in ("description", "mix", "true_sequential", "seed", "default_for", "format_options")
+            if data.get(key) is not None
+        },
         scheme=None if scheme is None else Scheme.parse(scheme),
         rules=_parse_rules(data.get("rules") or (), name),
-        calibration=calibration,
+        calibration=_parse_calibration(data.get("calibration") or {}, name),
     )
+
+
+def _check_types(data: Mapping[str, Any], recipe: str) -> None:
+    """Raise :class:`RecipeError` at the first key whose value is of another type than :data:`YAML_TYPES` says."""
+    for key, value in data.items():
+        kind, words = YAML_TYPES[key]
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise RecipeError(f"recipe '{recipe}': {key} is {words}, not {value!r}")
+
+
+def _parse_calibration(data: Mapping[str, Any], recipe: str) -> Calibration:
+    if unknown := sorted(set(map(str, data)) - {f.name for f in fields(Calibration)}):
+        raise RecipeError(f"recipe '{recipe}': calibration takes {', '.join(f.name for f in fields(Calibration))}, not '{unknown[0]}'")
+    _check_types(data, recipe)
+    given = {key: value for key, value in data.items() if value is not None}
+    calibration = Calibration(**{**given, "datasets": tuple(map(str, given.get("datasets", ())))})
+    if calibration.samples < 1 or calibration.seq_len < 1:
+        raise RecipeError(f"recipe '{recipe}': samples and seq_len are above zero, not {calibration.samples} and {calibration.seq_len}")
+    return calibration
 
 
 def _parse_passes(items: Iterable[Any], recipe: str) -> tuple[PassSpec, ...]:
     passes = []
     for item in items:
-        (name, options), *more = [(item, {})] if isinstance(item, str) else list(item.items())
-        if more or name not in names("passes"):
+        entry = {item: None} if isinstance(item, str) else item
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise RecipeError(f"recipe '{recipe}': a pass is a name, or one name with its options, not {item!r}")
+        ((name, options),) = entry.items()
+        if name not in names("passes"):
             raise RecipeError(f"recipe '{recipe}': no pass '{name}'; there are: {', '.join(names('passes'))}")
+        if not isinstance(options or {}, Mapping):
+            raise RecipeError(f"recipe '{recipe}': the options of {name} are a mapping, not {options!r}")
         passes.append(PassSpec(name, dict(options or {})))
         passes[-1].build_options()
     return tuple(passes)

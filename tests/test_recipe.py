@@ -43,6 +43,18 @@ def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
         ({"rules": [{"match": "("}]}, "keys match and scheme"),
         ({"rules": [{"match": "(", "scheme": "keep"}]}, "no regular expression"),
         ({"calibration": {"sampels": 3}}, "calibration takes samples"),
+        ({"calibration": {"samples": "many"}}, "samples is an integer, not 'many'"),
+        ({"calibration": {"samples": 0}}, "above zero"),
+        ({"calibration": 5}, "calibration is a mapping, not 5"),
+        ({"passes": "gptq"}, "passes is a list, not 'gptq'"),
+        ({"passes": [5]}, "a pass is a name"),
+        ({"passes": [{"gptq": {}, "rtn": {}}]}, "a pass is a name"),
+        ({"passes": [{"gptq": 5}]}, "the options of gptq are a mapping, not 5"),
+        ({"passes": [{"gptq": {"damp_ratio": "0.1"}}]}, "value of the wrong kind"),
+        ({"rules": 5}, "rules is a list, not 5"),
+        ({"seed": True}, "seed is an integer, not True"),
+        ({"format_options": []}, "format_options is a mapping"),
+        ({"scheme": 4}, "scheme is a word, not 4"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(change: dict, words: str) -> None:
