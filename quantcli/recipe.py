@@ -171,8 +171,12 @@ def default_for(method: str) -> Recipe:
         recipe = load(name)
         if recipe.default_for == method:
             return recipe
-    methods = sorted(r.default_for for r in map(load, shipped()) if r.default_for)
-    raise RecipeError(f"no recipe for method '{method}'; there are: {', '.join(methods)}")
+    raise RecipeError(f"no recipe for method '{method}'; there are: {', '.join(methods())}")
+
+
+def methods() -> list[str]:
+    """What ``--method`` may be: the methods that a shipped recipe stands for."""
+    return sorted(recipe.default_for for recipe in map(load, shipped()) if recipe.default_for)
 
 
 def parse(data: Any, name: str) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,19 +11,21 @@ import typer
 
 from quantcli import __version__
 from quantcli.cli.console import Console
-from quantcli.errors import QuantcliError
+from quantcli.errors import CheckpointError, KernelError, QuantcliError, ResourceError
+
+INTERRUPTED = 130
+VERBS = ("inspect", "calibrate", "quantize", "export", "eval")
 
 app = typer.Typer(
     name="quantcli",
     help="Turn a Hugging Face checkpoint into the best possible quantized model, and prove it.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich would double the start-up time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in ("inspect", "calibrate", "quantize", "export", "eval"):
+for verb in VERBS:
     app.command(verb)(import_module(f"quantcli.cli.{verb}").command)
 
 
@@ -32,9 +35,14 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit.")) -> None:
-    pass
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,13 +51,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(verbose="-v" in argv or "--verbose" in argv)
     try:
         code = app(argv, standalone_mode=False, prog_name="quantcli")
-    except QuantcliError as error:
-        sys.exit(console.failure(error, error.exit_code))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(console.interrupted())
+        code = INTERRUPTED
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "show"):  # the parser's own: wrong usage
-            error.show()
-            sys.exit(error.exit_code)
-        sys.exit(console.bug(error))
+        code = _failed(console, error)
+    if code == INTERRUPTED:  # typer returns it for a Ctrl-C that it caught itself
+        console.interrupted()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failed(console: Console, error: Exception) -> int:
+    """Tell the user of ``error``; the exit code."""
+    if hasattr(error, "format_message"):  # a usage error of the parser, whose class typer does not name
+        context = getattr(error, "ctx", None)
+        return console.usage(error.format_message(), context.command_path if context else "quantcli")
+    if (foreseen := _foreseen(error)) is not None:
+        return console.failure(foreseen)
+    return console.bug(error)
+
+
+def _foreseen(error: Exception) -> QuantcliError | None:
+    """``error`` as something a user can act on, or None for a bug. What the system or a device refuses can come from any line."""
+    if isinstance(error, QuantcliError):
+        return error
+    told: QuantcliError | None = None
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        told = ResourceError(f"{error.filename or 'the disk'}: {error.strerror}; free space there or choose another place")
+    elif isinstance(error, OSError) and error.filename is not None:
+        told = CheckpointError(f"{error.filename}: {error.strerror}; check the path and its permissions")
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        told = ResourceError("not enough memory; lower --samples or --seq-len, or take a machine or device with more")
+    elif isinstance(error, RuntimeError) and "CUDA error" in str(error):
+        told = KernelError(f"{str(error).splitlines()[0]}; try --device cpu")
+    if told is not None:
+        told.__cause__ = error
+    return told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -35,11 +36,14 @@ def command(
 
     console = Console(json, quiet, verbose)
     started = time.perf_counter()
-    torch_device = options.set_up_device(device, threads)
-    check_replaceable(output.resolve(), overwrite=overwrite, folder=False)
+    torch_device = options.set_up_device(console, device, threads)
+    check_replaceable(Path(os.path.realpath(output)), overwrite=overwrite, folder=False)
+    if output.is_file():
+        calibrate.load_stats(output)  # --overwrite replaces statistics, never another file such as a shard of the model
     n_taps = 0
     with Checkpoint.open(source) as checkpoint:
-        windows = calibrate.windows_of(dataset or [], tokenizer(checkpoint), samples or 128, seq_len or 2048, seed, note=console.note)
+        options.check_context(console, checkpoint, seq_len)
+        windows = calibrate.windows_of(dataset or [], tokenizer(checkpoint), samples, seq_len, seed, note=console.note)
         events = calibrate.calibrate(checkpoint, windows, output, hessian=hessian, device=torch_device, overwrite=overwrite)
         with console.progress("embedding the text") as progress:
             for event in events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantcli.errors import QuantcliError
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -18,11 +21,11 @@ UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people: 1.9 GiB."""
+    """Bytes for people: 1.9GiB."""
     for unit, factor in UNITS:
         if n_bytes >= factor:
-            return f"{n_bytes / factor:.1f} {unit}"
-    return f"{n_bytes:.0f} B"
+            return f"{n_bytes / factor:.1f}{unit}"
+    return f"{n_bytes:.0f}B"
 
 
 def count(n: float) -> str:
@@ -42,11 +45,16 @@ class Console:
     verbose: bool = False
 
     def out(self, text: str) -> None:
-        sys.stdout.write(text + "\n")
+        """To stdout; whoever reads it may have seen enough (``| head``), and that is no error."""
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the interpreter's own flush at its end)
 
     def result(self, data: Mapping[str, Any], lines: Sequence[str]) -> None:
         """The verb's result: ``data`` with ``--json``, else ``lines``."""
-        self.out(json.dumps(data, sort_keys=True) if self.json else "\n".join(lines))
+        self.out(json.dumps(_standard(data), sort_keys=True, allow_nan=False) if self.json else "\n".join(lines))
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         """Columns as wide as their widest cell, numbers to the right."""
@@ -67,6 +75,11 @@ class Console:
         """Something that may be wrong, on stderr, never silenced."""
         sys.stderr.write(f"warning: {text}\n")
 
+    def detail(self, text: str) -> None:
+        """What only ``-v`` asks for, on stderr."""
+        if self.verbose:
+            sys.stderr.write(f"{text}\n")
+
     @contextmanager
     def progress(self, title: str) -> Iterator[Steps]:
         """Progress of a long walk: a live bar on a terminal, else one line for each step."""
@@ -78,20 +91,34 @@ class Console:
         else:
             yield Steps(None, sys.stderr, title)
 
-    def failure(self, error: Exception, code: int) -> int:
+    def failure(self, error: QuantcliError) -> int:
+        """One sentence for the user; ``-v`` shows where it came from."""
         if self.verbose:
             traceback.print_exception(error)
         sys.stderr.write(f"error: {error}\n")
-        return code
+        return error.exit_code
 
-    def interrupted(self) -> int:
+    def usage(self, message: str, command: str) -> int:
+        """The command line itself was wrong."""
+        sys.stderr.write(f"error: {message}\nsee: {command} --help\n")
+        return 2
+
+    def interrupted(self) -> None:
         sys.stderr.write("interrupted: nothing was written under a final name; run the same command again to start over\n")
-        return 130
 
     def bug(self, error: Exception) -> int:
         traceback.print_exception(error)
         sys.stderr.write("error: this is a bug in quantcli; please report it with the lines above and the command you ran\n")
         return 1
+
+
+def _standard(value: Any) -> Any:
+    """``value`` without NaN and Inf, which JSON does not have: null in their place."""
+    if isinstance(value, Mapping):
+        return {key: _standard(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Steps:

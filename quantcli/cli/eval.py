@@ -8,7 +8,7 @@ import typer
 
 from quantcli.cli import options
 from quantcli.cli.console import Console, size
-from quantcli.errors import GateError, RecipeError
+from quantcli.errors import GateError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
 
 
+DATASET_HELP = "A .txt, .jsonl or .parquet file, or a datasets name; several are read one after the other."
+
+
 def command(
     source: options.Source,
     baseline: Annotated[str | None, typer.Option(help="The model it was made from: adds KL divergence and top-1 agreement.")] = None,
-    dataset: options.Dataset = None,
+    dataset: Annotated[list[str] | None, typer.Option(metavar="TEXT", help=DATASET_HELP)] = None,
     samples: options.Samples = 64,
     seq_len: options.SeqLen = 512,
     max_perplexity: Annotated[float | None, typer.Option(help="Exit with code 9 above this perplexity.")] = None,
@@ -37,14 +40,14 @@ def command(
     from quantcli.checkpoint import Checkpoint
 
     if max_kld is not None and baseline is None:
-        raise RecipeError("--max-kld needs --baseline: the divergence from what?")
+        raise options.wrong("--max-kld", "it needs --baseline, the model to diverge from")
     console = Console(json, quiet, verbose)
-    torch_device = options.set_up_device(device, threads)
+    torch_device = options.set_up_device(console, device, threads)
     scores: evaluate.Scores | None = None
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(source))
         original = stack.enter_context(Checkpoint.open(baseline)) if baseline else None
-        windows = read_windows(console, original or checkpoint, dataset or [], samples, seq_len or 512)
+        windows = read_windows(console, original or checkpoint, dataset or [], samples, seq_len)
         with console.progress("evaluating") as progress:
             for event in evaluate.evaluate(checkpoint, windows, baseline=original, device=torch_device):
                 if isinstance(event, evaluate.Scores):
@@ -60,21 +63,25 @@ def command(
     check_gates(scores, max_perplexity, max_kld)
 
 
-def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], samples: int | None, seq_len: int) -> Tensor:
+def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], samples: int, seq_len: int) -> Tensor:
     """The first windows of the texts, in order; by default of a text that calibration does not use."""
     from quantcli import texts
     from quantcli.forward import tokenizer
 
+    options.check_context(console, checkpoint, seq_len)
     if not datasets:
         console.note("measuring on docstrings of CPython's standard library; give --dataset with text of your own domain")
     text = "\n\n".join(texts.read(word) for word in datasets) if datasets else texts.default_eval_text()
-    return texts.eval_windows(text, tokenizer(checkpoint), n_samples=samples, seq_len=seq_len)
+    windows = texts.eval_windows(text, tokenizer(checkpoint), n_samples=samples, seq_len=seq_len)
+    if windows.shape != (samples, seq_len):
+        console.note(f"the text gives {windows.shape[0]} windows of {windows.shape[1]} tokens; {samples} of {seq_len} were asked for")
+    return windows
 
 
 def render(data: dict[str, Any]) -> list[str]:
     lines = [
         f"perplexity      {data['perplexity']:.4f} +- {data['perplexity_stderr']:.4f} over {data['n_tokens']} tokens",
-        f"size            {size(data['n_bytes'])}, {data['bpw']:.3f} bits per weight",
+        f"size            {size(data['n_bytes'])}, {data['bpw']:.3f}bpw",
     ]
     if "kld_mean" not in data:
         return lines

@@ -10,13 +10,12 @@ import typer
 
 from quantcli.cli import options
 from quantcli.cli.console import Console
-from quantcli.cli.quantize import execute
-from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.cli.quantize import execute, gguf_types, load_type
 
 
 def command(
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=f"{options.SOURCE_HELP} This folder when left out.")] = None,
-    type_: Annotated[str | None, typer.Argument(metavar="[TYPE]", help="GGUF file type, e.g. Q4_K_M.")] = None,
+    source: Annotated[str | None, typer.Argument(metavar="SOURCE", help=f"{options.SOURCE_HELP} This folder when left out.")] = None,
+    type_: Annotated[str | None, typer.Argument(metavar="TYPE", help="GGUF file type, e.g. Q4_K_M.")] = None,
     format_: Annotated[str, typer.Option("--format", help="Output format: gguf.")] = "gguf",
     output: options.Output = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every matrix, no mix.")] = False,
@@ -24,7 +23,7 @@ def command(
     output_tensor_type: Annotated[str | None, typer.Option(help="Type of the output matrix.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="Type of the token embedding.")] = None,
     leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Do not quantize the output matrix.")] = False,
-    pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer.")] = None,
+    pre_tokenizer: options.PreTokenizer = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     overwrite: options.Overwrite = False,
@@ -33,19 +32,14 @@ def command(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Convert a model: to a GGUF file of a type, straight from its shards or from another GGUF file."""
-    from quantcli import recipe as recipes
-
-    where, file_type = split_arguments(source, type_)
+    """Convert a model to a GGUF file of a type, straight from its shards, a quantized folder or another GGUF file."""
     if format_ != "gguf":
-        raise UnsupportedError(f"export writes gguf, not '{format_}'; quantcli quantize writes hf and gptq")
-    if file_type is None or file_type.upper() not in gguf_types():
-        problem = "TYPE is missing" if file_type is None else f"'{file_type}' is no GGUF file type"
-        raise RecipeError(f"{problem}; there are: {', '.join(gguf_types())}")
-    recipe = recipes.load(file_type)
+        raise options.wrong("--format", f"export writes gguf, not '{format_}'; quantcli quantize writes gptq")
+    where, file_type = split_arguments(source, type_)
+    recipe = load_type(file_type, "TYPE")
     given: dict[str, object] = {
         "pure": pure,
-        "tensor_type": tuple(tensor_type or ()),
+        "tensor_type": tuple("=".join(options.split_pair(text, "--tensor-type")) for text in tensor_type or ()),
         "output_tensor_type": output_tensor_type,
         "token_embedding_type": token_embedding_type,
         "leave_output_tensor": leave_output_tensor,
@@ -56,15 +50,10 @@ def command(
     execute(console, where, output, recipe, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 
 
-def split_arguments(source: str | None, type_: str | None) -> tuple[str, str | None]:
+def split_arguments(source: str | None, type_: str | None) -> tuple[str, str]:
     """SOURCE and TYPE: a lone argument that names a GGUF type and no path is TYPE, and SOURCE is the current folder."""
-    if source is not None and type_ is None and source.upper() in gguf_types() and not Path(source).exists():
-        return ".", source
-    return source or ".", type_
-
-
-def gguf_types() -> list[str]:
-    """The GGUF file types that a shipped recipe writes."""
-    from quantcli import recipe as recipes
-
-    return sorted(mix for mix in (recipes.load(name).mix for name in recipes.shipped()) if mix)
+    if type_ is not None:
+        return source or ".", type_
+    if source is None or Path(source).exists() or "/" in source:
+        raise options.wrong("TYPE", f"a GGUF file type is missing; there are: {', '.join(gguf_types())}")
+    return ".", source

@@ -9,6 +9,7 @@ import typer
 
 from quantcli.cli import options
 from quantcli.cli.console import Console, count, size
+from quantcli.cli.memory import estimate, render_memory
 
 if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 def command(
     source: options.Source = ".",
     tensors: Annotated[bool, typer.Option("--tensors", help="List each tensor.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Size at each shipped recipe, with the KV cache at --context.")] = False,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context for --memory.")] = 4096,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -29,6 +32,8 @@ def command(
         data = describe(checkpoint)
         if tensors:
             data["tensors"] = list_tensors(checkpoint)
+        if memory:
+            data["memory"] = estimate(checkpoint, context)
         console.result(data, render(console, data))
         for note in checkpoint.notes:
             console.warn(note)
@@ -70,12 +75,18 @@ def render(console: Console, data: dict[str, Any]) -> list[str]:
         f"kind          {data['kind']}",
         f"architecture  {data['architecture']}",
         f"parameters    {count(data['n_params'])} in {data['n_tensors']} tensors",
-        f"size          {size(data['n_bytes'])}, {data['bpw']:.3f} bits per weight",
+        f"size          {size(data['n_bytes'])}, {data['bpw']:.3f}bpw",
         f"tensors       {formats}",
     ]
     for key, value in sorted((data["quantization"] or {}).items()):
-        lines.append(f"  {key:<22} {value}")
+        lines.append(f"  {key:<28} {brief(value)}")
     if rows := data.get("tensors"):
         cells = [[r["name"], r["scheme"] or r["dtype"], "x".join(map(str, r["shape"])), str(r["n_bytes"])] for r in rows]
         lines += ["", *console.table(["tensor", "format", "shape", "bytes"], cells)]
-    return lines
+    return lines + (render_memory(console, data["memory"]) if "memory" in data else [])
+
+
+def brief(value: Any) -> str:
+    """A value on one line; what nests deeply is for ``--json``."""
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

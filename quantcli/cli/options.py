@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantcli.errors import RecipeError
+if TYPE_CHECKING:
+    from quantcli.checkpoint import Checkpoint
+    from quantcli.cli.console import Console
 
 SOURCE_HELP = "Hugging Face folder, Hub id (org/name[@revision]), quantized folder or .gguf file."
 
@@ -25,37 +27,50 @@ Dataset = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT[=WEIGHT]", help="A .txt, .jsonl or .parquet file, or a datasets name; may be given several times."),
 ]
-Samples = Annotated[int | None, typer.Option(min=1, help="Windows of text.")]
-SeqLen = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of text.")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Rules = Annotated[list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of the tensors REGEX finds; first wins.")]
 Skips = Annotated[list[str] | None, typer.Option("--skip", metavar="REGEX", help="Leave the tensors that REGEX finds as they are.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; <model>-<recipe> in this folder when left out.")]
+PreTokenizer = Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, for GGUF.")]
 
 
-def set_up_device(device: str, threads: int | None) -> str:
+def wrong(option: str, message: str) -> typer.BadParameter:
+    """A usage error (exit code 2): ``option`` has a value that fits no model."""
+    return typer.BadParameter(message, param_hint=option)
+
+
+def set_up_device(console: Console, device: str, threads: int | None) -> str:
     """The torch device that ``--device`` means, with ``--threads`` applied to torch and to our kernels."""
     import torch
 
     from quantcli import ops
     from quantcli.errors import KernelError
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise wrong("--device", f"expected auto, cpu, cuda or cuda:N, not '{device}'")
     if threads is not None:
-        torch.set_num_threads(threads)
         ops.set_threads(threads)
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise RecipeError(f"--device is auto, cpu, cuda or cuda:N, not '{device}'")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
         index = int(device.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
             raise KernelError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    console.detail(f"device {device}, {torch.get_num_threads()} threads, kernels for {ops.active()}, torch {torch.__version__}")
     return device
+
+
+def check_context(console: Console, checkpoint: Checkpoint, seq_len: int) -> None:
+    """Warn of windows longer than the model was made for."""
+    limit = checkpoint.config.get("max_position_embeddings")
+    if isinstance(limit, int) and seq_len > limit:
+        console.warn(f"windows of {seq_len} tokens are longer than the {limit} this model was made for; lower --seq-len")
 
 
 def split_pair(text: str, option: str) -> tuple[str, str]:
     """``REGEX=VALUE`` at its last equals sign."""
     left, sign, right = text.rpartition("=")
     if not sign or not left or not right:
-        raise RecipeError(f"{option} is written REGEX=VALUE, not '{text}'")
+        raise wrong(option, f"expected REGEX=VALUE, not '{text}'")
     return left, right

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import resource
 import time
 from dataclasses import replace
@@ -19,7 +19,7 @@ from quantcli.errors import RecipeError
 if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
     from quantcli.pipeline import Calibrated, Finished, LayerDone
-    from quantcli.plan import Plan
+    from quantcli.plan import Plan, PlannedLayer
     from quantcli.recipe import Recipe
 
 Flag = bool | None
@@ -42,9 +42,9 @@ def command(
     skip: options.Skips = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics from quantcli calibrate, instead of a dataset.")] = None,
     dataset: options.Dataset = None,
-    samples: options.Samples = None,
-    seq_len: options.SeqLen = None,
-    pre_tokenizer: Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, for GGUF.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows of text: 128.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a window: 2048.")] = None,
+    pre_tokenizer: options.PreTokenizer = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     seed: options.Seed = 0,
@@ -55,49 +55,60 @@ def command(
     verbose: options.Verbose = False,
 ) -> None:
     """Quantize a model with a method or a recipe."""
-    chosen = choose_recipe(method, recipe, type_)
+    console = Console(json, quiet, verbose)
+    chosen = choose_recipe(method, recipe, type_, format_)
     chosen = set_scheme(chosen, bits=bits, group_size=group_size, sym=sym, desc_act=desc_act)
     if damp_percent is not None:
         chosen = chosen.with_pass("gptq", damp_ratio=damp_percent)
     chosen = set_rules(chosen, rule or [], skip or [])
-    calibration = replace(
-        chosen.calibration,
-        samples=samples or chosen.calibration.samples,
-        seq_len=seq_len or chosen.calibration.seq_len,
-        datasets=tuple(dataset or chosen.calibration.datasets),
-    )
-    format_options = dict(chosen.format_options)
+    chosen = replace(chosen, true_sequential=true_sequential or chosen.true_sequential, seed=seed)
     if pre_tokenizer is not None:
-        format_options["pre_tokenizer"] = pre_tokenizer
-    chosen = replace(
-        chosen,
-        format=format_ or chosen.format,
-        calibration=calibration,
-        true_sequential=true_sequential or chosen.true_sequential,
-        seed=seed,
-        format_options=format_options,
-    )
-    console = Console(json, quiet, verbose)
+        chosen = replace(chosen, format_options={**chosen.format_options, "pre_tokenizer": pre_tokenizer})
+    chosen = set_calibration(console, chosen, stats, dataset=dataset, samples=samples, seq_len=seq_len)
     execute(console, source, output, chosen, stats=stats, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 
 
-def choose_recipe(method: str | None, recipe: str | None, type_: str | None) -> Recipe:
-    """The recipe that the three ways to name one agree on."""
+def choose_recipe(method: str | None, recipe: str | None, type_: str | None, format_: str | None = None) -> Recipe:
+    """The recipe that the ways to name one agree on. What fits no model at all is a usage error."""
     from quantcli import recipe as recipes
+    from quantcli.registry import names
 
     if recipe is not None and (method is not None or type_ is not None):
-        raise RecipeError("--recipe already says the method and the type; give either --recipe or --method and --type")
+        raise options.wrong("--recipe", "it already says the method and the type; give either --recipe or --method and --type")
+    if format_ is not None and format_ not in names("formats"):
+        raise options.wrong("--format", f"no format '{format_}'; there are: {', '.join(names('formats'))}")
+    if format_ == "gguf" and recipe is None and type_ is None:
+        raise options.wrong("--format", f"gguf needs a file type; give --type, one of: {', '.join(gguf_types())}")
+    if method is not None and method not in recipes.methods():
+        raise options.wrong("--method", f"no method '{method}'; there are: {', '.join(recipes.methods())}")
     if recipe is not None:
-        return recipes.load(recipe)
-    if type_ is None:
-        return recipes.default_for(method or "gptq")
-    chosen = recipes.load(type_)
-    if chosen.mix is None:
-        raise RecipeError(f"--type names a GGUF file type such as Q4_K_M, not '{type_}'")
-    if method in (None, "rtn"):
-        return chosen
-    passes = recipes.default_for(method).passes
-    return replace(chosen, name=f"{chosen.mix}-{method}", passes=passes)
+        chosen = recipes.load(recipe)
+    elif type_ is None:
+        chosen = recipes.default_for(method or "gptq")
+    else:
+        chosen = load_type(type_, "--type")
+        if method not in (None, "rtn"):
+            chosen = replace(chosen, name=f"{chosen.mix}-{method}", passes=recipes.default_for(str(method)).passes)
+    return replace(chosen, format=format_ or chosen.format)
+
+
+def gguf_types() -> dict[str, str]:
+    """The GGUF file types that a shipped recipe writes → that recipe; Q4_K and Q5_K mean what they mean to llama-quantize."""
+    from quantcli import recipe as recipes
+    from quantcli.formats.gguf.filetypes import ALIASES
+
+    types = {mix: name for name in recipes.shipped() if (mix := recipes.load(name).mix)}
+    return types | {alias: types[name] for alias, name in ALIASES.items() if name in types}
+
+
+def load_type(word: str, option: str) -> Recipe:
+    """The recipe of a GGUF file type."""
+    from quantcli import recipe as recipes
+
+    types = gguf_types()
+    if word.upper() not in types:
+        raise options.wrong(option, f"'{word}' is no GGUF file type; there are: {', '.join(types)}")
+    return recipes.load(types[word.upper()])
 
 
 def set_scheme(recipe: Recipe, **overrides: Any) -> Recipe:
@@ -114,14 +125,27 @@ def set_rules(recipe: Recipe, rules: list[str], skips: list[str]) -> Recipe:
     return replace(recipe, rules=(*(Rule.parse(*pair) for pair in pairs), *recipe.rules))
 
 
+def set_calibration(
+    console: Console, recipe: Recipe, stats: Path | None, *, dataset: list[str] | None, samples: int | None, seq_len: int | None
+) -> Recipe:
+    """The recipe with the texts of the command line. Options that nothing would read are an error or a warning, never silent."""
+    given = {"--dataset": dataset, "--samples": samples, "--seq-len": seq_len}
+    idle = [option for option, value in given.items() if value is not None]
+    if stats is not None and idle:
+        raise options.wrong("--stats", f"{idle[0]} has no meaning beside it: the statistics were gathered before; give one of the two")
+    if not recipe.needs and (idle or stats is not None):
+        console.warn(f"recipe '{recipe.name}' uses no calibration: {', '.join(idle or ['--stats'])} ignored")
+    old = recipe.calibration
+    new = replace(old, samples=samples or old.samples, seq_len=seq_len or old.seq_len, datasets=tuple(dataset or old.datasets))
+    return replace(recipe, calibration=new)
+
+
 def default_output(source: Checkpoint, recipe: Recipe) -> Path:
     """``<model>-<recipe>`` in the current folder; ``<model>-Q4_K_M.gguf`` for GGUF."""
-    model = re.sub(r"@.*$", "", source.source).rstrip("/").rsplit("/", 1)[-1]
-    if model in ("", ".", ".."):
-        model = source.path.resolve().name
-    model = model.removesuffix(".gguf")
+    path = Path(source.source).expanduser()
+    model = path.resolve().name if path.exists() else source.source.partition("@")[0].rpartition("/")[2]
     if recipe.format == "gguf":
-        return Path(f"{model}-{recipe.name.upper() if recipe.name.upper() == recipe.mix else recipe.name}.gguf")
+        return Path(f"{model.removesuffix('.gguf')}-{recipe.mix or recipe.name}.gguf")
     return Path(f"{model}-{recipe.name}")
 
 
@@ -140,17 +164,14 @@ def execute(
     """Run a recipe and render what comes of it; ``quantize`` and ``export`` share it."""
     from quantcli import pipeline
     from quantcli.checkpoint import Checkpoint
-    from quantcli.writer import check_replaceable
 
     started = time.perf_counter()
-    torch_device = options.set_up_device(device, threads)
+    torch_device = options.set_up_device(console, device, threads)
     layers: list[LayerDone] = []
     plan: Plan | None = None
     finished: Finished | None = None
     with Checkpoint.open(source) as checkpoint:
         target = output or default_output(checkpoint, recipe)
-        if not dry_run:
-            check_replaceable(target.resolve(), overwrite=overwrite, folder=recipe.format != "gguf")
         calibrate = partial(load_calibration, console, checkpoint, recipe, stats)
         events = pipeline.quantize(
             checkpoint, target, recipe, calibrate=calibrate, device=torch_device, overwrite=overwrite, dry_run=dry_run
@@ -159,15 +180,28 @@ def execute(
             for event in events:
                 if isinstance(event, pipeline.Planned):
                     plan = event.plan
+                    report_plan(console, checkpoint, plan)
+                    if not dry_run:
+                        check_target(target, overwrite=overwrite, folder=recipe.format != "gguf")
                 elif isinstance(event, pipeline.LayerDone):
                     layers.append(event)
                     progress.step(event.index, event.n_layers, layer_line(event))
+                    report_layer(console, event)
                 else:
                     finished = event
     assert plan is not None
-    report_notes(console, plan, layers)
     data = summarize(plan, target, layers, finished, time.perf_counter() - started)
     console.result(data, render_plan(console, plan) if finished is None else render_result(data))
+
+
+def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
+    """Raise before hours of work what the writer would raise after them, and keep ``--overwrite`` from other people's files."""
+    from quantcli.registry import find
+    from quantcli.writer import check_replaceable
+
+    check_replaceable(Path(os.path.realpath(target)), overwrite=overwrite, folder=folder)
+    if target.is_file() and not find("formats", "gguf").detect(target, None):
+        raise RecipeError(f"{target}: is no GGUF file, so --overwrite will not replace it; choose another -o")
 
 
 def load_calibration(console: Console, checkpoint: Checkpoint, recipe: Recipe, stats: Path | None) -> Calibrated:
@@ -180,6 +214,7 @@ def load_calibration(console: Console, checkpoint: Checkpoint, recipe: Recipe, s
         loaded = calibrate.load_stats(stats)
         return Calibrated(dataset_sha256=loaded.dataset_sha256, stats=loaded)
     wanted = recipe.calibration
+    options.check_context(console, checkpoint, wanted.seq_len)
     windows = calibrate.windows_of(wanted.datasets, tokenizer(checkpoint), wanted.samples, wanted.seq_len, recipe.seed, note=console.note)
     return Calibrated(dataset_sha256=calibrate.sha256(windows), windows=windows)
 
@@ -189,44 +224,56 @@ def layer_line(event: LayerDone) -> str:
     return f"{event.name}  {event.bpw:.2f} bpw{error}  {event.seconds:.1f} s"
 
 
-def report_notes(console: Console, plan: Plan, layers: list[LayerDone]) -> None:
-    for layer in layers:
-        for report in layer.tensors:
-            for note in report.notes:
-                console.warn(f"{report.name}: {note}")
+def report_plan(console: Console, checkpoint: Checkpoint, plan: Plan) -> None:
+    """What a user should know before the work begins."""
+    if checkpoint.schemes and plan.census()["quantized"]:
+        console.warn(f"{checkpoint.source} is quantized already, and its error stays; better start from the original weights")
+    for note in (*checkpoint.notes, *plan.notes):
+        console.note(note)
     for tensor in plan.tensors:
         if not tensor.outputs:
             console.warn(f"{tensor.name}: dropped, the {plan.recipe.format} format has no place for it")
 
 
+def report_layer(console: Console, event: LayerDone) -> None:
+    for report in event.tensors:
+        if report.relative_error:
+            console.detail(f"{report.name}  error {report.relative_error:.2e}")
+        for note in report.notes:
+            console.warn(f"{report.name}: {note}")
+
+
 def summarize(plan: Plan, target: Path, layers: list[LayerDone], finished: Finished | None, seconds: float) -> dict[str, Any]:
-    """The JSON keys of quantize and export; a dry run has the plan's figures only."""
-    data: dict[str, Any] = {
+    """The JSON keys of quantize and export; of a dry run those that a plan can know, the others null."""
+    done = finished is not None
+    walked = [{"name": e.name, "relative_error": e.relative_error, "bpw": e.bpw, "seconds": e.seconds} for e in layers]
+    planned = [{"name": layer.name, "relative_error": None, "bpw": planned_bpw(layer), "seconds": None} for layer in plan.layers]
+    return {
         "output": str(target),
         "format": plan.recipe.format,
         "recipe": plan.recipe.name,
         "n_bytes": plan.n_bytes,
         "bpw": plan.bpw,
         "tensors": plan.census(),
-        "dry_run": finished is None,
-    }
-    if finished is None:
-        return data
-    return {
-        **data,
+        "dry_run": not done,
         "seconds": seconds,
         "peak_ram_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "lossless": finished.lossless,
-        "layers": [{"name": e.name, "relative_error": e.relative_error, "bpw": e.bpw, "seconds": e.seconds} for e in layers],
+        "lossless": finished.lossless if finished is not None else None,
+        "layers": walked if done else planned,
     }
+
+
+def planned_bpw(layer: PlannedLayer) -> float:
+    n_bytes = sum(spec.nbytes for tensor in layer.tensors for spec in tensor.outputs)
+    return 8 * n_bytes / max(1, sum(tensor.source.n_elements for tensor in layer.tensors))
 
 
 def render_plan(console: Console, plan: Plan) -> list[str]:
     rows = []
     for tensor in plan.tensors:
-        kind = "dropped" if not tensor.outputs else str(tensor.scheme or tensor.source.dtype.lower())
+        kind = "dropped" if not tensor.outputs else str(tensor.scheme or tensor.outputs[0].dtype.lower())
         rows.append([tensor.name, kind, "x".join(map(str, tensor.source.shape)), str(sum(s.nbytes for s in tensor.outputs))])
-    total = f"{size(plan.n_bytes)}, {plan.bpw:.3f} bits per weight; nothing was written"
+    total = f"{size(plan.n_bytes)}, {plan.bpw:.3f}bpw; nothing was written"
     return [*console.table(["tensor", "becomes", "shape", "bytes"], rows), "", total]
 
 
@@ -236,7 +283,7 @@ def render_result(data: dict[str, Any]) -> list[str]:
     error = f", mean relative error {sum(errors) / len(errors):.2e}" if errors else ""
     return [
         f"{data['output']}",
-        f"{size(data['n_bytes'])}, {data['bpw']:.3f} bits per weight{error}",
-        f"tensors: {census}",
+        f"{size(data['n_bytes'])}, {data['bpw']:.3f}bpw{error}",
+        f"tensors: {census}{', lossless' if data['lossless'] else ''}",
         f"{data['seconds']:.1f} s, peak memory {size(data['peak_ram_bytes'])}",
     ]
