@@ -125,6 +125,26 @@ def test_the_upper_factor_squares_to_the_inverse() -> None:
     torch.testing.assert_close(U.T @ U, torch.linalg.inv(damped), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 100, 128, 129, 700])
+def test_the_factor_by_panels_is_a_cholesky_factor_with_any_number_of_threads(n: int) -> None:
+    X = torch.randn(n, 2 * n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    H = X @ X.T / n + 0.1 * torch.eye(n, dtype=X.dtype)
+    factors = []
+    n_threads = torch.get_num_threads()
+    for k in (1, 2):
+        torch.set_num_threads(k)
+        A = H.float()
+        assert gptq.cholesky_(A)
+        factors.append(A.tril())
+    torch.set_num_threads(n_threads)
+    assert torch.equal(*factors)
+    A = H.clone()
+    assert gptq.cholesky_(A)
+    torch.testing.assert_close(A.tril(), torch.linalg.cholesky(H), rtol=1e-10, atol=1e-10)
+    H[n // 2, n // 2] = -1
+    assert not gptq.cholesky_(H)
+
+
 def test_damping_is_raised_and_reported_when_h_is_not_positive_definite() -> None:
     W, H = problem()
     H -= 0.05 * H.diagonal().mean() * torch.eye(len(H))

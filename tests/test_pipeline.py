@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import calibrate, pipeline
+from quantcli import calibrate, ops, pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
@@ -65,12 +65,17 @@ def test_what_is_read_back_is_close_and_gptq_is_closer_than_rtn(tiny_llama: Tiny
     assert kld["gptq-int4"] < kld["rtn-int4"]
 
 
-def test_the_same_run_gives_the_same_bytes_with_any_number_of_threads(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    folder = tiny_llama()
+@pytest.mark.parametrize(("recipe", "file"), [("q4_k_m", ""), ("gptq-int4", "model.safetensors")])
+def test_the_same_run_gives_the_same_bytes_with_any_number_of_threads(
+    tiny_llama: TinyLlama, tmp_path: Path, recipe: str, file: str
+) -> None:
+    folder = tiny_llama(layers=1, hidden=256, intermediate=768)
+    before = torch.get_num_threads()
     for i, n_threads in enumerate((1, 1, 2)):
-        torch.set_num_threads(n_threads)
-        quantize(folder, tmp_path / str(i), "q4_k_m")
-    first, *others = ((tmp_path / str(i)).read_bytes() for i in range(3))
+        ops.set_threads(n_threads)
+        quantize(folder, tmp_path / str(i), recipe)
+    ops.set_threads(before)
+    first, *others = ((tmp_path / str(i) / file).read_bytes() for i in range(3))
     assert all(first == other for other in others)
 
 

@@ -40,6 +40,9 @@ NEEDS: frozenset[str] = frozenset({"H"})
 DAMP_LADDER: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
 """Multiples of ``damp_ratio`` that are tried in turn when H is not positive definite."""
 
+PANEL = 128
+"""Columns of H that are factorized at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -79,14 +82,28 @@ def upper_factor(H: Tensor, order: Tensor, damp: float) -> Tensor | None:
     backwards = order.flip(0)
     A = H.index_select(0, backwards).index_select(1, backwards)
     A.diagonal().add_(damp)
-    L, info = torch.linalg.cholesky_ex(A)
-    del A
-    if info.item():
+    if not cholesky_(A):
         return None
     L_inv = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    torch.linalg.solve_triangular(L, L_inv, upper=False, out=L_inv)
-    del L
+    torch.linalg.solve_triangular(A, L_inv, upper=False, out=L_inv)
+    del A
     return L_inv.flip(0, 1) if bool(torch.isfinite(L_inv).all()) else None
+
+
+def cholesky_(A: Tensor) -> bool:
+    """Put L, lower with A = L·Lᵀ, into the lower triangle of ``A`` [n, n]; False when A is not positive definite.
+
+    By panels: LAPACK's own factor of a larger matrix rounds differently with another number of threads, float32 products do not.
+    """
+    for start in range(0, len(A), PANEL):
+        now = slice(start, start + PANEL)
+        A[start:, now].addmm_(A[start:, :start], A[now, :start].T, alpha=-1)
+        L, info = torch.linalg.cholesky_ex(A[now, now])
+        if info.item():
+            return False
+        A[now, now] = L
+        A[start + PANEL :, now] = torch.linalg.solve_triangular(L.T, A[start + PANEL :, now], upper=True, left=False)
+    return True
 
 
 def factorize(H: Tensor, *, damp_ratio: float, act_order: bool = True) -> Factor:
