@@ -1,7 +1,9 @@
-"""Perplexities by transformers or gptqmodel, run in the Python that has them: python gptq_client.py WINDOWS.safetensors LOADER=FOLDER…
+"""Perplexities by transformers or gptqmodel, run in the Python that has them.
 
-LOADER is transformers or gptqmodel. Prints one JSON line a folder: {"perplexity", "kernels": {linear class: how many}} or {"error"}.
-Imports nothing of quantcli.
+    python gptq_client.py WINDOWS.safetensors ANSWERS.json LOADER=FOLDER …
+
+LOADER is transformers or gptqmodel. Writes a list with {"perplexity", "kernels": {linear class: how many}} or {"error"} for each folder;
+stdout belongs to the libraries, which print. Imports nothing of quantcli.
 """
 
 from __future__ import annotations
@@ -48,19 +50,17 @@ def measure(loader: str, folder: Path, windows: torch.Tensor) -> dict:
     return {"perplexity": perplexity(model, windows), "kernels": kernels}
 
 
-def main(windows_file: str, words: list[str]) -> None:
+def main(windows_file: str, answers_file: str, words: list[str]) -> None:
     windows = load_file(windows_file)["windows"]
-    out = sys.stdout
-    sys.stdout = sys.stderr  # the libraries print; the answers have stdout to themselves
+    answers: list[dict] = []
     for word in words:
         loader, _, folder = word.partition("=")
         try:
-            answer = measure(loader, Path(folder), windows)
+            answers.append(measure(loader, Path(folder), windows))
         except Exception as error:  # the test wants to see what the client says of every folder
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+    Path(answers_file).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
