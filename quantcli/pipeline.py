@@ -265,7 +265,8 @@ def _measure_and_code(
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
     ``order``: the model's taps as it runs them."""
     solved = [t for t in planned.tensors if t.is_solved]
-    taps = [tap for tap in order if any(t.tap == tap for t in solved)]
+    wanted = {t.tap for t in solved}
+    taps = [tap for tap in order if tap in wanted]
     stages = [[tap] for tap in taps] if run.plan.recipe.true_sequential else [taps]
     reports: list[TensorReport] = []
     for stage in stages:

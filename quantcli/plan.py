@@ -112,7 +112,7 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     schemes = choose_schemes(source, recipe, taps)
     left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
     if left and not taps and recipe.scheme is not None:
-        raise UnsupportedError(f"{source.source}: its layers have no linears, only matrices of other kinds such as {left[0]}")
+        raise UnsupportedError(f"{source.source}: its layers have no linears, only matrices of other kinds such as {left[0]}; nothing here can be quantized")
     for name, scheme in schemes.items():
         if not fmt.supports(scheme):
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
