@@ -112,7 +112,9 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     schemes = choose_schemes(source, recipe, taps)
     left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
     if left and not taps and recipe.scheme is not None:
-        raise UnsupportedError(f"{source.source}: its layers have no linears, only matrices of other kinds such as {left[0]}; nothing here can be quantized")
+        raise UnsupportedError(
+            f"{source.source}: its layers have no linears, only matrices of other kinds such as {left[0]}; nothing here can be quantized"
+        )
     for name, scheme in schemes.items():
         if not fmt.supports(scheme):
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
@@ -124,14 +126,18 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
         planned.setdefault(layer_of(name), []).append(PlannedTensor(spec, schemes.get(name), taps.get(name), outputs))
     layers = tuple(PlannedLayer(name, tuple(tensors)) for name, tensors in sorted(planned.items(), key=lambda item: _natural(item[0])))
-    return Plan(recipe, layers, context, surprises(recipe, schemes, taps, left))
+    return Plan(recipe, layers, context, surprises(source, recipe, schemes, taps, left))
 
 
-def surprises(recipe: Recipe, schemes: Mapping[str, Scheme], taps: Mapping[str, str], left: Sequence[str]) -> tuple[str, ...]:
+def surprises(
+    source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme], taps: Mapping[str, str], left: Sequence[str]
+) -> tuple[str, ...]:
     """What of the plan a user might not expect. ``left``: the layers' matrices that are no linears of their own."""
     notes = []
     if alone := [name for name in left if name not in schemes]:
         notes.append(f"{listed(alone)} stay as they are: matrices in layers that are no linears of their own (fused experts, routers)")
+    if decoded := [name for name in source.schemes if name not in schemes]:
+        notes.append(f"{listed(decoded)} decoded to a dense type: quantized in the source, and the recipe has no scheme for it")
     if recipe.needs and (blind := [name for name, scheme in schemes.items() if name not in taps and is_coded(scheme)]):
         passes = ", ".join(p.name for p in recipe.passes)
         notes.append(f"{listed(blind)} rounded to nearest: {passes} has no statistics of what they read")
