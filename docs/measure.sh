@@ -32,8 +32,8 @@ picture() {
     run eval pico-gptq-int4 --baseline pico --samples 16 --seq-len 256
     run export pico Q4_K_M
     run eval pico-Q4_K_M.gguf --baseline pico --samples 16 --seq-len 256 -q
-    run quantize pico --method gptq --type Q4_K_M --samples 32 --seq-len 256 -q
-    run eval pico-Q4_K_M-gptq.gguf --baseline pico --samples 16 --seq-len 256 -q
+    run quantize pico --method gptq --type Q4_K_M --samples 32 --seq-len 256 -q -o pico-gptq-Q4_K_M.gguf
+    run eval pico-gptq-Q4_K_M.gguf --baseline pico --samples 16 --seq-len 256 -q
     cd "$root"
     rm -r "$folder"
 }

@@ -33,7 +33,7 @@ PICO = HERE / "data/pico"
 SYM4 = Scheme.parse("int4-g128-sym")
 
 OWN_LOADER = ("int4-g128-sym, down_proj in 8 bits",)
-"""transformers asks optimum, which does not know ``dynamic``; gptqmodel's own loader does."""
+"""transformers asks optimum, which does not know ``dynamic``; gptqmodel's own loader does, and computes in 16 bits."""
 
 CASES: dict[str, tuple[Scheme, tuple[Rule, ...]]] = {
     "int4-g128-sym": (SYM4, ()),
@@ -103,7 +103,7 @@ def test_the_client_loads_every_coded_linear_and_finds_our_perplexity(case: str,
     ours, theirs = answers[case], answers[case]["theirs"]
     assert "error" not in theirs, theirs["error"]
     assert sum(theirs["kernels"].values()) == ours["n_coded"]
-    assert theirs["perplexity"] == pytest.approx(ours["ours"], rel=1e-3)
+    assert theirs["perplexity"] == pytest.approx(ours["ours"], rel=1e-3 if case in OWN_LOADER else 1e-4)
 
 
 def test_the_cases_differ_by_more_than_the_tolerance(answers: dict[str, dict[str, Any]]) -> None:

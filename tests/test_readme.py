@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import tables
 
 from quantcli import recipe
-from quantcli.cli import app
+from quantcli.cli import app, main
+from quantcli.cli.console import size
 from quantcli.tensors import Scheme
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,27 @@ def test_a_command_line_of_the_readme_parses(line: str) -> None:
     for key, known in (("type_", recipe.shipped()), ("recipe", recipe.shipped())):
         word = context.params.get(key)
         assert word is None or word.lower() in known, f"no {key} {word}"
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("quantcli inspect pico")])
+def test_the_picture_shows_what_inspect_prints(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "tests/data")
+    with pytest.raises(SystemExit):
+        main(shlex.split(line)[1:])
+    assert f"$ {line}\n{capsys.readouterr().out}" in README
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if re.match("quantcli (quantize|export) pico", line)])
+def test_the_picture_shows_the_sizes_that_are_planned(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pico").symlink_to(ROOT / "tests/data/pico")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([*shlex.split(line)[1:], "--dry-run", "--json", "-q"])
+    plan = json.loads(capsys.readouterr().out)
+    shown = README.partition(f"$ {line}\n")[2].partition("\n$")[0]
+    assert f"{plan['output']}\n{size(plan['n_bytes'])}, {plan['bpw']:.3f}bpw" in shown
 
 
 def test_the_readme_shows_every_verb() -> None:
