@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     the format cannot hold, and for a model in whose layers no linear is found.
     """
     fmt = find("formats", recipe.format)
+    check_format_options(recipe)
     schemes = choose_schemes(source, recipe, taps)
     left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
     if left and not taps and recipe.scheme is not None:
@@ -147,6 +149,15 @@ def surprises(
 def listed(names: Sequence[str]) -> str:
     """The first two of ``names`` and how many more."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def check_format_options(recipe: Recipe) -> None:
+    """Raise :class:`RecipeError` for an option that the format does not have; one that takes any keyword checks them itself."""
+    parameters = inspect.signature(find("formats", recipe.format).context).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(set(recipe.format_options) - set(known))
+    if unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        raise RecipeError(f"the {recipe.format} format has no option '{unknown[0]}'; it has: {', '.join(known) or 'none'}")
 
 
 def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:

@@ -297,7 +297,7 @@ def check_disk(target: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise ResourceError(
-            f"{target}: needs {n_bytes / 2**30:.2f}GiB, {folder} has {free / 2**30:.2f}GiB free; free space there or choose another -o"
+            f"{target}: needs {n_bytes / 2**20:.1f}MiB, {folder} has {free / 2**20:.1f}MiB free; free space there or choose another -o"
         )
 
 

@@ -55,9 +55,10 @@ def render_memory(console: Console, data: dict[str, Any]) -> list[str]:
         [row["recipe"], row["format"], f"{row['bpw']:.3f}", size(row["n_bytes"]), size(row["n_bytes"] + (cache or 0))]
         for row in data["recipes"]
     ]
+    table = console.table(["recipe", "format", "bpw", "weights", "with KV cache"], rows)
     known = "unknown: config.json does not say its shape" if cache is None else f"{size(cache)} in 16 bits"
     return [
         "",
-        *console.table(["recipe", "format", "bpw", "weights", "with KV cache"], rows),
+        *(table if rows else ["no shipped recipe fits this model"]),
         f"KV cache of {data['context']} tokens: {known}; activations come on top",
     ]
