@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -174,7 +175,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 def _check_apart(source: Checkpoint, target: Path) -> None:
     """Raise :class:`RecipeError` when the output would replace the model that it is made from."""
-    model, output = source.path.resolve(), target.resolve()
+    model, output = Path(os.path.realpath(source.path)), Path(os.path.realpath(target))
     if output == model or output in model.parents:
         raise RecipeError(f"{target}: the output would replace the model it is made from, {source.source}; choose another -o")
 
