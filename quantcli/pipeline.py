@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__, heap
+from quantcli import __version__, heap, ops
 from quantcli import plan as planning
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from quantcli.calibrate import Activations
     from quantcli.forward import Forward, LoadedLayer
 
-TENSORS_IN_FLIGHT = 3
-"""Tensors that are read, coded and written at the same time when no statistics tie them together."""
+MAX_TENSORS_AT_ONCE = 4
+"""Tensors that are read, coded and written at the same time when no statistics tie them together; the threads are shared among them."""
 
 PIECE_ELEMENTS = 1 << 22
 
@@ -219,15 +219,19 @@ def _each_tensor(run: _Run) -> Iterator[LayerDone]:
 
     pending: deque[Future[tuple[TensorReport, ...]]] = deque()
     todo = deque((layer.name, tensor) for layer in run.plan.layers for tensor in layer.tensors)
-    with ThreadPoolExecutor(TENSORS_IN_FLIGHT) as pool:
+    n_threads = torch.get_num_threads()
+    n_at_once = min(n_threads + 1, MAX_TENSORS_AT_ONCE)  # one more than there are threads: it waits for the disk
+    with ThreadPoolExecutor(n_at_once) as pool:
         try:
+            ops.set_threads(max(1, n_threads // n_at_once))
             for layer in _timed(run):
                 for _ in layer.planned.tensors:
-                    while todo and len(pending) < TENSORS_IN_FLIGHT:
+                    while todo and len(pending) < n_at_once:
                         pending.append(pool.submit(work, *todo.popleft()))
                     layer.reports += pending.popleft().result()
                 yield layer.done()
         finally:
+            ops.set_threads(n_threads)
             for future in pending:
                 future.cancel()
 

@@ -21,7 +21,7 @@ from quantcli.forward.skeleton import decoder_layers, drop, put
 
 Run = Callable[..., Any]
 
-_TOGETHER = "they cannot be run one at a time; quantize it with a method that needs no calibration (rtn), or to a k-quant"
+_TOGETHER = "they cannot be run one at a time; quantcli cannot calibrate this architecture yet"
 
 
 @dataclass(frozen=True, slots=True)
