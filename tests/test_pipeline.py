@@ -262,15 +262,21 @@ def test_memory_is_bounded_by_two_layers_and_their_statistics(tiny_llama: TinyLl
 
 @pytest.mark.slow
 def test_time_grows_no_faster_than_the_number_of_layers(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Processor seconds of one thread, the better of three runs of each: another process may not decide it."""
     folders = {n: tiny_llama(layers=n) for n in (4, 16)}
-    torch.set_num_threads(1)
-    quantize(folders[4], tmp_path / "warm-up", "gptq-int4")
-    seconds = {}
-    for n_layers, folder in folders.items():
-        start = time.process_time()
-        quantize(folder, tmp_path / str(n_layers), "gptq-int4")
-        seconds[n_layers] = time.process_time() - start
+    n_threads = torch.get_num_threads()
+    ops.set_threads(1)
+    try:
+        seconds = {n: min(processor_seconds(folder, tmp_path / f"{n}-{i}") for i in range(3)) for n, folder in folders.items()}
+    finally:
+        ops.set_threads(n_threads)
     assert seconds[16] < 4 * 1.15 * seconds[4]
+
+
+def processor_seconds(folder: Path, target: Path) -> float:
+    start = time.process_time()
+    quantize(folder, target, "gptq-int4")
+    return time.process_time() - start
 
 
 def test_progress_events_carry_what_a_user_wants_to_see(tiny_llama: TinyLlama, tmp_path: Path) -> None:
