@@ -1,8 +1,9 @@
-"""Memory that C's allocator keeps: given back to the system after each layer."""
+"""Memory: what C's allocator keeps is given back to the system after each layer, and what the process held at most is told."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 
 
@@ -17,3 +18,16 @@ def trim() -> None:
     trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim_heap is not None:
         trim_heap(0)
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held so far.
+
+    On Linux from /proc: ``ru_maxrss`` starts at what the parent held when it started us, which says nothing about our own use.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        scale = 1 if sys.platform == "darwin" else 1 << 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -372,14 +372,15 @@ def test_a_folder_without_tokenizer_is_an_error(save_model: SaveModel) -> None:
 
 
 WALK = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
+from quantcli import heap
 from quantcli.checkpoint import Checkpoint
 from quantcli.forward import Forward
 
 torch.set_num_threads(1)
-def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_mb(): return heap.peak_bytes() / (1 << 20)
 def walk(folder):
     ids = torch.zeros(1, 8, dtype=torch.int64)
     with Checkpoint.open(folder) as checkpoint:

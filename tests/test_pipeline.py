@@ -220,8 +220,8 @@ def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_
 
 
 CHILD = """
-import pathlib, resource, sys, torch
-from quantcli import pipeline, recipe as recipes
+import pathlib, sys, torch
+from quantcli import heap, pipeline, recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.pipeline import Calibrated, LayerDone
 torch.set_num_threads(1)
@@ -230,7 +230,7 @@ with Checkpoint.open(sys.argv[1]) as source:
     walk = pipeline.quantize(source, pathlib.Path(sys.argv[2]), recipes.load(sys.argv[3]), calibrate=lambda: Calibrated("", windows=ids))
     for event in walk:
         if isinstance(event, LayerDone): print(event.name, flush=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(heap.peak_bytes())
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantcli import heap
 from quantcli.cli import options
 from quantcli.cli.console import Console, size
 from quantcli.errors import RecipeError
@@ -257,7 +257,7 @@ def summarize(plan: Plan, target: Path, layers: list[LayerDone], finished: Finis
         "tensors": plan.census(),
         "dry_run": not done,
         "seconds": seconds,
-        "peak_ram_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_ram_bytes": heap.peak_bytes(),
         "lossless": finished.lossless if finished is not None else None,
         "layers": walked if done else planned,
     }

@@ -200,7 +200,7 @@ def _zeros(layer: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _zero_pages(like: Tensor) -> Tensor:
     """Zeros on the CPU that take no memory while they are only read: fresh pages of the system, which torch would write to."""
-    pages = mmap.mmap(-1, max(1, like.numel()) * like.itemsize)
+    pages = mmap.mmap(-1, max(1, like.numel()) * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype)[: like.numel()].view(like.shape)
 
 
