@@ -125,7 +125,8 @@ def quantize(
     forward = _open_forward(source, device) if declared is None or recipe.needs else None
     taps = declared if forward is None else forward.taps  # where the model is built, it knows best
     assert taps is not None
-    plan = planning.make(source, recipe, taps, metadata=provenance(source, recipe))
+    made_by = provenance(source, recipe)
+    plan = planning.make(source, recipe, taps, metadata=made_by)
     yield Planned(plan)
     if dry_run:
         return
@@ -148,7 +149,7 @@ def quantize(
             assert data.windows is not None
             yield from _propagate(run, forward, data.windows)
         if writer.folder:
-            record = {**provenance(source, recipe), "dataset_sha256": data.dataset_sha256 if data else None, "tensors": _record(run)}
+            record = {**made_by, "dataset_sha256": data.dataset_sha256 if data else None, "tensors": _record(run)}
             writer.add_sidecar("quantcli.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         writer.commit()
     yield Finished(writer.target, plan, all(_is_exact(source, tensor) for tensor in plan.tensors))
@@ -239,8 +240,7 @@ def _each_tensor(run: _Run) -> Iterator[LayerDone]:
 def _each_layer(run: _Run, stats: Mapping[str, Stats]) -> Iterator[LayerDone]:
     """Statistics from a file: layer by layer, no forward pass, no error propagation."""
     for layer in _timed(run):
-        tensors = {t.name: run.source.read(t.name).to(run.device) for t in layer.planned.tensors if t.scheme and t.outputs}
-        layer.reports += _code(run, layer.planned, tensors, stats)
+        layer.reports += _code(run, layer.planned, stats)
         yield layer.done()
 
 
@@ -254,8 +254,7 @@ def _propagate(run: _Run, forward: Forward, windows: Tensor) -> Iterator[LayerDo
     for layer in _timed(run):
         name = layer.planned.name
         if name not in index:
-            tensors = {t.name: run.source.read(t.name).to(run.device) for t in layer.planned.tensors if t.scheme and t.outputs}
-            layer.reports += _code(run, layer.planned, tensors, {})
+            layer.reports += _code(run, layer.planned, {})
         else:
             with forward.layer(index[name]) as loaded:
                 layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps)
@@ -277,21 +276,14 @@ def _measure_and_code(
     for stage in stages:
         stats = activations.measure(loaded, stage, run.plan.recipe.needs)
         subset = PlannedLayer(planned.name, tuple(t for t in solved if t.tap in stage))
-        reports += _code(run, subset, {t.name: loaded.tensors[t.name] for t in subset.tensors}, stats, decoded=loaded.set)
+        reports += _code(run, subset, stats, loaded)
     rest = PlannedLayer(planned.name, tuple(t for t in planned.tensors if not t.is_solved))
-    return reports + _code(run, rest, {}, {}, decoded=loaded.set)
+    return reports + _code(run, rest, {}, loaded)
 
 
-def _code(
-    run: _Run,
-    planned: PlannedLayer,
-    tensors: dict[str, Tensor],
-    stats: Mapping[str, Stats],
-    *,
-    decoded: Callable[[str, Tensor], None] | None = None,
-) -> list[TensorReport]:
+def _code(run: _Run, planned: PlannedLayer, stats: Mapping[str, Stats], loaded: LoadedLayer | None = None) -> list[TensorReport]:
     """Run the passes over what ``planned`` solves, round to nearest what else has a scheme, and copy the rest.
-    ``decoded`` receives each coded weight as the engine will see it."""
+    ``loaded`` has the solved weights in memory already, and receives each coded one as the engine will see it."""
     reports: list[TensorReport] = []
     coded = [t for t in planned.tensors if t.scheme and t.outputs]
     for tensor in planned.tensors:
@@ -304,11 +296,11 @@ def _code(
             continue
         unit = Layer(
             planned.name,
-            {t.name: tensors[t.name] if t.name in tensors else run.source.read(t.name).to(run.device) for t in members},
+            {t.name: loaded.tensors[t.name] if loaded and t.is_solved else run.source.read(t.name).to(run.device) for t in members},
             {t.name: t.scheme for t in members if t.scheme},
             {t.name: t.tap for t in members if t.tap},
         )
-        reports += _apply(run, unit, passes, stats, decoded)
+        reports += _apply(run, unit, passes, stats, loaded)
     return reports
 
 
@@ -317,17 +309,17 @@ def _apply(
     layer: Layer,
     passes: tuple[PassSpec, ...],
     stats: Mapping[str, Stats],
-    decoded: Callable[[str, Tensor], None] | None = None,
+    loaded: LoadedLayer | None = None,
 ) -> tuple[TensorReport, ...]:
-    """All passes over one unit of work, then its tensors to the file."""
+    """All passes over one unit of work, then its tensors to the file, and decoded to ``loaded`` for the runs that follow."""
     reports: tuple[TensorReport, ...] = ()
     for spec in passes:
         reports = find("passes", spec.name).run(layer, stats, spec.build_options()).tensors
     for name in list(layer.quantized):
         tensor = layer.quantized.pop(name)
         run.put(name, tensor)
-        if decoded is not None:
-            decoded(name, find("qtypes", tensor.scheme.qtype).unpack(tensor))
+        if loaded is not None:
+            loaded.set(name, find("qtypes", tensor.scheme.qtype).unpack(tensor))
     run.reports += reports
     return reports
 
