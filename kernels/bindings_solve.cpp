@@ -1,5 +1,6 @@
 // The solvers' ops in Python: group fits, the GPTQ chunk, dense bits.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 
 #include "bindings.h"
 #include "cpu/dispatch.h"
@@ -43,8 +44,16 @@ const T* pointer(const Maybe& array) {
     return array ? static_cast<const T*>(array->data()) : nullptr;
 }
 
-void fit_affine(const Array& W, const Array& importance, int bits, int64_t group_size, bool sym, bool search, const Array& scale,
-                const Array& zero, uint64_t stream) {
+/// "f16", "bf16" or "f32".
+Float float_named(const std::string& name) {
+    if (name == "f16") return Float::f16;
+    if (name == "bf16") return Float::bf16;
+    if (name == "f32") return Float::f32;
+    throw KernelFault("held is '" + name + "'; expected f16, bf16 or f32");
+}
+
+void fit_affine(const Array& W, const Array& importance, int bits, int64_t group_size, bool sym, bool search, const std::string& held,
+                const Array& scale, const Array& zero, uint64_t stream) {
     const int64_t rows = size_at("W", W, 0), cols = size_at("W", W, 1);
     check("W", W, {kF32}, {rows, cols});
     check("importance", importance, {kF32}, {cols}, &W);
@@ -61,6 +70,7 @@ void fit_affine(const Array& W, const Array& importance, int bits, int64_t group
                         .bits = bits,
                         .sym = sym,
                         .search = search,
+                        .held = float_named(held),
                         .scale = pointer<float>(scale),
                         .zero = pointer<int32_t>(zero)};
     const SolveOps& ops = ops_for(W);
@@ -132,8 +142,8 @@ void unpack_bits(const Array& words, int bits, const Array& codes, uint64_t stre
 
 void register_solve(nb::module_& m) {
     using nb::arg;
-    m.def("fit_affine", &fit_affine, arg("W"), arg("importance"), arg("bits"), arg("group_size"), arg("sym"), arg("search"), arg("scale"),
-          arg("zero"), arg("stream") = 0);
+    m.def("fit_affine", &fit_affine, arg("W"), arg("importance"), arg("bits"), arg("group_size"), arg("sym"), arg("search"), arg("held"),
+          arg("scale"), arg("zero"), arg("stream") = 0);
     m.def("gptq_chunk", &gptq_chunk, arg("W"), arg("U"), arg("scale"), arg("offset").none(), arg("group"), arg("lo"), arg("hi"),
           arg("book").none(), arg("mids").none(), arg("codes"), arg("E"), arg("stream") = 0);
     m.def("pack_bits", &pack_bits, arg("codes"), arg("bits"), arg("words"), arg("stream") = 0);

@@ -5,13 +5,15 @@
 
 namespace quantcli {
 
-/// A group fit: `group_size` divides cols; `importance` [cols] is at most 1; scale, zero are [rows, cols / group_size].
+/// A group fit: `group_size` divides cols; `importance` [cols] is at most 1; scale, zero are [rows, cols / group_size]. Scales are numbers
+/// that `held` can store.
 struct AffineFit {
     const float* W;
     const float* importance;
     int64_t rows, cols, group_size;
     int bits;
     bool sym, search;
+    Float held;
     float* scale;
     int32_t* zero;
 };

@@ -166,6 +166,12 @@ QC_FN I to_half(F x) {
 #endif
 }
 
+/// The nearest bfloat16 of a finite x, ties to even, as a float.
+QC_FN F round_to_bf16(F x) {
+    const I w = bits(x);
+    return from_bits((w + 0x7fff + (shift_right_logical(w, 16) & 1)) & ~0xffff);
+}
+
 /// IEEE half (low 16 bits) → float, exact.
 QC_FN F from_half(I h) {
     const I sign = (h & 0x8000) << 16;

@@ -1,4 +1,4 @@
-"""Variants by file name: find("qtypes", "q4_k") is the module quantcli/qtypes/q4_k.py."""
+"""Variants by file name: find("qtypes", "q4_k") is the module quantcli/qtypes/q4_k.py. Formats are spelt with hyphens, as users do."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from quantcli.errors import UnsupportedError
 def names(package: str) -> tuple[str, ...]:
     """Every variant of ``package`` ("archs", "qtypes", "passes" or "formats"), sorted."""
     folder = importlib.import_module(f"quantcli.{package}")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")))
+    modules = [m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")]
+    return tuple(sorted(name.replace("_", "-") if package == "formats" else name for name in modules))
 
 
 def find(package: str, name: str) -> ModuleType:
     """The module of variant ``name``; :class:`UnsupportedError` lists the ones there are."""
     if name not in names(package):
         raise UnsupportedError(f"{package} has no '{name}'; there are: {', '.join(names(package))}")
-    return importlib.import_module(f"quantcli.{package}.{name}")
+    return importlib.import_module(f"quantcli.{package}.{name.replace('-', '_')}")

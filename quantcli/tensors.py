@@ -52,11 +52,39 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
+WORDS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "channel": (("group_size", -1), ("strategy", "channel")),
+    "tensor": (("strategy", "tensor"),),
+    "block": (("strategy", "block"),),
+    "sym": (("sym", True),),
+    "asym": (("sym", False),),
+    "desc": (("desc_act", True),),
+    "minmax": (("search", "minmax"),),
+    "dq": (("double_quant", True),),
+    "e4m3": (("dtype", "e4m3"),),
+    "e5m2": (("dtype", "e5m2"),),
+    "sf16": (("scale_dtype", "F16"),),
+    "sbf16": (("scale_dtype", "BF16"),),
+    "sf32": (("scale_dtype", "F32"),),
+}
+"""Words of a scheme's name → the options one of which they set: the first that the qtype has."""
+
+NUMBERED = {"g": "group_size", "b": "block_size"}
+"""Letters before a number in a scheme's name → the option that they set."""
+
+ALWAYS_NAMED = ("group_size", "block_size", "strategy", "sym")
+"""Options that a scheme's name tells even when they have the qtype's default value."""
+
+ACTIVATIONS = ("int8-token", "fp8-token", "int8-tensor", "fp8-tensor", "fp8-g128", "mxfp4-g32", "mxfp8-g32", "nvfp4-g16")
+"""How an engine may quantize what a linear reads: each token for itself, groups of it, or by one scale found beforehand (``-tensor``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A qtype and its options: ``Scheme.of("int", bits=4, group_size=128, sym=True)`` prints as ``int4-g128-sym``.
 
-    Further words: ``channel`` (one group a row), ``desc`` (groups along the solving order, GPTQ's desc_act), ``minmax`` (no scale search).
+    The words of a name are those of :data:`WORDS` and :data:`NUMBERED`; ``+int8-token`` after them says that the engine quantizes the
+    linear's input too (:data:`ACTIVATIONS`): option ``act``.
     """
 
     qtype: str
@@ -68,8 +96,9 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """The scheme that ``text`` names: ``q4_k``, ``bf16``, ``int4-g128-sym``, ``int8-channel-asym``."""
-        head, *words = text.strip().lower().split("-")
+        """The scheme that ``text`` names: ``q4_k``, ``bf16``, ``int4-g128-sym``, ``nf4-b64-dq``, ``int8-channel-sym+int8-token``."""
+        name, _, act = text.strip().lower().partition("+")
+        head, *words = name.split("-")
         options: dict[str, Any] = {}
         known = names("qtypes")
         if head not in known:
@@ -77,37 +106,65 @@ class Scheme:
             if not match or match[1] not in known:
                 raise RecipeError(f"'{text}' names no number format; there are: {', '.join(known)}")
             head, options["bits"] = match[1], int(match[2])
+        defaults = find("qtypes", head).OPTIONS
         for word in words:
-            if word in ("sym", "asym"):
-                options["sym"] = word == "sym"
-            elif word == "channel":
-                options["group_size"] = -1
-            elif word == "desc":
-                options["desc_act"] = True
-            elif word == "minmax":
-                options["search"] = "minmax"
-            elif match := re.fullmatch(r"g(\d+)", word):
-                options["group_size"] = int(match[1])
-            else:
-                raise RecipeError(f"'{word}' in scheme '{text}' is none of g<N>, channel, sym, asym, desc, minmax")
-        return cls.of(head, **{**find("qtypes", head).OPTIONS, **options})
+            option, value = option_of(word, defaults, text)
+            options[option] = value
+        if act:
+            check_activations(act, defaults, text)
+            options["act"] = act
+        return cls.of(head, **{**defaults, **options})
 
     def get(self, key: str, default: Any = None) -> Any:
         return dict(self.options).get(key, default)
+
+    def option(self, key: str) -> Any:
+        """The option ``key``, or the qtype's default for it."""
+        return self.get(key, find("qtypes", self.qtype).OPTIONS[key])
 
     def with_options(self, **options: Any) -> Scheme:
         """The same qtype with ``options`` replaced."""
         return Scheme.of(self.qtype, **{**dict(self.options), **options})
 
+    @property
+    def static_activations(self) -> bool:
+        """Whether the input's scale is found beforehand and stored, as the part ``input_scale`` F32 [1]."""
+        return str(self.get("act", "")).endswith("-tensor")
+
     def __str__(self) -> str:
-        text = f"{self.qtype}{self.get('bits', '')}"
-        if (group_size := self.get("group_size")) is not None:
-            text += "-channel" if group_size == -1 else f"-g{group_size}"
-        if (sym := self.get("sym")) is not None:
-            text += "-sym" if sym else "-asym"
-        if self.get("desc_act"):
-            text += "-desc"
-        return text + ("-minmax" if self.get("search") == "minmax" else "")
+        options = dict(self.options)
+        text = f"{self.qtype}{options.get('bits', '')}"
+        defaults = find("qtypes", self.qtype).OPTIONS if self.qtype in names("qtypes") else {}
+        shown = {key for key in options if key in ALWAYS_NAMED or options[key] != defaults.get(key)}
+        for letter, option in NUMBERED.items():
+            if option in shown and options[option] != -1:
+                text += f"-{letter}{options[option]}"
+        for word, meanings in WORDS.items():
+            if any(option in shown and options[option] == value for option, value in meanings):
+                text += f"-{word}"
+        return text + (f"+{options['act']}" if options.get("act") else "")
+
+
+def option_of(word: str, defaults: Mapping[str, Any], text: str) -> tuple[str, Any]:
+    """The option that ``word`` of the scheme ``text`` sets, and its value; :class:`RecipeError` where the qtype has no such option."""
+    if (match := re.fullmatch(r"([a-z])(\d+)", word)) and NUMBERED.get(match[1]) in defaults:
+        return NUMBERED[match[1]], int(match[2])
+    for option, value in WORDS.get(word, ()):
+        if option in defaults:
+            return option, value
+    numbered = [f"{letter}<N>" for letter, option in NUMBERED.items() if option in defaults]
+    known = numbered + [word for word, meanings in WORDS.items() if any(option in defaults for option, _ in meanings)]
+    raise RecipeError(
+        f"'{word}' in scheme '{text}' is none of {', '.join(known)}" if known else f"'{text}': this number format has no options"
+    )
+
+
+def check_activations(act: str, defaults: Mapping[str, Any], text: str) -> None:
+    """Raise :class:`RecipeError` unless ``act`` names a way to quantize a linear's input and the qtype allows for one."""
+    if "act" not in defaults:
+        raise RecipeError(f"'{text}': this number format goes with activations as they are; leave '+{act}' out")
+    if act not in ACTIVATIONS:
+        raise RecipeError(f"'+{act}' in scheme '{text}' is none of {', '.join('+' + known for known in ACTIVATIONS)}")
 
 
 @dataclass(frozen=True, slots=True)

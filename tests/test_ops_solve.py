@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import KernelError, NumericsError
-from quantcli.ops.affine import F16_TINY, fit_affine
+from quantcli.ops.affine import TINY, fit_affine
 from quantcli.ops.bits import BITS, codes_per_run, pack_bits, unpack_bits
 from quantcli.ops.solve import gptq_chunk
 from quantcli.tensors import Grid
@@ -86,7 +86,7 @@ def test_minmax_symmetric_is_gptqs_convention(bits: int) -> None:
     W = weights_of_every_sort(8, 64)
     scale, zero = fit_affine(W, None, bits=bits, group_size=32, sym=True, search=False)
     absmax = W.view(8, 2, 32).abs().amax(2)
-    expected = (2 * absmax / (2**bits - 1)).half().float().clamp_min(F16_TINY)
+    expected = (2 * absmax / (2**bits - 1)).half().float().clamp_min(TINY[torch.float16])
     assert torch.equal(scale, torch.where(absmax == 0, 1.0, expected))
     assert zero.dtype == torch.int32
     assert bool((zero == 2 ** (bits - 1)).all())
@@ -133,11 +133,12 @@ def test_search_comes_close_to_the_exhaustive_one(bits: int, sym: bool, excess: 
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("search", [True, False])
-def test_scales_are_float16_numbers_above_zero_and_zero_points_are_codes(sym: bool, search: bool) -> None:
+@pytest.mark.parametrize("dtype", TINY)
+def test_scales_are_numbers_of_the_files_dtype_above_zero_and_zero_points_are_codes(sym: bool, search: bool, dtype: torch.dtype) -> None:
     W = weights_of_every_sort(16, 64)
-    scale, zero = fit_affine(W, importance_of(64), bits=4, group_size=32, sym=sym, search=search)
-    assert torch.equal(scale, scale.half().float())
-    assert bool((scale >= F16_TINY).all())
+    scale, zero = fit_affine(W, importance_of(64), bits=4, group_size=32, sym=sym, search=search, scale_dtype=dtype)
+    assert torch.equal(scale, scale.to(dtype).float())
+    assert bool((scale >= TINY[dtype]).all())
     assert bool(((zero >= 0) & (zero <= 15)).all())
 
 
@@ -201,12 +202,15 @@ def test_fit_affine_refuses_what_it_cannot_take_with_the_actual_values() -> None
 @on_every_kernel
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("n_rows", "n", "group_size"), [(37, 96, 32), (1, 35, 7), (16, 66, 33), (19, 50, -1)])
+@pytest.mark.parametrize(
+    ("n_rows", "n", "group_size", "dtype"),
+    [(37, 96, 32, torch.float16), (1, 35, 7, torch.bfloat16), (16, 66, 33, torch.bfloat16), (19, 50, -1, torch.float32)],
+)
 def test_fit_affine_is_the_reference_on_every_kernel(
-    kernel: str | None, device: str, sym: bool, bits: int, n_rows: int, n: int, group_size: int
+    kernel: str | None, device: str, sym: bool, bits: int, n_rows: int, n: int, group_size: int, dtype: torch.dtype
 ) -> None:
     W, importance = weights_of_every_sort(n_rows, n, seed=bits), importance_of(n)
-    options = {"bits": bits, "group_size": group_size, "sym": sym}
+    options = {"bits": bits, "group_size": group_size, "sym": sym, "scale_dtype": dtype}
     assert equals_reference(kernel, device, lambda d: fit_affine(W.to(d), importance, search=True, **options))
     assert equals_reference(kernel, device, lambda d: fit_affine(W.to(d), None, search=False, **options))
 

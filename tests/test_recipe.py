@@ -86,11 +86,27 @@ def test_a_recipe_file_of_ones_own_loads(tmp_path) -> None:
         ("int4-minmax-asym", "int4-g128-asym-minmax"),
         ("bf16", "bf16"),
         ("q4_k", "q4_k"),
+        ("int4-sbf16", "int4-g128-sym-sbf16"),
+        ("int8-channel-sym+int8-token", "int8-channel-sym+int8-token"),
     ],
 )
 def test_schemes_print_as_they_are_written(text: str, printed: str) -> None:
     assert str(Scheme.parse(text)) == printed
     assert Scheme.parse(str(Scheme.parse(text))) == Scheme.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("q4_k-g128", "'q4_k-g128': this number format has no options"),
+        ("int4-dq", "'dq' in scheme 'int4-dq' is none of g<N>, channel, sym, asym, desc, minmax, sf16, sbf16, sf32"),
+        ("q8_0+int8-token", "leave '\\+int8-token' out"),
+        ("int8+int9-token", "none of \\+int8-token"),
+    ],
+)
+def test_a_scheme_takes_only_the_words_of_its_number_format(text: str, complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        Scheme.parse(text)
 
 
 def test_overriding_bits_renames_the_recipe() -> None:

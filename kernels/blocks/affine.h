@@ -1,6 +1,7 @@
 // The scale and zero point of one group a lane: quantcli/ops/affine.py says what is searched and why; the order of operations is the same.
 #pragma once
 
+#include "../api.h"
 #include "../spmd.h"
 
 namespace quantcli::QC_ISA {
@@ -12,6 +13,7 @@ struct AffineGroup {
     Run w;
     const float* h;
     int n;
+    Float held;
     bool sym;
     float levels, lo, hi;
     F low, high, peak;  // min(w, 0), max(w, 0), max |w|
@@ -42,10 +44,15 @@ QC_FN void find_ends(AffineGroup<Run>& group) {
     group.peak = max(negate(group.low), group.high);
 }
 
-/// `scale` as float16 holds it, above zero; 1 where the group is all zeros.
+/// `scale` as the file's dtype holds it, above zero; 1 where the group is all zeros.
 template <class Run>
 QC_FN F storable(const AffineGroup<Run>& group, F scale) {
-    const F held = max(from_half(to_half(scale)), splat(0x1.0p-24f));
+    F held;
+    if (group.held == Float::f16) {
+        held = max(from_half(to_half(scale)), splat(0x1.0p-24f));
+    } else {
+        held = max(group.held == Float::bf16 ? round_to_bf16(scale) : scale, splat(0x1.0p-126f));
+    }
     return select(group.peak == 0.0f, splat(1.0f), held);
 }
 

@@ -19,6 +19,7 @@ Status fit_affine(const AffineFit& fit, void*) {
                 group.w = weights.data;
                 group.h = fit.importance + g * n;
                 group.n = n;
+                group.held = fit.held;
                 const AffineBest best = fit_group(group, fit.bits, fit.sym, fit.search);
                 for (int lane = 0; lane < rows.n_lanes; ++lane) {
                     fit.scale[rows.row[lane] * n_groups + g] = best.scale[lane];

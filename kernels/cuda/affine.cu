@@ -14,6 +14,7 @@ static __global__ void fit_groups(AffineFit fit) {
     group.w = fit.W + index * fit.group_size;
     group.h = fit.importance + index % n_groups * fit.group_size;
     group.n = static_cast<int>(fit.group_size);
+    group.held = fit.held;
     const AffineBest best = fit_group(group, fit.bits, fit.sym, fit.search);
     fit.scale[index] = best.scale;
     fit.zero[index] = static_cast<int32_t>(best.zero) + (fit.sym ? 1 << (fit.bits - 1) : 0);

@@ -7,10 +7,8 @@ removed; everything small that is not weights, as it is.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,13 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint, read_config
 from quantcli.errors import UnsupportedError
-from quantcli.shards import MAX_SHARD_BYTES, Shards, layout, open_folder, stored_as
-from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
-from quantcli.writer import Writer
+from quantcli.formats._folder import CONFIG_DTYPES, DENSE_QTYPES, Context, as_json, dense_dtypes, writer
+from quantcli.formats._folder import dense_outputs as outputs
+from quantcli.formats._folder import dense_parts as parts
+from quantcli.shards import MAX_SHARD_BYTES, Shards, open_folder
+from quantcli.tensors import Scheme
 
-QTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-"""The qtypes that can be stored here, and their safetensors dtypes."""
-
-CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""config.json's words for a model's dtype."""
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What writing needs to know: ``dtypes`` of every output tensor, and the files that go beside the weights."""
-
-    dtypes: Mapping[str, str]
-    sidecars: Mapping[str, bytes | Path]
-    max_shard_bytes: int
+__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
 
 
 class HfCheckpoint(Checkpoint):
@@ -60,7 +47,7 @@ def read(path: Path) -> HfCheckpoint:
 
 
 def supports(scheme: Scheme) -> bool:
-    return scheme.qtype in QTYPES
+    return scheme.qtype in DENSE_QTYPES
 
 
 def context(
@@ -71,43 +58,16 @@ def context(
         raise UnsupportedError(
             f"{source.source}: a Hugging Face folder cannot be made from a single file, which lacks the tokenizer's files"
         )
-    dtypes = {name: spec.dtype if spec.dtype in DTYPES else model_dtype(source.config) for name, spec in source.specs.items()}
-    dtypes |= {name: dtype_of(name, scheme) for name, scheme in schemes.items()}
+    dtypes = dense_dtypes(source) | {name: dtype_of(name, scheme) for name, scheme in schemes.items()}
     sidecars = {"config.json": config_file(source, dtypes if schemes else {}), **source.sidecars()}
     return Context(dtypes, sidecars, max_shard_bytes)
 
 
-def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
-    """The one tensor that ``spec`` becomes."""
-    return [TensorSpec.dense(spec.name, context.dtypes[spec.name], spec.shape)]
-
-
-def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
-    """``tensor`` as it is stored."""
-    if isinstance(tensor, QuantizedTensor):
-        return {name: tensor.parts["data"]}
-    return {name: stored_as(name, tensor, context.dtypes[name])}
-
-
-def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
-    """A declared writer of the folder ``path``."""
-    files, index = layout(outputs, max_shard_bytes=context.max_shard_bytes)
-    out = Writer(path, overwrite=overwrite)
-    out.declare(files, {**context.sidecars, **index})
-    return out
-
-
 def dtype_of(name: str, scheme: Scheme) -> str:
     """The stored dtype of ``scheme``; :class:`UnsupportedError` for one that is no dtype."""
-    if scheme.qtype not in QTYPES:
-        raise UnsupportedError(f"{name}: {scheme} cannot be stored in a dense Hugging Face folder; it holds {', '.join(QTYPES)}")
-    return QTYPES[scheme.qtype]
-
-
-def model_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype that config.json names, for tensors whose stored form has none of its own."""
-    word = config.get("dtype") or config.get("torch_dtype")
-    return next((dtype for dtype, known in CONFIG_DTYPES.items() if known == word), "F32")
+    if scheme.qtype not in DENSE_QTYPES:
+        raise UnsupportedError(f"{name}: {scheme} cannot be stored in a dense Hugging Face folder; it holds {', '.join(DENSE_QTYPES)}")
+    return DENSE_QTYPES[scheme.qtype]
 
 
 def config_file(source: Checkpoint, new_dtypes: Mapping[str, str]) -> bytes | Path:
@@ -121,4 +81,4 @@ def config_file(source: Checkpoint, new_dtypes: Mapping[str, str]) -> bytes | Pa
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(keys, CONFIG_DTYPES.get(commonest))
     file = source.path / "config.json"
-    return file if config == source.config and file.is_file() else (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return file if config == source.config and file.is_file() else as_json(config)

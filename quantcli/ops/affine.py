@@ -1,7 +1,7 @@
 """The scale and zero point of each group of an affine integer format: min–max, or a search weighted by importance.
 
 A group is ``group_size`` inputs of one row. It is stored as ``w ≈ scale·(code − zero)`` with codes 0 … 2^bits − 1, an integer zero point in
-the same range and a float16 scale above zero. Two ways to find them:
+the same range and a scale above zero that the file's dtype holds. Two ways to find them:
 
 min–max, GPTQ's own convention (range widened to hold 0)::
 
@@ -14,10 +14,10 @@ search, minimizing the measure Σ_j importance_j·(w_j − ŵ_j)², from the min
 2. *move* (asymmetric): zero points −2 … 2 and scales −20 … 20 % around the best;
 3. *re-solve*, three times: the codes of the best fixed, its scale by weighted least squares (as ggml's ``make_qx_quants`` does).
 
-Each candidate's scale is rounded to float16 *before* it is judged, and judged on the codes that :meth:`Grid.encode` will find with it. On
-Gaussian, heavy-tailed and skewed groups of 16 to 128 weights, under even and very uneven importance, the measure's sum comes within 1 % of
-a dense search (every zero point, 200 scales each), where min–max is 1.3 to 8 times above it. Shrinking both ends alike by 80 factors, the
-usual ``mse`` observer, stays up to 25 % above it on asymmetric grids.
+Each candidate's scale is rounded to what the file holds (float16, say) *before* it is judged, and judged on the codes that
+:meth:`Grid.encode` will find with it. On Gaussian, heavy-tailed and skewed groups of 16 to 128 weights, under even and very uneven
+importance, the measure's sum comes within 1 % of a dense search (every zero point, 200 scales each), where min–max is 1.3 to 8 times
+above it. Shrinking both ends alike by 80 factors, the usual ``mse`` observer, stays up to 25 % above it on asymmetric grids.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from torch import Tensor
 from quantcli.errors import KernelError, NumericsError
 from quantcli.ops.dispatch import kernel, stream
 
-F16_MAX = 65504.0
-F16_TINY = 2.0**-24
-"""The smallest float16 above zero: a group of weights that are not all zero keeps a scale."""
+TINY = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
+"""The smallest scale in each dtype: a group of weights that are not all zero keeps one."""
+
+HELD = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+"""The kernels' words for these dtypes."""
 
 SYM_SHRINK = tuple(accumulate([0.96] * 47, mul, initial=1.0))
 END_SHRINK = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4, 0.28, 0.16)
@@ -47,24 +49,34 @@ _CUDA_CANDIDATES = 1 << 23
 """Lanes × candidates that the reference judges at once: what a cache, or a GPU, likes."""
 
 
-def fit_affine(W: Tensor, importance: Tensor | None, *, bits: int, group_size: int, sym: bool, search: bool) -> tuple[Tensor, Tensor]:
+def fit_affine(
+    W: Tensor,
+    importance: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each group of ``W``: [out, in] float32.
 
     ``importance``: [in], any positive unit, or None for equal weights; ``group_size`` −1 is one group a row. Returns ``scale``
-    [out, n_groups] float32, already a float16 number above zero, and ``zero`` [out, n_groups] int32. A group of zeros gets scale 1.
-    Raises :class:`NumericsError` on NaN, Inf or a scale that float16 cannot hold.
+    [out, n_groups] float32, already a number of ``scale_dtype`` above zero, and ``zero`` [out, n_groups] int32.
+    A group of zeros gets scale 1.
+    Raises :class:`NumericsError` on NaN, Inf or a scale that ``scale_dtype`` cannot hold.
     """
     group_size = W.shape[-1] if group_size == -1 else group_size
     _check(W, importance, bits, group_size)
     W, importance = W.detach().contiguous(), relative_importance(W, importance)
     kernels = kernel(W)
     if kernels is None:
-        scale, zero = fit_affine_reference(W, importance, bits=bits, group_size=group_size, sym=sym, search=search)
+        scale, zero = fit_affine_reference(W, importance, bits=bits, group_size=group_size, sym=sym, search=search, scale_dtype=scale_dtype)
     else:
         scale = torch.empty(W.shape[0], W.shape[1] // group_size, device=W.device)
         zero = torch.empty_like(scale, dtype=torch.int32)
-        kernels.fit_affine(W, importance, bits, group_size, sym, search, scale, zero, stream=stream(W))
-    _check_scale(W, scale, group_size)
+        kernels.fit_affine(W, importance, bits, group_size, sym, search, HELD[scale_dtype], scale, zero, stream=stream(W))
+    _check_scale(W, scale, group_size, scale_dtype)
     return scale, zero
 
 
@@ -77,7 +89,16 @@ def relative_importance(W: Tensor, importance: Tensor | None) -> Tensor:
     return torch.where(largest > 0, importance / largest, torch.ones_like(importance)).contiguous()
 
 
-def fit_affine_reference(W: Tensor, importance: Tensor, *, bits: int, group_size: int, sym: bool, search: bool) -> tuple[Tensor, Tensor]:
+def fit_affine_reference(
+    W: Tensor,
+    importance: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:
     """The same in torch: a lane is a group, its sums run in the order of its weights. ``importance``: [in], at most 1."""
     n_rows, n_groups = W.shape[0], W.shape[1] // group_size
     n_candidates = max(len(SYM_SHRINK), len(END_SHRINK) ** 2)
@@ -88,7 +109,7 @@ def fit_affine_reference(W: Tensor, importance: Tensor, *, bits: int, group_size
     h = importance.view(n_groups, group_size).t()  # [group_size, n_groups]
     for start in range(0, n_rows, rows):
         chunk = W[start : start + rows].reshape(-1, group_size).t().contiguous()  # [group_size, lanes]
-        lanes = _Lanes(chunk, h.repeat(1, chunk.shape[1] // n_groups), bits, sym)
+        lanes = _Lanes(chunk, h.repeat(1, chunk.shape[1] // n_groups), bits, sym, scale_dtype)
         s, z = lanes.search() if search else lanes.minmax()
         scale[start : start + rows] = s.view(-1, n_groups)
         zero[start : start + rows] = (z + (2 ** (bits - 1) if sym else 0)).view(-1, n_groups)
@@ -107,8 +128,8 @@ class _Best:
 class _Lanes:
     """Groups side by side: weights and importance [group_size, lanes]. Candidates are tensors [n, lanes]."""
 
-    def __init__(self, w: Tensor, h: Tensor, bits: int, sym: bool) -> None:
-        self.w, self.h, self.sym = w, h, sym
+    def __init__(self, w: Tensor, h: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype) -> None:
+        self.w, self.h, self.sym, self.scale_dtype = w, h, sym, scale_dtype
         self.levels = float(2**bits - 1)
         self.lo = -float(2 ** (bits - 1)) if sym else 0.0
         self.hi = self.lo + self.levels
@@ -149,8 +170,8 @@ class _Lanes:
         return self.better(best, best.scale * factors, (best.zero + shifts).clamp_(0.0, self.levels))
 
     def storable(self, scale: Tensor) -> Tensor:
-        """``scale`` as float16 holds it, above zero; 1 where the group is all zeros."""
-        return torch.where(self.absmax == 0, 1.0, scale.half().float().clamp_min_(F16_TINY))
+        """``scale`` as the file's dtype holds it, above zero; 1 where the group is all zeros."""
+        return torch.where(self.absmax == 0, 1.0, scale.to(self.scale_dtype).float().clamp_min(TINY[self.scale_dtype]))
 
     def zero_at(self, low: Tensor, scale: Tensor) -> Tensor:
         """The zero point that puts code 0 nearest to ``low``."""
@@ -209,13 +230,14 @@ def check_finite(name: str, W: Tensor) -> None:
     raise NumericsError(f"{name} holds {float(W[row, column])} at row {row}, column {column}; expected finite numbers")
 
 
-def _check_scale(W: Tensor, scale: Tensor, group_size: int) -> None:
-    over = scale > F16_MAX
+def _check_scale(W: Tensor, scale: Tensor, group_size: int, scale_dtype: torch.dtype) -> None:
+    largest_scale = torch.finfo(scale_dtype).max
+    over = scale > largest_scale
     if not bool(over.any()):
         return
     row, group = over.nonzero()[0].tolist()
     largest = float(W[row, group * group_size : (group + 1) * group_size].abs().max())
     raise NumericsError(
-        f"row {row}, group {group}: the largest weight {largest:g} needs a scale above float16's largest number, 65504; "
+        f"row {row}, group {group}: the largest weight {largest:g} needs a scale above {HELD[scale_dtype]}'s largest, {largest_scale:g}; "
         "expected weights of a sane size, so check the source or keep this tensor in its own dtype"
     )

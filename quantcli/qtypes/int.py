@@ -2,15 +2,17 @@
 
 Parts of one weight matrix [out, in]::
 
-    codes   U8   [out, in]         0 … 2^bits − 1
-    scale   F16  [out, n_groups]   above zero
-    zero    U8   [out, n_groups]   an integer code; 2^(bits−1) everywhere when symmetric
-    g_idx   I32  [in]              the group of each input; only with the option desc_act
+    codes        U8   [out, in]         0 … 2^bits − 1
+    scale        F16  [out, n_groups]   above zero; BF16 or F32 with the option scale_dtype
+    zero         U8   [out, n_groups]   an integer code; 2^(bits−1) everywhere when symmetric
+    g_idx        I32  [in]              the group of each input; only with the option desc_act
+    input_scale  F32  [1]               of the linear's input, when its scale is found beforehand (option act)
 
 Options: ``bits``; ``group_size`` (inputs that share a scale, −1: a whole row); ``sym``; ``search``: "mse", the importance-weighted search
 of :mod:`quantcli.ops.affine` and the default, or "minmax"; ``desc_act``: groups run along the order of solving and ``g_idx`` tells which
-input is in which. The grid is ``scale·q + offset``: symmetric codes are signed there and have no offset, asymmetric ones are unsigned
-with ``offset = −scale·zero``, exact in float32 (11 bits × 8 bits).
+input is in which; ``scale_dtype``: F16, BF16 or F32, to which the grid's scale is rounded before codes are chosen; ``act``: how the
+engine quantizes the linear's input. The grid is ``scale·q + offset``: symmetric codes are signed there and have no offset, asymmetric
+ones are unsigned with ``offset = −scale·zero``, exact in float32 (11 bits × 8 bits) but for scales of F32.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from torch import Tensor
 
 from quantcli.errors import RecipeError
 from quantcli.ops.affine import fit_affine
-from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
+from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
-OPTIONS = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "search": "mse"}
+OPTIONS = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "search": "mse", "scale_dtype": "F16", "act": ""}
 
 BITS = (2, 3, 4, 8)
 SEARCHES = ("mse", "minmax")
+SCALE_DTYPES = ("F16", "BF16", "F32")
 
 
 def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
@@ -38,9 +41,15 @@ def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
     group_size = _group_size(shape, scheme)
     check_divisible(shape, group_size, scheme, _divisors(shape[1]))
     n_groups = shape[1] // group_size
-    parts = {"codes": ("U8", tuple(shape)), "scale": ("F16", (shape[0], n_groups)), "zero": ("U8", (shape[0], n_groups))}
+    parts = {
+        "codes": ("U8", tuple(shape)),
+        "scale": (_get(scheme, "scale_dtype"), (shape[0], n_groups)),
+        "zero": ("U8", (shape[0], n_groups)),
+    }
     if scheme.get("desc_act", False):
         parts["g_idx"] = ("I32", (shape[1],))
+    if scheme.static_activations:
+        parts["input_scale"] = ("F32", (1,))
     return {name: TensorSpec.dense(name, dtype, size) for name, (dtype, size) in parts.items()}
 
 
@@ -49,7 +58,8 @@ def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
     layout(tuple(W.shape), scheme)
     bits, sym, group_size = _get(scheme, "bits"), _get(scheme, "sym"), _group_size(tuple(W.shape), scheme)
     search = scheme.get("search", "mse") == "mse"
-    scale, zero = fit_affine(W, importance, bits=bits, group_size=group_size, sym=sym, search=search)
+    dtype = DTYPES[_get(scheme, "scale_dtype")]
+    scale, zero = fit_affine(W, importance, bits=bits, group_size=group_size, sym=sym, search=search, scale_dtype=dtype)
     half = 2 ** (bits - 1)
     return Grid(
         scale=scale,
@@ -66,7 +76,11 @@ def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
 
     With ``desc_act`` the grid's part ``g_idx`` [in] names each input's group; a grid without one has its groups side by side.
     """
-    parts = {"codes": (codes.to(torch.int16) - grid.lo).to(torch.uint8), "scale": grid.scale.half(), "zero": grid.parts["zero"]}
+    parts = {
+        "codes": (codes.to(torch.int16) - grid.lo).to(torch.uint8),
+        "scale": grid.scale.to(DTYPES[_get(scheme, "scale_dtype")]),
+        "zero": grid.parts["zero"],
+    }
     if scheme.get("desc_act", False):
         natural = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // grid.group_size
         parts["g_idx"] = grid.parts.get("g_idx", natural)
@@ -108,3 +122,5 @@ def _check_options(scheme: Scheme) -> None:
         raise RecipeError(f"{scheme}: group_size is {group_size}; expected a positive number of inputs, or -1 for a whole row")
     if search not in SEARCHES:
         raise RecipeError(f"{scheme}: search is '{search}'; expected mse or minmax")
+    if (held := _get(scheme, "scale_dtype")) not in SCALE_DTYPES:
+        raise RecipeError(f"{scheme}: scale_dtype is '{held}'; expected F16, BF16 or F32")

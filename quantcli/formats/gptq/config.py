@@ -11,6 +11,7 @@ from typing import Any
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import UnsupportedError
+from quantcli.formats._folder import dense_linears, module_of, split_block
 from quantcli.shards import read_json, shown
 from quantcli.tensors import Scheme
 
@@ -75,23 +76,6 @@ def module_settings(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
 def exactly(name: str) -> str:
     """The pattern of one module."""
     return f"^{re.escape(module_of(name))}$"
-
-
-def module_of(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def dense_linears(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
-    """Matrices that stay dense inside the numbered blocks, where readers expect every linear to be quantized."""
-    blocks = {split_block(name)[0] for name in coded} - {""}
-    dense = (spec for name, spec in source.specs.items() if name.endswith(".weight") and name not in coded and len(spec.shape) == 2)
-    return [spec.name for spec in dense if split_block(spec.name)[0] in blocks]
-
-
-def split_block(name: str) -> tuple[str, str]:
-    """("model.layers", "self_attn.q_proj") of "model.layers.3.self_attn.q_proj.weight"; ("", module) outside of blocks."""
-    match = re.fullmatch(r"(.*?)\.\d+\.(.+)", module_of(name))
-    return (match[1], match[2]) if match else ("", module_of(name))
 
 
 def module_suffixes(coded: Mapping[str, Scheme], left: Sequence[str]) -> list[str]:

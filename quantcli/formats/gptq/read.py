@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint import read_config
 from quantcli.errors import CheckpointError
+from quantcli.formats._folder import Coded, FolderCheckpoint
 from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, declared_version, is_gptq, legacy_words
 from quantcli.ops.bits import unpack_bits
 from quantcli.shards import Shards, open_folder, shown
@@ -32,13 +33,14 @@ class Packed:
     group_size: int
     n_groups: int
     spec: TensorSpec
+    files: tuple[str, ...]
 
 
-class GptqCheckpoint(Checkpoint):
+class GptqCheckpoint(FolderCheckpoint):
     """A folder in GPTQ's layout, v1 or v2."""
 
     def __init__(self, path: Path, config: dict[str, Any], words: dict[str, Any], shards: Shards, notes: Iterable[str]) -> None:
-        self._shards = shards
+        self.shards = shards  # the groups of a sample are looked at before the base class takes over
         self._packed = find_packed(path, shards.specs, words)
         version = declared_version(path, words)
         sample = min(self._packed.values(), key=lambda p: p.n_groups * p.out_features)
@@ -51,18 +53,15 @@ class GptqCheckpoint(Checkpoint):
             path,
             kind="gptq",
             config=config,
-            specs=logical_specs(shards.specs, self._packed),
-            schemes={name: scheme_of(p, sym=sym, desc_act=desc_act) for name, p in self._packed.items()},
+            shards=shards,
+            coded={name: Coded(p.spec, scheme_of(p, sym=sym, desc_act=desc_act), p.files) for name, p in self._packed.items()},
             quantization=words,
-            notes=[*shards.notes, *notes, *contradictions],
+            notes=[*notes, *contradictions],
         )
-
-    def load(self, name: str) -> Tensor:
-        return self._shards.read(name)
 
     def load_quantized(self, name: str) -> QuantizedTensor:
         p, scheme = self._packed[name], self.schemes[name]
-        qweight, qzeros, scales = (self._shards.read(f"{p.module}.{part}") for part in ("qweight", "qzeros", "scales"))
+        qweight, qzeros, scales = (self.shards.read(f"{p.module}.{part}") for part in ("qweight", "qzeros", "scales"))
         # A symmetric tensor knows its zero points, so a file that mixes versions is still read right.
         version = likely_version(qzeros, p, self._version) if scheme.get("sym") else self._version
         parts = {
@@ -79,9 +78,9 @@ class GptqCheckpoint(Checkpoint):
     def _groups(self, p: Packed) -> Tensor:
         """The group of each input [in] int32, as stored or in order."""
         name = f"{p.module}.g_idx"
-        if name not in self._shards.locations:
+        if name not in self.shards.locations:
             return natural_groups(p.in_features, p.group_size)
-        groups = self._shards.read(name)
+        groups = self.shards.read(name)
         if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < p.n_groups:
             raise CheckpointError(f"{name}: groups {int(groups.min())} … {int(groups.max())}; {p.module}.scales has {p.n_groups}")
         return groups
@@ -139,9 +138,10 @@ def measure(path: Path, specs: Mapping[str, TensorSpec], module: str, declared_g
     g_idx = specs.get(f"{module}.g_idx")
     if g_idx and (g_idx.dtype, g_idx.shape) != ("I32", (n_in,)):
         raise CheckpointError(f"{path}: {module}.g_idx is {g_idx.dtype} {list(g_idx.shape)}; expected I32 [{n_in}]")
-    nbytes = sum(spec.nbytes for spec in (*tensors.values(), g_idx) if spec)
-    weight = TensorSpec(f"{module}.weight", specs[f"{module}.scales"].dtype, (out, n_in), nbytes)
-    return Packed(module, out, n_in, bits, group_size_of(path, module, n_in, n_groups, declared_group_size), n_groups, weight)
+    files = [spec for spec in (*tensors.values(), g_idx) if spec]
+    weight = TensorSpec(f"{module}.weight", specs[f"{module}.scales"].dtype, (out, n_in), sum(spec.nbytes for spec in files))
+    group_size = group_size_of(path, module, n_in, n_groups, declared_group_size)
+    return Packed(module, out, n_in, bits, group_size, n_groups, weight, tuple(spec.name for spec in files))
 
 
 def group_size_of(path: Path, module: str, n_in: int, n_groups: int, declared: object) -> int:
@@ -201,16 +201,3 @@ def natural_groups(n_in: int, group_size: int) -> Tensor:
 def in_order(groups: Tensor, p: Packed) -> bool:
     """Whether ``groups`` are equal runs one after another, as a tensor without g_idx has them."""
     return p.in_features % p.group_size == 0 and torch.equal(groups, natural_groups(p.in_features, p.group_size))
-
-
-def logical_specs(specs: Mapping[str, TensorSpec], packed: Mapping[str, Packed]) -> dict[str, TensorSpec]:
-    """Weights under their dense names and everything that belongs to no packed module, in the order of the files."""
-    out: dict[str, TensorSpec] = {}
-    for name, spec in specs.items():
-        module, _, part = name.rpartition(".")
-        weight = f"{module}.weight"
-        if weight in packed and part in ("qweight", "qzeros", "scales", "g_idx"):
-            out[weight] = packed[weight].spec
-        else:
-            out[name] = spec
-    return out

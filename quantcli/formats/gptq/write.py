@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,56 +11,50 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
-from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_of, quantization_words, split_block
+from quantcli.formats import _folder
+from quantcli.formats._folder import as_json, coded_only, dense_dtypes, is_dense, module_of, sidecar_files, split_block, writer
+from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, quantization_words
 from quantcli.formats.gptq.read import BITS, natural_groups
 from quantcli.ops.bits import codes_per_run, pack_bits
 from quantcli.qtypes import int as int_qtype
-from quantcli.registry import find
-from quantcli.shards import MAX_SHARD_BYTES, layout, stored_as
+from quantcli.shards import MAX_SHARD_BYTES, stored_as
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-from quantcli.writer import Writer
 
-DENSE_QTYPES = ("f32", "f16", "bf16")
+__all__ = ["context", "outputs", "parts", "supports", "writer"]
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What writing needs to know: the format's version, the dtypes of what stays dense, and the files beside the weights."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context(_folder.Context):
+    """``version``: of the format, the same for all tensors."""
 
     version: str
-    dtypes: Mapping[str, str]
-    sidecars: Mapping[str, bytes | Path]
-    max_shard_bytes: int
 
 
 def supports(scheme: Scheme) -> bool:
-    return scheme.qtype in DENSE_QTYPES or (scheme.qtype == "int" and scheme.get("bits", 4) in BITS)
+    """Integers of 2, 3, 4 or 8 bits, with float16 scales and activations left alone."""
+    if is_dense(scheme):
+        return True
+    plain = scheme.get("scale_dtype", "F16") == "F16" and not scheme.get("act")
+    return scheme.qtype == "int" and scheme.get("bits", 4) in BITS and plain
 
 
 def context(
     source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> Context:
     """How ``source`` is written with ``schemes``. ``metadata`` (JSON: how the model was made) goes into ``meta.quantcli``."""
-    coded = {name: scheme for name, scheme in schemes.items() if scheme.qtype == "int"}
-    if not coded:
-        raise RecipeError(f"{source.source}: no tensor is quantized to integers, so there is nothing to write as GPTQ; use --format hf")
+    coded = coded_only(source, schemes, "GPTQ")
     for name in coded:
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
     version = V1 if all(scheme.get("sym", True) for scheme in coded.values()) else V2
     words = quantization_words(source, coded, version, metadata)
-    config = {**source.config, "quantization_config": words}
-    sidecars: dict[str, bytes | Path] = {"config.json": as_json(config), LEGACY_CONFIG: as_json(words), **source.sidecars()}
-    dtypes = {name: spec.dtype for name, spec in source.specs.items()}
-    return Context(version, dtypes, sidecars, max_shard_bytes)
+    sidecars = sidecar_files(source, words, **{LEGACY_CONFIG: as_json(words)})
+    return Context(version=version, dtypes=dense_dtypes(source), sidecars=sidecars, max_shard_bytes=max_shard_bytes)
 
 
 def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
     """The file tensors of ``spec``; :class:`RecipeError` when a reader would refuse its shape."""
-    if scheme is None:
-        return [TensorSpec.dense(spec.name, context.dtypes[spec.name], spec.shape)]
-    if scheme.qtype in DENSE_QTYPES:
-        data = find("qtypes", scheme.qtype).layout(spec.shape, scheme)["data"]
-        return [TensorSpec.dense(spec.name, data.dtype, spec.shape)]
+    if scheme is None or is_dense(scheme):
+        return _folder.dense_outputs(spec, scheme, context)
     if not supports(scheme):
         raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as GPTQ, which holds integers of 2, 3, 4 and 8 bits")
     check_shape(spec, scheme)
@@ -102,10 +94,8 @@ def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
 
 def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
     """``tensor`` as its file tensors. A symmetric one must have its one zero point: v1 has no other, and vLLM's Marlin reads none."""
-    if not isinstance(tensor, QuantizedTensor):
-        return {name: stored_as(name, tensor, context.dtypes[name])}
-    if tensor.scheme.qtype in DENSE_QTYPES:
-        return {name: tensor.parts["data"]}
+    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
+        return _folder.dense_parts(name, tensor, context)
     bits, sym = tensor.scheme.get("bits", 4), tensor.scheme.get("sym", True)
     codes, scale, zero = (tensor.parts[part] for part in ("codes", "scale", "zero"))
     if sym and bool((zero != 2 ** (bits - 1)).any()):
@@ -123,18 +113,6 @@ def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict
     }
 
 
-def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
-    """A declared writer of the folder ``path``."""
-    files, index = layout(outputs, max_shard_bytes=context.max_shard_bytes)
-    out = Writer(path, overwrite=overwrite)
-    out.declare(files, {**context.sidecars, **index})
-    return out
-
-
 def group_size_in(scheme: Scheme, n_in: int) -> int:
     group_size = int(scheme.get("group_size", 128))
     return n_in if group_size == -1 else group_size
-
-
-def as_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

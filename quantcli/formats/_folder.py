@@ -1,0 +1,182 @@
+"""What the dialects of a Hugging Face folder share: packed tensors behind the name of their weight, and how a folder is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import CheckpointError, RecipeError
+from quantcli.registry import find
+from quantcli.shards import MAX_SHARD_BYTES, Shards, layout, stored_as
+from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
+from quantcli.writer import Writer
+
+DENSE_QTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+"""The qtypes that are plain dtypes, and safetensors' words for them."""
+
+CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""config.json's words for a model's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A quantized tensor of a folder: ``spec`` (its name as a dense weight, dense shape, bytes of all parts), ``scheme``, and the
+    ``files``: the names of the file tensors that make it."""
+
+    spec: TensorSpec
+    scheme: Scheme
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], dtype: str, *, scheme: Scheme, files: Iterable[TensorSpec]) -> Coded:
+        """``dtype``: what its engine decodes it to, as far as the file tells (the scales' dtype, say)."""
+        parts = tuple(files)
+        return cls(TensorSpec(name, dtype, tuple(shape), sum(spec.nbytes for spec in parts)), scheme, tuple(spec.name for spec in parts))
+
+
+class FolderCheckpoint(Checkpoint):
+    """A folder of safetensors in some dialect: ``coded`` tensors by the names of their weights, everything else as it lies.
+
+    A dialect's reader derives from it and gives ``load_quantized``; ``self.shards`` reads file tensors.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        kind: str,
+        config: dict[str, Any],
+        shards: Shards,
+        coded: Mapping[str, Coded],
+        quantization: dict[str, Any],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.shards = shards
+        self.coded = dict(coded)
+        super().__init__(
+            path,
+            kind=kind,
+            config=config,
+            specs=logical_specs(path, shards.specs, self.coded),
+            schemes={name: c.scheme for name, c in self.coded.items()},
+            quantization=quantization,
+            notes=[*shards.notes, *notes],
+        )
+
+    def load(self, name: str) -> Tensor:
+        return self.shards.read(name)
+
+
+def logical_specs(path: Path, specs: Mapping[str, TensorSpec], coded: Mapping[str, Coded]) -> dict[str, TensorSpec]:
+    """Weights under their dense names, and every tensor that is part of none, in the order of the files.
+
+    Raises :class:`CheckpointError` for a weight that stands there dense as well, or a file tensor that two weights claim.
+    """
+    owner: dict[str, str] = {}
+    for name, c in coded.items():
+        for file in c.files:
+            if file in owner:
+                raise CheckpointError(f"{path}: {file} is part of both {owner[file]} and {name}")
+            owner[file] = name
+    out: dict[str, TensorSpec] = {}
+    for file, spec in specs.items():
+        name = owner.get(file, file)
+        if file not in owner and file in coded:
+            raise CheckpointError(f"{path}: {file} lies there both dense and quantized")
+        out.setdefault(name, coded[name].spec if name in coded else spec)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What writing needs to know: the dtypes of what stays dense, the files beside the weights, and the size of a shard."""
+
+    dtypes: Mapping[str, str]
+    sidecars: Mapping[str, bytes | Path]
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+def model_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that config.json names, for tensors whose stored form has none of its own."""
+    word = config.get("dtype") or config.get("torch_dtype")
+    return next((dtype for dtype, known in CONFIG_DTYPES.items() if known == word), "F32")
+
+
+def dense_dtypes(source: Checkpoint) -> dict[str, str]:
+    """The dtype in which each tensor of ``source`` is stored where no scheme says otherwise."""
+    return {name: spec.dtype if spec.dtype in DTYPES else model_dtype(source.config) for name, spec in source.specs.items()}
+
+
+def sidecar_files(source: Checkpoint, words: Mapping[str, Any], **more: bytes) -> dict[str, bytes | Path]:
+    """Everything that lies beside the weights, config.json with ``words`` as its ``quantization_config`` first of all."""
+    config = {**source.config, "quantization_config": dict(words)}
+    return {"config.json": as_json(config), **more, **source.sidecars()}
+
+
+def is_dense(scheme: Scheme | None) -> bool:
+    return scheme is None or scheme.qtype in DENSE_QTYPES
+
+
+def coded_only(source: Checkpoint, schemes: Mapping[str, Scheme], format_: str) -> dict[str, Scheme]:
+    """The schemes that are no plain dtype; :class:`RecipeError` when there is none, since the folder would only pretend."""
+    coded = {name: scheme for name, scheme in schemes.items() if not is_dense(scheme)}
+    if not coded:
+        raise RecipeError(f"{source.source}: no tensor is quantized, so there is nothing to write as {format_}; use --format hf")
+    return coded
+
+
+def dense_outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
+    """The one file tensor of a tensor that stays dense, or is stored in another plain dtype."""
+    dtype = context.dtypes[spec.name] if scheme is None else DENSE_QTYPES[scheme.qtype]
+    return [TensorSpec.dense(spec.name, dtype, spec.shape)]
+
+
+def dense_parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
+    """The same, with its data."""
+    if isinstance(tensor, QuantizedTensor):
+        return {name: tensor.parts["data"]}
+    return {name: stored_as(name, tensor, context.dtypes[name])}
+
+
+def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
+    """A declared writer of the folder ``path``."""
+    files, index = layout(outputs, max_shard_bytes=context.max_shard_bytes)
+    out = Writer(path, overwrite=overwrite)
+    out.declare(files, {**context.sidecars, **index})
+    return out
+
+
+def part_specs(spec: TensorSpec, scheme: Scheme) -> dict[str, TensorSpec]:
+    """The qtype's parts of ``spec``."""
+    layout_: dict[str, TensorSpec] = find("qtypes", scheme.qtype).layout(spec.shape, scheme)
+    return layout_
+
+
+def module_of(name: str) -> str:
+    """The module whose weight ``name`` is."""
+    return name.removesuffix(".weight")
+
+
+def split_block(name: str) -> tuple[str, str]:
+    """("model.layers", "self_attn.q_proj") of "model.layers.3.self_attn.q_proj.weight"; ("", module) outside of blocks."""
+    match = re.fullmatch(r"(.*?)\.\d+\.(.+)", module_of(name))
+    return (match[1], match[2]) if match else ("", module_of(name))
+
+
+def dense_linears(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
+    """Matrices that stay dense inside the numbered blocks, where readers expect every linear to be quantized."""
+    blocks = {split_block(name)[0] for name in coded} - {""}
+    dense = (spec for name, spec in source.specs.items() if name.endswith(".weight") and name not in coded and len(spec.shape) == 2)
+    return [spec.name for spec in dense if split_block(spec.name)[0] in blocks]
+
+
+def as_json(value: Any) -> bytes:
+    """``value`` as the text of a JSON file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
