@@ -17,7 +17,9 @@ from torch import Tensor
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.forward import Forward, LoadedLayer
-from quantcli.shards import Location, file_layout, parse_json, read_header, read_header_text, read_tensor
+from quantcli.json_files import parse_json
+from quantcli.locations import Location, read_tensor
+from quantcli.shards import file_layout, read_header, read_header_text
 from quantcli.tensors import Stats, TensorSpec
 from quantcli.texts import default_text, sha256, windows, windows_of
 from quantcli.writer import Writer

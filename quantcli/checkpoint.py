@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.errors import CheckpointError, QuantcliError, UnsupportedError
+from quantcli.json_files import read_json, shown
 from quantcli.registry import find, names
-from quantcli.shards import read_json, shown
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?")

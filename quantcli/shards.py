@@ -6,45 +6,31 @@
 Offsets count from the start of the data; the tensors cover the data without a hole or an overlap (safetensors' own rule).
 
 A header is hostile input: every field is checked against the file's true size before anything of that size is allocated, so a bad file is
-a :class:`CheckpointError` with the file's and the tensor's name. Each tensor is mapped on its own and unmapped when it is freed:
-any thread may read at any time, no file stays open, and memory holds the pages of the tensors that live and nothing else.
+a :class:`CheckpointError` with the file's and the tensor's name.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import math
-import mmap
 import os
-import sys
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from quantcli import disk
 from quantcli.errors import CheckpointError, NumericsError
+from quantcli.json_files import fail, parse_json, read_json, shown
+from quantcli.locations import Location, read_tensor
 from quantcli.tensors import DTYPES, TensorSpec
 from quantcli.writer import FileLayout, Slot
 
 MAX_HEADER_BYTES = 100_000_000
 """What the reference implementation accepts."""
 
-MAX_JSON_BRACES, MAX_JSON_COMMAS = 1_000_000, 6_000_000
-"""JSON costs Python some hundred bytes for each object and eight for each list item: half a million tensors in one file are enough."""
-
 MAX_DIMENSIONS = 32
-
-MIN_MAPPED_BYTES = 1 << 16
-MADV_POPULATE_READ = 22
-"""From Linux's mman.h (5.14; older kernels refuse it and do without); Python's mmap does not name it."""
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Size of a written shard (the Hub's long-standing default); a larger tensor gets a file of its own."""
@@ -53,15 +39,6 @@ INDEX = "model.safetensors.index.json"
 
 FILE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 """Order of dtypes inside a file, as the reference implementation sorts them: wide ones first, so that each tensor is aligned."""
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """A tensor in a file: ``offset`` counts from the start of the file."""
-
-    path: Path
-    spec: TensorSpec
-    offset: int
 
 
 class Shards:
@@ -166,7 +143,7 @@ def read_header_text(path: Path) -> tuple[int, bytes]:
             n = int.from_bytes(file.read(8), "little")
             if size < 8 or n > min(size - 8, MAX_HEADER_BYTES):
                 fail(path, f"announces a header of {n} bytes in a file of {size}; it is truncated or no safetensors file")
-            text = read_exactly(file.fileno(), n)
+            text = disk.read_exactly(file.fileno(), n)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if text is None:
@@ -221,109 +198,6 @@ def check_name(path: Path, name: str) -> None:
 def is_sizes(value: Any) -> bool:
     """A list of integers that a file size can be. ``True`` is an int to Python and none here."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def read_tensor(location: Location) -> Tensor:
-    """The tensor at ``location``: mapped from its file for as long as it lives, copied when it is small or lies unaligned.
-
-    It may be written to; the file never changes by that.
-    """
-    spec = location.spec
-    dtype = DTYPES[spec.dtype]
-    try:
-        with open(location.path, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size < location.offset + spec.nbytes:
-                raise CheckpointError(f"{location.path}: {spec.name}: the file ends before the tensor does; did it change?")
-            if spec.nbytes >= MIN_MAPPED_BYTES and location.offset % dtype.itemsize == 0:
-                return torch.frombuffer(mapped(file.fileno(), location.offset, spec.nbytes), dtype=dtype).view(spec.shape)
-            file.seek(location.offset)
-            tensor = torch.empty(spec.shape, dtype=dtype)
-            data = read_exactly(file.fileno(), spec.nbytes) or b""
-    except OSError as error:
-        raise CheckpointError(f"{location.path}: {spec.name}: cannot be read: {error.strerror}") from error
-    tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, np.uint8)
-    return tensor
-
-
-def mapped(fd: int, offset: int, n_bytes: int) -> ctypes.Array[ctypes.c_char]:
-    """``n_bytes`` of a file at ``offset`` as memory of our own (private pages), unmapped when the last reference goes.
-
-    Ten times as fast as reading when the file is cached, and the pages are the cache's own. Python's mmap would keep a descriptor open
-    for each tensor, which a layer of a thousand experts cannot afford. Raises OSError.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    lead = offset % mmap.ALLOCATIONGRANULARITY
-    address = libc.mmap(None, lead + n_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, offset - lead)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    array = (ctypes.c_char * n_bytes).from_address(address + lead)
-    # Not at exit: a tensor that outlives the interpreter's clean-up would find its memory gone.
-    weakref.finalize(array, libc.munmap, address, lead + n_bytes).atexit = False
-    # A disk that fails is an error here, and no signal in the middle of the maths.
-    if (
-        sys.platform == "linux"
-        and libc.madvise(address, lead + n_bytes, MADV_POPULATE_READ)
-        and ctypes.get_errno() in (errno.EFAULT, errno.EIO)
-    ):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-    return array
-
-
-def read_exactly(fd: int, n: int) -> bytes | None:
-    """The next ``n`` bytes, or None when the file ends before."""
-    data = b""
-    while len(data) < n:
-        piece = os.read(fd, n - len(data))
-        if not piece:
-            return None
-        data += piece
-    return data
-
-
-def read_json(path: Path, *, unique: bool = True) -> Any:
-    """A JSON file that nobody vouches for; ``unique=False`` lets the last of two equal keys win."""
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            fail(path, f"{path.stat().st_size} bytes of JSON are more than any model has")
-        return parse_json(path, path.read_bytes(), unique=unique)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def parse_json(path: Path, text: bytes, *, unique: bool = True) -> Any:
-    """``text`` of the file ``path`` as JSON, its size bounded before it becomes objects."""
-    if text.count(b"{") > MAX_JSON_BRACES or text.count(b",") > MAX_JSON_COMMAS:
-        fail(path, f"{text.count(b',')} items of JSON are more than any model has")
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys if unique else None)
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: no valid JSON: nested too deeply") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: no valid JSON: {str(error)[:200]}") from error
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {shown(twice)} stands there twice")
-    return out
-
-
-def shown(value: Any) -> str:
-    """A value of a hostile file, short and printable."""
-    text = ascii(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
-    if isinstance(value, list):
-        text = ascii(value[:8])
-    return text if len(text) <= 80 else text[:80] + "…"
-
-
-def fail(path: Path, what: str) -> NoReturn:
-    raise CheckpointError(f"{path}: {what}")
 
 
 def stored_as(name: str, tensor: Tensor, dtype: str) -> Tensor:

@@ -10,14 +10,10 @@ Memory: one tensor at a time, and 8 MiB while checking.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import os
-import shutil
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -25,10 +21,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from quantcli.errors import CheckpointError, RecipeError, ResourceError
+from quantcli import disk
+from quantcli.errors import CheckpointError, RecipeError
 from quantcli.tensors import DTYPE_NAMES, DTYPES, TensorSpec
-
-PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +66,7 @@ class Writer:
         self._claim_lock = threading.Lock()
         self._part_lock: int | None = None
         self._done = False
-        restore_interrupted_commit(self.target, self._old)
+        disk.restore_interrupted_commit(self.target, self._old)
         check_replaceable(self.target, overwrite=overwrite, folder=folder)
 
     def declare(self, files: Sequence[FileLayout], sidecars: Mapping[str, bytes | Path] | None = None) -> None:
@@ -87,9 +82,9 @@ class Writer:
         sidecars = sidecars or {}
         self._replace_stale_part()
         n_bytes = sum(f.size for f in files) + sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars.values())
-        check_disk(self.target, n_bytes)
+        disk.check_space(self.target, n_bytes)
         try:
-            with self._wording_disk_errors():
+            with disk.wording_errors(self.target):
                 self._create(files)
             for name, data in sidecars.items():
                 self.add_sidecar(name, data)
@@ -111,9 +106,9 @@ class Writer:
             check_tensor(slot.spec, tensor)
             self._claimed.add(name)
         data = tensor_bytes(tensor)
-        with self._wording_disk_errors(), self._path(self._files[name]).open("r+b", buffering=0) as file:
+        with disk.wording_errors(self.target), self._path(self._files[name]).open("r+b", buffering=0) as file:
             file.seek(slot.offset)
-            write_all(file.fileno(), data)
+            disk.write_all(file.fileno(), data)
         self._sums[name] = zlib.crc32(data)
 
     def add_sidecar(self, name: str, data: bytes | Path) -> None:
@@ -124,7 +119,7 @@ class Writer:
             raise ValueError(f"{name}: a file of tensors has this name")
         path = self.part / relative(name)
         content = data if isinstance(data, bytes) else data.read_bytes()
-        with self._wording_disk_errors():
+        with disk.wording_errors(self.target):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         self._sidecars[name] = (len(content), zlib.crc32(content))
@@ -139,11 +134,11 @@ class Writer:
             raise ValueError(f"{self.target}: commit needs a declared, open writer")
         if missing := sorted(self._files.keys() - self._sums.keys()):
             raise ValueError(f"{self.target}: {len(missing)} tensors were declared and never put, the first is {missing[0]}")
-        with self._wording_disk_errors():
+        with disk.wording_errors(self.target):
             self._flush()
             self._verify()
-            replace(self.part, self.target, self._old)
-            fsync(self.target.parent)
+            disk.replace(self.part, self.target, self._old)
+            disk.fsync(self.target.parent)
         self._done = True
         self._unlock()
 
@@ -153,7 +148,7 @@ class Writer:
             return
         self._done = True
         if self._part_lock is not None:
-            remove(self.part)
+            disk.remove(self.part)
         self._unlock()
 
     def __enter__(self) -> Writer:
@@ -171,8 +166,8 @@ class Writer:
             return
         fd = os.open(self.part, os.O_RDONLY)
         try:
-            lock(fd, self.part)
-            remove(self.part)
+            disk.lock(fd, self.part)
+            disk.remove(self.part)
         finally:
             os.close(fd)
 
@@ -183,12 +178,12 @@ class Writer:
         else:
             self.part.touch(exist_ok=False)
         self._part_lock = os.open(self.part, os.O_RDONLY)
-        lock(self._part_lock, self.part)
+        disk.lock(self._part_lock, self.part)
         for layout in files:
             path = self._path(layout.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb", buffering=0) as file:
-                write_all(file.fileno(), memoryview(layout.header))
+                disk.write_all(file.fileno(), memoryview(layout.header))
                 file.truncate(layout.size)
             self._layouts[layout.name] = layout
             self._files.update(dict.fromkeys(layout.slots, layout.name))
@@ -197,7 +192,7 @@ class Writer:
         paths = [self._path(name) for name in self._layouts] + [self.part / name for name in self._sidecars]
         folders = {parent for path in paths for parent in path.parents if parent == self.part or self.part in parent.parents}
         for path in [*paths, *folders]:
-            fsync(path)
+            disk.fsync(path)
 
     def _verify(self) -> None:
         """Read every byte back and compare: headers as they are, tensors and sidecars by the checksum taken while writing."""
@@ -209,27 +204,14 @@ class Writer:
                     )
                 for slot in sorted(layout.slots.values(), key=lambda s: s.offset):
                     file.seek(slot.offset)
-                    self._compare(layout.name, slot.spec.name, checksum(file.fileno(), slot.spec.nbytes), self._sums[slot.spec.name])
+                    self._compare(layout.name, slot.spec.name, disk.checksum(file.fileno(), slot.spec.nbytes), self._sums[slot.spec.name])
         for name, (size, crc) in self._sidecars.items():
             with (self.part / name).open("rb", buffering=0) as file:
-                self._compare(name, name, checksum(file.fileno(), size), crc)
+                self._compare(name, name, disk.checksum(file.fileno(), size), crc)
 
     def _compare(self, file: str, name: str, got: int | None, expected: int) -> None:
         if got != expected:
             raise CheckpointError(f"{self._path(file)}: {name} reads back differently from what was written; the disk may be failing")
-
-    @contextlib.contextmanager
-    def _wording_disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ResourceError(
-                    f"{self.target}: {error.strerror or error} while writing; free space there or choose another -o"
-                ) from error
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
-                raise RecipeError(f"{self.target}: {error.strerror}; choose another -o") from error
-            raise
 
     def _unlock(self) -> None:
         if self._part_lock is not None:
@@ -291,16 +273,6 @@ def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
         raise ValueError(f"{spec.name}: expected {spec.dtype} {list(spec.shape)}, got {got} {list(tensor.shape)}")
 
 
-def check_disk(target: Path, n_bytes: int) -> None:
-    """Raise :class:`ResourceError` unless ``n_bytes`` fit on the disk of ``target``."""
-    folder = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise ResourceError(
-            f"{target}: needs {n_bytes / 2**20:.1f}MiB, {folder} has {free / 2**20:.1f}MiB free; free space there or choose another -o"
-        )
-
-
 def relative(name: str) -> PurePosixPath:
     """``name`` as a path inside the output; ValueError when it leaves it."""
     path = PurePosixPath(name)
@@ -313,70 +285,3 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row order; a copy only when it is on a device or not contiguous."""
     data = tensor.detach().cpu().contiguous().reshape(-1)
     return data.view(torch.uint8).numpy().data
-
-
-def write_all(fd: int, data: memoryview) -> None:
-    """Write all of ``data`` at the file's position: the system may take less than it is given, at most 2 GiB at once."""
-    while data:
-        data = data[os.write(fd, data[: 1 << 30]) :]
-
-
-def checksum(fd: int, size: int) -> int | None:
-    """crc32 of the next ``size`` bytes, in pieces; None when the file ends before."""
-    crc = 0
-    while size:
-        piece = os.read(fd, min(size, PIECE_BYTES))
-        if not piece:
-            return None
-        crc = zlib.crc32(piece, crc)
-        size -= len(piece)
-    return crc
-
-
-def fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def lock(fd: int, part: Path) -> None:
-    """Hold ``part`` for this process; :class:`RecipeError` when another one does. A file system without locks is trusted."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RecipeError(f"{part}: another process is writing it; wait for it or choose another -o") from None
-    except OSError:
-        return
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def replace(part: Path, target: Path, old: Path) -> None:
-    """Move ``part`` to ``target``. A folder cannot be renamed over a full one, so the old one steps aside first and returns on failure."""
-    if not target.is_dir() or not any(target.iterdir()):
-        os.replace(part, target)
-        return
-    os.rename(target, old)
-    try:
-        os.rename(part, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    remove(old)
-
-
-def restore_interrupted_commit(target: Path, old: Path) -> None:
-    """A process killed between the two renames of :func:`replace` left the old output aside: bring it back, or drop it if replaced."""
-    if not old.exists():
-        return
-    if target.exists():
-        remove(old)
-    else:
-        os.rename(old, target)

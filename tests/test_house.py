@@ -17,14 +17,14 @@ ROOT = Path(__file__).parent.parent / "quantcli"
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"pipeline", "evaluate"},
+    {"pipeline", "coding", "evaluate"},
     {"plan", "calibrate"},
     {"forward"},
     {"formats", "passes"},
-    {"checkpoint", "recipe", "writer", "shards", "texts"},
+    {"checkpoint", "recipe", "regrid", "writer", "shards", "locations", "json_files", "texts"},
     {"archs", "qtypes"},
     {"ops"},
-    {"tensors", "errors", "registry", "heap"},
+    {"tensors", "errors", "registry", "heap", "disk"},
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {"quantcli._kernels": "ops", "transformers": "forward", "typer": "cli", "rich": "cli"}

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from quantcli import disk
 from quantcli import writer as module
 from quantcli.errors import CheckpointError, RecipeError, ResourceError
 from quantcli.tensors import TensorSpec
@@ -252,7 +253,7 @@ def test_an_interrupted_commit_leaves_the_old_output(tmp_path: Path, monkeypatch
         real_rename(source, to)
 
     monkeypatch.setattr(
-        *{"fsync": (module, "fsync", interrupt), "checksum": (module, "checksum", interrupt), "rename": (os, "rename", rename)}[step]
+        *{"fsync": (disk, "fsync", interrupt), "checksum": (disk, "checksum", interrupt), "rename": (os, "rename", rename)}[step]
     )
     with pytest.raises(KeyboardInterrupt):
         write(target, k=6, overwrite=True)
@@ -272,7 +273,7 @@ def die_writing(target: Path, moment: str) -> None:
         real = os.rename
         os.rename = lambda source, to: die() if Path(source).suffix == ".part" else real(source, to)
     else:
-        module.remove = lambda path: die() if path.name.endswith("-old") else None
+        disk.remove = lambda path: die() if path.name.endswith("-old") else None
     write(target, k=6, overwrite=True)
 
 
@@ -307,7 +308,7 @@ def test_two_writers_of_one_target_do_not_destroy_each_other(tmp_path: Path) -> 
 
 def test_a_full_disk_is_known_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(100, 65, 35))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(100, 65, 35))
     with pytest.raises(ResourceError, match="free space there or choose another -o"), Writer(tmp_path / "out") as out:
         out.declare([a_layout()])  # 36 bytes
     assert leftovers(tmp_path) == []
@@ -319,7 +320,7 @@ def test_a_disk_that_fills_up_while_writing_is_a_resource_error(tmp_path: Path, 
 
     with pytest.raises(ResourceError, match="No space left"), Writer(tmp_path / "out") as out:  # noqa: PT012 (the writer must see it pass)
         out.declare([a_layout()])
-        monkeypatch.setattr(module, "write_all", full)
+        monkeypatch.setattr(disk, "write_all", full)
         out.put("a", value(1))
     assert leftovers(tmp_path) == []
 

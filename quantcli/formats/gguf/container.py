@@ -23,7 +23,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.shards import shown
+from quantcli.json_files import shown
 from quantcli.tensors import TensorSpec
 
 MAGIC = b"GGUF"

@@ -16,7 +16,7 @@ from gguf import GGUFValueType, GGUFWriter, RopeScalingType
 from quantcli.archs import Architecture
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.container import Container, Field
-from quantcli.shards import read_json, shown
+from quantcli.json_files import read_json, shown
 
 QUANTIZATION_KEYS = ("general.quantization_version", "general.file_type")
 

@@ -15,8 +15,9 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import rope
 from quantcli.formats.gguf.container import Container, read_header, row_bytes
 from quantcli.formats.gguf.metadata import config_of
+from quantcli.json_files import shown
+from quantcli.locations import Location, read_tensor
 from quantcli.registry import names
-from quantcli.shards import Location, read_tensor, shown
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 

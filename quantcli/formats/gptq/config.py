@@ -12,7 +12,7 @@ from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import UnsupportedError
 from quantcli.formats._folder import dense_linears, module_of, split_block
-from quantcli.shards import read_json, shown
+from quantcli.json_files import read_json, shown
 from quantcli.tensors import Scheme
 
 V1, V2 = "gptq", "gptq_v2"

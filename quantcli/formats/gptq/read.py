@@ -14,8 +14,9 @@ from quantcli.checkpoint import read_config
 from quantcli.errors import CheckpointError
 from quantcli.formats._folder import Coded, FolderCheckpoint
 from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, declared_version, is_gptq, legacy_words
+from quantcli.json_files import shown
 from quantcli.ops.bits import unpack_bits
-from quantcli.shards import Shards, open_folder, shown
+from quantcli.shards import Shards, open_folder
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 BITS = (2, 3, 4, 8)

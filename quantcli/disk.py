@@ -1,0 +1,118 @@
+"""What is asked of a disk: room, a lock, whole reads and writes, bytes that are truly there, and a rename that loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantcli.errors import RecipeError, ResourceError
+
+PIECE_BYTES = 8 << 20
+"""What a checksum reads at once."""
+
+
+def check_space(target: Path, n_bytes: int) -> None:
+    """Raise :class:`ResourceError` unless ``n_bytes`` fit on the disk of ``target``."""
+    folder = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise ResourceError(
+            f"{target}: needs {n_bytes / 2**20:.1f}MiB, {folder} has {free / 2**20:.1f}MiB free; free space there or choose another -o"
+        )
+
+
+@contextlib.contextmanager
+def wording_errors(target: Path) -> Iterator[None]:
+    """Turn what a user can mend of a failing write to ``target`` into :class:`ResourceError` or :class:`RecipeError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"{target}: {error.strerror or error} while writing; free space there or choose another -o") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
+            raise RecipeError(f"{target}: {error.strerror}; choose another -o") from error
+        raise
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    """Write all of ``data`` at the file's position: the system may take less than it is given, at most 2 GiB at once."""
+    while data:
+        data = data[os.write(fd, data[: 1 << 30]) :]
+
+
+def read_exactly(fd: int, n: int) -> bytes | None:
+    """The next ``n`` bytes, or None when the file ends before."""
+    data = b""
+    while len(data) < n:
+        piece = os.read(fd, n - len(data))
+        if not piece:
+            return None
+        data += piece
+    return data
+
+
+def checksum(fd: int, size: int) -> int | None:
+    """crc32 of the next ``size`` bytes, in pieces; None when the file ends before."""
+    crc = 0
+    while size:
+        piece = os.read(fd, min(size, PIECE_BYTES))
+        if not piece:
+            return None
+        crc = zlib.crc32(piece, crc)
+        size -= len(piece)
+    return crc
+
+
+def fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock(fd: int, part: Path) -> None:
+    """Hold ``part`` for this process; :class:`RecipeError` when another one does. A file system without locks is trusted."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecipeError(f"{part}: another process is writing it; wait for it or choose another -o") from None
+    except OSError:
+        return
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace(part: Path, target: Path, old: Path) -> None:
+    """Move ``part`` to ``target``. A folder cannot be renamed over a full one, so the old one steps aside first and returns on failure."""
+    if not target.is_dir() or not any(target.iterdir()):
+        os.replace(part, target)
+        return
+    os.rename(target, old)
+    try:
+        os.rename(part, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    remove(old)
+
+
+def restore_interrupted_commit(target: Path, old: Path) -> None:
+    """A process killed between the two renames of :func:`replace` left the old output aside: bring it back, or drop it if replaced."""
+    if not old.exists():
+        return
+    if target.exists():
+        remove(old)
+    else:
+        os.rename(old, target)

@@ -1,0 +1,104 @@
+"""The disk's part: all bytes or none, one process at a time, and no moment at which a finished output is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+
+from quantcli import disk
+from quantcli.errors import QuantcliError, RecipeError, ResourceError
+
+
+def a_folder(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "x").write_text(text)
+    return path
+
+
+def test_a_system_that_takes_and_gives_a_few_bytes_at_once_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, read = os.write, os.read
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    monkeypatch.setattr(os, "read", lambda fd, n: read(fd, min(n, 5)))
+    data = os.urandom(100)
+    with (tmp_path / "x").open("wb", buffering=0) as file:
+        disk.write_all(file.fileno(), memoryview(data))
+    with (tmp_path / "x").open("rb", buffering=0) as file:
+        assert disk.read_exactly(file.fileno(), 60) == data[:60]
+        assert disk.checksum(file.fileno(), 40) == zlib.crc32(data[60:])
+
+
+def test_a_file_that_ends_too_soon_is_none_and_no_shorter_answer(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"four")
+    for ask in (disk.read_exactly, disk.checksum):
+        with (tmp_path / "x").open("rb", buffering=0) as file:
+            assert ask(file.fileno(), 5) is None
+
+
+def test_a_lock_keeps_another_holder_out_until_it_is_let_go(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    one, two = (os.open(tmp_path / "x", os.O_RDONLY) for _ in range(2))
+    disk.lock(one, tmp_path / "x")
+    with pytest.raises(RecipeError, match="another process is writing it"):
+        disk.lock(two, tmp_path / "x")
+    os.close(one)
+    disk.lock(two, tmp_path / "x")
+    os.close(two)
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, target, old = a_folder(tmp_path / "part", "new"), a_folder(tmp_path / "out", "old"), tmp_path / "aside"
+    real = os.rename
+
+    def rename(source: Path, to: Path) -> None:
+        if source == part:
+            raise OSError(errno.EIO, "failing")
+        real(source, to)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="failing"):
+        disk.replace(part, target, old)
+    assert (target / "x").read_text() == "old"
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_an_interrupted_rename_left_aside_comes_back_or_goes(tmp_path: Path, replaced: bool) -> None:
+    target, old = tmp_path / "out", a_folder(tmp_path / "aside", "old")
+    if replaced:
+        a_folder(target, "new")
+    disk.restore_interrupted_commit(target, old)
+    assert (target / "x").read_text() == ("new" if replaced else "old")
+    assert not old.exists()
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
+    a_folder(tmp_path / "real", "precious")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    disk.remove(tmp_path / "link")
+    assert (tmp_path / "real" / "x").read_text() == "precious"
+    assert not os.path.lexists(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (errno.ENOSPC, ResourceError),
+        (errno.EDQUOT, ResourceError),
+        (errno.EFBIG, ResourceError),
+        (errno.EROFS, RecipeError),
+        (errno.EACCES, RecipeError),
+        (errno.ENAMETOOLONG, RecipeError),
+    ],
+)
+def test_what_a_user_can_mend_is_said_with_a_way_out(code: int, error: type[QuantcliError]) -> None:
+    with pytest.raises(error, match=r"/out: .* choose another -o"), disk.wording_errors(Path("/out")):
+        raise OSError(code, os.strerror(code))
+
+
+def test_any_other_failure_stays_what_it_is() -> None:
+    with pytest.raises(OSError, match="Input/output"), disk.wording_errors(Path("/out")):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
