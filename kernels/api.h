@@ -11,19 +11,18 @@ constexpr Status kOk = 0;
 
 enum class Float : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-/// ggml's block types, by the names that Python uses.
-enum class Kind : int { q8_0 = 0, q4_0, q4_k, q5_k, q6_k };
-constexpr const char* kKindNames[] = {"q8_0", "q4_0", "q4_k", "q5_k", "q6_k"};
-constexpr int kKinds = 5;
+/// ggml's block types: the name that Python uses, and the text in blocks/ (which blocks/kinds.h includes).
+#define QC_KINDS(X) X(q8_0, Q8_0) X(q4_0, Q4_0) X(q4_1, Q4_1) X(q5_0, Q5_0) X(q5_1, Q5_1) X(q4_k, Q4_K) X(q5_k, Q5_K) X(q6_k, Q6_K)
 
-/// Sizes of a block type, for checks: weights and bytes of a block, weights of a sub-block, which parameters there are.
+#define QC_NAME(kind, text) kind,
+enum class Kind : int { QC_KINDS(QC_NAME) };
+#undef QC_NAME
+
+/// What a text says of itself, for checks: weights and bytes of a block, weights of a sub-block, and which parameters it has beside d.
 struct KindInfo {
+    const char* name;
     int block, bytes, sub;
-    bool has_scales, has_min;
-};
-constexpr KindInfo kKindInfo[] = {
-    {32, 34, 32, false, false}, {32, 18, 32, false, false},  {256, 144, 32, true, true},
-    {256, 176, 32, true, true}, {256, 210, 16, true, false},
+    bool has_scales, has_min, has_offset;
 };
 
 /// A weight matrix [rows, cols], contiguous, any of the three float types.
@@ -33,11 +32,12 @@ struct Weights {
     int64_t rows, cols;
 };
 
-/// A block type's parameters: d, dmin [rows, cols / block] IEEE halves; scale (i8 bytes for q6_k), min [rows, cols / sub]. Null where
+/// A block type's parameters: d, dmin, m [rows, cols / block] IEEE halves; scale (i8 bytes for q6_k), min [rows, cols / sub]. Null where
 /// absent.
 struct BlockParams {
     uint16_t* d;
     uint16_t* dmin;
+    uint16_t* m;
     uint8_t* scale;
     uint8_t* min;
 };
@@ -45,6 +45,8 @@ struct BlockParams {
 /// One entry an op; `importance` is [cols] or null, `codes` [rows, cols], `blocks` [rows, cols / block · bytes]. `stream` is a
 /// cudaStream_t; the CPU ignores it.
 struct BlockOps {
+    const KindInfo* kinds;
+    int n_kinds;
     Status (*quantize)(Kind, Weights, const float* importance, uint8_t* blocks, void* stream);
     Status (*dequantize)(Kind, const uint8_t* blocks, int64_t rows, int64_t cols, float* W, void* stream);
     Status (*fit)(Kind, Weights, const float* importance, BlockParams, void* stream);

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantcli.ops.blocks import KINDS
 
-TYPES = {"q4_0": 2, "q8_0": 8, "q4_k": 12, "q5_k": 13, "q6_k": 14}
+TYPES = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_k": 12, "q5_k": 13, "q6_k": 14}
 """ggml's enum values."""
 
 

@@ -9,7 +9,7 @@ from quantcli.formats.gguf import filetypes
 from quantcli.formats.gguf.filetypes import FILE_TYPES, mix
 from quantcli.tensors import Scheme, TensorSpec
 
-ALL_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
+ALL_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,10 @@ def test_small_q4_k_gives_five_bits_to_the_first_v_and_down() -> None:
 
 @pytest.mark.parametrize(
     ("name", "head"),
-    [("Q4_0", "q6_k"), ("Q4_K_M", "q6_k"), ("Q6_K", "q6_k"), ("Q8_0", "q8_0"), ("F16", "f16"), ("BF16", "bf16"), ("F32", "f32")],
+    [
+        *((name, "q6_k") for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_M", "Q6_K")),
+        *((name, name.lower()) for name in ("Q8_0", "F16", "BF16", "F32")),
+    ],
 )
 def test_the_head_takes_six_bits_unless_all_take_more(name: str, head: str) -> None:
     untied = mix(name, specs(), config())
@@ -86,19 +89,25 @@ def test_seventy_billion_with_shared_heads_gives_v_five_bits() -> None:
     assert layers_with(mix("Q4_K_M", specs(80), config(80, heads=64, kv_heads=64)), "v_proj.weight", "q5_k") == []
 
 
-def test_q6_k_falls_back_to_q8_0_in_rows_that_are_no_multiple_of_256() -> None:
-    chosen = mix("Q6_K", specs(wide=288), config())
-    assert layers_with(chosen, "down_proj.weight", "q8_0") == list(range(8))
+@pytest.mark.parametrize(("name", "fallback"), [("Q4_K_S", "q5_0"), ("Q5_K_S", "q5_1"), ("Q6_K", "q8_0")])
+def test_rows_that_are_no_multiple_of_256_fall_back_to_a_type_of_32(name: str, fallback: str) -> None:
+    """As tensor_type_fallback in src/llama-quant.cpp: Q4_K → Q5_0, Q5_K → Q5_1, Q6_K → Q8_0."""
+    chosen = mix(name, specs(wide=288), config(layers=8))
+    first = {"Q4_K_S": ["q5_1"]}.get(name, [fallback])  # the first eighth of ffn_down is Q5_K there
+    assert [chosen[f"model.layers.{i}.mlp.down_proj.weight"].qtype for i in range(8)] == first + 7 * [fallback]
+    assert layers_with(chosen, "q_proj.weight", FILE_TYPES[name].default.lower()) == list(range(8))
 
 
-def test_a_fallback_quantcli_cannot_write_is_an_error_that_names_the_tensor_and_the_way_out() -> None:
-    with pytest.raises(RecipeError, match=r"down_proj\.weight: rows of 288 .* Q5_[01], .*Q8_0, .*--tensor-type"):
-        mix("Q4_K_S", specs(wide=288), config())
-    chosen = mix("Q4_K_S", specs(wide=288), config(), tensor_type=["ffn_down=q8_0"])
-    assert layers_with(chosen, "down_proj.weight", "q8_0") == list(range(8))
+@pytest.mark.parametrize(("name", "fallback"), [("Q4_K_M", "q5_0"), ("Q5_K_M", "q5_1")])
+def test_fallbacks_keep_more_bits_where_the_mix_wants_them(name: str, fallback: str) -> None:
+    chosen = mix(name, specs(hidden=160, wide=352), config())
+    assert layers_with(chosen, "down_proj.weight", "q8_0") == MORE_BITS[8]
+    assert layers_with(chosen, "v_proj.weight", "q8_0") == MORE_BITS[8]
+    assert layers_with(chosen, "q_proj.weight", fallback) == list(range(8))
+    assert (chosen["model.embed_tokens.weight"].qtype, chosen["lm_head.weight"].qtype) == (fallback, "q8_0")
 
 
-@pytest.mark.parametrize("name", ["Q4_K_M", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q5_K_M", "Q8_0", "Q4_0"])
 def test_rows_that_are_no_multiple_of_32_become_f16(name: str) -> None:
     chosen = mix(name, specs(hidden=256, wide=100), config())
     assert layers_with(chosen, "down_proj.weight", "f16") == list(range(8))
@@ -135,7 +144,11 @@ def test_the_first_tensor_type_that_matches_wins_and_its_layers_are_not_counted(
 
 @pytest.mark.parametrize(
     ("words", "match"),
-    [({"tensor_type": ["(=q8_0"]}, "REGEX=TYPE"), ({"output_tensor_type": "q9"}, "Q9"), ({"colour": 1}, "no option 'colour'")],
+    [
+        ({"tensor_type": ["(=q8_0"]}, "REGEX=TYPE"),
+        ({"output_tensor_type": "q9"}, r"lm_head\.weight: quantcli writes no tensors of type Q9; there are: .*Q5_1"),
+        ({"colour": 1}, "no option 'colour'"),
+    ],
 )
 def test_options_that_make_no_sense_are_recipe_errors(words: dict, match: str) -> None:
     with pytest.raises(RecipeError, match=match):

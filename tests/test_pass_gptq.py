@@ -65,7 +65,7 @@ def test_the_chunk_size_changes_nothing(chunk: int) -> None:
     assert torch.equal(quantize(W, H, "int4-g32-sym", chunk=chunk), quantize(W, H, "int4-g32-sym", chunk=128))
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES[:4], "q4_0", "q8_0", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("scheme", [*SCHEMES[:4], "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])
 def test_gptq_beats_rounding_to_nearest_on_every_grid(scheme: str) -> None:
     W, H = problem(n_in=256)
     parsed = Scheme.parse(scheme)

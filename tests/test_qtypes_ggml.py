@@ -11,9 +11,9 @@ from quantcli.errors import NumericsError, RecipeError, UnsupportedError
 from quantcli.registry import find
 from quantcli.tensors import Scheme
 
-BLOCK_TYPES = ("q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
-SEARCHED = ("q4_0", "q4_k", "q5_k", "q6_k")
-BITS_PER_WEIGHT = {"q8_0": 8.5, "q4_0": 4.5, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
+BITS_PER_WEIGHT = {"q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q5_1": 6.0, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
+BLOCK_TYPES = tuple(BITS_PER_WEIGHT)
+SEARCHED = BLOCK_TYPES[1:]
 
 
 @pytest.fixture
@@ -69,9 +69,10 @@ def test_importance_lowers_the_weighted_error(name: str, W: Tensor) -> None:
     assert weighted_error(importance) < 0.97 * weighted_error(None)
 
 
-@pytest.mark.parametrize(("name", "block"), [("q8_0", 32), ("q4_0", 32), ("q4_k", 256), ("q5_k", 256), ("q6_k", 256)])
-def test_a_row_that_is_no_whole_number_of_blocks_is_a_recipe_error(name: str, block: int) -> None:
-    with pytest.raises(RecipeError, match=f"in_features 2888 is not a multiple of the {name} block {block}; use"):
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_a_row_that_is_no_whole_number_of_blocks_is_a_recipe_error(name: str) -> None:
+    block, hint = (256, "Q8_0") if name.endswith("_k") else (32, "F16")
+    with pytest.raises(RecipeError, match=f"in_features 2888 is not a multiple of the {name} block {block}; use {hint}"):
         find("qtypes", name).layout((4, 2888), Scheme.parse(name))
 
 
@@ -81,12 +82,19 @@ def test_a_vector_is_a_recipe_error(name: str) -> None:
         find("qtypes", name).layout((512,), Scheme.parse(name))
 
 
+@pytest.mark.parametrize("name", ["q4_1", "q5_1"])
+def test_an_offset_beyond_float16_is_an_error_too(name: str, W: Tensor) -> None:
+    W[3] = -1e5 + torch.arange(512) % 2  # a scale that fits, an offset that does not
+    with pytest.raises(NumericsError, match=f"a scale or offset of {name} does not fit float16"):
+        find("qtypes", name).encode(W, Scheme.parse(name))
+
+
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_a_scale_beyond_float16_is_an_error_with_the_largest_weight(name: str, W: Tensor) -> None:
     W[3, 300] = 1e9
     qtype, scheme = find("qtypes", name), Scheme.parse(name)
     for run in (qtype.encode, qtype.fit):
-        with pytest.raises(NumericsError, match=f"a scale of {name} does not fit float16 \\(largest .w. is 1e.09\\)"):
+        with pytest.raises(NumericsError, match=f"a scale or offset of {name} does not fit float16 \\(largest .w. is 1e.09\\)"):
             run(W, scheme)
 
 

@@ -11,10 +11,9 @@ namespace quantcli::QC_ISA {
 
 /// kMax is the largest code; plain and weighted searches have their own spacing (first, step, count).
 template <int kMax, int kPlainSteps>
-struct AffineK {
+struct AffineK : Text {
     static constexpr int kBlock = 256, kSub = 32, kSubs = 8;
-    static constexpr int kHead = 0, kTail = 0;
-    static constexpr bool kHasScales = true, kHasMin = true, kWeighted = true, kRowPower = false;
+    static constexpr bool kHasScales = true, kHasMin = true;
 
     /// words[0 … 3]: d, dmin and the 12 bytes of scales and minima, given as ggml's bytes (low 8 bits).
     QC_FN void pack_params(const Params& params, I* words) {

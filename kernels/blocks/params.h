@@ -5,22 +5,38 @@
 
 namespace quantcli::QC_ISA {
 
-/// A block's stored parameters, one block a lane. Types without sub-block scales or minima leave those untouched.
+/// A block's stored parameters, one block a lane. A type leaves untouched those that it does not have.
 struct Params {
     I d;          // super-scale, IEEE half
     I dmin;       // super-scale of the minima, IEEE half
+    I m;          // offset of the whole block, IEEE half
     I scale[16];  // integer scale of each sub-block
     I min[8];     // integer minimum of each sub-block
 };
 
-/// What the search found. Where a sub-block's effective scale rounds to zero ggml keeps the codes of its search,
-/// round(inverse · (x − origin)): so both are kept here.
+/// What the search found. Where ggml keeps the codes of its search they are round(inverse · (x − origin)): so both are kept here.
 struct Found {
     Params params;
     F inverse[16];
     F origin[8];
     bool is_weighted;
 };
+
+/// What most texts are; one that differs says so. A text has besides: kBlock and kSub (weights of a block, of a sub-block), kBytes,
+/// search, encode, pack, unpack, decode.
+struct Text {
+    static constexpr int kHead = 0, kTail = 0;  // bytes of f16 (d) before and after the block's 32-bit words
+    static constexpr bool kHasScales = false;   // a scale for each sub-block
+    static constexpr bool kHasMin = false;      // dmin, and a minimum for each sub-block
+    static constexpr bool kHasOffset = false;   // m
+    static constexpr bool kWeighted = true;     // the search uses importance
+    static constexpr bool kRowPower = false;    // and the mean square of the block's whole row with it
+    static constexpr int kAbreast = 1;          // blocks a lane searches at once
+};
+
+/// 32-bit words of a block.
+template <class T>
+constexpr int kWords = (T::kBytes - T::kHead - T::kTail) / 4;
 
 /// Four codes as the bytes of one little-endian word.
 QC_FN I bytes_of(I a, I b, I c, I d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }

@@ -9,7 +9,7 @@
 namespace quantcli::QC_ISA {
 
 struct Q4_K : AffineK<15, 20> {
-    static constexpr int kBytes = 144, kWords = 36;
+    static constexpr int kBytes = 144;
 
     QC_FN void pack(const I* codes, const Params& params, I* words) {
         pack_params(params, words);

@@ -9,7 +9,7 @@
 namespace quantcli::QC_ISA {
 
 struct Q5_K : AffineK<31, 15> {
-    static constexpr int kBytes = 176, kWords = 44;
+    static constexpr int kBytes = 176;
 
     QC_FN void pack(const I* codes, const Params& params, I* words) {
         pack_params(params, words);

@@ -9,10 +9,10 @@
 
 namespace quantcli::QC_ISA {
 
-struct Q6_K {
+struct Q6_K : Text {
     static constexpr int kBlock = 256, kSub = 16, kSubs = 16, kBytes = 210;
-    static constexpr int kWords = 52, kHead = 0, kTail = 2;
-    static constexpr bool kHasScales = true, kHasMin = false, kWeighted = true, kRowPower = false;
+    static constexpr int kTail = 2;
+    static constexpr bool kHasScales = true;
 
     QC_FN void search(const F* x, const F* importance, F, Found& found) {
         F scale[kSubs];

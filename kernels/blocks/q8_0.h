@@ -8,10 +8,10 @@
 
 namespace quantcli::QC_ISA {
 
-struct Q8_0 {
+struct Q8_0 : Text {
     static constexpr int kBlock = 32, kSub = 32, kBytes = 34;
-    static constexpr int kWords = 8, kHead = 2, kTail = 0;  // 32-bit payload words, bytes of f16 before and after them
-    static constexpr bool kHasScales = false, kHasMin = false, kWeighted = false, kRowPower = false;
+    static constexpr int kHead = 2;
+    static constexpr bool kWeighted = false;
 
     QC_FN void search(const F* x, const F*, F, Found& found) {
         F peak = splat(0.0f);
@@ -26,7 +26,7 @@ struct Q8_0 {
     }
 
     QC_FN void pack(const I* codes, const Params&, I* words) {
-        for (int i = 0; i < kWords; ++i) words[i] = bytes_of(codes[4 * i], codes[4 * i + 1], codes[4 * i + 2], codes[4 * i + 3]);
+        for (int i = 0; i < 8; ++i) words[i] = bytes_of(codes[4 * i], codes[4 * i + 1], codes[4 * i + 2], codes[4 * i + 3]);
     }
 
     QC_FN void unpack(const I* words, I* codes, Params&) {

@@ -1,9 +1,5 @@
 // Drivers of the block types: kLanes consecutive blocks at a time go through the text of blocks/*.h, on all threads.
-#include "../blocks/q4_0.h"
-#include "../blocks/q4_k.h"
-#include "../blocks/q5_k.h"
-#include "../blocks/q6_k.h"
-#include "../blocks/q8_0.h"
+#include "../blocks/kinds.h"
 #include "lanes.h"
 #include "threads.h"
 
@@ -130,14 +126,14 @@ void put_halves(I values, uint8_t* const* at, int n_lanes) {
 
 template <class T>
 QC_CALL void store_blocks(const I* codes, const Params& params, const Group& group, uint8_t* blocks) {
-    I words[T::kWords];
+    I words[kWords<T>];
     T::pack(codes, params, words);
     uint8_t* runs[kLanes];
     runs_of(blocks, group, T::kBytes, runs);
     if constexpr (T::kHead) put_halves(params.d, runs, group.n_lanes);
     for (int lane = 0; lane < kLanes; ++lane) runs[lane] += T::kHead;
-    store_runs(words, T::kWords, runs, group.n_lanes);
-    for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 4 * T::kWords;
+    store_runs(words, kWords<T>, runs, group.n_lanes);
+    for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 4 * kWords<T>;
     if constexpr (T::kTail) put_halves(params.d, runs, group.n_lanes);
 }
 
@@ -157,15 +153,15 @@ QC_CALL void load_blocks(const uint8_t* blocks, const Group& group, I* codes, Pa
     runs_of(blocks, group, T::kBytes, runs);
     if constexpr (T::kHead) params.d = get_halves(runs);
     for (int lane = 0; lane < kLanes; ++lane) runs[lane] += T::kHead;
-    I words[T::kWords];
+    I words[kWords<T>];
     for (int lane = 0; lane < kLanes; ++lane) {
-        for (int i = 0; i < T::kWords; ++i) {
+        for (int i = 0; i < kWords<T>; ++i) {
             int32_t word;
             std::memcpy(&word, runs[lane] + 4 * i, 4);
             words[i][lane] = word;
         }
     }
-    for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 4 * T::kWords;
+    for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 4 * kWords<T>;
     if constexpr (T::kTail) params.d = get_halves(runs);
     T::unpack(words, codes, params);
 }
@@ -178,6 +174,7 @@ void put_params(const Params& params, const Group& group, const BlockParams& out
         const int64_t block = group.block[lane];
         out.d[block] = static_cast<uint16_t>(params.d[lane]);
         if constexpr (T::kHasMin) out.dmin[block] = static_cast<uint16_t>(params.dmin[lane]);
+        if constexpr (T::kHasOffset) out.m[block] = static_cast<uint16_t>(params.m[lane]);
         for (int j = 0; T::kHasScales && j < kSubs; ++j) out.scale[block * kSubs + j] = static_cast<uint8_t>(params.scale[j][lane]);
         for (int j = 0; T::kHasMin && j < kSubs; ++j) out.min[block * kSubs + j] = static_cast<uint8_t>(params.min[j][lane]);
     }
@@ -190,13 +187,14 @@ void get_params(const BlockParams& in, const Group& group, Params& params) {
         const int64_t block = group.block[lane];
         params.d[lane] = in.d[block];
         if constexpr (T::kHasMin) params.dmin[lane] = in.dmin[block];
+        if constexpr (T::kHasOffset) params.m[lane] = in.m[block];
         for (int j = 0; T::kHasScales && j < kSubs; ++j) params.scale[j][lane] = in.scale[block * kSubs + j];
         for (int j = 0; T::kHasMin && j < kSubs; ++j) params.min[j][lane] = in.min[block * kSubs + j];
     }
 }
 
 template <class T>
-void quantize_blocks(Weights W, const float* importance, uint8_t* blocks) {
+Status quantize_blocks(Weights W, const float* importance, uint8_t* blocks) {
     visit(W.dtype, [&](auto element) {
         const auto* data = static_cast<const decltype(element)*>(W.data);
         search_all<T>(data, W.rows, W.cols, importance, [&](const Group& group, const F* x, const Found& found) {
@@ -205,19 +203,21 @@ void quantize_blocks(Weights W, const float* importance, uint8_t* blocks) {
             store_blocks<T>(codes, found.params, group, blocks);
         });
     });
+    return kOk;
 }
 
 template <class T>
-void fit_blocks(Weights W, const float* importance, BlockParams out) {
+Status fit_blocks(Weights W, const float* importance, BlockParams out) {
     visit(W.dtype, [&](auto element) {
         const auto* data = static_cast<const decltype(element)*>(W.data);
         search_all<T>(data, W.rows, W.cols, importance,
                       [&](const Group& group, const F*, const Found& found) { put_params<T>(found.params, group, out); });
     });
+    return kOk;
 }
 
 template <class T>
-void dequantize_blocks(const uint8_t* blocks, int64_t rows, int64_t cols, float* W) {
+Status dequantize_blocks(const uint8_t* blocks, int64_t rows, int64_t cols, float* W) {
     for_each_group(rows * (cols / T::kBlock), [&](const Group& group) {
         I codes[T::kBlock];
         F x[T::kBlock];
@@ -228,10 +228,11 @@ void dequantize_blocks(const uint8_t* blocks, int64_t rows, int64_t cols, float*
         runs_of(reinterpret_cast<uint8_t*>(W), group, 4 * T::kBlock, runs);
         store_runs(x, T::kBlock, runs, group.n_lanes);
     });
+    return kOk;
 }
 
 template <class T>
-void pack_blocks(const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks) {
+Status pack_blocks(const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks) {
     for_each_group(rows * (cols / T::kBlock), [&](const Group& group) {
         I lanes[T::kBlock];
         Params params;
@@ -240,10 +241,11 @@ void pack_blocks(const int8_t* codes, BlockParams in, int64_t rows, int64_t cols
         get_params<T>(in, group, params);
         store_blocks<T>(lanes, params, group, blocks);
     });
+    return kOk;
 }
 
 template <class T>
-void unpack_blocks(const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out) {
+Status unpack_blocks(const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out) {
     for_each_group(rows * (cols / T::kBlock), [&](const Group& group) {
         I lanes[T::kBlock];
         Params params;
@@ -252,28 +254,6 @@ void unpack_blocks(const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* co
         for (int lane = 0; lane < group.n_lanes; ++lane)
             for (int i = 0; i < T::kBlock; ++i) codes[group.block[lane] * T::kBlock + i] = static_cast<int8_t>(lanes[i][lane]);
     });
-}
-
-/// Calls body(T{}) for the text of `kind`.
-template <class Body>
-Status with_text(Kind kind, const Body& body) {
-    switch (kind) {
-        case Kind::q8_0:
-            body(Q8_0{});
-            break;
-        case Kind::q4_0:
-            body(Q4_0{});
-            break;
-        case Kind::q4_k:
-            body(Q4_K{});
-            break;
-        case Kind::q5_k:
-            body(Q5_K{});
-            break;
-        case Kind::q6_k:
-            body(Q6_K{});
-            break;
-    }
     return kOk;
 }
 
@@ -281,16 +261,22 @@ Status with_text(Kind kind, const Body& body) {
 
 extern const BlockOps block_ops;
 const BlockOps block_ops = {
+    .kinds = kKindInfo,
+    .n_kinds = sizeof kKindInfo / sizeof *kKindInfo,
     .quantize = [](Kind kind, Weights W, const float* importance, uint8_t* blocks,
-                   void*) { return with_text(kind, [&](auto text) { quantize_blocks<decltype(text)>(W, importance, blocks); }); },
-    .dequantize = [](Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, float* W,
-                     void*) { return with_text(kind, [&](auto text) { dequantize_blocks<decltype(text)>(blocks, rows, cols, W); }); },
+                   void*) { return with_text(kind, [&](auto text) { return quantize_blocks<decltype(text)>(W, importance, blocks); }); },
+    .dequantize =
+        [](Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, float* W, void*) {
+            return with_text(kind, [&](auto text) { return dequantize_blocks<decltype(text)>(blocks, rows, cols, W); });
+        },
     .fit = [](Kind kind, Weights W, const float* importance, BlockParams out,
-              void*) { return with_text(kind, [&](auto text) { fit_blocks<decltype(text)>(W, importance, out); }); },
+              void*) { return with_text(kind, [&](auto text) { return fit_blocks<decltype(text)>(W, importance, out); }); },
     .pack = [](Kind kind, const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks,
-               void*) { return with_text(kind, [&](auto text) { pack_blocks<decltype(text)>(codes, in, rows, cols, blocks); }); },
-    .unpack = [](Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out,
-                 void*) { return with_text(kind, [&](auto text) { unpack_blocks<decltype(text)>(blocks, rows, cols, codes, out); }); },
+               void*) { return with_text(kind, [&](auto text) { return pack_blocks<decltype(text)>(codes, in, rows, cols, blocks); }); },
+    .unpack =
+        [](Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out, void*) {
+            return with_text(kind, [&](auto text) { return unpack_blocks<decltype(text)>(blocks, rows, cols, codes, out); });
+        },
 };
 
 }  // namespace quantcli::QC_ISA

@@ -1,12 +1,7 @@
 // Drivers of the block types: a thread is a block (256 weights for the k-quants) and runs the same text as a lane of the CPU.
 #include <cuda_runtime.h>
 
-#include "../api.h"
-#include "../blocks/q4_0.h"
-#include "../blocks/q4_k.h"
-#include "../blocks/q5_k.h"
-#include "../blocks/q6_k.h"
-#include "../blocks/q8_0.h"
+#include "../blocks/kinds.h"
 
 namespace quantcli::cuda {
 namespace {
@@ -21,11 +16,11 @@ __device__ I get_half(const uint8_t* at) { return *reinterpret_cast<const uint16
 
 template <class T>
 __device__ void store_block(const I* codes, const Params& params, uint8_t* at) {
-    I words[T::kWords];
+    I words[kWords<T>];
     T::pack(codes, params, words);
     if (T::kHead) put_half(at, params.d);
     at += T::kHead;
-    for (int i = 0; i < T::kWords; ++i, at += 4) {
+    for (int i = 0; i < kWords<T>; ++i, at += 4) {
         put_half(at, words[i]);
         put_half(at + 2, shift_right_logical(words[i], 16));
     }
@@ -34,10 +29,10 @@ __device__ void store_block(const I* codes, const Params& params, uint8_t* at) {
 
 template <class T>
 __device__ void load_block(const uint8_t* at, I* codes, Params& params) {
-    I words[T::kWords];
+    I words[kWords<T>];
     if (T::kHead) params.d = get_half(at);
     at += T::kHead;
-    for (int i = 0; i < T::kWords; ++i, at += 4) words[i] = get_half(at) | get_half(at + 2) << 16;
+    for (int i = 0; i < kWords<T>; ++i, at += 4) words[i] = get_half(at) | get_half(at + 2) << 16;
     if (T::kTail) params.d = get_half(at);
     T::unpack(words, codes, params);
 }
@@ -47,6 +42,7 @@ __device__ void put_params(const Params& params, int64_t block, const BlockParam
     constexpr int kSubs = T::kBlock / T::kSub;
     out.d[block] = static_cast<uint16_t>(params.d);
     if (T::kHasMin) out.dmin[block] = static_cast<uint16_t>(params.dmin);
+    if (T::kHasOffset) out.m[block] = static_cast<uint16_t>(params.m);
     for (int j = 0; T::kHasScales && j < kSubs; ++j) out.scale[block * kSubs + j] = static_cast<uint8_t>(params.scale[j]);
     for (int j = 0; T::kHasMin && j < kSubs; ++j) out.min[block * kSubs + j] = static_cast<uint8_t>(params.min[j]);
 }
@@ -56,6 +52,7 @@ __device__ void get_params(const BlockParams& in, int64_t block, Params& params)
     constexpr int kSubs = T::kBlock / T::kSub;
     params.d = in.d[block];
     if (T::kHasMin) params.dmin = in.dmin[block];
+    if (T::kHasOffset) params.m = in.m[block];
     for (int j = 0; T::kHasScales && j < kSubs; ++j) params.scale[j] = in.scale[block * kSubs + j];
     for (int j = 0; T::kHasMin && j < kSubs; ++j) params.min[j] = in.min[block * kSubs + j];
 }
@@ -158,23 +155,6 @@ Status search_all(Weights W, const float* importance, uint8_t* blocks, BlockPara
     return launched != cudaSuccess ? launched : freed;
 }
 
-/// Calls body(T{}) for the text of `kind`.
-template <class Body>
-Status with_text(Kind kind, const Body& body) {
-    switch (kind) {
-        case Kind::q8_0:
-            return body(Q8_0{});
-        case Kind::q4_0:
-            return body(Q4_0{});
-        case Kind::q4_k:
-            return body(Q4_K{});
-        case Kind::q5_k:
-            return body(Q5_K{});
-        default:
-            return body(Q6_K{});
-    }
-}
-
 Status quantize(Kind kind, Weights W, const float* importance, uint8_t* blocks, void* stream) {
     return with_text(kind, [&](auto text) {
         return search_all<decltype(text)>(W, importance, blocks, BlockParams{}, static_cast<cudaStream_t>(stream));
@@ -216,6 +196,6 @@ Status unpack(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, int8
 }  // namespace
 
 extern const BlockOps block_ops;
-const BlockOps block_ops = {quantize, dequantize, fit, pack, unpack};
+const BlockOps block_ops = {kKindInfo, sizeof kKindInfo / sizeof *kKindInfo, quantize, dequantize, fit, pack, unpack};
 
 }  // namespace quantcli::cuda

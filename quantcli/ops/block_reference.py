@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from quantcli.ops.block_search import Found, Params
-from quantcli.ops.block_texts import TEXTS
-
-BLOCK = {"q8_0": 32, "q4_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256}
+from quantcli.ops.block_texts import KINDS, TEXTS
 
 
 def _lanes(values: Tensor, size: int) -> Tensor:
@@ -30,12 +28,12 @@ def _row_power(W: Tensor) -> Tensor:
 
 
 def _search(W: Tensor, kind: str, importance: Tensor | None) -> tuple[Tensor, Found]:
-    size = BLOCK[kind]
-    x = _lanes(W.float(), size)
-    if importance is None or kind == "q8_0":
+    sizes = KINDS[kind]
+    x = _lanes(W.float(), sizes.block)
+    if importance is None or not sizes.is_weighted:
         return x, TEXTS[kind].search(x, None, None)
-    weights = _lanes(importance.expand(W.shape), size)
-    power = _row_power(W.float()).repeat_interleave(W.shape[1] // size) if kind == "q4_0" else None
+    weights = _lanes(importance.expand(W.shape), sizes.block)
+    power = _row_power(W.float()).repeat_interleave(W.shape[1] // sizes.block) if sizes.row_power else None
     return x, TEXTS[kind].search(x, weights, power)
 
 
@@ -48,6 +46,8 @@ def _to_parts(params: Params, n_rows: int) -> dict[str, Tensor]:
         parts["scale"] = _rows(params.scale, n_rows, torch.int8 if params.min is None else torch.uint8)
     if params.min is not None and params.dmin is not None:
         parts |= {"dmin": half(params.dmin), "min": _rows(params.min, n_rows, torch.uint8)}
+    if params.m is not None:
+        parts["m"] = half(params.m)
     return parts
 
 
@@ -63,6 +63,8 @@ def _from_parts(parts: dict[str, Tensor]) -> Params:
         params.scale = subs(parts["scale"])
     if "min" in parts:
         params.dmin, params.min = half(parts["dmin"]), subs(parts["min"])
+    if "m" in parts:
+        params.m = half(parts["m"])
     return params
 
 
@@ -77,7 +79,7 @@ def fit(W: Tensor, kind: str, importance: Tensor | None) -> dict[str, Tensor]:
 
 
 def pack(codes: Tensor, parts: dict[str, Tensor], kind: str) -> Tensor:
-    packed = TEXTS[kind].pack(_lanes(codes.int(), BLOCK[kind]), _from_parts(parts))
+    packed = TEXTS[kind].pack(_lanes(codes.int(), KINDS[kind].block), _from_parts(parts))
     return _rows(packed, codes.shape[0], torch.uint8)
 
 
@@ -92,5 +94,5 @@ def dequantize(blocks: Tensor, kind: str, in_features: int) -> Tensor:
 
 
 def _unpack(blocks: Tensor, kind: str, in_features: int) -> tuple[Tensor, Params]:
-    n_bytes = blocks.shape[1] // (in_features // BLOCK[kind])
+    n_bytes = blocks.shape[1] // (in_features // KINDS[kind].block)
     return TEXTS[kind].unpack(_lanes(blocks.int(), n_bytes))

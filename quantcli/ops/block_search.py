@@ -19,12 +19,13 @@ TINY = 1e-15
 
 @dataclass(slots=True)
 class Params:
-    """What a block stores beside its codes. ``d``, ``dmin`` [n]; ``scale``, ``min`` [n_sub, n]; int32."""
+    """What a block stores beside its codes. ``d``, ``dmin``, ``m`` [n]; ``scale``, ``min`` [n_sub, n]; int32."""
 
     d: Tensor
     scale: Tensor | None = None
     dmin: Tensor | None = None
     min: Tensor | None = None
+    m: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -37,8 +38,33 @@ class Found:
     is_weighted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a block type is, whatever its weights.
+
+    ``block``, ``n_bytes``: weights and bytes of a block; ``sub``: weights of a sub-block; ``lo`` … ``hi``: the codes; ``scale``: dtype of
+    the sub-blocks' scales; ``has_min``: ``dmin`` and a minimum for each sub-block; ``has_offset``: ``m``, the offset of the block;
+    ``d_at``: the byte of ``d``, which ``dmin`` or ``m`` follow; ``is_weighted``: the search uses importance; ``row_power``: and the mean
+    square of the block's whole row with it.
+    """
+
+    block: int
+    n_bytes: int
+    sub: int
+    lo: int
+    hi: int
+    scale: torch.dtype | None = None
+    has_min: bool = False
+    has_offset: bool = False
+    d_at: int = 0
+    is_weighted: bool = True
+    row_power: bool = False
+
+
 class Text(Protocol):
     """One block type. ``power`` is the mean square of each block's whole row."""
+
+    kind: Kind
 
     def search(self, x: Tensor, importance: Tensor | None, power: Tensor | None) -> Found: ...
     def encode(self, x: Tensor, found: Found) -> Tensor: ...
@@ -81,6 +107,15 @@ def from_half(bits: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.float16).float()
 
 
+def half_bytes(bits: Tensor) -> Tensor:
+    """[n] halves → [2, n] bytes."""
+    return torch.stack((bits & 255, bits >> 8))
+
+
+def half_at(data: Tensor, at: int) -> Tensor:
+    return data[at] | data[at + 1] << 8
+
+
 def signed_byte(x: Tensor) -> Tensor:
     return (x & 255 ^ 128) - 128
 
@@ -100,6 +135,14 @@ def peak_of(x: Tensor) -> Tensor:
         more = row.abs() > amax
         amax, peak = torch.where(more, row.abs(), amax), torch.where(more, row, peak)
     return peak
+
+
+def least_of(x: Tensor) -> Tensor:
+    """The least element along the first axis, the first of equals (so that the sign of a zero is ggml's). [n]"""
+    least = x[0]
+    for row in x[1:]:
+        least = torch.where(row < least, row, least)
+    return least
 
 
 def ratio(a: Tensor | float, b: Tensor | float) -> Tensor:
@@ -132,7 +175,8 @@ def search_line(x: Tensor, w: Tensor, n_max: int, first: float, step: float, n_s
         diff = scale * codes + low - x
         return ordered_sum(w * (diff * diff))
 
-    low, high = x.amin(0).clamp(max=0), x.amax(0)
+    low, high = least_of(x), x.amax(0)
+    low = torch.where(low > 0, 0.0, low)
     sum_w, sum_x = ordered_sum(w), ordered_sum(w * x)
     flat = high <= low
     best_inverse = ratio(n_max, torch.where(flat, 1.0, high - low))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -10,30 +9,13 @@ from torch import Tensor
 
 from quantcli.errors import KernelError
 from quantcli.ops import block_reference as reference
+from quantcli.ops.block_search import Kind
+from quantcli.ops.block_texts import KINDS
 from quantcli.ops.dispatch import kernel, stream
 
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """Sizes of a block type: weights and bytes of a block, weights of a sub-block, and its parameters' dtypes beside ``d``."""
-
-    block: int
-    n_bytes: int
-    sub: int
-    scale: torch.dtype | None = None
-    has_min: bool = False
-
-
-KINDS: dict[str, Kind] = {
-    "q8_0": Kind(32, 34, 32),
-    "q4_0": Kind(32, 18, 32),
-    "q4_k": Kind(256, 144, 32, torch.uint8, True),
-    "q5_k": Kind(256, 176, 32, torch.uint8, True),
-    "q6_k": Kind(256, 210, 16, torch.int8),
-}
-
 Params = dict[str, Tensor]
-"""``d`` F16 [out, n_super]; k-quants also ``scale`` [out, n_sub] (U8, q6_k I8), and q4_k, q5_k ``dmin`` F16 and ``min`` U8."""
+"""``d`` F16 [out, n_super]; k-quants also ``scale`` [out, n_sub] (U8, q6_k I8), and q4_k, q5_k ``dmin`` F16 and ``min`` U8; q4_1 and q5_1
+``m`` F16 [out, n_super]."""
 
 
 def _kind(name: str, in_features: int) -> Kind:
@@ -53,6 +35,8 @@ def _empty_params(kind: Kind, rows: int, in_features: int, device: torch.device)
     if kind.has_min:
         params["dmin"] = torch.empty(rows, n_super, dtype=torch.float16, device=device)
         params["min"] = torch.empty(rows, n_sub, dtype=torch.uint8, device=device)
+    if kind.has_offset:
+        params["m"] = torch.empty(rows, n_super, dtype=torch.float16, device=device)
     return params
 
 
@@ -101,7 +85,7 @@ def fit_blocks(W: Tensor, kind: str, importance: Tensor | None = None) -> Params
     if kernels is None:
         return reference.fit(W, kind, importance)
     params = _empty_params(sizes, W.shape[0], W.shape[1], W.device)
-    kernels.fit_blocks(kind, W, importance, **params, stream=stream(W))
+    kernels.fit_blocks(kind, W, importance, params, stream=stream(W))
     return params
 
 
@@ -113,7 +97,7 @@ def pack_blocks(codes: Tensor, params: Params, kind: str) -> Tensor:
         return reference.pack(codes, params, kind)
     params = {name: part.contiguous() for name, part in params.items()}
     blocks = torch.empty(codes.shape[0], codes.shape[1] // sizes.block * sizes.n_bytes, dtype=torch.uint8, device=codes.device)
-    kernels.pack_blocks(kind, codes, **params, blocks=blocks, stream=stream(codes))
+    kernels.pack_blocks(kind, codes, params, blocks, stream=stream(codes))
     return blocks
 
 
@@ -125,5 +109,5 @@ def unpack_blocks(blocks: Tensor, kind: str, in_features: int) -> tuple[Tensor, 
         return reference.unpack(blocks, kind, in_features)
     codes = torch.empty(blocks.shape[0], in_features, dtype=torch.int8, device=blocks.device)
     params = _empty_params(sizes, blocks.shape[0], in_features, blocks.device)
-    kernels.unpack_blocks(kind, blocks, codes, **params, stream=stream(blocks))
+    kernels.unpack_blocks(kind, blocks, codes, params, stream=stream(blocks))
     return codes, params

@@ -1,6 +1,6 @@
 """Q4_0: 4 bits in blocks of 32 weights, 4.5 bpw.
 
-``w = d·q, q in −8 … 7``; 18 bytes a block, drawn in ``kernels/blocks/q4_0.h``.
+``w = d·q, q in −8 … 7``; 18 bytes a block, drawn in ``kernels/blocks/symmetric32.h``.
 Without importance the scale is the extreme value over −8; with it, the best of 19 spacings in the weighted square error.
 The search is llama.cpp's (ggml-quants.c), bit for bit.
 """
@@ -13,7 +13,7 @@ from quantcli.qtypes._ggml import BlockType
 
 OPTIONS: dict[str, Any] = {}
 
-_TYPE = BlockType("q4_0", lo=-8, hi=7, hint="use F16 or exclude it")
+_TYPE = BlockType("q4_0")
 
 layout = _TYPE.layout
 fit = _TYPE.fit

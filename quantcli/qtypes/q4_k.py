@@ -13,7 +13,7 @@ from quantcli.qtypes._ggml import BlockType
 
 OPTIONS: dict[str, Any] = {}
 
-_TYPE = BlockType("q4_k", lo=0, hi=15, hint="use Q8_0 (block 32) or exclude it")
+_TYPE = BlockType("q4_k")
 
 layout = _TYPE.layout
 fit = _TYPE.fit

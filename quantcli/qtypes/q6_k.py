@@ -13,7 +13,7 @@ from quantcli.qtypes._ggml import BlockType
 
 OPTIONS: dict[str, Any] = {}
 
-_TYPE = BlockType("q6_k", lo=-32, hi=31, hint="use Q8_0 (block 32) or exclude it")
+_TYPE = BlockType("q6_k")
 
 layout = _TYPE.layout
 fit = _TYPE.fit

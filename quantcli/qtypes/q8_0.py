@@ -13,7 +13,7 @@ from quantcli.qtypes._ggml import BlockType
 
 OPTIONS: dict[str, Any] = {}
 
-_TYPE = BlockType("q8_0", lo=-127, hi=127, hint="use F16 or exclude it")
+_TYPE = BlockType("q8_0")
 
 layout = _TYPE.layout
 fit = _TYPE.fit

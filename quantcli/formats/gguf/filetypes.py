@@ -49,6 +49,9 @@ FILE_TYPES: dict[str, FileType] = {
     "BF16": FileType(LlamaFileType.MOSTLY_BF16, "BF16"),
     "Q8_0": FileType(LlamaFileType.MOSTLY_Q8_0, "Q8_0"),
     "Q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, "Q4_0"),
+    "Q4_1": FileType(LlamaFileType.MOSTLY_Q4_1, "Q4_1"),
+    "Q5_0": FileType(LlamaFileType.MOSTLY_Q5_0, "Q5_0"),
+    "Q5_1": FileType(LlamaFileType.MOSTLY_Q5_1, "Q5_1"),
     "Q4_K_S": FileType(LlamaFileType.MOSTLY_Q4_K_S, "Q4_K", {"attn_v": (first_four, "Q5_K"), "ffn_down": (first_eighth, "Q5_K")}),
     "Q4_K_M": FileType(LlamaFileType.MOSTLY_Q4_K_M, "Q4_K", {"attn_v": (more_bits, "Q6_K"), "ffn_down": (more_bits, "Q6_K")}),
     "Q5_K_S": FileType(LlamaFileType.MOSTLY_Q5_K_S, "Q5_K"),
@@ -145,8 +148,8 @@ def is_quantizable(gguf_name: str, spec: TensorSpec) -> bool:
 def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, **options: Any) -> dict[str, Scheme]:
     """The scheme of every matrix in a file of type ``name``: HF name → scheme. What is missing here is kept dense.
 
-    ``specs``: the model's tensors by HF name; ``options``: :class:`Options`. Raises :class:`RecipeError` where a row fits no type that
-    quantcli can write.
+    ``specs``: the model's tensors by HF name; ``options``: :class:`Options`. Raises :class:`RecipeError` for a type that quantcli cannot
+    write, and where a user's own type does not fit a row.
     """
     chosen = _types(file_type(name), Options.of(options), specs, config)
     return {hf: _scheme(hf, ggml_type, specs[hf]) for hf, ggml_type in chosen.items() if ggml_type is not None}
@@ -227,9 +230,9 @@ def _fit(ggml_type: str, in_features: int) -> str:
 
 def _scheme(name: str, ggml_type: str, spec: TensorSpec) -> Scheme:
     """The scheme of ``ggml_type``; :class:`RecipeError` when quantcli has none, or the rows do not fill its blocks."""
-    if ggml_type.lower() not in names("qtypes") or ggml_type not in BLOCKS:
-        hint = "use the type Q8_0, or give the tensor one with --tensor-type REGEX=TYPE"
-        raise RecipeError(f"{name}: rows of {spec.shape[-1]} weights would take {ggml_type}, which quantcli cannot write; {hint}")
+    known = [qtype.upper() for qtype in names("qtypes") if qtype.upper() in BLOCKS]
+    if ggml_type not in known:
+        raise RecipeError(f"{name}: quantcli writes no tensors of type {ggml_type}; there are: {', '.join(known)}")
     if spec.shape[-1] % BLOCKS[ggml_type][0]:
         raise RecipeError(
             f"{name}: in_features {spec.shape[-1]} is not a multiple of the {ggml_type} block {BLOCKS[ggml_type][0]}; use F16"

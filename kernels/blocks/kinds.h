@@ -1,0 +1,36 @@
+// Every block type's text, and the one of a kind.
+#pragma once
+
+#include "../api.h"
+#include "affine32.h"
+#include "q4_k.h"
+#include "q5_k.h"
+#include "q6_k.h"
+#include "q8_0.h"
+#include "symmetric32.h"
+
+namespace quantcli::QC_ISA {
+
+template <class T>
+constexpr KindInfo info_of(const char* name) {
+    return {name, T::kBlock, T::kBytes, T::kSub, T::kHasScales, T::kHasMin, T::kHasOffset};
+}
+
+#define QC_INFO(kind, text) info_of<text>(#kind),
+constexpr KindInfo kKindInfo[] = {QC_KINDS(QC_INFO)};
+#undef QC_INFO
+
+/// body(T{}) for the text of `kind`.
+template <class Body>
+Status with_text(Kind kind, const Body& body) {
+    switch (kind) {
+#define QC_CASE(kind, text) \
+    case Kind::kind:        \
+        return body(text{});
+        QC_KINDS(QC_CASE)
+#undef QC_CASE
+    }
+    return kOk;
+}
+
+}  // namespace quantcli::QC_ISA
