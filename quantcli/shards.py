@@ -37,7 +37,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 INDEX = "model.safetensors.index.json"
 
-FILE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 """Order of dtypes inside a file, as the reference implementation sorts them: wide ones first, so that each tensor is aligned."""
 
 

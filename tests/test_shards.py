@@ -58,6 +58,18 @@ def test_every_dtype_reads_as_safetensors_itself_reads_it(tmp_path: Path) -> Non
         assert equal_bytes(shards.read(name), tensor)
 
 
+@pytest.mark.parametrize(("word", "value"), [("U16", 65_535), ("U32", 2**32 - 1), ("U64", 2**63)])
+def test_unsigned_numbers_are_read_beyond_what_signed_ones_hold(tmp_path: Path, word: str, value: int) -> None:
+    data = value.to_bytes(int(word[1:]) // 8, "little")
+    (tmp_path / "model.safetensors").write_bytes(raw({"a": entry(word, (1,), (0, len(data)))}, data))
+    assert open_folder(tmp_path).read("a").tolist() == [value]
+
+
+def test_exponents_are_read_as_powers_of_two(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(raw({"a": entry("F8_E8M0", (3,), (0, 3))}, bytes([127, 130, 0])))
+    assert open_folder(tmp_path).read("a").float().tolist() == [1, 8, 2**-127]
+
+
 def test_shards_and_index_of_another_writer_read_the_same(tiny_llama: Callable[..., Path]) -> None:
     folder = tiny_llama(shards=3)
     shards = open_folder(folder)
