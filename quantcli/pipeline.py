@@ -19,12 +19,12 @@ from torch import Tensor
 from quantcli import __version__, heap, ops
 from quantcli import plan as planning
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import NumericsError, RecipeError
+from quantcli.coding import Coding
+from quantcli.errors import RecipeError
 from quantcli.plan import Plan, PlannedLayer, PlannedTensor
-from quantcli.recipe import PassSpec, Recipe
+from quantcli.recipe import Recipe
 from quantcli.registry import find
-from quantcli.tensors import DTYPES, Layer, QuantizedTensor, Stats, TensorReport
-from quantcli.writer import Writer
+from quantcli.tensors import DTYPES, Stats, TensorReport
 
 if TYPE_CHECKING:
     from quantcli.calibrate import Activations
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 MAX_TENSORS_AT_ONCE = 4
 """Tensors that are read, coded and written at the same time when no statistics tie them together; the threads are shared among them."""
-
-PIECE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +78,6 @@ class Calibrated:
     stats: Mapping[str, Stats] | None = None
 
 
-@dataclass(slots=True)
-class _Run:
-    """What the walk carries from layer to layer."""
-
-    source: Checkpoint
-    plan: Plan
-    writer: Writer
-    device: torch.device
-    reports: list[TensorReport] = field(default_factory=list)
-
-    def put(self, name: str, tensor: Tensor | QuantizedTensor) -> None:
-        fmt = find("formats", self.plan.recipe.format)
-        for part, data in fmt.parts(name, tensor, self.plan.context).items():
-            self.writer.put(part, data)
-
-    def copy(self, tensor: PlannedTensor) -> None:
-        """Write a tensor that no pass touches."""
-        if not tensor.outputs:
-            return
-        data = self.source.read(tensor.name)
-        check_finite(tensor.name, data)
-        self.put(tensor.name, data)
-
-
 def quantize(
     source: Checkpoint,
     target: Path,
@@ -139,7 +113,7 @@ def quantize(
             _check_stats(plan, data.stats)
     fmt = find("formats", recipe.format)
     with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
-        run = _Run(source, plan, writer, torch.device(device))
+        run = Coding(source, plan, writer, torch.device(device))
         if data is None:
             yield from _each_tensor(run)
         elif data.stats is not None:
@@ -149,10 +123,11 @@ def quantize(
             assert data.windows is not None
             yield from _propagate(run, forward, data.windows)
         if writer.folder:
-            record = {**made_by, "dataset_sha256": data.dataset_sha256 if data else None, "tensors": _record(run)}
+            record = {**made_by, "dataset_sha256": data.dataset_sha256 if data else None, "tensors": run.record()}
             writer.add_sidecar("quantcli.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         writer.commit()
-    yield Finished(writer.target, plan, all(_is_exact(source, tensor) for tensor in plan.tensors))
+    exact = {report.name for report in run.reports if report.is_exact}
+    yield Finished(writer.target, plan, all(tensor.name in exact or _is_exact(source, tensor) for tensor in plan.tensors))
 
 
 def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
@@ -164,14 +139,6 @@ def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "source": source.source,
         "source_fingerprint": hashlib.sha256(headers.encode()).hexdigest(),
     }
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise :class:`NumericsError` when a float tensor has NaN or Inf. A piece at a time: the check makes copies."""
-    if not tensor.is_floating_point():
-        return
-    if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(PIECE_ELEMENTS)):
-        raise NumericsError(f"{name}: the source has NaN or Inf; check the checkpoint, or take another revision of it")
 
 
 def _check_apart(source: Checkpoint, target: Path) -> None:
@@ -208,27 +175,21 @@ def _open_forward(source: Checkpoint, device: str) -> Forward:
     return Forward(source, device=device)
 
 
-def _each_tensor(run: _Run) -> Iterator[LayerDone]:
+def _each_tensor(run: Coding) -> Iterator[LayerDone]:
     """No statistics: every tensor for itself, a few at a time, written as they come."""
 
-    def work(layer: str, tensor: PlannedTensor) -> tuple[TensorReport, ...]:
-        if tensor.scheme is None or not tensor.outputs:
-            run.copy(tensor)
-            return ()
-        unit = Layer(layer, {tensor.name: run.source.read(tensor.name).to(run.device)}, {tensor.name: tensor.scheme})
-        return _apply(run, unit, run.plan.recipe.passes, {})
-
-    pending: deque[Future[tuple[TensorReport, ...]]] = deque()
-    todo = deque((layer.name, tensor) for layer in run.plan.layers for tensor in layer.tensors)
+    pending: deque[Future[list[TensorReport]]] = deque()
+    layers = [[(layer.name, unit) for unit in units(layer)] for layer in run.plan.layers]
+    todo = deque(unit for layer in layers for unit in layer)
     n_threads = torch.get_num_threads()
     n_at_once = min(n_threads + 1, MAX_TENSORS_AT_ONCE)  # one more than there are threads: it waits for the disk
     with ThreadPoolExecutor(n_at_once) as pool:
         try:
             ops.set_threads(max(1, n_threads // n_at_once))
             for layer in _timed(run):
-                for _ in layer.planned.tensors:
+                for _ in layers[layer.index]:
                     while todo and len(pending) < n_at_once:
-                        pending.append(pool.submit(work, *todo.popleft()))
+                        pending.append(pool.submit(run.code, *todo.popleft(), {}))
                     layer.reports += pending.popleft().result()
                 yield layer.done()
         finally:
@@ -237,14 +198,23 @@ def _each_tensor(run: _Run) -> Iterator[LayerDone]:
                 future.cancel()
 
 
-def _each_layer(run: _Run, stats: Mapping[str, Stats]) -> Iterator[LayerDone]:
+def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
+    """The tensors of ``layer`` one by one, but together those of one tap whose number format has parts that engines want them to share."""
+    groups: dict[object, list[PlannedTensor]] = {}
+    for tensor in layer.tensors:
+        shared = tensor.is_solved and tensor.scheme is not None and hasattr(find("qtypes", tensor.scheme.qtype), "fused")
+        groups.setdefault((tensor.tap, tensor.scheme) if shared else tensor.name, []).append(tensor)
+    return list(groups.values())
+
+
+def _each_layer(run: Coding, stats: Mapping[str, Stats]) -> Iterator[LayerDone]:
     """Statistics from a file: layer by layer, no forward pass, no error propagation."""
     for layer in _timed(run):
-        layer.reports += _code(run, layer.planned, stats)
+        layer.reports += run.code(layer.planned.name, layer.planned.tensors, stats)
         yield layer.done()
 
 
-def _propagate(run: _Run, forward: Forward, windows: Tensor) -> Iterator[LayerDone]:
+def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Iterator[LayerDone]:
     """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next."""
     from quantcli.calibrate import Activations
 
@@ -254,7 +224,7 @@ def _propagate(run: _Run, forward: Forward, windows: Tensor) -> Iterator[LayerDo
     for layer in _timed(run):
         name = layer.planned.name
         if name not in index:
-            layer.reports += _code(run, layer.planned, {})
+            layer.reports += run.code(name, layer.planned.tensors, {})
         else:
             with forward.layer(index[name]) as loaded:
                 layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps)
@@ -264,7 +234,7 @@ def _propagate(run: _Run, forward: Forward, windows: Tensor) -> Iterator[LayerDo
 
 
 def _measure_and_code(
-    run: _Run, planned: PlannedLayer, loaded: LoadedLayer, activations: Activations, order: Sequence[str]
+    run: Coding, planned: PlannedLayer, loaded: LoadedLayer, activations: Activations, order: Sequence[str]
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
     ``order``: the model's taps as it runs them."""
@@ -275,66 +245,8 @@ def _measure_and_code(
     reports: list[TensorReport] = []
     for stage in stages:
         stats = activations.measure(loaded, stage, run.plan.recipe.needs)
-        subset = PlannedLayer(planned.name, tuple(t for t in solved if t.tap in stage))
-        reports += _code(run, subset, stats, loaded)
-    rest = PlannedLayer(planned.name, tuple(t for t in planned.tensors if not t.is_solved))
-    return reports + _code(run, rest, {}, loaded)
-
-
-def _code(run: _Run, planned: PlannedLayer, stats: Mapping[str, Stats], loaded: LoadedLayer | None = None) -> list[TensorReport]:
-    """Run the passes over what ``planned`` solves, round to nearest what else has a scheme, and copy the rest.
-    ``loaded`` has the solved weights in memory already, and receives each coded one as the engine will see it."""
-    reports: list[TensorReport] = []
-    coded = [t for t in planned.tensors if t.scheme and t.outputs]
-    for tensor in planned.tensors:
-        if tensor not in coded:
-            run.copy(tensor)
-    solved = [t for t in coded if t.is_solved]
-    rounded = [t for t in coded if not t.is_solved]
-    for members, passes in ((solved, run.plan.recipe.passes), (rounded, (planning.RTN,))):
-        if not members:
-            continue
-        unit = Layer(
-            planned.name,
-            {t.name: loaded.tensors[t.name] if loaded and t.is_solved else run.source.read(t.name).to(run.device) for t in members},
-            {t.name: t.scheme for t in members if t.scheme},
-            {t.name: t.tap for t in members if t.tap},
-        )
-        reports += _apply(run, unit, passes, stats, loaded)
-    return reports
-
-
-def _apply(
-    run: _Run,
-    layer: Layer,
-    passes: tuple[PassSpec, ...],
-    stats: Mapping[str, Stats],
-    loaded: LoadedLayer | None = None,
-) -> tuple[TensorReport, ...]:
-    """All passes over one unit of work, then its tensors to the file, and decoded to ``loaded`` for the runs that follow."""
-    reports: tuple[TensorReport, ...] = ()
-    for spec in passes:
-        reports = find("passes", spec.name).run(layer, stats, spec.build_options()).tensors
-    for name in list(layer.quantized):
-        tensor = layer.quantized.pop(name)
-        run.put(name, tensor)
-        if loaded is not None:
-            loaded.set(name, find("qtypes", tensor.scheme.qtype).unpack(tensor))
-    run.reports += reports
-    return reports
-
-
-def _record(run: _Run) -> dict[str, dict[str, Any]]:
-    """Each coded tensor's scheme, error and notes, for quantcli.json."""
-    reports = {report.name: report for report in run.reports}
-    record: dict[str, dict[str, Any]] = {}
-    for tensor in run.plan.tensors:
-        if tensor.name in reports:
-            report = reports[tensor.name]
-            record[tensor.name] = {"scheme": str(tensor.scheme), "relative_error": report.relative_error, "notes": list(report.notes)}
-        elif not tensor.outputs:
-            record[tensor.name] = {"dropped": "this format has no place for it"}
-    return record
+        reports += run.code(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
+    return reports + run.code(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)
 
 
 @dataclass(slots=True)
@@ -362,7 +274,7 @@ class _Timed:
         )
 
 
-def _timed(run: _Run) -> Iterator[_Timed]:
+def _timed(run: Coding) -> Iterator[_Timed]:
     for index, planned in enumerate(run.plan.layers):
         yield _Timed(planned, index, len(run.plan.layers), time.perf_counter())
         heap.trim()

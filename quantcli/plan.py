@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli import archs
+from quantcli import archs, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.recipe import PassSpec, Recipe
@@ -21,12 +21,14 @@ RTN = PassSpec("rtn")
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of the source. ``scheme`` None: copied as it is. ``tap``: whose statistics its passes read, or None.
-    ``outputs``: the file tensors it becomes; none means that the format has no place for it."""
+    ``outputs``: the file tensors it becomes; none means that the format has no place for it. ``carried``: its codes are those of the
+    source (:mod:`quantcli.regrid`)."""
 
     source: TensorSpec
     scheme: Scheme | None
     tap: str | None
     outputs: tuple[TensorSpec, ...]
+    carried: bool = False
 
     @property
     def name(self) -> str:
@@ -35,7 +37,7 @@ class PlannedTensor:
     @property
     def is_solved(self) -> bool:
         """Whether the recipe's passes choose its codes: a coded linear with a tap. What else has a scheme is rounded to nearest."""
-        return self.tap is not None and bool(self.outputs) and is_coded(self.scheme)
+        return self.tap is not None and bool(self.outputs) and is_coded(self.scheme) and not self.carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,9 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     fmt = find("formats", recipe.format)
     check_format_options(recipe)
     schemes = choose_schemes(source, recipe, taps)
+    carried = carried_over(source, recipe, schemes)
+    if hasattr(fmt, "suited"):
+        schemes = {name: s if name in carried else fmt.suited(s, source.config) for name, s in schemes.items()}
     left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
     if left and not taps and recipe.scheme is not None:
         raise UnsupportedError(
@@ -126,18 +131,28 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
-        planned.setdefault(layer_of(name), []).append(PlannedTensor(spec, schemes.get(name), taps.get(name), outputs))
+        tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, name in carried)
+        planned.setdefault(layer_of(name), []).append(tensor)
     layers = tuple(PlannedLayer(name, tuple(tensors)) for name, tensors in sorted(planned.items(), key=lambda item: _natural(item[0])))
-    return Plan(recipe, layers, context, surprises(source, recipe, schemes, taps, left))
+    notes = (*surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
+    return Plan(recipe, layers, context, notes)
 
 
 def surprises(
-    source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme], taps: Mapping[str, str], left: Sequence[str]
+    source: Checkpoint,
+    recipe: Recipe,
+    schemes: Mapping[str, Scheme],
+    taps: Mapping[str, str],
+    left: Sequence[str],
+    carried: Collection[str],
 ) -> tuple[str, ...]:
     """What of the plan a user might not expect. ``left``: the layers' matrices that are no linears of their own."""
     notes = []
     if alone := [name for name in left if name not in schemes]:
         notes.append(f"{listed(alone)} stay as they are: matrices in layers that are no linears of their own (fused experts, routers)")
+    if coded_anew := [name for name in source.schemes if recipe.codes != "anew" and is_coded(schemes.get(name)) and name not in carried]:
+        first = coded_anew[0]
+        notes.append(f"{listed(coded_anew)} decoded and coded anew, with some loss: {schemes[first]} does not hold {source.schemes[first]}")
     if decoded := [name for name in source.schemes if name not in schemes]:
         notes.append(f"{listed(decoded)} decoded to a dense type: quantized in the source, and the recipe has no scheme for it")
     if recipe.needs and (blind := [name for name, scheme in schemes.items() if name not in taps and is_coded(scheme)]):
@@ -170,6 +185,8 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
         schemes = fmt.mix(recipe.mix, source.specs, source.config, **recipe.format_options)
     elif recipe.scheme is not None:
         schemes = dict.fromkeys(taps, recipe.scheme)
+    if recipe.codes == "kept" and source.schemes:
+        schemes = kept_schemes(source, recipe, schemes)
     matrices = [name for name, spec in source.specs.items() if name in taps or (len(spec.shape) == 2 and layer_of(name) == name)]
     used: set[int] = set()
     for name in matrices:
@@ -188,6 +205,40 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
         example = matrices[0] if matrices else "none"
         raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first of them is {example}")
     return schemes
+
+
+def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """The schemes of a quantized source's tensors in the recipe's format: the first that holds their codes, else the format's usual one.
+
+    ``wanted``: what the recipe says of all tensors; of those that the source left dense a plain dtype alone is taken from it.
+    """
+    fmt = find("formats", recipe.format)
+    schemes = {name: scheme for name, scheme in wanted.items() if name not in source.schemes and not is_coded(scheme)}
+    for name, scheme in source.schemes.items():
+        shape = source.specs[name].shape
+        fitting = (s for s in regrid.candidates(scheme) if fmt.supports(s) and regrid.exactness(scheme, s, shape[-1]) and fits(shape, s))
+        if (chosen := next(fitting, None)) is None and fmt.USUAL_SCHEME is not None:
+            chosen = Scheme.parse(fmt.USUAL_SCHEME)
+        if chosen is not None:
+            schemes[name] = chosen
+    return schemes
+
+
+def fits(shape: tuple[int, ...], scheme: Scheme) -> bool:
+    """Whether ``scheme`` can code a matrix of ``shape`` at all."""
+    try:
+        find("qtypes", scheme.qtype).layout(shape, scheme)
+    except RecipeError:
+        return False
+    return True
+
+
+def carried_over(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> set[str]:
+    """The tensors whose codes go over from the source, because the scheme chosen for them can hold these."""
+    if recipe.codes == "anew":
+        return set()
+    specs, chosen = source.specs, ((name, have, schemes.get(name)) for name, have in source.schemes.items())
+    return {name for name, have, want in chosen if want is not None and regrid.exactness(have, want, specs[name].shape[-1])}
 
 
 def layer_of(name: str) -> str:

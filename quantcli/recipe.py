@@ -14,11 +14,15 @@ from quantcli.errors import RecipeError
 from quantcli.registry import find, names
 from quantcli.tensors import Scheme
 
+CODES = ("anew", "fitting", "kept")
+"""What becomes of codes that the source has already: all are chosen anew from the decoded weights; those stay that the recipe's scheme for
+their tensor can hold; or every tensor takes the first scheme of the format that can hold them, and the recipe's only where none can."""
+
 KEEP = "keep"
 """The word that leaves a tensor as it is in place of a scheme."""
 
 YAML_TYPES: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "default_for"), (str, "a word")),
+    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for"), (str, "a word")),
     **dict.fromkeys(("passes", "rules", "datasets"), (list, "a list")),
     **dict.fromkeys(("calibration", "format_options"), (Mapping, "a mapping")),
     **dict.fromkeys(("seed", "samples", "seq_len"), (int, "an integer")),
@@ -82,7 +86,8 @@ class Calibration:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Passes, rules and a format. The first rule that matches a tensor wins; ``scheme`` serves the linears of decoder layers that no
-    rule names, or ``mix`` lets a GGUF file type choose the type of every tensor. ``format_options`` are the format's to read."""
+    rule names, or ``mix`` lets a GGUF file type choose the type of every tensor. ``codes``: what becomes of those the source has
+    (:data:`CODES`). ``format_options`` are the format's to read."""
 
     name: str
     format: str
@@ -90,6 +95,7 @@ class Recipe:
     description: str = ""
     scheme: Scheme | None = None
     mix: str | None = None
+    codes: str = "anew"
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
     true_sequential: bool = False
@@ -99,7 +105,10 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(*(p.needs for p in self.passes))
+        """The statistics that its passes read, and the range of inputs where their scales are found beforehand."""
+        schemes = [self.scheme, *(rule.scheme for rule in self.rules)]
+        ranges = {"absmax"} if any(scheme is not None and scheme.static_activations for scheme in schemes) else set()
+        return frozenset(ranges).union(*(p.needs for p in self.passes))
 
     def with_pass(self, name: str, **options: Any) -> Recipe:
         """The same recipe with ``options`` set on pass ``name``; :class:`RecipeError` when the recipe has no such pass."""
@@ -128,6 +137,7 @@ class Recipe:
             "passes": [{p.name: dict(p.options)} for p in self.passes],
             "scheme": None if self.scheme is None else str(self.scheme),
             "mix": self.mix,
+            "codes": self.codes,
             "rules": [{"match": r.pattern, "scheme": KEEP if r.scheme is None else str(r.scheme)} for r in self.rules],
             "calibration": {f.name: _plain(getattr(self.calibration, f.name)) for f in fields(Calibration)},
             "true_sequential": self.true_sequential,
@@ -190,7 +200,10 @@ def parse(data: Any, name: str) -> Recipe:
     _check_types(data, name)
     if missing := [key for key in ("format", "passes") if not data.get(key)]:
         raise RecipeError(f"recipe '{name}' lacks '{missing[0]}'")
-    if (data.get("scheme") is None) == (data.get("mix") is None):
+    codes = data.get("codes") or CODES[0]
+    if codes not in CODES:
+        raise RecipeError(f"recipe '{name}': codes are {', '.join(CODES)}, not '{codes}'")
+    if codes != "kept" and (data.get("scheme") is None) == (data.get("mix") is None):
         raise RecipeError(f"recipe '{name}' needs either a scheme or a mix")
     if data["format"] not in names("formats"):
         raise RecipeError(f"recipe '{name}': no format '{data['format']}'; there are: {', '.join(names('formats'))}")
@@ -199,7 +212,7 @@ def parse(data: Any, name: str) -> Recipe:
         Recipe(name=str(data.get("name") or name), format=data["format"], passes=_parse_passes(data["passes"], name)),
         **{
             key: data[key]
-            for key in ("description", "mix", "true_sequential", "seed", "default_for", "format_options")
+            for key in ("description", "mix", "codes", "true_sequential", "seed", "default_for", "format_options")
             if data.get(key) is not None
         },
         scheme=None if scheme is None else Scheme.parse(scheme),

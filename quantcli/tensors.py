@@ -133,8 +133,8 @@ class Scheme:
 
     @property
     def static_activations(self) -> bool:
-        """Whether the input's scale is found beforehand and stored, as the part ``input_scale`` F32 [1]."""
-        return str(self.get("act", "")).endswith("-tensor")
+        """Whether a scale of the input is found beforehand and stored, as the part ``input_scale`` F32 [1]."""
+        return str(self.get("act", "")).endswith("-tensor") or self.get("act") == "nvfp4-g16"
 
     def __str__(self) -> str:
         options = dict(self.options)
@@ -250,11 +250,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """What a pass did to one tensor. ``relative_error``: ‖(W−Ŵ)X‖² / ‖WX‖² by H, or ‖W−Ŵ‖² / ‖W‖² without one."""
+    """What was done to one tensor. ``relative_error``: ‖(W−Ŵ)X‖² / ‖WX‖² by H, or ‖W−Ŵ‖² / ‖W‖² without one; ``is_exact``: Ŵ is W."""
 
     name: str
     relative_error: float
     notes: tuple[str, ...] = ()
+    is_exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,31 @@
-"""quantcli export: a checkpoint in another format, without calibration."""
+"""quantcli export: a checkpoint in another format, without calibration; codes are kept where the new grid can hold them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantcli.cli import options
 from quantcli.cli.console import Console
-from quantcli.cli.quantize import execute, gguf_types, load_type
+from quantcli.cli.quantize import check_format, execute, gguf_types, load_type
+from quantcli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from quantcli.checkpoint import Checkpoint
+    from quantcli.recipe import Recipe
+
+DENSE_TYPES = {"bfloat16": "BF16", "float32": "F32"}
+"""config.json's dtypes → the GGUF type that holds them; float16 and what says nothing is F16."""
 
 
 def command(
     source: Annotated[str | None, typer.Argument(metavar="SOURCE", help=f"{options.SOURCE_HELP} This folder when left out.")] = None,
-    type_: Annotated[str | None, typer.Argument(metavar="TYPE", help="GGUF file type, e.g. Q4_K_M.")] = None,
-    format_: Annotated[str, typer.Option("--format", help="Output format: gguf.")] = "gguf",
+    type_: Annotated[str | None, typer.Argument(metavar="TYPE", help="GGUF file type (Q4_K_M) or a scheme (int4-g128-sym).")] = None,
+    format_: Annotated[str, typer.Option("--format", help="Output format: gguf, gptq, awq, compressed-tensors, …")] = "gguf",
     output: options.Output = None,
     pure: Annotated[bool, typer.Option("--pure", help="One type for every matrix, no mix.")] = False,
     tensor_type: Annotated[list[str] | None, typer.Option(metavar="REGEX=TYPE", help="Type of the tensors that REGEX finds.")] = None,
@@ -32,11 +41,13 @@ def command(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Convert a model to a GGUF file of a type, straight from its shards, a quantized folder or another GGUF file."""
-    if format_ != "gguf":
-        raise options.wrong("--format", f"export writes gguf, not '{format_}'; quantcli quantize writes gptq")
-    where, file_type = split_arguments(source, type_)
-    recipe = load_type(file_type, "TYPE")
+    """Convert a model to another format: from its shards, a quantized folder or a GGUF file.
+
+    Codes of a quantized source stay as they are where the target's grid holds them (GPTQ to AWQ or Q4_0, say); the rest is decoded and
+    rounded anew. The result says which: "lossless", and an error for each layer. Without TYPE the first type is taken that keeps the codes.
+    """
+    format_ = check_format(format_)
+    where, type_ = split_arguments(source, type_, format_)
     given: dict[str, object] = {
         "pure": pure,
         "tensor_type": tuple("=".join(options.split_pair(text, "--tensor-type")) for text in tensor_type or ()),
@@ -45,15 +56,74 @@ def command(
         "leave_output_tensor": leave_output_tensor,
         "pre_tokenizer": pre_tokenizer,
     }
-    recipe = replace(recipe, format_options={key: value for key, value in given.items() if value})
+    format_options = {key: value for key, value in given.items() if value}
+    if format_options and format_ != "gguf":
+        raise options.wrong("--" + next(iter(format_options)).replace("_", "-"), f"belongs to --format gguf, not to {format_}")
     console = Console(json, quiet, verbose)
-    execute(console, where, output, recipe, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
+    make = recipe_of_type if type_ is not None else recipe_that_keeps
+
+    def recipe_for(checkpoint: Checkpoint) -> Recipe:
+        return replace(make(checkpoint, format_, type_), format_options=format_options)
+
+    execute(console, where, output, recipe_for, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 
 
-def split_arguments(source: str | None, type_: str | None) -> tuple[str, str]:
-    """SOURCE and TYPE: a lone argument that names a GGUF type and no path is TYPE, and SOURCE is the current folder."""
-    if type_ is not None:
+def split_arguments(source: str | None, type_: str | None, format_: str) -> tuple[str, str | None]:
+    """SOURCE and TYPE: a lone argument that names a type and no path is TYPE, and SOURCE is the current folder."""
+    if type_ is not None or source is None:
         return source or ".", type_
-    if source is None or Path(source).exists() or "/" in source:
-        raise options.wrong("TYPE", f"a GGUF file type is missing; there are: {', '.join(gguf_types())}")
+    if Path(source).exists() or "/" in source or not names_type(source, format_):
+        return source, None
     return ".", source
+
+
+def names_type(word: str, format_: str) -> bool:
+    """Whether ``word`` is a type of ``format_``: a GGUF file type, or a scheme."""
+    from quantcli.tensors import Scheme
+
+    if format_ == "gguf":
+        return word.upper() in gguf_types()
+    try:
+        Scheme.parse(word)
+    except RecipeError:
+        return False
+    return True
+
+
+def recipe_of_type(checkpoint: Checkpoint, format_: str, type_: str | None) -> Recipe:
+    """Every matrix in the type that was asked for."""
+    from quantcli.recipe import PassSpec, Recipe
+    from quantcli.tensors import Scheme
+
+    assert type_ is not None
+    if format_ == "gguf":
+        return replace(load_type(type_, "TYPE"), codes="fitting")
+    scheme = Scheme.parse(type_)
+    return Recipe(f"{format_}-{scheme}", format_, (PassSpec("rtn"),), scheme=scheme, codes="fitting")
+
+
+def recipe_that_keeps(checkpoint: Checkpoint, format_: str, type_: str | None) -> Recipe:
+    """The source's codes wherever the format can hold them, and the format's usual scheme where it cannot."""
+    from quantcli.recipe import PassSpec, Recipe
+    from quantcli.registry import find
+    from quantcli.tensors import Scheme
+
+    recipe = Recipe(format_, format_, (PassSpec("rtn"),), codes="kept")
+    if format_ != "gguf":
+        usual = find("formats", format_).USUAL_SCHEME
+        return replace(recipe, scheme=None if usual is None else Scheme.parse(usual))
+    if not checkpoint.schemes:
+        raise options.wrong("TYPE", f"a GGUF file type is missing; there are: {', '.join(gguf_types())}")
+    config = checkpoint.config
+    dense = DENSE_TYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "F16")
+    return replace(recipe, name=commonest_type(checkpoint, replace(recipe, mix=dense)), mix=dense)
+
+
+def commonest_type(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """The GGUF type that most of a quantized source's weights take: it names the output."""
+    from quantcli.plan import kept_schemes
+
+    n_weights: Counter[str] = Counter()
+    for name, scheme in kept_schemes(checkpoint, recipe, {}).items():
+        n_weights[scheme.qtype.upper()] += checkpoint.specs[name].n_elements
+    return n_weights.most_common(1)[0][0]

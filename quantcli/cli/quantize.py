@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,12 +72,10 @@ def command(
 def choose_recipe(method: str | None, recipe: str | None, type_: str | None, format_: str | None = None) -> Recipe:
     """The recipe that the ways to name one agree on. What fits no model at all is a usage error."""
     from quantcli import recipe as recipes
-    from quantcli.registry import names
 
     if recipe is not None and (method is not None or type_ is not None):
         raise options.wrong("--recipe", "it already says the method and the type; give either --recipe or --method and --type")
-    if format_ is not None and format_ not in names("formats"):
-        raise options.wrong("--format", f"no format '{format_}'; there are: {', '.join(names('formats'))}")
+    format_ = None if format_ is None else check_format(format_)
     if format_ == "gguf" and recipe is None and type_ is None:
         raise options.wrong("--format", f"gguf needs a file type; give --type, one of: {', '.join(gguf_types())}")
     if method is not None and method not in recipes.methods():
@@ -90,6 +89,17 @@ def choose_recipe(method: str | None, recipe: str | None, type_: str | None, for
         if method not in (None, "rtn"):
             chosen = replace(chosen, name=f"{chosen.mix}-{method}", passes=recipes.default_for(str(method)).passes)
     return replace(chosen, format=format_ or chosen.format)
+
+
+def check_format(word: str) -> str:
+    """The output format that ``word`` names."""
+    from quantcli.registry import find, names
+
+    writable = [name for name in names("formats") if hasattr(find("formats", name), "USUAL_SCHEME")]
+    word = word.lower().replace("_", "-")
+    if word not in writable:
+        raise options.wrong("--format", f"no format '{word}' to write; there are: {', '.join(writable)}")
+    return word
 
 
 def gguf_types() -> dict[str, str]:
@@ -145,7 +155,8 @@ def default_output(source: Checkpoint, recipe: Recipe) -> Path:
     path = Path(source.source).expanduser()
     model = path.resolve().name if path.exists() else source.source.partition("@")[0].rpartition("/")[2]
     if recipe.format == "gguf":
-        return Path(f"{model.removesuffix('.gguf')}-{recipe.mix or recipe.name}.gguf")
+        kind = recipe.name if recipe.codes == "kept" else recipe.mix or recipe.name
+        return Path(f"{model.removesuffix('.gguf')}-{kind}.gguf")
     return Path(f"{model}-{recipe.name}")
 
 
@@ -153,7 +164,7 @@ def execute(
     console: Console,
     source: str,
     output: Path | None,
-    recipe: Recipe,
+    recipe: Recipe | Callable[[Checkpoint], Recipe],
     *,
     stats: Path | None = None,
     device: str = "auto",
@@ -161,7 +172,7 @@ def execute(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Run a recipe and render what comes of it; ``quantize`` and ``export`` share it."""
+    """Run a recipe, or the one that fits the source, and render what comes of it; ``quantize`` and ``export`` share it."""
     from quantcli import pipeline
     from quantcli.checkpoint import Checkpoint
 
@@ -171,6 +182,8 @@ def execute(
     plan: Plan | None = None
     finished: Finished | None = None
     with Checkpoint.open(source) as checkpoint:
+        if callable(recipe):
+            recipe = recipe(checkpoint)
         target = output or default_output(checkpoint, recipe)
         calibrate = partial(load_calibration, console, checkpoint, recipe, stats)
         events = pipeline.quantize(
@@ -226,7 +239,9 @@ def layer_line(event: LayerDone) -> str:
 
 def report_plan(console: Console, checkpoint: Checkpoint, plan: Plan) -> None:
     """What a user should know before the work begins."""
-    if checkpoint.schemes and plan.census()["quantized"]:
+    from quantcli.plan import is_coded
+
+    if any(t.name in checkpoint.schemes and is_coded(t.scheme) and not t.carried for t in plan.tensors):
         console.warn(f"{checkpoint.source} is quantized already, and its error stays; better start from the original weights")
     for note in (*checkpoint.notes, *plan.notes):
         console.note(note)
@@ -240,7 +255,7 @@ def report_layer(console: Console, event: LayerDone) -> None:
         if report.relative_error:
             console.detail(f"{report.name}  error {report.relative_error:.2e}")
         for note in report.notes:
-            console.warn(f"{report.name}: {note}")
+            (console.detail if report.is_exact else console.warn)(f"{report.name}: {note}")
 
 
 def summarize(plan: Plan, target: Path, layers: list[LayerDone], finished: Finished | None, seconds: float) -> dict[str, Any]:

@@ -22,7 +22,11 @@ from quantcli.formats._folder import dense_parts as parts
 from quantcli.shards import MAX_SHARD_BYTES, Shards, open_folder
 from quantcli.tensors import Scheme
 
-__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "supports", "writer"]
+
+
+USUAL_SCHEME = None
+"""``export`` decodes whatever is quantized."""
 
 
 class HfCheckpoint(Checkpoint):

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import NumericsError, RecipeError, about
+from quantcli.passes._fused import fused_parts
 from quantcli.registry import find
 from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport, relative_error
 
@@ -148,12 +149,21 @@ def solve(W: Tensor, grid: Grid, factor: Factor, *, chunk: int = 128) -> Tensor:
     return out
 
 
-def quantize(W: Tensor, scheme: Scheme, H: Tensor, factor: Factor, options: Options = Options()) -> QuantizedTensor:
-    """One weight matrix ``W``: [out, in] float32 with its tap's ``H`` and ``factor``."""
+def quantize(
+    W: Tensor,
+    scheme: Scheme,
+    H: Tensor,
+    factor: Factor,
+    options: Options = Options(),
+    *,
+    fused: Mapping[str, Tensor] | None = None,
+) -> QuantizedTensor:
+    """One weight matrix ``W``: [out, in] float32 with its tap's ``H`` and ``factor``; ``fused``: parts it shares with others of the tap."""
     qtype = find("qtypes", scheme.qtype)
+    shared = {"fused": fused} if fused else {}
     importance = H.diagonal() + factor.damp_ratio * H.diagonal().mean()
     if not scheme.get("desc_act", False):
-        grid = qtype.fit(W, scheme, importance)
+        grid = qtype.fit(W, scheme, importance, **shared)
         return qtype.pack(solve(W, grid, factor, chunk=options.chunk), grid, scheme)
     in_order = replace(factor, order=torch.arange(W.shape[1], device=W.device))
     W = W[:, factor.order].contiguous()
@@ -192,7 +202,7 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
         notes.append(f"damping raised to {factor.damp_ratio:g}: H was not positive definite at {options.damp_ratio:g}")
     if factor.n_dead:
         notes.append(f"{factor.n_dead} of {len(H)} inputs were never active: rounded to nearest")
-    reports = []
+    reports, shared = [], fused_parts(layer)
     for name in members:
         W = layer.tensors[name].float()
         if W.shape[1] != len(H):
@@ -201,7 +211,7 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
             )
         scheme = layer.schemes[name]
         with about(name):
-            tensor = quantize(W, scheme, H, factor, options)
+            tensor = quantize(W, scheme, H, factor, options, fused=shared.get(name))
         error = relative_error(W, find("qtypes", scheme.qtype).unpack(tensor), H)
         layer.quantized[name] = tensor
         reports.append(TensorReport(name, error, tuple(notes)))

@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quantcli.errors import NumericsError, about
+from quantcli.passes._fused import fused_parts
 from quantcli.registry import find
 from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
 
 NEEDS: frozenset[str] = frozenset()
+
+WHOLE = ("g_idx", "input_scale", "global_scale")
+"""Parts that belong to no row."""
+
+ROWS = 128
+"""Number formats whose scales cover blocks of rows cover this many: their ``rows(tensor, start, stop)`` is asked for multiples of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +31,32 @@ class Options:
     """RTN has nothing to set."""
 
 
-def quantize(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
-    """``W``: [out, in] in any float dtype; ``importance``: [in] or None."""
+def quantize(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Mapping[str, Tensor] | None = None) -> QuantizedTensor:
+    """``W``: [out, in] in any float dtype; ``importance``: [in] or None; ``fused``: parts that it shares with others of its tap."""
     qtype = find("qtypes", scheme.qtype)
+    shared = {"fused": fused} if fused else {}
     if hasattr(qtype, "encode"):
-        return qtype.encode(W, scheme, importance)
+        return qtype.encode(W, scheme, importance, **shared)
     W = W.float()
-    grid = qtype.fit(W, scheme, importance)
+    grid = qtype.fit(W, scheme, importance, **shared)
     return qtype.pack(grid.encode(W), grid, scheme)
 
 
 def weight_error(W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 << 18) -> float:
     """‖W−Ŵ‖² / ‖W‖² of ``W``: [out, in], a few rows at a time so that no second copy is made; :class:`NumericsError` for NaN or Inf."""
-    unpack = find("qtypes", tensor.scheme.qtype).unpack
+    qtype = find("qtypes", tensor.scheme.qtype)
     rows = max(1, chunk_elements // W.shape[-1])
+    if hasattr(qtype, "rows"):
+        rows, some_rows = -(-rows // ROWS) * ROWS, qtype.rows
+    elif all(part.shape[0] == W.shape[0] or name in WHOLE for name, part in tensor.parts.items()):
+        some_rows = slice_rows
+    else:
+        rows, some_rows = W.shape[0], slice_rows
     error = total = 0.0
     for start in range(0, W.shape[0], rows):
-        now = slice(start, start + rows)
-        V = W[now].float()
-        parts = {name: part if part.ndim == 1 else part[now] for name, part in tensor.parts.items()}  # g_idx [in] serves every row
-        E = V - unpack(QuantizedTensor(tensor.scheme, tuple(V.shape), parts))
+        stop = min(start + rows, W.shape[0])
+        V = W[start:stop].float()
+        E = V - qtype.unpack(some_rows(tensor, start, stop))
         error += float(E.square().sum())
         total += float(V.square().sum())
     if not math.isfinite(error) or not math.isfinite(total):
@@ -51,13 +64,21 @@ def weight_error(W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 
     return error / total if total > 0 else float(error > 0)
 
 
+def slice_rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Rows ``start … stop`` of ``tensor``, whose parts have a row for each of its own, or serve them all."""
+    if (start, stop) == (0, tensor.shape[0]):
+        return tensor
+    parts = {name: part if name in WHOLE else part[start:stop] for name, part in tensor.parts.items()}
+    return QuantizedTensor(tensor.scheme, (stop - start, *tensor.shape[1:]), parts)
+
+
 def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
     """Quantize every tensor of ``layer.schemes``; importance is used where ``stats`` has it."""
-    reports = []
+    reports, shared = [], fused_parts(layer)
     for name, scheme in layer.schemes.items():
         W = layer.tensors[name]
         tap = stats.get(layer.taps.get(name, ""))
         with about(name):
-            layer.quantized[name] = quantize(W, scheme, None if tap is None else tap.importance)
+            layer.quantized[name] = quantize(W, scheme, None if tap is None else tap.importance, fused=shared.get(name))
             reports.append(TensorReport(name, weight_error(W, layer.quantized[name])))
     return Report(tuple(reports))

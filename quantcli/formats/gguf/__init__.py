@@ -24,7 +24,10 @@ from quantcli.registry import names
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 from quantcli.writer import FileLayout, Slot, Writer
 
-__all__ = ["Context", "context", "detect", "mix", "outputs", "parts", "read", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "Context", "context", "detect", "mix", "outputs", "parts", "read", "supports", "writer"]
+
+USUAL_SCHEME = "q8_0"
+"""What ``export`` codes to where the source's own codes do not fit."""
 
 NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quantcli.")
 """Metadata that says how a file was made, and that a file made from it must say for itself."""

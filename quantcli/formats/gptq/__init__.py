@@ -19,6 +19,6 @@ model's zero points, which are known beforehand, tell its version. What does not
 """
 
 from quantcli.formats.gptq.read import detect, read
-from quantcli.formats.gptq.write import context, outputs, parts, supports, writer
+from quantcli.formats.gptq.write import USUAL_SCHEME, context, outputs, parts, supports, writer
 
-__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "supports", "writer"]

@@ -20,7 +20,10 @@ from quantcli.qtypes import int as int_qtype
 from quantcli.shards import MAX_SHARD_BYTES, stored_as
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
-__all__ = ["context", "outputs", "parts", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "supports", "writer"]
+
+USUAL_SCHEME = "int4-g128-sym"
+"""What ``export`` codes to where the source's own codes do not fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,151 @@
+"""What happens to the tensors of one layer: copied, carried over, or taken through the passes; then written and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantcli import plan as planning
+from quantcli import regrid
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import NumericsError, RecipeError, about
+from quantcli.passes import _activations
+from quantcli.plan import Plan, PlannedTensor
+from quantcli.recipe import PassSpec
+from quantcli.registry import find
+from quantcli.tensors import Layer, QuantizedTensor, Stats, TensorReport
+from quantcli.writer import Writer
+
+if TYPE_CHECKING:
+    from quantcli.forward import LoadedLayer
+
+PIECE_ELEMENTS = 1 << 22
+
+
+@dataclass(slots=True)
+class Coding:
+    """A source, a plan and the writer of its output; ``reports`` gather what was done to each tensor. Thread-safe but for ``loaded``."""
+
+    source: Checkpoint
+    plan: Plan
+    writer: Writer
+    device: torch.device
+    reports: list[TensorReport] = field(default_factory=list)
+
+    def code(
+        self, layer: str, tensors: Iterable[PlannedTensor], stats: Mapping[str, Stats], loaded: LoadedLayer | None = None
+    ) -> list[TensorReport]:
+        """Run the passes over what is to be solved, round to nearest what else has a scheme, carry over and copy the rest.
+
+        ``stats``: tap → Stats. ``loaded`` has the solved weights in memory already, and receives each coded one as the engine will see it.
+        """
+        solved: list[PlannedTensor] = []
+        rounded: list[PlannedTensor] = []
+        reports: list[TensorReport] = []
+        for tensor in tensors:
+            if tensor.carried:
+                reports.append(self.carry(tensor))
+            elif tensor.scheme is None or not tensor.outputs:
+                self.copy(tensor)
+            else:
+                (solved if tensor.is_solved else rounded).append(tensor)
+        if solved:
+            reports += self.solve(layer, solved, self.plan.recipe.passes, stats, loaded)
+        if rounded:
+            reports += self.solve(layer, rounded, (planning.RTN,), stats, loaded)
+        self.reports += reports
+        return reports
+
+    def copy(self, tensor: PlannedTensor) -> None:
+        """Write a tensor that no pass touches."""
+        if not tensor.outputs:
+            return
+        data = self.source.read(tensor.name)
+        check_finite(tensor.name, data)
+        self._put(tensor.name, data)
+
+    def carry(self, tensor: PlannedTensor) -> TensorReport:
+        """Write the codes of a quantized source on the grid of the tensor's scheme."""
+        assert tensor.scheme is not None
+        have = self.source.quantized(tensor.name)
+        with about(tensor.name):
+            out, is_exact = regrid.regrid(have, tensor.scheme)
+            error = 0.0 if is_exact else added_error(regrid.decode(have), regrid.decode(out))
+        self._put(tensor.name, out)
+        words = "codes as they are" if is_exact else "codes as they are, scales rounded"
+        return TensorReport(tensor.name, error, (f"{words}: {have.scheme} → {tensor.scheme}",), is_exact)
+
+    def solve(
+        self,
+        layer: str,
+        tensors: Sequence[PlannedTensor],
+        passes: Sequence[PassSpec],
+        stats: Mapping[str, Stats],
+        loaded: LoadedLayer | None = None,
+    ) -> tuple[TensorReport, ...]:
+        """All ``passes`` over one unit of work, then its tensors to the file, and decoded to ``loaded`` for the runs that follow."""
+        unit = Layer(
+            layer,
+            {t.name: loaded.tensors[t.name] if loaded and t.is_solved else self.source.read(t.name).to(self.device) for t in tensors},
+            {t.name: t.scheme for t in tensors if t.scheme},
+            {t.name: t.tap for t in tensors if t.tap},
+        )
+        reports: tuple[TensorReport, ...] = ()
+        for spec in passes:
+            reports = find("passes", spec.name).run(unit, stats, spec.build_options()).tensors
+        for name in list(unit.quantized):
+            tensor = with_input_scale(name, unit.quantized.pop(name), stats.get(unit.taps.get(name, "")))
+            self._put(name, tensor)
+            if loaded is not None:
+                loaded.set(name, regrid.decode(tensor))
+        return reports
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Each coded tensor's scheme, error and notes, for quantcli.json."""
+        reports = {report.name: report for report in self.reports}
+        record: dict[str, dict[str, Any]] = {}
+        for tensor in self.plan.tensors:
+            if tensor.name in reports:
+                report = reports[tensor.name]
+                record[tensor.name] = {"scheme": str(tensor.scheme), "relative_error": report.relative_error, "notes": list(report.notes)}
+            elif not tensor.outputs:
+                record[tensor.name] = {"dropped": "this format has no place for it"}
+        return record
+
+    def _put(self, name: str, tensor: Tensor | QuantizedTensor) -> None:
+        fmt = find("formats", self.plan.recipe.format)
+        for part, data in fmt.parts(name, tensor, self.plan.context).items():
+            self.writer.put(part, data)
+
+
+def with_input_scale(name: str, tensor: QuantizedTensor, stats: Stats | None) -> QuantizedTensor:
+    """``tensor`` with the part ``input_scale``, where its scheme has the engine quantize inputs by a scale found beforehand."""
+    if not tensor.scheme.static_activations:
+        return tensor
+    if stats is None:
+        raise RecipeError(
+            f"{name}: {tensor.scheme} needs the range of its inputs, and there are no statistics of them; exclude it with --skip"
+        )
+    scale = _activations.static_scale(str(tensor.scheme.get("act")), stats.absmax)
+    return QuantizedTensor(tensor.scheme, tensor.shape, {**tensor.parts, "input_scale": scale})
+
+
+def added_error(W: Tensor, W_hat: Tensor) -> float:
+    """‖W−Ŵ‖² / ‖W‖², summed in pieces so that no third copy is made."""
+    error = total = 0.0
+    for w, w_hat in zip(W.reshape(-1).split(PIECE_ELEMENTS), W_hat.reshape(-1).split(PIECE_ELEMENTS), strict=True):
+        error += float((w - w_hat).square().sum())
+        total += float(w.square().sum())
+    return error / total if total > 0 else float(error > 0)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise :class:`NumericsError` when a float tensor has NaN or Inf. A piece at a time: the check makes copies."""
+    if not tensor.is_floating_point():
+        return
+    if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(PIECE_ELEMENTS)):
+        raise NumericsError(f"{name}: the source has NaN or Inf; check the checkpoint, or take another revision of it")

@@ -1,0 +1,24 @@
+"""Parts that matrices of one tap share, because engines run them as one: q, k and v; gate and up."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantcli.registry import find
+from quantcli.tensors import Layer, Scheme
+
+
+def fused_parts(layer: Layer) -> dict[str, dict[str, Tensor]]:
+    """Tensor name → the parts that its number format makes alike for all matrices of its tap and scheme; nothing where there are none.
+
+    A qtype that has such parts gives them by ``fused(Ws, scheme)``; a tensor without a tap stands alone.
+    """
+    groups: dict[tuple[str, Scheme], list[str]] = {}
+    for name, scheme in layer.schemes.items():
+        if hasattr(find("qtypes", scheme.qtype), "fused"):
+            groups.setdefault((layer.taps.get(name, name), scheme), []).append(name)
+    out: dict[str, dict[str, Tensor]] = {}
+    for (_, scheme), members in groups.items():
+        parts = find("qtypes", scheme.qtype).fused([layer.tensors[name] for name in members], scheme)
+        out |= dict.fromkeys(members, parts)
+    return out

@@ -1,0 +1,249 @@
+"""Codes carried from one number format to another whose grid holds them: no rounding anew, or of the scales alone.
+
+An affine integer grid is ``w = scale·k``, k = code − zero point, a scale for each group of inputs. It lies inside another one when the
+range of k does, when the other's groups divide its own, and when the other's dtype holds its scales. So symmetric 4 bits in groups of 128
+are Q4_0 with every scale repeated four times, and GPTQ, AWQ and compressed-tensors are one grid in three packings. Two degrees:
+
+``EXACT``   every weight decodes to the same float32, bit for bit
+``CODES``   every code stays; a scale or minimum is rounded to the target's dtype: far less than rounding the weights again
+
+Formats without a table here pass on to themselves alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import NumericsError, UnsupportedError
+from quantcli.ops.blocks import pack_blocks, unpack_blocks
+from quantcli.registry import find
+from quantcli.tensors import DTYPES, QuantizedTensor, Scheme
+
+EXACT, CODES = "exact", "codes"
+
+SIGNED_BLOCKS = {"q4_0": (-8, 7), "q5_0": (-16, 15), "q8_0": (-128, 127)}
+"""ggml's types ``w = d·k`` in blocks of 32 with a float16 scale, and the range of their k."""
+
+MINIMUM_BLOCKS = {"q4_1": 15, "q5_1": 31}
+"""ggml's types ``w = d·q + m`` in blocks of 32, and their largest code."""
+
+BLOCK = 32
+
+WIDER = {"F16": ("F16", "F32"), "BF16": ("BF16", "F32"), "F32": ("F32",)}
+"""A dtype of scales → those that hold all its numbers."""
+
+COARSE_TO_FINE = ("tensor", "block", "channel")
+FP8_HOLDS = {("tensor", "block"), ("tensor", "channel")}
+"""Pairs of fp8's strategies of which the second can repeat the first one's scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """An affine integer grid as its scheme describes it. ``lo … hi``: the range of k; ``group_size`` −1 is a whole row."""
+
+    lo: int
+    hi: int
+    group_size: int
+    scale_dtype: str
+    desc_act: bool = False
+
+
+def exactness(source: Scheme, target: Scheme, in_features: int) -> str | None:
+    """How well ``target`` holds what ``source`` codes in rows of ``in_features``: :data:`EXACT`, :data:`CODES` or None for not at all."""
+    if target.static_activations and source.get("act") != target.get("act"):
+        return None
+    if grid_of(source) == grid_of(target):
+        return EXACT
+    if source.qtype == target.qtype == "fp8":
+        return fp8_exactness(source, target)
+    if source.qtype == target.qtype == "nf4" or source.qtype == target.qtype == "fp4":
+        same_blocks = source.option("block_size") == target.option("block_size")
+        return EXACT if same_blocks and not target.option("double_quant") else None
+    have = affine_of(source)
+    if have is None:
+        return None
+    if target.qtype == "int":
+        return integer_exactness(source, have, target, in_features)
+    return block_exactness(source, have, target, in_features)
+
+
+def candidates(source: Scheme) -> Iterator[Scheme]:
+    """Schemes that may hold the codes of ``source``, in the order in which a format that supports them should take one."""
+    yield source
+    if source.get("act"):
+        yield from candidates(source.with_options(act=""))
+        return
+    if source.qtype == "int":
+        finer = [source.with_options(group_size=size) for size in (128, 64, 32)]  # for formats that know no group of a whole row
+        for scheme in (source, *finer):
+            if scheme is not source:
+                yield scheme
+            if scheme.option("sym"):
+                yield scheme.with_options(sym=False)
+            if scheme.option("scale_dtype") != "F16":
+                yield scheme.with_options(scale_dtype="F16")
+    elif source.qtype == "fp8":
+        for strategy in COARSE_TO_FINE:
+            yield from (source.with_options(strategy=strategy, scale_dtype=dtype) for dtype in ("F32", "BF16"))
+    elif source.qtype in ("nf4", "fp4"):
+        yield source.with_options(double_quant=False)
+    elif source.qtype == "llm_int8":
+        yield Scheme.parse("int8-channel-sym-sf32")
+    yield from (Scheme.of(name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"))
+
+
+def regrid(tensor: QuantizedTensor, target: Scheme) -> tuple[QuantizedTensor, bool]:
+    """``tensor`` on the grid of ``target``, and whether every weight still decodes to the same float32.
+
+    Raises :class:`UnsupportedError` where :func:`exactness` finds no way, :class:`NumericsError` when a scale does not fit its dtype.
+    """
+    source = tensor.scheme
+    if exactness(source, target, tensor.shape[-1]) is None:
+        raise UnsupportedError(f"the grid of {target} does not hold that of {source}")
+    if grid_of(source) == grid_of(target):
+        kept = {name: part for name, part in tensor.parts.items() if name != "input_scale" or target.static_activations}
+        return QuantizedTensor(target, tensor.shape, kept), True
+    if source.qtype == "fp8":
+        out = spread_fp8(tensor, target)
+    elif source.qtype in ("nf4", "fp4"):
+        absmax = find("qtypes", source.qtype).absmax(tensor)
+        out = QuantizedTensor(target, tensor.shape, {"packed": tensor.parts["packed"], "absmax": absmax})
+    else:
+        k, scale, zero, g_idx = integers_of(tensor)
+        out = as_integers(k, scale, zero, g_idx, target) if target.qtype == "int" else as_blocks(k, scale, zero, target)
+    same = torch.equal(decode(out), decode(tensor))
+    if not same and exactness(source, target, tensor.shape[-1]) == EXACT:
+        raise NumericsError(f"{source} as {target} does not decode to the same weights; the source breaks its own format's rules")
+    return out, same
+
+
+def decode(tensor: QuantizedTensor) -> Tensor:
+    W: Tensor = find("qtypes", tensor.scheme.qtype).unpack(tensor)
+    return W
+
+
+def grid_of(scheme: Scheme) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """What of ``scheme`` says which numbers can be stored: not how they were searched, nor how inputs are quantized."""
+    defaults = find("qtypes", scheme.qtype).OPTIONS
+    options = {**defaults, **dict(scheme.options)}
+    return scheme.qtype, tuple(sorted((key, value) for key, value in options.items() if key not in ("act", "search")))
+
+
+def affine_of(scheme: Scheme) -> Affine | None:
+    """The integer grid of ``scheme``; None when it has none."""
+    if scheme.qtype in SIGNED_BLOCKS:
+        return Affine(*SIGNED_BLOCKS[scheme.qtype], BLOCK, "F16")
+    if scheme.qtype == "llm_int8":
+        return Affine(-128, 127, -1, "F32")
+    if scheme.qtype != "int":
+        return None
+    half = 2 ** (scheme.option("bits") - 1)
+    lo, hi = (-half, half - 1) if scheme.option("sym") else (1 - 2 * half, 2 * half - 1)
+    return Affine(lo, hi, scheme.option("group_size"), scheme.option("scale_dtype"), bool(scheme.option("desc_act")))
+
+
+def integer_exactness(source: Scheme, have: Affine, target: Scheme, in_features: int) -> str | None:
+    """``have``, the grid of ``source``, in the qtype int."""
+    want = affine_of(target)
+    assert want is not None
+    if want.desc_act != have.desc_act or (have.desc_act and want.group_size != have.group_size):
+        return None
+    if not divides(want.group_size, have.group_size, in_features):
+        return None
+    if not target.option("sym") and (source.qtype != "int" or source.option("sym")):
+        half = 2 ** (target.option("bits") - 1)  # the zero point of a symmetric grid
+        want = Affine(-half, half - 1, want.group_size, want.scale_dtype)
+    if have.lo < want.lo or have.hi > want.hi:
+        return None
+    rounded = source.qtype == "llm_int8"  # stores 127 times its scale
+    return EXACT if want.scale_dtype in WIDER[have.scale_dtype] and not rounded else CODES
+
+
+def block_exactness(source: Scheme, have: Affine, target: Scheme, in_features: int) -> str | None:
+    """``have``, the grid of ``source``, in one of ggml's types of 32 weights."""
+    if have.desc_act or in_features % BLOCK or not divides(BLOCK, have.group_size, in_features):
+        return None
+    if target.qtype in MINIMUM_BLOCKS:
+        fits = source.qtype == "int" and not source.option("sym") and 2 ** source.option("bits") - 1 <= MINIMUM_BLOCKS[target.qtype]
+        return CODES if fits else None
+    if target.qtype not in SIGNED_BLOCKS:
+        return None
+    lo, hi = SIGNED_BLOCKS[target.qtype]
+    if have.lo < lo or have.hi > hi:
+        return None
+    return EXACT if have.scale_dtype == "F16" else CODES
+
+
+def fp8_exactness(source: Scheme, target: Scheme) -> str | None:
+    have, want = source.option("strategy"), target.option("strategy")
+    if source.option("dtype") != target.option("dtype") or (have != want and (have, want) not in FP8_HOLDS):
+        return None
+    return EXACT if target.option("scale_dtype") in WIDER[source.option("scale_dtype")] else CODES
+
+
+def divides(group_size: int, whole: int, in_features: int) -> bool:
+    """Whether groups of ``group_size`` inputs cut those of ``whole`` without crossing one."""
+    group_size, whole = (in_features if size == -1 else size for size in (group_size, whole))
+    return whole % group_size == 0 and in_features % group_size == 0
+
+
+def integers_of(tensor: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """k [out, in] int16, scale [out, n_groups] as it is stored, zero points [out, n_groups] int16 or None, g_idx [in] or None."""
+    parts, qtype = tensor.parts, tensor.scheme.qtype
+    if qtype in SIGNED_BLOCKS:
+        codes, params = unpack_blocks(parts["blocks"], qtype, tensor.shape[-1])
+        return codes.to(torch.int16), params["d"], None, None
+    if qtype == "llm_int8":
+        return parts["codes"].to(torch.int16), (parts["scb"] / 127)[:, None], None, None
+    codes, zero, groups = parts["codes"].to(torch.int16), parts["zero"].to(torch.int16), parts.get("g_idx")
+    cut = codes.shape[1] // zero.shape[1]
+    spread = zero.repeat_interleave(cut, 1) if groups is None else zero[:, groups.long()]
+    return codes - spread, parts["scale"], None if tensor.scheme.option("sym") else zero, groups
+
+
+def as_integers(k: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | None, target: Scheme) -> QuantizedTensor:
+    """The qtype int. ``zero`` None: the source is symmetric, and its zero point becomes the middle of the codes."""
+    bits, size = target.option("bits"), target.option("group_size")
+    n_groups = scale.shape[1] if g_idx is not None else k.shape[1] // (k.shape[1] if size == -1 else size)
+    scale = stored(scale, target.option("scale_dtype")).repeat_interleave(n_groups // scale.shape[1], 1)
+    middle = torch.full((k.shape[0], n_groups), 2 ** (bits - 1), dtype=torch.int16)
+    zeros = middle if zero is None or target.option("sym") else zero.repeat_interleave(n_groups // zero.shape[1], 1)
+    spread = zeros[:, g_idx.long()] if g_idx is not None else zeros.repeat_interleave(k.shape[1] // n_groups, 1)
+    parts = {"codes": (k + spread).to(torch.uint8), "scale": scale, "zero": zeros.to(torch.uint8)}
+    return QuantizedTensor(target, tuple(k.shape), parts if g_idx is None else {**parts, "g_idx": g_idx})
+
+
+def as_blocks(k: Tensor, scale: Tensor, zero: Tensor | None, target: Scheme) -> QuantizedTensor:
+    """One of ggml's types of 32 weights; ``zero`` goes into the minimum of those that have one: m = −scale·zero."""
+    n_blocks = k.shape[1] // BLOCK
+    spread = n_blocks // scale.shape[1]
+    params = {"d": stored(scale, "F16").repeat_interleave(spread, 1)}
+    if target.qtype in MINIMUM_BLOCKS:
+        assert zero is not None
+        params["m"] = stored(-(scale.float() * zero), "F16").repeat_interleave(spread, 1)
+        k = k + zero.repeat_interleave(k.shape[1] // zero.shape[1], 1)
+    blocks = pack_blocks(k.to(torch.int8).contiguous(), params, target.qtype)
+    return QuantizedTensor(target, tuple(k.shape), {"blocks": blocks})
+
+
+def spread_fp8(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+    """fp8 with the scales of a coarser strategy repeated, or in another dtype."""
+    shape = find("qtypes", "fp8").layout(tensor.shape, target)["scale"].shape
+    scale = stored(tensor.parts["scale"], target.option("scale_dtype")).expand(shape).contiguous()
+    parts = {"data": tensor.parts["data"], "scale": scale}
+    if target.static_activations:
+        parts["input_scale"] = tensor.parts["input_scale"]
+    return QuantizedTensor(target, tensor.shape, parts)
+
+
+def stored(scale: Tensor, dtype: str) -> Tensor:
+    """``scale`` in ``dtype``; :class:`NumericsError` when one becomes infinite or zero."""
+    out = scale.to(DTYPES[dtype])
+    if not bool(out.isfinite().all()) or bool(((out == 0) & (scale != 0)).any()):
+        raise NumericsError(f"a scale of the source does not fit {dtype}; export to a format with wider scales, or quantize anew")
+    return out.contiguous()
