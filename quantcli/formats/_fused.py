@@ -1,0 +1,63 @@
+"""Linears that engines join into one when they load a model, and which must therefore be quantized alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+
+from quantcli.errors import RecipeError
+from quantcli.formats._folder import is_dense, module_of
+from quantcli.tensors import Scheme
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+"""The last words of modules that vLLM and SGLang run as one matrix when they have the same parent."""
+
+ENGINE_NAMES = {"q_proj+k_proj+v_proj": "qkv_proj", "gate_proj+up_proj": "gate_up_proj"}
+"""What they call it, where every model's code does."""
+
+
+def check_fused(matrices: Iterable[str], schemes: Mapping[str, Scheme]) -> None:
+    """Raise :class:`RecipeError` when linears that engines join have different schemes, or some have codes and others have none.
+
+    ``matrices``: names of all weights on disk; ``schemes``: of those that are not copied. The experts of a layer count as one, too.
+    """
+    members: dict[str, dict[str, str]] = {}
+    for name in matrices:
+        if key := joined(module_of(name)):
+            scheme = schemes.get(name)
+            members.setdefault(key, {}).setdefault("dense" if scheme is None or is_dense(scheme) else str(scheme), name)
+    for by_scheme in members.values():
+        if len(by_scheme) > 1:
+            (one, first), (other, second), *_ = by_scheme.items()
+            raise RecipeError(
+                f"{first} is {one} and {second} is {other}: engines run these linears as one matrix and load it only "
+                "when they are alike; let one rule cover both"
+            )
+
+
+def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """The engine's module, by vLLM's name where it has one, → the weights of which it is made; those of one weight are left out."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        if key := joined(module_of(name)):
+            parent, _, last = key.rpartition(".")
+            groups.setdefault(f"{parent}.{ENGINE_NAMES.get(last, last)}", []).append(name)
+    return {key: members for key, members in groups.items() if len(members) > 1}
+
+
+def mixed(names: Iterable[str], choice: Callable[[str], Hashable]) -> list[tuple[str, str]]:
+    """For each group whose members differ in ``choice``, two that do."""
+    pairs = []
+    for first, *others in fused_groups(names).values():
+        if different := [name for name in others if choice(name) != choice(first)]:
+            pairs.append((first, different[0]))
+    return pairs
+
+
+def joined(module: str) -> str | None:
+    """A name for what ``module`` becomes a part of; None for a linear of its own."""
+    if expert := re.fullmatch(r"(.+\.experts)\.\d+\.[^.]+", module):
+        return expert[1]
+    parent, _, last = module.rpartition(".")
+    kin = next((family for family in FUSED if last in family), None)
+    return f"{parent}.{'+'.join(kin)}" if kin else None
