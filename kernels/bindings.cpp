@@ -106,4 +106,5 @@ NB_MODULE(_kernels, m) {
     m.def("set_threads", &set_threads, nb::arg("n"));
     register_blocks(m);
     register_solve(m);
+    register_float4(m);
 }

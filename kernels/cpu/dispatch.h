@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../api.h"
+#include "../float4.h"
 #include "../solve.h"
 
 namespace quantcli {
@@ -16,6 +17,7 @@ struct InstructionSet {
     bool hidden;     // only for tests: never chosen unless named
     const BlockOps* blocks;
     const SolveOps* solve;
+    const Float4Ops* float4;
 };
 
 const std::vector<InstructionSet>& instruction_sets();

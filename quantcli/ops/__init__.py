@@ -7,18 +7,22 @@ from quantcli.ops.affine import fit_affine
 from quantcli.ops.bits import pack_bits, unpack_bits
 from quantcli.ops.blocks import dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks, unpack_blocks
 from quantcli.ops.dispatch import active, available, set_threads, use
+from quantcli.ops.float4 import dequantize_float4, float4_errors, quantize_float4
 from quantcli.ops.solve import gptq_chunk
 
 __all__ = [
     "active",
     "available",
     "dequantize_blocks",
+    "dequantize_float4",
     "fit_affine",
     "fit_blocks",
+    "float4_errors",
     "gptq_chunk",
     "pack_bits",
     "pack_blocks",
     "quantize_blocks",
+    "quantize_float4",
     "set_threads",
     "unpack_bits",
     "unpack_blocks",
