@@ -54,7 +54,7 @@ QC_FN F inverse_of(F peak) { return splat(1.0f) / max(peak, splat(1e-38f)); }
 constexpr int kCodesPerWord = 8;
 
 /// Where code k of a word begins.
-constexpr int nibble_shift(int k) { return 4 * (k ^ 1); }
+QC_FN int nibble_shift(int k) { return 4 * (k ^ 1); }
 
 /// The words of x [8·n_words].
 template <bool kSorted>

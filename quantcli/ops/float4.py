@@ -1,4 +1,4 @@
-"""Blocks of 4-bit codes, sixteen levels times the block's largest magnitude: NF4 and FP4, byte for byte as bitsandbytes has them on the CPU.
+"""Blocks of 4-bit codes, sixteen levels times the block's largest magnitude: NF4 and FP4, bytes as bitsandbytes has them on the CPU.
 
 A tensor of n weights is one row of blocks, the last of which may be short. For a block with scale s = max |w| and each of its weights::
 
