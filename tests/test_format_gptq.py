@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import packed_folders
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conftest import TinyLlama
+from packed_folders import damage, files_of, linears, loop_pack, loop_unpack, random_codes, words_of
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
 from quantcli.formats import gptq
+from quantcli.formats._folder import module_of
+from quantcli.formats.gptq import rules
 from quantcli.tensors import DTYPE_NAMES, QuantizedTensor, Scheme, TensorSpec
 
-TinyLlama = Callable[..., Path]
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def loop_pack(codes: list[int], bits: int) -> list[int]:
-    """Codes one bit at a time into a long integer, then cut into signed 32-bit words."""
-    run = sum(code << (bits * i) for i, code in enumerate(codes))
-    words = [(run >> (32 * w)) & 0xFFFFFFFF for w in range(len(codes) * bits // 32)]
-    return [w - 2**32 if w >= 2**31 else w for w in words]
-
-
-def loop_unpack(words: list[int], bits: int) -> list[int]:
-    run = sum((word & 0xFFFFFFFF) << (32 * w) for w, word in enumerate(words))
-    return [(run >> (bits * i)) & (2**bits - 1) for i in range(32 * len(words) // bits)]
+write = partial(packed_folders.write, gptq)
+quantized_folder = partial(packed_folders.quantized_folder, gptq)
 
 
 def loop_decode(file: Mapping[str, torch.Tensor], module: str, bits: int, plus: int) -> torch.Tensor:
@@ -43,66 +41,6 @@ def loop_decode(file: Mapping[str, torch.Tensor], module: str, bits: int, plus: 
         for i in range(q.shape[1]):
             W[o, i] = float(scales[g_idx[i], o]) * (int(q[o, i]) - int(z[g_idx[i], o]))
     return torch.from_numpy(W.astype(np.float32))
-
-
-def random_codes(scheme: Scheme, out: int, n_in: int, seed: int = 0) -> QuantizedTensor:
-    """A random tensor of ``scheme`` that uses every code, and every zero point when asymmetric."""
-    g = torch.Generator().manual_seed(seed)
-    bits, size = scheme.get("bits"), scheme.get("group_size")
-    n_groups = 1 if size == -1 else n_in // size
-    parts = {
-        "codes": torch.randint(0, 2**bits, (out, n_in), generator=g, dtype=torch.uint8),
-        "scale": (torch.rand(out, n_groups, generator=g) + 0.01).half(),
-        "zero": torch.randint(0, 2**bits, (out, n_groups), generator=g, dtype=torch.uint8),
-    }
-    if scheme.get("sym"):
-        parts["zero"] = torch.full((out, n_groups), 2 ** (bits - 1), dtype=torch.uint8)
-    if scheme.get("desc_act"):
-        parts["g_idx"] = (torch.randperm(n_in, generator=g) // (n_in // n_groups)).int()
-    return QuantizedTensor(scheme, (out, n_in), parts)
-
-
-def write(source: Checkpoint, target: Path, tensors: Mapping[str, QuantizedTensor], metadata: Mapping = {}, **options: int) -> None:
-    schemes = {name: tensor.scheme for name, tensor in tensors.items()}
-    context = gptq.context(source, schemes, dict(metadata), **options)
-    outputs = [out for spec in source.specs.values() for out in gptq.outputs(spec, schemes.get(spec.name), context)]
-    with gptq.writer(target, outputs, context, overwrite=False) as writer:
-        for name in source.specs:
-            for part, tensor in gptq.parts(name, tensors.get(name, source.read(name) if name not in tensors else None), context).items():
-                writer.put(part, tensor)
-        writer.commit()
-
-
-def linears(source: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {name: spec.shape for name, spec in source.specs.items() if "_proj.weight" in name}
-
-
-def quantized_folder(tiny_llama: TinyLlama, target: Path, scheme: Scheme, **options: object) -> tuple[Path, dict[str, QuantizedTensor]]:
-    """A small model whose linears are random codes of ``scheme``, written to ``target``; (source folder, codes)."""
-    folder = tiny_llama(**{"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 300, **options})
-    with Checkpoint.open(str(folder)) as source:
-        tensors = {name: random_codes(scheme, *shape, seed=i) for i, (name, shape) in enumerate(linears(source).items())}
-        write(source, target, tensors)
-    return folder, tensors
-
-
-def files_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def words_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def damage(folder: Path, words: Mapping | None = None, **tensors: torch.Tensor | None) -> None:
-    """Change ``quantization_config`` and tensors of a written folder by a foreign hand; None removes."""
-    file = load_file(folder / "model.safetensors") | {name: t for name, t in tensors.items() if t is not None}
-    save_file({name: t for name, t in file.items() if tensors.get(name, t) is not None}, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    merged = {**config["quantization_config"], **(words or {})}
-    config["quantization_config"] = {key: value for key, value in merged.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "quantize_config.json").unlink(missing_ok=True)
 
 
 ALL_SCHEMES = [
@@ -159,10 +97,12 @@ def test_one_asymmetric_tensor_makes_the_whole_file_v2(tiny_llama: TinyLlama, tm
         write(source, tmp_path / "out", tensors)
     words = words_of(tmp_path / "out")
     assert (words["checkpoint_format"], words["sym"]) == ("gptq_v2", True)
-    assert words["dynamic"] == {r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": False}}
+    assert words["dynamic"] == {r"+:^model\.layers\.\d+\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": False}}
     with Checkpoint.open(str(tmp_path / "out")) as back:
         for name, tensor in tensors.items():
             assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
+            assert back.quantized(name).scheme == back.schemes[name] == tensor.scheme
+        assert back.notes == ()
 
 
 def test_the_metadata_hold_what_readers_ask_for(tiny_llama: TinyLlama, tmp_path: Path) -> None:
@@ -208,8 +148,84 @@ def test_what_stays_dense_is_told_to_every_reader(tiny_llama: TinyLlama, tmp_pat
         write(source, tmp_path / "out", tensors)
         words = words_of(tmp_path / "out")
         assert words["modules_in_block_to_quantize"] == [listed]
-        dense = {name.removesuffix(".weight") for name in linears(source).keys() - tensors.keys()}
-        assert {pattern.removeprefix("-:").strip("^$").replace("\\", "") for pattern in words["dynamic"]} == dense
+        for name in linears(source):
+            assert rule_of(words["dynamic"], module_of(name)) == ("stays dense" if name not in tensors else None)
+
+
+def rule_of(dynamic: Mapping[str, Mapping], module: str) -> Mapping | str | None:
+    """What GPTQModel and vLLM make of ``dynamic``: the first pattern that matches from the start of a name."""
+    for key, value in dynamic.items():
+        if re.match(key.removeprefix("-:").removeprefix("+:"), module):
+            return "stays dense" if key.startswith("-:") else value
+    return None
+
+
+RULES = {
+    "down_proj in 8 bits": (r"down_proj", "int8-g32-sym", r"model\.layers\.\d+\.mlp\.down_proj", ()),
+    "q, k and v in 8 bits": (
+        r"[qkv]_proj",
+        "int8-g32-sym",
+        None,
+        ("model.layers.0.self_attn.qkv_proj", "model.layers.1.self_attn.qkv_proj"),
+    ),
+    "one layer in 3 bits": (r"layers\.1\.", "int3-g32-sym", None, ("model.layers.1.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj")),
+    "one linear in other groups": (r"layers\.1\.mlp\.down", "int4-channel-sym", None, ()),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules_reach_the_modules_on_disk_and_the_ones_that_engines_join(tiny_llama: TinyLlama, tmp_path: Path, case: str) -> None:
+    pattern, scheme, shared, joined = RULES[case]
+    main, other = Scheme.parse("int4-g32-sym"), Scheme.parse(scheme)
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
+        schemes = {name: other if re.search(pattern, name) else main for name in linears(source)}
+        context = write(source, tmp_path / "out", {name: random_codes(schemes[name], *shape) for name, shape in linears(source).items()})
+    dynamic = words_of(tmp_path / "out")["dynamic"]
+    expected = {"bits": other.get("bits"), "group_size": other.get("group_size"), "sym": True}
+    for name, chosen in schemes.items():
+        assert rule_of(dynamic, module_of(name)) == (expected if chosen == other else None)
+    for module in joined:
+        assert rule_of(dynamic, module) == expected
+    if shared is not None:
+        assert list(dynamic) == [f"+:^{shared}$"]
+    assert "transformers" in context.notes[0]
+    assert len(context.notes) == 1
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert list(map(str, back.schemes.values())) == [str(schemes[name]) for name in back.schemes]
+        assert back.notes == ()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_linears_that_engines_join_and_that_differ_are_told(tiny_llama: TinyLlama, keep: bool) -> None:
+    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
+        schemes = dict.fromkeys(linears(source), Scheme.parse("int4-g32-sym"))
+        if keep:
+            del schemes["model.layers.1.self_attn.v_proj.weight"]
+        else:
+            schemes["model.layers.1.self_attn.v_proj.weight"] = Scheme.parse("int4-g32-asym")
+        notes = gptq.context(source, schemes, {}).notes
+    assert len(notes) == 1
+    assert "model.layers.1.self_attn.v_proj.weight" in notes[0]
+    assert "vLLM and SGLang join them" in notes[0]
+
+
+def test_ten_thousand_exact_rules_are_read_in_a_moment() -> None:
+    """An expert each; a regular expression for every pair of module and rule would take minutes."""
+    modules = [f"model.layers.{i}.mlp.experts.{j}.down_proj" for i in range(50) for j in range(200)]
+    of = rules.reader({f"+:^{re.escape(module)}$": {"bits": i} for i, module in enumerate(modules)})
+    started = time.process_time()
+    assert [of(module) for module in modules] == [{"bits": i} for i in range(len(modules))]
+    assert time.process_time() - started < 5
+
+
+def test_the_first_rule_that_matches_wins_and_what_is_no_rule_is_passed_over() -> None:
+    of = rules.reader(
+        {"-:a": {}, r"+:^b\.c$": {"bits": 2}, "b": {"bits": 3}, r"+:^d\.e$": {"bits": 5}, "+:(": {}, "f": 7, "d": {"bits": 4}}
+    )
+    assert [of(module) for module in ("ab", "b.c", "b.d", "d.e", "d", "e", "f")] == [
+        None, {"bits": 2}, {"bits": 3}, {"bits": 5}, {"bits": 4}, {}, {},
+    ]  # fmt: skip
+    assert rules.reader(None)("a") == rules.reader(["a"])("a") == rules.reader({"a" * 2000: {}})("a" * 2000) == {}
 
 
 @pytest.mark.parametrize(("name", "tied"), [("model.embed_tokens.weight", False), ("lm_head.weight", True)])
@@ -324,6 +340,38 @@ def test_sym_that_is_not_true_is_noted_and_the_tensors_obeyed(tiny_llama: TinyLl
         assert "zero points" in back.notes[0]
         assert torch.equal(back.quantized(f"{Q}.weight").parts["zero"], tensors[f"{Q}.weight"].parts["zero"])
         assert back.schemes[f"{Q}.weight"].get("sym") is False
+
+
+CONTRADICTIONS = {
+    "bits": ({"bits": 8}, "the bits declared are not those of model.layers.0"),
+    "groups": ({"group_size": 64}, "the group_size declared is not that of model.layers.0"),
+    "a rule's bits": ({"dynamic": {r"+:.*\.q_proj": {"bits": 8}}}, f"the bits declared are not those of {Q} \\(4 bits, groups of 32\\);"),
+    "a rule that leaves out": ({"dynamic": {r"-:.*\.[qk]_proj": {}}}, r"dynamic leaves out .*\.k_proj \(.* and 1 more, which is quantized"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_words_that_contradict_the_tensors_are_noted(tiny_llama: TinyLlama, tmp_path: Path, case: str) -> None:
+    words, note = CONTRADICTIONS[case]
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
+    damage(tmp_path / "out", words)
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert len(back.notes) == 1
+        assert re.search(note, back.notes[0])
+        assert torch.equal(back.quantized(f"{Q}.weight").parts["codes"], tensors[f"{Q}.weight"].parts["codes"])
+
+
+def test_a_first_group_that_only_looks_symmetric_does_not_mislead(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """An asymmetric tensor of a v1 file said to be symmetric, whose first group has the zero point of a symmetric one in v2."""
+    _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=False))
+    zero = tensors[f"{Q}.weight"].parts["zero"]
+    zero.clamp_(min=1)
+    zero[:, 0] = 9
+    damage(tmp_path / "out", {"checkpoint_format": "gptq", "sym": True}, **{f"{Q}.qzeros": v1_words_of(tensors[f"{Q}.weight"], minus=1)})
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        got = back.quantized(f"{Q}.weight")
+        assert torch.equal(got.parts["zero"], zero)
+        assert got.scheme.get("sym") is False
 
 
 def test_a_g_idx_out_of_order_is_obeyed_whatever_desc_act_says(tiny_llama: TinyLlama, tmp_path: Path) -> None:

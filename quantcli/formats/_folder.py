@@ -96,11 +96,15 @@ def logical_specs(path: Path, specs: Mapping[str, TensorSpec], coded: Mapping[st
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What writing needs to know: the dtypes of what stays dense, the files beside the weights, and the size of a shard."""
+    """What writing needs to know: the dtypes of what stays dense, the files beside the weights, and the size of a shard.
+
+    ``notes``: what a user of the folder might not expect, for the plan to say.
+    """
 
     dtypes: Mapping[str, str]
     sidecars: Mapping[str, bytes | Path]
     max_shard_bytes: int = MAX_SHARD_BYTES
+    notes: tuple[str, ...] = ()
 
 
 def model_dtype(config: Mapping[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,43 @@ from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import UnsupportedError
 from quantcli.formats._folder import dense_linears, module_of, split_block
+from quantcli.formats._fused import mixed
+from quantcli.formats.gptq import rules
 from quantcli.json_files import read_json, shown
 from quantcli.tensors import Scheme
 
 V1, V2 = "gptq", "gptq_v2"
 LEGACY_CONFIG = "quantize_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a folder's words declare of one module; any value may be of any type. ``skipped``: that it is not quantized at all."""
+
+    bits: Any
+    group_size: Any
+    sym: bool
+    desc_act: bool
+    skipped: bool = False
+
+
+def settings_reader(words: Mapping[str, Any]) -> Callable[[str], Settings]:
+    """The declared settings of a module: the folder's, as changed by its ``dynamic`` rules."""
+    rule = rules.reader(words.get("dynamic"))
+
+    def of(module: str) -> Settings:
+        own = rule(module)
+        merged = {**words, **(own or {})}
+        group_size = merged.get("group_size", 128)
+        return Settings(
+            bits=merged.get("bits"),
+            group_size=group_size,
+            sym=bool(merged.get("sym", True)),
+            desc_act=bool(merged.get("desc_act", False)) and group_size != -1,
+            skipped=own is None,
+        )
+
+    return of
 
 
 def is_gptq(words: Any, *, unnamed: bool) -> bool:
@@ -58,24 +90,32 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version:
     for key in ("damp_percent", "true_sequential"):
         if key in metadata:
             words[key] = metadata[key]
-    dynamic = {f"+:{exactly(name)}": dict(own) for name, own in settings.items() if own != common}
     if left := dense_linears(source, coded):
         # vLLM and optimum take the list of what is quantized, GPTQModel the patterns of what is not.
         words["modules_in_block_to_quantize"] = [module_suffixes(coded, left)]
-        dynamic |= {f"-:{exactly(name)}": {} for name in left}
-    if dynamic:
+    if dynamic := rules.written({**dict.fromkeys(left), **settings}, common):
         words["dynamic"] = dynamic
     return words
+
+
+def surprises(source: Checkpoint, coded: Mapping[str, Scheme]) -> tuple[str, ...]:
+    """What engines make of linears that differ."""
+    notes = []
+    if len({(scheme.option("bits"), scheme.option("group_size")) for scheme in coded.values()}) > 1:
+        notes.append(
+            "linears differ in bits or group size: vLLM, SGLang and GPTQModel read the rules for that (`dynamic`), and transformers, "
+            "which does not, refuses the folder"
+        )
+    choices = {**dict.fromkeys(dense_linears(source, coded)), **{name: module_settings(scheme) for name, scheme in coded.items()}}
+    if pairs := mixed(choices, choices.__getitem__):
+        more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
+        notes.append(f"{pairs[0][0]} and {pairs[0][1]}{more} are quantized differently: vLLM and SGLang join them, and refuse the folder")
+    return tuple(notes)
 
 
 def module_settings(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
     """What ``dynamic`` may set for one module."""
     return tuple((key, scheme.get(key, default)) for key, default in (("bits", 4), ("group_size", 128), ("sym", True)))
-
-
-def exactly(name: str) -> str:
-    """The pattern of one module."""
-    return f"^{re.escape(module_of(name))}$"
 
 
 def module_suffixes(coded: Mapping[str, Scheme], left: Sequence[str]) -> list[str]:

@@ -13,8 +13,8 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import _folder
 from quantcli.formats._folder import as_json, coded_only, dense_dtypes, is_dense, module_of, sidecar_files, split_block, writer
-from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, quantization_words
-from quantcli.formats.gptq.read import BITS, natural_groups
+from quantcli.formats._packed_int import BITS, natural_groups
+from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, quantization_words, surprises
 from quantcli.ops.bits import codes_per_run, pack_bits
 from quantcli.qtypes import int as int_qtype
 from quantcli.shards import MAX_SHARD_BYTES, stored_as
@@ -51,7 +51,13 @@ def context(
     version = V1 if all(scheme.get("sym", True) for scheme in coded.values()) else V2
     words = quantization_words(source, coded, version, metadata)
     sidecars = sidecar_files(source, words, **{LEGACY_CONFIG: as_json(words)})
-    return Context(version=version, dtypes=dense_dtypes(source), sidecars=sidecars, max_shard_bytes=max_shard_bytes)
+    return Context(
+        version=version,
+        dtypes=dense_dtypes(source),
+        sidecars=sidecars,
+        max_shard_bytes=max_shard_bytes,
+        notes=surprises(source, coded),
+    )
 
 
 def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:

@@ -1,0 +1,253 @@
+"""A Hugging Face folder in AWQ's GEMM layout, which vLLM, SGLang, transformers and GPTQModel read: integers of 4 bits with zero points.
+
+A linear ``<module>.weight`` [out, in] becomes, with eight interleaved nibbles in each word (:mod:`quantcli.formats._packed_int`)::
+
+    <module>.qweight  I32 [in, out/8]         codes, packed along the outputs
+    <module>.qzeros   I32 [n_groups, out/8]   zero points 0 … 15 as they are: nothing is subtracted
+    <module>.scales   F16 [n_groups, out]
+
+and is decoded as ``scales[i // group_size, o] · (code[i, o] − zero[i // group_size, o])``. Everything else stays dense. The layout is
+free to hold anybody's codes, so rtn and gptq write it as well as awq does.
+
+Written: one group size for the whole model, since its config has one; groups of 32, 64 or 128, or whole rows, which is what vLLM's
+kernels take; ``zero_point: true`` even when every tensor is symmetric (their zero points are stored: 8), because vLLM has its fast
+kernel only for that. Linears that engines join (q/k/v, gate/up, the experts of a layer) must all be quantized or all be dense.
+
+Read: AutoAWQ's and GPTQModel's folders, bits and groups from the tensors' shapes, also where only AutoAWQ's old ``quant_config.json``
+speaks of AWQ. Its scaled activations (``<mlp>.act.scales``, in MLPs without a gate) divide what the next linear reads: that linear's
+weight is decoded and divided by them, and read as a dense one, so the model needs no such module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantcli import __version__
+from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.errors import RecipeError, UnsupportedError, about
+from quantcli.formats import _folder
+from quantcli.formats._folder import (
+    Coded,
+    Context,
+    FolderCheckpoint,
+    coded_only,
+    dense_dtypes,
+    dense_linears,
+    is_dense,
+    module_of,
+    sidecar_files,
+    split_block,
+    writer,
+)
+from quantcli.formats._fused import mixed
+from quantcli.formats._packed_int import Packed, find_modules, is_symmetric, looks_symmetric, measure, pack_interleaved, unpacked
+from quantcli.json_files import read_json, shown
+from quantcli.qtypes import int as int_qtype
+from quantcli.shards import MAX_SHARD_BYTES, Shards, open_folder, stored_as
+from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+
+__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
+
+LEGACY_CONFIGS = ("quant_config.json", "quantize_config.json")
+GROUP_SIZES = (32, 64, 128, -1)
+ACT_SCALES = ".scales"
+
+
+class AwqCheckpoint(FolderCheckpoint):
+    """A folder in AWQ's GEMM layout."""
+
+    def __init__(self, path: Path, config: dict[str, Any], words: dict[str, Any], shards: Shards) -> None:
+        check_version(path, words)
+        specs, group_size = shards.specs, words.get("group_size", words.get("q_group_size", 128))
+        self._packed = find_modules(path, specs, "awq", lambda m: measure(path, specs, m, group_size, interleaved=True))
+        if odd := [p for p in self._packed.values() if p.bits != 4]:
+            raise UnsupportedError(
+                f"{path}: {odd[0].module} has {odd[0].bits} bits; AWQ's layout is settled for 4 alone: use a gptq folder of the model"
+            )
+        self._scaled = scaled_activations(path, specs, self._packed)
+        coded = {name: p.coded(sym=looks_symmetric(shards, p)) for name, p in self._packed.items()}
+        notes = contradictions(words, self._packed, specs)
+        for name, scales in self._scaled.items():
+            c, n_bytes = coded[name], specs[scales].nbytes
+            dense = TensorSpec(name, "F32", c.spec.shape, c.spec.nbytes + n_bytes)
+            coded[name] = Coded(dense, c.scheme, (*c.files, scales))
+            notes.append(f"{scales} divides what {name} reads; that weight is divided by it and read as dense")
+        super().__init__(path, kind="awq", config=config, shards=shards, coded=coded, quantization=words, notes=notes)
+        self.schemes = {name: scheme for name, scheme in self.schemes.items() if name not in self._scaled}
+
+    def load(self, name: str) -> Tensor:
+        if name not in self._scaled:
+            return super().load(name)
+        return int_qtype.unpack(self.load_quantized(name)) / self.shards.read(self._scaled[name]).float()
+
+    def load_quantized(self, name: str) -> QuantizedTensor:
+        p = self._packed[name]
+        parts = unpacked(self.shards, p)
+        return QuantizedTensor(p.scheme(sym=is_symmetric(parts["zero"], p.bits)), p.spec.shape, parts)
+
+
+def detect(path: Path, config: dict[str, Any] | None) -> bool:
+    """A folder whose config.json says awq, or an old one that says it in AutoAWQ's own file alone."""
+    if config is None:
+        return False
+    words = config.get("quantization_config")
+    if not words:
+        return legacy_words(path) is not None
+    return isinstance(words, dict) and str(words.get("quant_method")).lower() == "awq"
+
+
+def read(path: Path) -> AwqCheckpoint:
+    """The AWQ folder at ``path``: headers, and the first zero points of each module."""
+    config = read_config(path)
+    return AwqCheckpoint(path, config, config.get("quantization_config") or legacy_words(path) or {}, open_folder(path))
+
+
+def legacy_words(path: Path) -> dict[str, Any] | None:
+    """AutoAWQ's own words, which newer folders have in config.json."""
+    for file in (path / name for name in LEGACY_CONFIGS):
+        words = read_json(file, unique=False) if file.is_file() else None
+        if isinstance(words, dict) and "w_bit" in words:
+            return words
+    return None
+
+
+def check_version(path: Path, words: Mapping[str, Any]) -> None:
+    """Raise :class:`UnsupportedError` for AWQ in another layout than GEMM's."""
+    version = words.get("version") or words.get("format") or words.get("checkpoint_format") or "gemm"
+    if str(version).lower() != "gemm":
+        raise UnsupportedError(
+            f"{path}: AWQ version {shown(version)} is packed for one kernel; quantcli reads gemm: take the model's gemm folder, or pack it "
+            "again by the tool that made it"
+        )
+
+
+def contradictions(words: Mapping[str, Any], packed: Mapping[str, Packed], specs: Mapping[str, TensorSpec]) -> list[str]:
+    """What the words say and the tensors do not."""
+    notes = []
+    if (bits := words.get("bits", words.get("w_bit", 4))) != 4:
+        notes.append(f"bits is {shown(bits)}, and the tensors are packed in 4; so they are read")
+    declared = words.get("group_size", words.get("q_group_size", 128))
+    if other := [p for p in packed.values() if p.n_groups > 1 and p.group_size != declared]:
+        p, more = other[0], f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+        notes.append(f"group_size is {shown(declared)}, and {p.module}{more} has {p.n_groups} groups of {p.group_size}; they are obeyed")
+    return notes + ignored_in_vain(words.get("modules_to_not_convert"), packed, specs)
+
+
+def ignored_in_vain(ignored: object, packed: Mapping[str, Packed], specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Notes on a list of dense modules that names a quantized one, or nothing at all. Readers look for its entries inside of names."""
+    notes = []
+    for entry in ignored if isinstance(ignored, list) else []:
+        if not isinstance(entry, str) or not entry:
+            continue
+        if coded := [name for name in packed if entry in name]:
+            notes.append(f"modules_to_not_convert has {shown(entry)}, and {coded[0]} is quantized; it is read as it is")
+        elif not any(entry in name for name in specs) and entry != "lm_head":  # absent where it is tied
+            notes.append(f"modules_to_not_convert has {shown(entry)}, which is in no tensor's name")
+    return notes
+
+
+def scaled_activations(path: Path, specs: Mapping[str, TensorSpec], packed: Mapping[str, Packed]) -> dict[str, str]:
+    """Weight of a linear → the tensor of scales that its input is divided by; :class:`UnsupportedError` when it cannot be told which.
+
+    AutoAWQ hangs them on the activation, ``<mlp>.act.scales`` [n]; the one linear beside it that reads n inputs is meant.
+    """
+    found = {}
+    for name, spec in specs.items():
+        module = name.removesuffix(ACT_SCALES)
+        if module == name or f"{module}.qweight" in specs:
+            continue
+        parent = module.rpartition(".")[0]
+        readers = [w for w, p in packed.items() if p.module.rpartition(".")[0] == parent and (p.in_features,) == spec.shape]
+        if len(readers) != 1 or spec.dtype not in ("F16", "BF16", "F32"):
+            raise UnsupportedError(
+                f"{path}: {name} {spec.dtype} {list(spec.shape)} scales an activation, and {len(readers)} linears beside it could read "
+                "that; start from the model before it was quantized"
+            )
+        found[readers[0]] = name
+    return found
+
+
+def supports(scheme: Scheme) -> bool:
+    """Integers of 4 bits in groups of 32, 64, 128 or a row, in order, with float16 scales and activations left alone."""
+    if is_dense(scheme):
+        return True
+    options = {**int_qtype.OPTIONS, **dict(scheme.options)}
+    plain = not options["desc_act"] and options["scale_dtype"] == "F16" and not options["act"]
+    return scheme.qtype == "int" and plain and options["bits"] == 4 and options["group_size"] in GROUP_SIZES
+
+
+def context(
+    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Context:
+    """How ``source`` is written with ``schemes``. ``metadata`` (JSON: how the model was made) goes into ``meta.quantcli``.
+
+    Raises :class:`RecipeError` for what AWQ's config cannot say or its engines cannot load.
+    """
+    coded = coded_only(source, schemes, "AWQ")
+    for name in coded:
+        if not split_block(name)[0]:
+            raise RecipeError(
+                f"{name}: AWQ's readers expect the embedding and lm_head dense; keep this one, or use --format gptq for lm_head"
+            )
+    sizes = {scheme.option("group_size"): name for name, scheme in coded.items()}
+    if len(sizes) > 1:
+        (one, first), (two, second), *_ = sizes.items()
+        raise RecipeError(f"{first} has groups of {one}, {second} of {two}: AWQ has one group size for the whole model")
+    left = dense_linears(source, coded)
+    for first, second in mixed([*coded, *left], lambda name: name in coded):
+        quantized, dense = (first, second) if first in coded else (second, first)
+        raise RecipeError(f"{dense} stays dense, and engines join it with {quantized}, which does not: quantize both or neither")
+    words = quantization_words(next(iter(sizes)), [module_of(name) for name in left], coded, metadata)
+    return Context(dense_dtypes(source), sidecar_files(source, words), max_shard_bytes)
+
+
+def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str, Scheme], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """``quantization_config``; ``left``: the modules of the layers that stay dense, which engines look for inside of names."""
+    if hidden := [(short, name) for short in left for name in coded if short in name]:
+        raise RecipeError(f"{hidden[0][0]} stays dense, and AWQ's readers would leave out {hidden[0][1]} with it; quantize or keep both")
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(left) or None,
+        "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": dict(metadata)},
+    }
+
+
+def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
+    """The file tensors of ``spec``; :class:`RecipeError` when a reader would refuse its shape."""
+    if scheme is None or is_dense(scheme):
+        return _folder.dense_outputs(spec, scheme, context)
+    if not supports(scheme):
+        raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as AWQ, which holds 4 bits in groups of 32, 64, 128 or a row")
+    if not spec.name.endswith(".weight"):
+        raise RecipeError(f"{spec.name}: AWQ stores linears, whose tensor is named <module>.weight; exclude this one")
+    with about(spec.name):
+        n_groups = int_qtype.layout(spec.shape, scheme)["scale"].shape[1]
+    (out, n_in), module = spec.shape, module_of(spec.name)
+    if out % 8:
+        raise RecipeError(f"{spec.name}: out_features {out} is not a multiple of 8, which AWQ needs to fill 32-bit words; exclude it")
+    return [
+        TensorSpec.dense(f"{module}.qweight", "I32", (n_in, out // 8)),
+        TensorSpec.dense(f"{module}.qzeros", "I32", (n_groups, out // 8)),
+        TensorSpec.dense(f"{module}.scales", "F16", (n_groups, out)),
+    ]
+
+
+def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
+    """``tensor`` as its file tensors."""
+    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
+        return _folder.dense_parts(name, tensor, context)
+    codes, scale, zero = (tensor.parts[part] for part in ("codes", "scale", "zero"))
+    module = module_of(name)
+    return {
+        f"{module}.qweight": pack_interleaved(codes.T.contiguous()),
+        f"{module}.qzeros": pack_interleaved(zero.T.contiguous()),
+        f"{module}.scales": stored_as(f"{module}.scales", scale, "F16").T.contiguous(),
+    }
