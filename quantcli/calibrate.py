@@ -1,4 +1,4 @@
-"""Token windows → Stats for each tap, measured layer by layer and streamed to a stats file.
+"""Token windows → Stats for each tap, measured layer by layer and streamed to a file of statistics.
 
 Memory: one layer, the H of its taps, and the hidden states of all windows in float32 (n_tokens · hidden · 4 bytes).
 """
@@ -15,27 +15,12 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import CheckpointError, NumericsError
+from quantcli.errors import NumericsError
 from quantcli.forward import Forward, LoadedLayer
-from quantcli.json_files import parse_json
-from quantcli.locations import Location, read_tensor
-from quantcli.shards import file_layout, read_header, read_header_text
-from quantcli.tensors import Stats, TensorSpec
-from quantcli.texts import default_text, sha256, windows, windows_of
+from quantcli.shards import file_layout
+from quantcli.stats_file import DIAGONAL_PARTS, put_stats, stats_metadata, stats_specs
+from quantcli.tensors import Stats
 from quantcli.writer import Writer
-
-__all__ = [
-    "Activations",
-    "LayerMeasured",
-    "StatsFile",
-    "StatsMeter",
-    "calibrate",
-    "default_text",
-    "load_stats",
-    "sha256",
-    "windows",
-    "windows_of",
-]
 
 BATCH_TOKENS = 2048
 """Tokens that a layer runs at once (at least one window): enough to keep a GEMM busy, few enough for the activations to stay small."""
@@ -43,7 +28,6 @@ BATCH_TOKENS = 2048
 BLOCK = 256
 """Rows of H that one GEMM adds to: only the blocks on and above the diagonal are computed, H being symmetric."""
 
-DIAGONAL_PARTS = ("importance", "absmax", "mean")
 DIAGONALS = frozenset(DIAGONAL_PARTS)
 EVERYTHING = DIAGONALS | {"H"}
 
@@ -180,19 +164,20 @@ def calibrate(
     """
     needs = EVERYTHING if hessian else DIAGONALS
     forward = Forward(checkpoint, device=device)
+    specs = stats_specs(tap_widths(forward, head=head), hessian=hessian)
     with Writer(target, overwrite=overwrite, folder=False) as writer:
-        writer.declare([file_layout(target.name, stats_specs(forward, hessian=hessian, head=head), _metadata(checkpoint, ids))])
+        writer.declare([file_layout(target.name, specs, stats_metadata(checkpoint, ids))])
         activations = Activations.embed(forward, ids)
         n_layers = len(forward.layers) + head
         for i, name in enumerate(forward.layers):
             started = time.perf_counter()
             with forward.layer(i) as layer:
                 stats = activations.measure_and_advance(layer, needs)
-            _put(writer, stats)
+            put_stats(writer, stats)
             yield LayerMeasured(name, i, n_layers, len(stats), time.perf_counter() - started)
         if head:
             started = time.perf_counter()
-            _put(writer, measure_head(forward, activations, needs))
+            put_stats(writer, measure_head(forward, activations, needs))
             yield LayerMeasured(HEAD, n_layers - 1, n_layers, 1, time.perf_counter() - started)
         writer.commit()
 
@@ -212,93 +197,7 @@ def _gather(meters: dict[str, StatsMeter], needs: frozenset[str], tap: str, X: T
     meters[tap].add(X)
 
 
-def stats_specs(forward: Forward, *, hessian: bool, head: bool) -> list[TensorSpec]:
-    """The tensors of a stats file: of each tap ``.importance``, ``.absmax``, ``.mean`` [in], ``.n_tokens`` [1] and ``.H`` [in, in]."""
+def tap_widths(forward: Forward, *, head: bool) -> dict[str, int]:
+    """Tap → in_features."""
     widths = {tap: forward.checkpoint.specs[name].shape[-1] for name, tap in forward.taps.items()}
-    if head:
-        widths[HEAD] = forward.head_in_features
-    specs: list[TensorSpec] = []
-    for tap, n in widths.items():
-        specs += [TensorSpec.dense(f"{tap}.{part}", "F32", (n,)) for part in DIAGONAL_PARTS]
-        specs.append(TensorSpec.dense(f"{tap}.n_tokens", "I64", (1,)))
-        if hessian:
-            specs.append(TensorSpec.dense(f"{tap}.H", "F32", (n, n)))
-    return specs
-
-
-def _put(writer: Writer, stats: Mapping[str, Stats]) -> None:
-    for tap, s in stats.items():
-        for part in DIAGONAL_PARTS:
-            writer.put(f"{tap}.{part}", getattr(s, part).cpu())
-        writer.put(f"{tap}.n_tokens", torch.tensor([s.n_tokens]))
-        if s.H is not None:
-            writer.put(f"{tap}.H", s.H.cpu())
-
-
-def _metadata(checkpoint: Checkpoint, ids: Tensor) -> dict[str, str]:
-    return {
-        "quantcli.stats": "1",
-        "source": checkpoint.source,
-        "dataset_sha256": sha256(ids),
-        "n_samples": str(ids.shape[0]),
-        "seq_len": str(ids.shape[1]),
-        "n_tokens": str(ids.numel()),
-    }
-
-
-class StatsFile(Mapping[str, Stats]):
-    """Tap → Stats of a stats file, each read when asked for.
-
-    ``metadata``: ``source``, ``dataset_sha256``, ``n_samples``, ``seq_len``, ``n_tokens``.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._locations: dict[str, Location] = read_header(path)
-        self.metadata: dict[str, str] = parse_json(path, read_header_text(path)[1]).get("__metadata__", {})
-        if "quantcli.stats" not in self.metadata:
-            raise CheckpointError(f"{path}: a safetensors file, but not one that `quantcli calibrate` wrote")
-        self._taps = dict.fromkeys(name.removesuffix(".n_tokens") for name in self._locations if name.endswith(".n_tokens"))
-        for tap in self._taps:
-            self._check(tap)
-
-    @property
-    def dataset_sha256(self) -> str:
-        return self.metadata["dataset_sha256"]
-
-    def __getitem__(self, tap: str) -> Stats:
-        if tap not in self:
-            raise KeyError(tap)
-        H = self._read(f"{tap}.H") if f"{tap}.H" in self._locations else None
-        importance, absmax, mean = (self._read(f"{tap}.{part}") for part in DIAGONAL_PARTS)
-        return Stats(importance=importance, absmax=absmax, mean=mean, n_tokens=int(self._read(f"{tap}.n_tokens")), H=H)
-
-    def __contains__(self, tap: object) -> bool:
-        return tap in self._taps  # Mapping's own reads the tap
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._taps)
-
-    def __len__(self) -> int:
-        return len(self._taps)
-
-    def _check(self, tap: str) -> None:
-        """Raise :class:`CheckpointError` unless every part of ``tap`` is there, in the dtype and shape that the others give it."""
-        n = self._locations[f"{tap}.importance"].spec.n_elements if f"{tap}.importance" in self._locations else 0
-        expected: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(DIAGONAL_PARTS, ("F32", (n,)))
-        expected |= {"n_tokens": ("I64", (1,))}
-        if f"{tap}.H" in self._locations:
-            expected["H"] = ("F32", (n, n))
-        for part, (dtype, shape) in expected.items():
-            location = self._locations.get(f"{tap}.{part}")
-            if location is None or (location.spec.dtype, location.spec.shape) != (dtype, shape):
-                got = "missing" if location is None else f"{location.spec.dtype} {list(location.spec.shape)}"
-                raise CheckpointError(f"{self.path}: {tap}.{part} is {got}, expected {dtype} {list(shape)}; run `quantcli calibrate` again")
-
-    def _read(self, name: str) -> Tensor:
-        return read_tensor(self._locations[name])
-
-
-def load_stats(path: Path) -> StatsFile:
-    """The statistics that ``calibrate`` wrote. Raises :class:`CheckpointError` for any other file."""
-    return StatsFile(path)
+    return widths | {HEAD: forward.head_in_features} if head else widths

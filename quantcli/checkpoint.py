@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from quantcli.errors import CheckpointError, QuantcliError, UnsupportedError
 from quantcli.json_files import read_json, shown
+from quantcli.locations import Location, first_bytes
 from quantcli.registry import find, names
+from quantcli.shards import open_folder
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -36,6 +40,9 @@ SIDECAR_PATTERNS = (
 MAX_SIDECAR_BYTES = 200_000_000
 FORMAT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantcli.json", "trainer_state.json")
 """Written by the output's own format, or telling how *this* folder came to be: not carried over to another."""
+
+FINGERPRINT_BYTES = 1024
+"""What a fingerprint reads of each tensor: of a matrix hundreds of weights, some of which any training of it moves."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -112,6 +119,23 @@ class Checkpoint(ABC):
     def load_quantized(self, name: str) -> QuantizedTensor:
         """The parts of a tensor of ``schemes``; a reader of a format without any need not say."""
         raise UnsupportedError(f"{self.kind} holds no quantized tensors")
+
+    def locations(self) -> Iterable[Location]:
+        """Where the tensors of the file or files lie, by their own names; a format other than a folder of safetensors says it anew."""
+        return open_folder(self.path).locations.values()
+
+    def fingerprint(self) -> str:
+        """sha256 that tells these weights from those of another fine-tune, though all shapes are equal.
+
+        Of every stored tensor's name, dtype, shape and first KiB: a megabyte or some, where a checksum of a large model would take minutes.
+        A copy elsewhere has the same one, in other shards or with another config.json too; weights in another dtype have not.
+        """
+        digest = hashlib.sha256()
+        for location in sorted(self.locations(), key=lambda location: location.spec.name):
+            spec = location.spec
+            digest.update(json.dumps([spec.name, spec.dtype, spec.shape]).encode())
+            digest.update(first_bytes(location, FINGERPRINT_BYTES))
+        return digest.hexdigest()
 
     def sidecars(self) -> dict[str, Path]:
         """The small files beside the weights that any copy of the model needs: tokenizer, templates, generation config, code, licence.

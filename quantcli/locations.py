@@ -26,6 +26,8 @@ MIN_MAPPED_BYTES = 1 << 16
 MADV_POPULATE_READ = 22
 """From Linux's mman.h (5.14; older kernels refuse it and do without); Python's mmap does not name it."""
 
+TOO_SHORT = "the file ends before the tensor does; did it change?"
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -46,7 +48,7 @@ def read_tensor(location: Location) -> Tensor:
     try:
         with open(location.path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size < location.offset + spec.nbytes:
-                raise CheckpointError(f"{location.path}: {spec.name}: the file ends before the tensor does; did it change?")
+                raise CheckpointError(f"{location.path}: {spec.name}: {TOO_SHORT}")
             if spec.nbytes >= MIN_MAPPED_BYTES and location.offset % dtype.itemsize == 0:
                 return torch.frombuffer(mapped(file.fileno(), location.offset, spec.nbytes), dtype=dtype).view(spec.shape)
             file.seek(location.offset)
@@ -56,6 +58,19 @@ def read_tensor(location: Location) -> Tensor:
         raise CheckpointError(f"{location.path}: {spec.name}: cannot be read: {error.strerror}") from error
     tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, np.uint8)
     return tensor
+
+
+def first_bytes(location: Location, n_bytes: int) -> bytes:
+    """The first ``n_bytes`` of a tensor's data, or all of them; no more of the file is touched."""
+    try:
+        with open(location.path, "rb", buffering=0) as file:
+            file.seek(location.offset)
+            data = disk.read_exactly(file.fileno(), min(n_bytes, location.spec.nbytes))
+    except OSError as error:
+        raise CheckpointError(f"{location.path}: {location.spec.name}: cannot be read: {error.strerror}") from error
+    if data is None:
+        raise CheckpointError(f"{location.path}: {location.spec.name}: {TOO_SHORT}")
+    return data
 
 
 def mapped(fd: int, offset: int, n_bytes: int) -> ctypes.Array[ctypes.c_char]:

@@ -10,11 +10,15 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from gguf_export import export
 from huggingface_hub import constants, errors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from quantcli import disk, locations
 from quantcli.checkpoint import Checkpoint, hub_way_out
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.shards import layout
+from quantcli.tensors import TensorSpec
 
 TinyLlama = Callable[..., Path]
 SMALL = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "vocab": 300}
@@ -46,6 +50,58 @@ def test_unknown_and_unquantized_tensors_are_errors_by_name(tiny_llama: TinyLlam
                 read("x.weight")
         with pytest.raises(CheckpointError, match=r"lm_head\.weight is not quantized"):
             checkpoint.quantized("lm_head.weight")
+
+
+def fingerprint(source: Path) -> str:
+    with Checkpoint.open(str(source)) as checkpoint:
+        return checkpoint.fingerprint()
+
+
+def test_a_copy_has_the_fingerprint_of_its_model_in_other_shards_and_with_another_config_too(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama(**SMALL)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), "transformers_version": "9"}))
+    assert fingerprint(copy) == fingerprint(tiny_llama(**SMALL, shards=3)) == fingerprint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_fine_tune_of_the_same_shapes_has_another_fingerprint(tiny_llama: TinyLlama, tmp_path: Path, name: str) -> None:
+    folder = tiny_llama(**SMALL)
+    tuned = Path(shutil.copytree(folder, tmp_path / "tuned"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name] * 1.01
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(tuned) != fingerprint(folder)
+
+
+def test_the_same_bytes_under_another_shape_have_another_fingerprint(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama(**SMALL)
+    turned = Path(shutil.copytree(folder, tmp_path / "turned"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name].view(tensors[name].T.shape)}, turned / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(turned) != fingerprint(folder)
+
+
+def test_a_gguf_file_has_a_fingerprint_of_its_data(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama(**{**SMALL, "vocab": 512}))) as source:
+        files = [export(source, tmp_path / f"{i}.gguf", kind) for i, kind in enumerate(("F32", "F32", "F16"))]
+    first, same, other = map(fingerprint, files)
+    assert first == same != other
+
+
+def test_a_fingerprint_reads_a_kib_of_each_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file,), _ = layout([TensorSpec.dense(f"t{i}", "F32", (1024, 1024)) for i in range(16)])
+    with open(tmp_path / file.name, "wb") as out:
+        out.write(file.header)
+        out.truncate(file.size)
+    (tmp_path / "config.json").write_text("{}")
+    n_read: list[int] = []
+    real = disk.read_exactly
+    monkeypatch.setattr(disk, "read_exactly", lambda fd, n: n_read.append(n) or real(fd, n))
+    monkeypatch.setattr(locations, "mapped", lambda *_: pytest.fail("a whole tensor was mapped"))
+    assert len(fingerprint(tmp_path)) == 64
+    assert sum(n_read) < 16 * 1024 + 3 * len(file.header)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.ckpt"])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantcli.errors import CheckpointError
-from quantcli.locations import Location, read_tensor
+from quantcli.locations import Location, first_bytes, read_tensor
 from quantcli.shards import layout, open_folder, read_header
 from quantcli.tensors import TensorSpec
 
@@ -36,6 +36,15 @@ def test_a_truncated_tensor_is_an_error_even_after_opening(tmp_path: Path, n: in
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CheckpointError, match="a: the file ends before"):
         read_tensor(location)
+    with pytest.raises(CheckpointError, match="a: the file ends before"):
+        first_bytes(location, location.spec.nbytes)
+
+
+def test_first_bytes_are_the_tensors_own_and_end_with_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(40)))
+    location = Location(tmp_path / "file", TensorSpec.dense("a", "I32", (2, 3)), 5)
+    assert first_bytes(location, 7) == bytes(range(5, 12))
+    assert first_bytes(location, 1000) == bytes(range(5, 29))
 
 
 def test_a_tensor_may_be_written_to_and_its_file_stays_as_it_is(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.evaluate import compare
 from quantcli.pipeline import Calibrated, Finished, LayerDone, Planned
+from quantcli.stats_file import StatsFile
 
 TinyLlama = Callable[..., Path]
 
@@ -83,7 +84,7 @@ def test_statistics_from_a_file_serve_in_place_of_windows(tiny_llama: TinyLlama,
     folder = tiny_llama(layers=1)
     with Checkpoint.open(str(folder)) as source:
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
-    stats = calibrate.load_stats(tmp_path / "stats.safetensors")
+    stats = StatsFile(tmp_path / "stats.safetensors")
     quantize(folder, tmp_path / "a", "gptq-int4", calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
     quantize(folder, tmp_path / "b", "gptq-int4")
     a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
@@ -105,7 +106,7 @@ def test_later_layers_are_measured_behind_quantized_ones(tiny_llama: TinyLlama, 
     folder = tiny_llama(layers=2)
     with Checkpoint.open(str(folder)) as source:
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
-    stats = calibrate.load_stats(tmp_path / "stats.safetensors")
+    stats = StatsFile(tmp_path / "stats.safetensors")
     quantize(folder, tmp_path / "a", "gptq-int3", calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
     quantize(folder, tmp_path / "b", "gptq-int3")
     a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
@@ -167,7 +168,7 @@ def test_the_model_itself_is_never_replaced(tiny_llama: TinyLlama, tmp_path: Pat
 def test_statistics_of_another_model_are_refused_before_any_work(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     with Checkpoint.open(str(tiny_llama(layers=1))) as source:
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
-    stats = calibrate.load_stats(tmp_path / "stats.safetensors")
+    stats = StatsFile(tmp_path / "stats.safetensors")
     with Checkpoint.open(str(tiny_llama(layers=2))) as source:
         walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), calibrate=lambda: Calibrated("", stats=stats))
         assert isinstance(next(walk), Planned)
@@ -183,7 +184,7 @@ def test_a_calibrated_recipe_may_leave_linears_in_a_dense_type(tiny_llama: TinyL
     if from_file:
         with Checkpoint.open(str(folder)) as source:
             list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
-        data = Calibrated("", stats=calibrate.load_stats(tmp_path / "stats.safetensors"))
+        data = Calibrated("", stats=StatsFile(tmp_path / "stats.safetensors"))
     recipe = replace(recipes.load("gptq-int4"), rules=(recipes.Rule.parse("down_proj", dense),))
     quantize(folder, tmp_path / "out", recipe, calibrate=lambda: data)
     source, out = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")

@@ -29,9 +29,10 @@ def command(
     verbose: options.Verbose = False,
 ) -> None:
     """Run text through a model and keep what its linears read."""
-    from quantcli import calibrate
+    from quantcli import calibrate, texts
     from quantcli.checkpoint import Checkpoint
     from quantcli.forward import tokenizer
+    from quantcli.stats_file import StatsFile
     from quantcli.writer import check_replaceable
 
     console = Console(json, quiet, verbose)
@@ -39,11 +40,11 @@ def command(
     torch_device = options.set_up_device(console, device, threads)
     check_replaceable(Path(os.path.realpath(output)), overwrite=overwrite, folder=False)
     if output.is_file():
-        calibrate.load_stats(output)  # --overwrite replaces statistics, never another file such as a shard of the model
+        StatsFile(output)  # --overwrite replaces statistics, never another file such as a shard of the model
     n_taps = 0
     with Checkpoint.open(source) as checkpoint:
         options.check_context(console, checkpoint, seq_len)
-        windows = calibrate.windows_of(dataset or [], tokenizer(checkpoint), samples, seq_len, seed, note=console.note)
+        windows = texts.windows_of(dataset or [], tokenizer(checkpoint), samples, seq_len, seed, note=console.note)
         events = calibrate.calibrate(checkpoint, windows, output, hessian=hessian, device=torch_device, overwrite=overwrite)
         with console.progress("embedding the text") as progress:
             for event in events:
@@ -54,7 +55,7 @@ def command(
         "n_samples": windows.shape[0],
         "n_tokens": windows.numel(),
         "taps": n_taps,
-        "dataset_sha256": calibrate.sha256(windows),
+        "dataset_sha256": texts.sha256(windows),
         "seconds": time.perf_counter() - started,
     }
     console.result(data, [f"{output}", f"{n_taps} taps measured on {count(windows.numel())} tokens in {data['seconds']:.1f} s"])

@@ -219,17 +219,19 @@ def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
 
 def load_calibration(console: Console, checkpoint: Checkpoint, recipe: Recipe, stats: Path | None) -> Calibrated:
     """Statistics from a file, or token windows from the recipe's texts."""
-    from quantcli import calibrate
+    from quantcli import texts
     from quantcli.forward import tokenizer
     from quantcli.pipeline import Calibrated
+    from quantcli.stats_file import StatsFile
 
     if stats is not None:
-        loaded = calibrate.load_stats(stats)
+        loaded = StatsFile(stats)
+        loaded.check_source(checkpoint, warn=console.warn)
         return Calibrated(dataset_sha256=loaded.dataset_sha256, stats=loaded)
     wanted = recipe.calibration
     options.check_context(console, checkpoint, wanted.seq_len)
-    windows = calibrate.windows_of(wanted.datasets, tokenizer(checkpoint), wanted.samples, wanted.seq_len, recipe.seed, note=console.note)
-    return Calibrated(dataset_sha256=calibrate.sha256(windows), windows=windows)
+    windows = texts.windows_of(wanted.datasets, tokenizer(checkpoint), wanted.samples, wanted.seq_len, recipe.seed, note=console.note)
+    return Calibrated(dataset_sha256=texts.sha256(windows), windows=windows)
 
 
 def layer_line(event: LayerDone) -> str:

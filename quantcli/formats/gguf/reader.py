@@ -57,6 +57,9 @@ class GgufCheckpoint(Checkpoint):
     def load_quantized(self, name: str) -> QuantizedTensor:
         return QuantizedTensor(self.schemes[name], self.specs[name].shape, {"blocks": self._in_order(name)})
 
+    def locations(self) -> list[Location]:
+        return [Location(self.path, spec, self.container.offsets[name]) for name, spec in self.container.specs.items()]
+
     def _in_order(self, name: str) -> Tensor:
         """The stored tensor with its rows where HF has them: GGUF's row ``r`` is HF's row ``order[r]``."""
         stored = self._raw(self.gguf_names[name])
