@@ -12,27 +12,26 @@ namespace quantcli::QC_ISA {
 template <int kBits>
 struct Affine32 : Text {
     static constexpr int kBlock = 32, kSub = 32, kBytes = 4 + 4 * kBits;
-    static constexpr int kMax = (1 << kBits) - 1;
+    static constexpr int kMax = (1 << kBits) - 1, kAbreast = kLinesAbreast;
     static constexpr bool kHasOffset = true, kRowPower = true;
 
-    /// `power` is the mean square of the block's whole row, as ggml weighs with it.
-    QC_FN void search(const F* x, const F* importance, F power, Found& found) {
-        found.is_weighted = importance != nullptr;
-        if (importance)
-            search_weighted(x, importance, power, found);
-        else
-            search_plain(x, found);
+    QC_FN void search(const F* x, const F* importance, const F* power, Found* found) {
+        for (int b = 0; b < kAbreast; ++b) found[b].is_weighted = importance != nullptr;
+        if (importance) return search_weighted(x, importance, power, found);
+        for (int b = 0; b < kAbreast; ++b) search_plain(x + kBlock * b, found[b]);
     }
 
-    QC_FN void search_weighted(const F* x, const F* importance, F power, Found& found) {
-        F w[kBlock];
-        for (int i = 0; i < kBlock; ++i) w[i] = importance[i] * square_root(power + x[i] * x[i]);
-        Line line;
-        search_line<kBlock, kMax>(x, w, -0.9f, 0.05f, 36, line);
-        found.params.d = to_half(line.scale);
-        found.params.m = to_half(line.min);
-        found.inverse[0] = line.inverse;
-        found.origin[0] = line.origin;
+    QC_FN void search_weighted(const F* x, const F* importance, const F* power, Found* found) {
+        F w[kAbreast * kBlock];
+        for (int i = 0; i < kAbreast * kBlock; ++i) w[i] = importance[i] * square_root(power[i / kBlock] + x[i] * x[i]);
+        Line line[kAbreast];
+        search_lines<kBlock, kMax, kAbreast>(x, w, -0.9f, 0.05f, 36, line);
+        for (int b = 0; b < kAbreast; ++b) {
+            found[b].params.d = to_half(line[b].scale);
+            found[b].params.m = to_half(line[b].min);
+            found[b].inverse[0] = line[b].inverse;
+            found[b].origin[0] = line[b].origin;
+        }
     }
 
     QC_FN void search_plain(const F* x, Found& found) {

@@ -41,31 +41,31 @@ struct AffineK : Text {
         }
     }
 
-    QC_FN void search(const F* x, const F* importance, F, Found& found) {
+    QC_FN void search(const F* x, const F* importance, const F*, Found* found) {
         if (importance)
-            search_weighted(x, importance, found);
+            search_weighted(x, importance, *found);
         else
-            search_plain(x, found);
+            search_plain(x, *found);
         // What is stored is what counts: ggml ORs bytes that it does not always clip.
         I words[4];
-        pack_params(found.params, words);
-        unpack_params(words, found.params);
+        pack_params(found->params, words);
+        unpack_params(words, found->params);
     }
 
     QC_FN void search_plain(const F* x, Found& found) {
         F scale[kSubs], min[kSubs];
         F max_scale = splat(0.0f), max_min = splat(0.0f);
+        F w[kBlock];
         for (int j = 0; j < kSubs; ++j) {
             const F* sub = x + kSub * j;
-            F w[kSub];
             F power = splat(0.0f);
             for (int i = 0; i < kSub; ++i) power += sub[i] * sub[i];
             const F rms = square_root(power / 32.0f);
-            for (int i = 0; i < kSub; ++i) w[i] = rms + absolute(sub[i]);
-            constexpr float kFirst = kMax == 15 ? -1.0f : -0.5f;
-            Line line;
-            search_line<kSub, kMax>(sub, w, kFirst, 0.1f, kPlainSteps, line);
-            keep(line, j, found, scale, min);
+            for (int i = 0; i < kSub; ++i) w[kSub * j + i] = rms + absolute(sub[i]);
+        }
+        constexpr float kFirst = kMax == 15 ? -1.0f : -0.5f;
+        search_subs(x, w, kFirst, 0.1f, kPlainSteps, found, scale, min);
+        for (int j = 0; j < kSubs; ++j) {
             max_scale = QC_ISA::max(scale[j], max_scale);
             max_min = QC_ISA::max(min[j], max_min);
         }
@@ -83,17 +83,13 @@ struct AffineK : Text {
         F power = splat(0.0f);
         for (int i = 0; i < kBlock; ++i) power += x[i] * x[i];
         power = 2.0f * power / 256.0f;
-        F scale[kSubs], min[kSubs], total[kSubs];
+        F scale[kSubs], min[kSubs], total[kSubs], w[kBlock];
+        for (int i = 0; i < kBlock; ++i) w[i] = importance[i] * square_root(power + x[i] * x[i]);
         for (int j = 0; j < kSubs; ++j) {
-            const F* sub = x + kSub * j;
-            F w[kSub];
             total[j] = splat(0.0f);
-            for (int i = 0; i < kSub; ++i) w[i] = importance[kSub * j + i] * square_root(power + sub[i] * sub[i]);
-            for (int i = 0; i < kSub; ++i) total[j] += w[i];
-            Line line;
-            search_line<kSub, kMax>(sub, w, -0.9f, 0.05f, 36, line);
-            keep(line, j, found, scale, min);
+            for (int i = 0; i < kSub; ++i) total[j] += w[kSub * j + i];
         }
+        search_subs(x, w, -0.9f, 0.05f, 36, found, scale, min);
         F d, dmin;
         search_scales(scale, total, found.params.scale, d);
         search_scales(min, total, found.params.min, dmin);
@@ -107,11 +103,18 @@ struct AffineK : Text {
         }
     }
 
-    QC_FN void keep(const Line& line, int j, Found& found, F* scale, F* min) {
-        scale[j] = line.scale;
-        min[j] = negate(line.min);
-        found.inverse[j] = line.inverse;
-        found.origin[j] = line.origin;
+    /// The line of each sub-block.
+    QC_FN void search_subs(const F* x, const F* w, float first, float step, int n_steps, Found& found, F* scale, F* min) {
+        for (int j = 0; j < kSubs; j += kLinesAbreast) {
+            Line line[kLinesAbreast];
+            search_lines<kSub, kMax, kLinesAbreast>(x + kSub * j, w + kSub * j, first, step, n_steps, line);
+            for (int c = 0; c < kLinesAbreast; ++c) {
+                scale[j + c] = line[c].scale;
+                min[j + c] = negate(line[c].min);
+                found.inverse[j + c] = line[c].inverse;
+                found.origin[j + c] = line[c].origin;
+            }
+        }
     }
 
     QC_FN void encode(const F* x, const Found& found, I* codes) {

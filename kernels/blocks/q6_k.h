@@ -14,7 +14,7 @@ struct Q6_K : Text {
     static constexpr int kTail = 2;
     static constexpr bool kHasScales = true;
 
-    QC_FN void search(const F* x, const F* importance, F, Found& found) {
+    QC_FN void search(const F* x, const F* importance, const F*, Found* found) {
         F scale[kSubs];
         F peak = splat(0.0f), amax = splat(0.0f);
         for (int j = 0; j < kSubs; ++j) {
@@ -24,7 +24,7 @@ struct Q6_K : Text {
             Ray ray;
             search_ray<kSub, 32>(sub, w, ray);
             scale[j] = ray.scale;
-            found.inverse[j] = ray.inverse;
+            found->inverse[j] = ray.inverse;
             const F magnitude = absolute(scale[j]);
             const Mask more = magnitude > amax;
             amax = select(more, magnitude, amax);
@@ -33,11 +33,11 @@ struct Q6_K : Text {
         // ggml writes a block of zeros where every scale is tiny: no scale, and the codes of an all-zero sub-block.
         const Mask tiny = amax < kTiny;
         const F inverse = -128.0f / select(tiny, splat(1.0f), peak);
-        found.params.d = select(tiny, splat_int(0), to_half(1.0f / inverse));
+        found->params.d = select(tiny, splat_int(0), to_half(1.0f / inverse));
         for (int j = 0; j < kSubs; ++j) {
             const I code = min(nearest_int(inverse * scale[j]), splat_int(127));
-            found.params.scale[j] = select(tiny, splat_int(0), (code << 24) >> 24);
-            found.inverse[j] = select(tiny, splat(0.0f), found.inverse[j]);
+            found->params.scale[j] = select(tiny, splat_int(0), (code << 24) >> 24);
+            found->inverse[j] = select(tiny, splat(0.0f), found->inverse[j]);
         }
     }
 

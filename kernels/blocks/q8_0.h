@@ -13,12 +13,12 @@ struct Q8_0 : Text {
     static constexpr int kHead = 2;
     static constexpr bool kWeighted = false;
 
-    QC_FN void search(const F* x, const F*, F, Found& found) {
+    QC_FN void search(const F* x, const F*, const F*, Found* found) {
         F peak = splat(0.0f);
         for (int i = 0; i < kBlock; ++i) peak = max(peak, absolute(x[i]));
         const F d = peak / 127.0f;
-        found.params.d = to_half(d);
-        found.inverse[0] = select(d == 0.0f, splat(0.0f), 1.0f / d);
+        found->params.d = to_half(d);
+        found->inverse[0] = select(d == 0.0f, splat(0.0f), 1.0f / d);
     }
 
     QC_FN void encode(const F* x, const Found& found, I* codes) {

@@ -25,6 +25,13 @@ struct Line {
     F scale, min, inverse, origin;
 };
 
+/// Searches run side by side where sums of one alone would wait for their own last addition: on the CPU, whose lanes share a thread.
+#ifdef __CUDACC__
+constexpr int kLinesAbreast = 1;
+#else
+constexpr int kLinesAbreast = 2;
+#endif
+
 struct LineSums {
     F l, l2, xl;
 };
@@ -56,15 +63,18 @@ QC_CALL void line_codes_exact(const F* x, const F* w, const F& inverse, const F&
     sum = line_codes_as<n, kMax, true>(x, w, inverse, low, codes);
 }
 
-template <int n>
-QC_FN F line_error(const F* x, const F* w, F scale, F min, const F* codes) {
-    F error = splat(0.0f);
+/// error[c] = Σ w·(scale·q + min − x)² of kN groups, one after another in x, w and codes; their sums grow side by side.
+template <int n, int kN>
+QC_FN void line_errors(const F* x, const F* w, const F* scale, const F* min, const F* codes, F* error) {
+    for (int c = 0; c < kN; ++c) error[c] = splat(0.0f);
     QC_UNROLL(4)
     for (int i = 0; i < n; ++i) {
-        const F diff = scale * codes[i] + min - x[i];
-        error += w[i] * (diff * diff);
+        QC_UNROLL(4)
+        for (int c = 0; c < kN; ++c) {
+            const F diff = scale[c] * codes[n * c + i] + min[c] - x[n * c + i];
+            error[c] += w[n * c + i] * (diff * diff);
+        }
     }
-    return error;
 }
 
 /// Codes and sums of one trial. The float path rounds as nearest_int does only while every v is small, which both ends of the range tell:
@@ -78,9 +88,16 @@ QC_FN LineSums line_trial(const F* x, const F* w, F inverse, F low, F lowest, F 
     return sum;
 }
 
-/// make_qkx2_quants and make_qkx3_quants (equal but for their constants): tries n_steps + 1 spacings, fits scale and min to each.
+/// One group's search between two trials.
+struct LineState {
+    F low, lowest, highest, sum_w, sum_x, best_error;
+    Mask flat;
+    Line best;
+};
+
+/// Starts the search of a group: its ends and sums, and the codes of the plain spacing.
 template <int n, int kMax>
-QC_CALL void search_line(const F* x, const F* w, float first, float step, int n_steps, Line& found) {
+QC_FN void start_line(const F* x, const F* w, LineState& s, F* codes) {
     F low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
     for (int i = 1; i < n; ++i) {
         low = min(x[i], low);
@@ -89,41 +106,63 @@ QC_CALL void search_line(const F* x, const F* w, float first, float step, int n_
         sum_x += w[i] * x[i];
     }
     low = select(low > 0.0f, splat(0.0f), low);
-    const F lowest = low;
-    const Mask flat = high <= low;
-    Line best;
-    best.inverse = static_cast<float>(kMax) / select(flat, splat(1.0f), high - low);
-    best.scale = 1.0f / best.inverse;
-    best.origin = low;
-    F codes[n];
-    line_trial<n, kMax>(x, w, best.inverse, low, lowest, high, codes);
+    s.low = s.lowest = low;
+    s.highest = high;
+    s.sum_w = sum_w;
+    s.sum_x = sum_x;
+    s.flat = high <= low;
+    s.best.inverse = static_cast<float>(kMax) / select(s.flat, splat(1.0f), high - low);
+    s.best.scale = 1.0f / s.best.inverse;
+    s.best.origin = low;
+    line_trial<n, kMax>(x, w, s.best.inverse, low, low, high, codes);
+}
+
+/// make_qkx2_quants and make_qkx3_quants (equal but for their constants) of kN groups, one after another in x and w: tries n_steps + 1
+/// spacings, fits scale and min to each.
+template <int n, int kMax, int kN>
+QC_CALL void search_lines(const F* x, const F* w, float first, float step, int n_steps, Line* found) {
+    LineState s[kN];
+    F codes[kN * n], scale[kN], min[kN], error[kN];
+    for (int c = 0; c < kN; ++c) {
+        start_line<n, kMax>(x + n * c, w + n * c, s[c], codes + n * c);
+        scale[c] = s[c].best.scale;
+        min[c] = s[c].low;
+    }
+    line_errors<n, kN>(x, w, scale, min, codes, error);
     // A flat block takes no trial's result: no error is below −1.
-    F best_error = select(flat, splat(-1.0f), line_error<n>(x, w, best.scale, low, codes));
+    for (int c = 0; c < kN; ++c) s[c].best_error = select(s[c].flat, splat(-1.0f), error[c]);
 
     for (int trial = 0; trial <= n_steps; ++trial) {
         const float spacing = first + step * static_cast<float>(trial) + static_cast<float>(kMax);
-        const F inverse = spacing / select(flat, splat(1.0f), high - low);
-        const LineSums sum = line_trial<n, kMax>(x, w, inverse, low, lowest, high, codes);
-        const F determinant = sum_w * sum.l2 - sum.l * sum.l;
-        F scale = (sum_w * sum.xl - sum_x * sum.l) / determinant;
-        F min = (sum.l2 * sum_x - sum.l * sum.xl) / determinant;
-        const Mask positive = min > 0.0f;
-        if (any(positive)) {
-            scale = select(positive, sum.xl / sum.l2, scale);
-            min = select(positive, splat(0.0f), min);
+        F inverse[kN], determinant[kN];
+        for (int c = 0; c < kN; ++c) {
+            inverse[c] = spacing / select(s[c].flat, splat(1.0f), s[c].highest - s[c].low);
+            const LineSums sum = line_trial<n, kMax>(x + n * c, w + n * c, inverse[c], s[c].low, s[c].lowest, s[c].highest, codes + n * c);
+            determinant[c] = s[c].sum_w * sum.l2 - sum.l * sum.l;
+            scale[c] = (s[c].sum_w * sum.xl - s[c].sum_x * sum.l) / determinant[c];
+            min[c] = (sum.l2 * s[c].sum_x - sum.l * sum.xl) / determinant[c];
+            const Mask positive = min[c] > 0.0f;
+            if (any(positive)) {
+                scale[c] = select(positive, sum.xl / sum.l2, scale[c]);
+                min[c] = select(positive, splat(0.0f), min[c]);
+            }
         }
-        const F error = line_error<n>(x, w, scale, min, codes);
-        const Mask better = (determinant > 0.0f) & (error < best_error);
-        best_error = select(better, error, best_error);
-        best.inverse = select(better, inverse, best.inverse);
-        best.origin = select(better, low, best.origin);
-        best.scale = select(better, scale, best.scale);
-        low = select(better, min, low);  // and the next trial spans high − low of this one
+        line_errors<n, kN>(x, w, scale, min, codes, error);
+        for (int c = 0; c < kN; ++c) {
+            const Mask better = (determinant[c] > 0.0f) & (error[c] < s[c].best_error);
+            s[c].best_error = select(better, error[c], s[c].best_error);
+            s[c].best.inverse = select(better, inverse[c], s[c].best.inverse);
+            s[c].best.origin = select(better, s[c].low, s[c].best.origin);
+            s[c].best.scale = select(better, scale[c], s[c].best.scale);
+            s[c].low = select(better, min[c], s[c].low);  // and the next trial spans high − low of this one
+        }
     }
-    best.scale = select(flat, splat(0.0f), best.scale);
-    best.inverse = select(flat, splat(0.0f), best.inverse);
-    best.min = low;
-    found = best;
+    for (int c = 0; c < kN; ++c) {
+        found[c].scale = select(s[c].flat, splat(0.0f), s[c].best.scale);
+        found[c].inverse = select(s[c].flat, splat(0.0f), s[c].best.inverse);
+        found[c].origin = s[c].best.origin;
+        found[c].min = s[c].low;
+    }
 }
 
 // -- w·(scale·q − x)², q = −kMax … kMax − 1 -----------------------------------------------------------------------------------------

@@ -15,16 +15,16 @@ struct Symmetric32 : Text {
     static constexpr int kHead = 2, kMax = 1 << (kBits - 1);
     static constexpr bool kRowPower = true;
 
-    /// `power` is the mean square of the block's whole row, as ggml weighs with it.
-    QC_FN void search(const F* x, const F* importance, F power, Found& found) {
-        found.is_weighted = importance != nullptr;
+    /// `*power` is the mean square of the block's whole row, as ggml weighs with it.
+    QC_FN void search(const F* x, const F* importance, const F* power, Found* found) {
+        found->is_weighted = importance != nullptr;
         if (importance) {
             F w[kBlock];
-            for (int i = 0; i < kBlock; ++i) w[i] = importance[i] * square_root(power + x[i] * x[i]);
+            for (int i = 0; i < kBlock; ++i) w[i] = importance[i] * square_root(*power + x[i] * x[i]);
             Ray ray;
             search_ray<kBlock, kMax>(x, w, ray);
-            found.params.d = to_half(ray.scale);
-            found.inverse[0] = ray.inverse;
+            found->params.d = to_half(ray.scale);
+            found->inverse[0] = ray.inverse;
             return;
         }
         F peak = splat(0.0f), amax = splat(0.0f);
@@ -35,8 +35,8 @@ struct Symmetric32 : Text {
             peak = select(more, x[i], peak);
         }
         const F d = peak / -static_cast<float>(kMax);
-        found.params.d = to_half(d);
-        found.inverse[0] = select(d == 0.0f, splat(0.0f), 1.0f / d);
+        found->params.d = to_half(d);
+        found->inverse[0] = select(d == 0.0f, splat(0.0f), 1.0f / d);
     }
 
     QC_FN void encode(const F* x, const Found& found, I* codes) {

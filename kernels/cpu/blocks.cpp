@@ -8,15 +8,18 @@ namespace {
 
 constexpr int64_t kGrain = 16;  // lane groups a thread takes at once
 
-/// The blocks of one lane group: lanes past the end repeat the last block and are not stored.
+/// The blocks of one lane group: lanes past the end repeat the last block and are not stored. A whole group may lie past the end.
 struct Group {
     int64_t block[kLanes];
     int n_lanes;
 
     Group(int64_t index, int64_t n_blocks) {
-        const int64_t first = index * kLanes, left = n_blocks - first;
-        n_lanes = left < kLanes ? static_cast<int>(left) : kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) block[lane] = first + (lane < n_lanes ? lane : n_lanes - 1);
+        n_lanes = 0;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int64_t wanted = index * kLanes + lane;
+            n_lanes += wanted < n_blocks;
+            block[lane] = wanted < n_blocks ? wanted : n_blocks - 1;
+        }
     }
 };
 
@@ -88,7 +91,7 @@ void row_powers(const S* W, int64_t rows, int64_t cols, float* powers) {
 // One copy of each text, whatever the op and the float type that lead to it.
 
 template <class T>
-QC_CALL void search_lanes(const F* x, const F* importance, const F& power, Found& found) {
+QC_CALL void search_lanes(const F* x, const F* importance, const F* power, Found* found) {
     T::search(x, importance, power, found);
 }
 
@@ -104,16 +107,21 @@ void search_all(const S* W, int64_t rows, int64_t cols, const float* importance,
     const int64_t blocks_per_row = cols / T::kBlock;
     const RowFloats powers(weighted && T::kRowPower ? rows : 0);
     if (powers.data) row_powers(W, rows, cols, powers.data);
-    for_each_group(rows * blocks_per_row, [&](const Group& group) {
-        F x[T::kBlock];
-        F wanted[T::kBlock];
-        F power = splat(0.0f);
-        load_weights<T>(W, group, x);
-        if (weighted) load_importance<T>(importance, group, blocks_per_row, wanted);
-        for (int lane = 0; powers.data && lane < kLanes; ++lane) power[lane] = powers.data[group.block[lane] / blocks_per_row];
-        Found found;
-        search_lanes<T>(x, weighted ? wanted : nullptr, power, found);
-        done(group, x, found);
+    const int64_t n_blocks = rows * blocks_per_row;
+    constexpr int kTaken = T::kAbreast * kLanes;
+    parallel_for((n_blocks + kTaken - 1) / kTaken, kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+            F x[T::kAbreast * T::kBlock], wanted[T::kAbreast * T::kBlock], power[T::kAbreast];
+            Found found[T::kAbreast];
+            for (int b = 0; b < T::kAbreast; ++b) {
+                const Group group(index * T::kAbreast + b, n_blocks);
+                load_weights<T>(W, group, x + T::kBlock * b);
+                if (weighted) load_importance<T>(importance, group, blocks_per_row, wanted + T::kBlock * b);
+                for (int lane = 0; powers.data && lane < kLanes; ++lane) power[b][lane] = powers.data[group.block[lane] / blocks_per_row];
+            }
+            search_lanes<T>(x, weighted ? wanted : nullptr, power, found);
+            for (int b = 0; b < T::kAbreast; ++b) done(Group(index * T::kAbreast + b, n_blocks), x + T::kBlock * b, found[b]);
+        }
     });
 }
 

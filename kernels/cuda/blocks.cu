@@ -83,7 +83,8 @@ __global__ void search_kernel(Source source, uint8_t* blocks, BlockParams out) {
     for (int i = 0; weighted && i < T::kBlock; ++i) wanted[i] = source.importance[block % source.blocks_per_row * T::kBlock + i];
     const F power = source.powers ? source.powers[block / source.blocks_per_row] : 0.0f;
     Found found;
-    T::search(x, weighted ? wanted : nullptr, power, found);
+    static_assert(T::kAbreast == 1, "a thread is one block");
+    T::search(x, weighted ? wanted : nullptr, &power, &found);
     if (out.d) put_params<T>(found.params, block, out);
     if (!blocks) return;
     I codes[T::kBlock];
