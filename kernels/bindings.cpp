@@ -107,4 +107,5 @@ NB_MODULE(_kernels, m) {
     register_blocks(m);
     register_solve(m);
     register_float4(m);
+    register_minifloat(m);
 }

@@ -50,5 +50,6 @@ void require_ok(const char* op, Status status);
 void register_blocks(nb::module_& m);
 void register_solve(nb::module_& m);
 void register_float4(nb::module_& m);
+void register_minifloat(nb::module_& m);
 
 }  // namespace quantcli

@@ -6,14 +6,15 @@
 namespace quantcli {
 
 // Each set's objects come from the same sources, compiled with QC_ISA naming their namespace.
-#define QC_DECLARE(set)                \
-    namespace set {                    \
-    extern const BlockOps block_ops;   \
-    extern const SolveOps solve_ops;   \
-    extern const Float4Ops float4_ops; \
+#define QC_DECLARE(set)                      \
+    namespace set {                          \
+    extern const BlockOps block_ops;         \
+    extern const SolveOps solve_ops;         \
+    extern const Float4Ops float4_ops;       \
+    extern const MinifloatOps minifloat_ops; \
     }
 #define QC_ENTRY(set, supported, hidden) \
-    InstructionSet { #set, supported, hidden, &set::block_ops, &set::solve_ops, &set::float4_ops }
+    InstructionSet { #set, supported, hidden, &set::block_ops, &set::solve_ops, &set::float4_ops, &set::minifloat_ops }
 
 #if defined(__x86_64__)
 QC_DECLARE(baseline)

@@ -6,6 +6,7 @@
 
 #include "../api.h"
 #include "../float4.h"
+#include "../minifloat.h"
 #include "../solve.h"
 
 namespace quantcli {
@@ -18,6 +19,7 @@ struct InstructionSet {
     const BlockOps* blocks;
     const SolveOps* solve;
     const Float4Ops* float4;
+    const MinifloatOps* minifloat;
 };
 
 const std::vector<InstructionSet>& instruction_sets();
