@@ -19,7 +19,9 @@ OPTIONS: dict[str, Any] = {"block_size": 64, "double_quant": False}
 
 TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
-_TYPE = Float4Type("fp4", (*(level / 12 for level in TWELFTHS), *(0.0 - level / 12 for level in TWELFTHS)))
+LEVELS = (*(level / 12 for level in TWELFTHS), *(0.0 - level / 12 for level in TWELFTHS))
+
+_TYPE = Float4Type("fp4", LEVELS)
 
 layout = _TYPE.layout
 fit = _TYPE.fit

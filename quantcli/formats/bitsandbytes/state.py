@@ -1,0 +1,128 @@
+"""The QuantState of a 4-bit tensor: the JSON that lies beside its codes, checked on the way in, laid out on the way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantcli.errors import CheckpointError
+from quantcli.json_files import shown
+
+PREFIX = "quant_state.bitsandbytes__"
+
+KINDS = ("nf4", "fp4")
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""torch's words for what a weight was, and is decoded to, and safetensors'."""
+
+NAMES = {word: name for name, word in DTYPES.items()}
+
+KEYS = ("quant_type", "blocksize", "dtype", "shape")
+NESTED_KEYS = ("nested_blocksize", "nested_dtype", "nested_offset")
+
+LONGEST_OFFSET = 22
+"""Characters of the longest float32 as Python writes it: 1.1754943508222875e-38."""
+
+ROUND_TRIP_DIGITS = 9
+"""Enough to name any float32."""
+
+MAX_STATE_BYTES = 1 << 16
+
+LARGEST = 3.4028234663852886e38
+"""The largest float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """How the scales are coded: in blocks of ``block_size``, less ``offset``."""
+
+    block_size: int
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A tensor's type, block size, dtype (safetensors' word) and shape; ``nested`` with double quantization."""
+
+    kind: str
+    block_size: int
+    dtype: str
+    shape: tuple[int, int]
+    nested: Nested | None = None
+
+    def to_json(self, size: int | None = None) -> bytes:
+        """Bitsandbytes' text, keys in its order; with ``size`` filled up with spaces to that many bytes, or with the offset in as few
+        digits as name it where that is what it takes."""
+        text = self._text(None)
+        if size is not None and len(text) > size:
+            text = self._text(ROUND_TRIP_DIGITS)
+        if size is not None and len(text) > size:
+            raise ValueError(f"{text.decode()} does not fit the {size} bytes that were announced")
+        return text if size is None else text.ljust(size)
+
+    def longest(self) -> int:
+        """Bytes that suffice whatever the offset will be."""
+        return len(self._text(None)) if self.nested is None else self._bare() + LONGEST_OFFSET
+
+    def shortest_safe(self) -> int:
+        """Bytes that suffice for any offset in :data:`ROUND_TRIP_DIGITS` digits."""
+        return len(self._text(None)) if self.nested is None else self._bare() + len("-1.23456789e-38")
+
+    def _bare(self) -> int:
+        assert self.nested is not None
+        return len(self._text(None)) - len(repr(self.nested.offset))
+
+    def _text(self, digits: int | None) -> bytes:
+        words: dict[str, Any] = {
+            "quant_type": self.kind,
+            "blocksize": self.block_size,
+            "dtype": NAMES[self.dtype],
+            "shape": list(self.shape),
+        }
+        if self.nested is not None:
+            offset = self.nested.offset if digits is None else float(f"{self.nested.offset:.{digits}g}")
+            words |= {"nested_blocksize": self.nested.block_size, "nested_dtype": "float32", "nested_offset": offset}
+        return json.dumps(words).encode()
+
+
+def parse(name: str, words: Any) -> tuple[State, list[str]]:
+    """The state of tensor ``name`` from its JSON, and what of it is odd; :class:`CheckpointError` for what no engine could decode."""
+    if not isinstance(words, dict):
+        raise damaged(name, "is no object")
+    nested_keys = NESTED_KEYS if any(key in words for key in NESTED_KEYS) else ()
+    if missing := [key for key in (*KEYS, *nested_keys) if key not in words]:
+        raise damaged(name, f"lacks {missing[0]}")
+    kind, block, dtype, shape = (words[key] for key in KEYS)
+    if kind not in KINDS or type(kind) is not str:
+        raise damaged(name, f"has quant_type {shown(kind)}; expected nf4 or fp4")
+    if not is_size(block) or block % 32:
+        raise damaged(name, f"has blocksize {shown(block)}; expected a multiple of 32")
+    if type(dtype) is not str or dtype not in DTYPES:
+        raise damaged(name, f"has dtype {shown(dtype)}; expected {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(is_size(side) for side in shape):
+        raise damaged(name, f"has shape {shown(shape)}; expected [out_features, in_features]")
+    nested = parse_nested(name, words) if nested_keys else None
+    unknown = sorted(words.keys() - {*KEYS, *NESTED_KEYS})
+    notes = [f"the quant_state of {name} has the key {shown(unknown[0])}, which bitsandbytes refuses"] if unknown else []
+    return State(kind, block, DTYPES[dtype], (shape[0], shape[1]), nested), notes
+
+
+def parse_nested(name: str, words: Mapping[str, Any]) -> Nested:
+    block, dtype, offset = (words[key] for key in NESTED_KEYS)
+    if not is_size(block):
+        raise damaged(name, f"has nested_blocksize {shown(block)}; expected a number of scales")
+    if dtype != "float32":
+        raise damaged(name, f"has nested_dtype {shown(dtype)}; expected float32")
+    if type(offset) not in (int, float) or not abs(offset) <= LARGEST:
+        raise damaged(name, f"has nested_offset {shown(offset)}; expected a float32")
+    return Nested(block, float(offset))
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**48
+
+
+def damaged(name: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{name}: its quant_state {what}")

@@ -1,0 +1,171 @@
+"""Writing bitsandbytes folders: the file tensors of a weight, and config.json as transformers writes it and needs it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats import _folder
+from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
+from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
+from quantcli.formats.bitsandbytes.state import KINDS, NAMES, PREFIX, Nested, State
+from quantcli.qtypes import _float4
+from quantcli.registry import find
+from quantcli.shards import MAX_SHARD_BYTES
+from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+
+__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "supports", "writer"]
+
+USUAL_SCHEME = "nf4-b64"
+"""What ``export`` codes to where the source's own codes do not fit."""
+
+EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
+"""Modules that hold a matrix and are no linear."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context(_folder.Context):
+    """``state_sizes``: bytes of each 4-bit tensor's JSON."""
+
+    state_sizes: Mapping[str, int]
+
+
+def supports(scheme: Scheme) -> bool:
+    return is_dense(scheme) or scheme.qtype in (*KINDS, "llm_int8")
+
+
+def context(
+    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Context:
+    """How ``source`` is written with ``schemes``. config.json has no place for ``metadata`` that transformers would leave alone."""
+    coded = coded_only(source, schemes, "bitsandbytes")
+    for name in coded:
+        check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
+    dtypes = dense_dtypes(source)
+    return Context(
+        dtypes=dtypes,
+        sidecars=sidecar_files(source, quantization_words(source, coded, dtypes)),
+        max_shard_bytes=max_shard_bytes,
+        state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in coded.items() if scheme.qtype in KINDS},
+    )
+
+
+def check_place(name: str, *, tied: bool) -> None:
+    """Engines replace linears of the model; an embedding, or an lm_head that is one, they load dense."""
+    if not name.endswith(".weight"):
+        raise RecipeError(f"{name}: bitsandbytes stores linears, whose tensor is named <module>.weight; keep this one")
+    if split_block(name)[0] or (name == "lm_head.weight" and not tied):
+        return
+    why = "the model ties it to the embedding" if name == "lm_head.weight" else "readers expect it dense"
+    raise RecipeError(f"{name}: bitsandbytes quantizes the linears of decoder layers and an untied lm_head; {why}: keep this one")
+
+
+def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """``quantization_config``: every key that transformers writes, in its order; of mixed schemes the commonest."""
+    (kind, _), *others = Counter(scheme.qtype for scheme in coded.values()).most_common()
+    if others and "llm_int8" in (kind, *(other for other, _ in others)):
+        raise RecipeError(
+            f"{source.source}: 4 bits and 8 in one folder, of which bitsandbytes loads one; let all rules say nf4 or fp4, or none"
+        )
+    is_8bit = kind == "llm_int8"
+    nested = Counter(bool(scheme.get("double_quant", False)) for scheme in coded.values()).most_common(1)[0][0]
+    dtype = Counter(dtypes[name] for name in coded).most_common(1)[0][0]
+    return {
+        "_load_in_4bit": not is_8bit,
+        "_load_in_8bit": is_8bit,
+        "bnb_4bit_compute_dtype": "float32" if is_8bit else NAMES.get(dtype, "float32"),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "fp4" if is_8bit else kind,
+        "bnb_4bit_use_double_quant": nested,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": dense_modules(source, coded),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": not is_8bit,
+        "load_in_8bit": is_8bit,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def dense_modules(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
+    """The modules of matrices that stay dense: engines replace every linear not named here. lm_head is one even where it has no tensor."""
+    specs = (spec for spec in source.specs.values() if spec.name not in coded and spec.name.endswith(".weight") and len(spec.shape) == 2)
+    modules = [module_of(spec.name) for spec in specs]
+    left = [module for module in modules if not EMBEDDING.search(module)]
+    return left if "lm_head" in left or "lm_head.weight" in coded else [*left, "lm_head"]
+
+
+def state_of(spec_shape: tuple[int, ...], scheme: Scheme, dtype: str, offset: float = 0.0) -> State:
+    """What the JSON of a weight says; ``dtype`` that it had, or F32 for one that bitsandbytes has no word for."""
+    out, n_in = spec_shape
+    nested = Nested(_float4.NESTED_BLOCK, offset) if scheme.option("double_quant") else None
+    return State(scheme.qtype, scheme.option("block_size"), dtype if dtype in NAMES else "F32", (out, n_in), nested)
+
+
+def state_size(source: Checkpoint, name: str, scheme: Scheme, dtype: str) -> int:
+    """Bytes announced for the JSON of ``name``: enough for any offset. A bitsandbytes folder's own are kept where they are enough, too."""
+    state = state_of(source.specs[name].shape, scheme, dtype)
+    if isinstance(source, BitsAndBytesCheckpoint) and source.schemes.get(name) == scheme:
+        own = source.state_sizes[name]
+        if own >= state.shortest_safe():
+            return own
+    return state.longest()
+
+
+def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
+    """The file tensors of ``spec``."""
+    if scheme is None or is_dense(scheme):
+        return _folder.dense_outputs(spec, scheme, context)
+    if not supports(scheme):
+        raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored by bitsandbytes, which has nf4, fp4 and llm_int8")
+    layout = part_specs(spec, scheme)
+    if scheme.qtype == "llm_int8":
+        module = module_of(spec.name)
+        return [
+            replace(layout["codes"], name=spec.name),
+            replace(layout["scb"], name=f"{module}.SCB"),
+            TensorSpec.dense(f"{module}.weight_format", "U8", ()),
+        ]
+    files = [
+        TensorSpec.dense(spec.name, "U8", (*layout["packed"].shape, 1)),
+        replace(layout["absmax"], name=f"{spec.name}.absmax"),
+        TensorSpec.dense(f"{spec.name}.quant_map", "F32", (16,)),
+        TensorSpec.dense(f"{spec.name}.{PREFIX}{scheme.qtype}", "U8", (context.state_sizes[spec.name],)),
+    ]
+    if scheme.option("double_quant"):
+        files += [
+            replace(layout["nested_absmax"], name=f"{spec.name}.nested_absmax"),
+            TensorSpec.dense(f"{spec.name}.nested_quant_map", "F32", (256,)),
+        ]
+    return files
+
+
+def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
+    """``tensor`` as its file tensors."""
+    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
+        return _folder.dense_parts(name, tensor, context)
+    if tensor.scheme.qtype == "llm_int8":
+        module = module_of(name)
+        form = torch.tensor(ROWS, dtype=torch.uint8)
+        return {name: tensor.parts["codes"], f"{module}.SCB": tensor.parts["scb"], f"{module}.weight_format": form}
+    scheme = tensor.scheme
+    nested = scheme.option("double_quant")
+    offset = float(tensor.parts["nested_offset"]) if nested else 0.0
+    text = state_of(tensor.shape, scheme, context.dtypes[name], offset).to_json(context.state_sizes[name])
+    files = {
+        name: tensor.parts["packed"].view(-1, 1),
+        f"{name}.absmax": tensor.parts["absmax"],
+        f"{name}.quant_map": torch.tensor(find("qtypes", scheme.qtype).LEVELS),
+        f"{name}.{PREFIX}{scheme.qtype}": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+    }
+    if nested:
+        files |= {f"{name}.nested_absmax": tensor.parts["nested_absmax"], f"{name}.nested_quant_map": _float4.dynamic_map()}
+    return files
