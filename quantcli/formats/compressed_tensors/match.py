@@ -1,0 +1,132 @@
+"""Which modules a config group, or the ignore list, means; and where the words and the tensors of a folder contradict one another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from re import _parser as sre  # type: ignore[attr-defined]
+from typing import Any
+
+from quantcli.formats._folder import split_block
+from quantcli.formats.compressed_tensors.config import Group, Words
+from quantcli.shards import shown
+
+MAX_REPEATS = 6
+"""Unbounded repetitions that a foreign pattern may have: matching takes time that grows with this power of a name's length."""
+
+
+class Patterns:
+    """A list of names and ``re:`` patterns, matched as the library does: a name exactly, a pattern from the name's start."""
+
+    def __init__(self, items: Iterable[str]) -> None:
+        self.items = tuple(items)
+        regexes = [item for item in self.items if item.startswith("re:")]
+        self.wild = [item for item in regexes if not is_tame(item)]
+        self.patterns = {item: re.compile(item.removeprefix("re:")) for item in regexes if item not in self.wild}
+
+    def matches(self, item: str, module: str) -> bool:
+        pattern = self.patterns.get(item)
+        return item == module if pattern is None else pattern.match(module) is not None
+
+    def find(self, module: str) -> str | None:
+        """The item that means ``module``: its name before any pattern."""
+        if module in self.items:
+            return module
+        return next((item for item in self.patterns if self.matches(item, module)), None)
+
+    def idle(self, modules: Collection[str]) -> list[str]:
+        """The items that mean none of ``modules``."""
+        return [item for item in self.items if not is_class(item) and not any(self.matches(item, module) for module in modules)]
+
+
+def is_class(item: str) -> bool:
+    """Whether ``item`` is the name of a class, such as Linear, of which a folder's tensors tell nothing."""
+    return re.fullmatch(r"[A-Z]\w*", item) is not None
+
+
+def is_tame(item: str) -> bool:
+    """Whether a pattern cannot take forever: no repetition without bound inside of another, and few of them."""
+    return 0 <= count_repeats(sre.parse(item.removeprefix("re:"))) <= MAX_REPEATS
+
+
+def count_repeats(node: Any, *, inside: bool = False) -> int:
+    """Repetitions without bound in a parsed pattern; a number far below zero when one holds another."""
+    total = 0
+    for child in node:
+        if isinstance(child, tuple) and len(child) == 3 and isinstance(child[2], sre.SubPattern):  # (least, most, repeated)
+            unbounded = child[1] == sre.MAXREPEAT or child[1] > 100
+            total += -(10**6) if unbounded and inside else int(unbounded)
+            total += count_repeats(child[2], inside=inside or unbounded)
+        elif isinstance(child, tuple | list | sre.SubPattern):
+            total += count_repeats(child, inside=inside)
+    return total
+
+
+class Claims:
+    """Which group means which module: names first, then patterns, then classes; what ``ignore`` means is nobody's."""
+
+    def __init__(self, words: Words) -> None:
+        self.groups = words.groups
+        self.targets = [Patterns(group.targets) for group in words.groups]
+        self.ignore = Patterns(words.ignore)
+
+    def group_of(self, module: str) -> Group | None:
+        """The group of a ``module`` that is a linear, whatever ``ignore`` says."""
+        if len(self.groups) == 1:
+            return self.groups[0]
+        found = [targets.find(module) for targets in self.targets]
+        for wanted in (lambda item: item == module, lambda item: item is not None):
+            for group, item in zip(self.groups, found, strict=True):
+                if wanted(item):
+                    return group
+        return next((group for group in self.groups if any(map(is_class, group.targets))), None)
+
+    def means(self, module: str) -> bool:
+        """Whether an engine will look for codes in a linear ``module``."""
+        if self.ignore.find(module) is not None:
+            return False
+        by_class = any(is_class(target) for group in self.groups for target in group.targets)
+        return by_class or any(targets.find(module) is not None for targets in self.targets)
+
+
+def contradictions(claims: Claims, coded: Collection[str], dense: Mapping[str, int], *, tied: bool) -> list[str]:
+    """One sentence for each way in which the words and the tensors disagree. ``coded``: modules with codes; ``dense``: the other modules
+    and how many dimensions their weights have; ``tied``: whether lm_head needs no tensor of its own."""
+    modules = [*coded, *dense, *(["lm_head"] if tied else [])]
+    notes = []
+    if wild := [item for patterns in (claims.ignore, *claims.targets) for item in patterns.wild]:
+        notes.append(f"{shown(wild[0])} is too complex a pattern to be matched safely; it is passed over")
+    if idle := claims.ignore.idle(modules):
+        notes.append(f"ignore names {listed(idle)}, and no module of the folder is called so")
+    if idle := [item for targets in claims.targets for item in targets.idle(modules)]:
+        notes.append(f"a config group targets {listed(idle)}, and no module of the folder is called so")
+    if stray := [module for module in coded if not claims.means(module)]:
+        notes.append(f"{listed(stray)} quantized, which ignore excludes or no config group targets; the tensors are obeyed")
+    blocks = {split_block(module)[0] for module in coded} - {""}
+    inside = [module for module, n_dims in dense.items() if n_dims == 2 and split_block(module)[0] in blocks]
+    if claimed := [module for module in inside if claims.means(module)]:
+        notes.append(
+            f"{listed(claimed)} dense, though a config group targets it and ignore does not name it; engines may refuse the folder"
+        )
+    return notes
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of ``names`` and how many more."""
+    return shown(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def targets_of(members: Collection[str], others: Iterable[str]) -> list[str]:
+    """Targets that mean the modules ``members`` and none of ``others``: one pattern where they differ in nothing but numbers.
+
+    No class: where groups differ, vLLM looks for the class of a fused q/k/v before it looks for its members' names.
+    """
+    foreign = {numberless(module) for module in others}
+    shapes = {numberless(module): module for module in members}
+    targets = {f"re:^{shape}$" for shape in shapes if shape not in foreign}
+    return sorted(targets) + sorted(module for module in members if numberless(module) in foreign)
+
+
+def numberless(module: str) -> str:
+    r"""The pattern of ``module`` with every number in it any number: ``model\.layers\.\d+\.mlp\.down_proj``."""
+    return r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in module.split("."))

@@ -1,0 +1,188 @@
+"""Writing compressed-tensors folders: the words for each scheme, the file tensors of a weight, and what engines would refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError, UnsupportedError, about
+from quantcli.formats import _folder
+from quantcli.formats._folder import Context, coded_only, dense_dtypes, is_dense, model_dtype, module_of, sidecar_files, split_block, writer
+from quantcli.formats._fused import check_fused
+from quantcli.formats.compressed_tensors import floats, ints
+from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_words, input_scale_file
+from quantcli.formats.compressed_tensors.match import targets_of
+from quantcli.ops.bits import codes_per_run
+from quantcli.qtypes import int as int_qtype
+from quantcli.shards import MAX_SHARD_BYTES
+from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+
+__all__ = ["context", "outputs", "parts", "suited", "supports", "writer"]
+
+BITS = (2, 4, 8)
+"""Of integers: the ones that old and new readers unpack alike."""
+
+ACTIVATIONS = {
+    "int": ("", "int8-token", "int8-tensor"),
+    "fp8": ("", "fp8-token", "fp8-tensor", "fp8-g128"),
+    "mxfp4": ("", "mxfp4-g32"),
+    "mxfp8": ("", "mxfp8-g32"),
+    "nvfp4": ("", "nvfp4-g16"),
+}
+"""qtype → how its engines may quantize inputs."""
+
+
+def supports(scheme: Scheme) -> bool:
+    """Integers of 2, 4 and 8 bits, FP8 (E4M3), MXFP4, MXFP8, NVFP4, with the activations that engines run them with."""
+    if is_dense(scheme):
+        return True
+    if scheme.qtype not in ACTIVATIONS or scheme.get("act", "") not in ACTIVATIONS[scheme.qtype]:
+        return False
+    if scheme.qtype == "int":
+        return scheme.option("bits") in BITS
+    return scheme.qtype != "fp8" or (scheme.option("dtype") == "e4m3" and "block" not in dict(scheme.options))
+
+
+def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
+    """``scheme`` with its scales in the model's dtype, which is what loaders turn them into."""
+    if scheme.qtype not in ("int", "fp8"):
+        return scheme
+    dtype = model_dtype(config)
+    return scheme.with_options(scale_dtype=dtype if dtype in ints.SCALE_DTYPES else "F32")
+
+
+def context(
+    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Context:
+    """How ``source`` is written with ``schemes``. A scheme object of the library forbids keys that it does not know, so ``metadata`` (how
+    the model was made) has no place among these words; it stands in quantcli.json."""
+    coded = coded_only(source, schemes, "compressed-tensors")
+    for name, scheme in coded.items():
+        check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
+        check_scheme(name, scheme)
+    check_fused(source.specs, schemes)
+    return Context(dense_dtypes(source), sidecar_files(source, quantization_words(source, coded)), max_shard_bytes)
+
+
+def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme]) -> dict[str, Any]:
+    """``quantization_config``: a config group for each scheme, and every other linear in ``ignore``."""
+    matrices = {module_of(name) for name, spec in source.specs.items() if name.endswith(".weight") and len(spec.shape) == 2}
+    alike: dict[str, dict[str, Scheme]] = {}  # schemes that differ only in how their codes were chosen are said alike
+    for name, scheme in coded.items():
+        alike.setdefault(json.dumps(group_words(scheme, [])), {})[module_of(name)] = scheme
+    groups = {}
+    for i, members in enumerate(alike.values()):
+        targets = ["Linear"] if len(alike) == 1 else targets_of(members, matrices - members.keys())
+        groups[f"group_{i}"] = group_words(next(iter(members.values())), targets)
+    formats = {format_of(scheme) for scheme in coded.values()}
+    return {
+        "quant_method": METHOD,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored(source, matrices, {module_of(name) for name in coded}),
+        "kv_cache_scheme": kv_cache_words(source),
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": LIBRARY_VERSION,
+    }
+
+
+def ignored(source: Checkpoint, matrices: Collection[str], coded: Collection[str]) -> list[str]:
+    """Every matrix without codes that may be a linear, by its name on disk; lm_head also where it is tied and has no tensor of its own."""
+    dense = [module for module in matrices if module not in coded and not is_embedding(module)]
+    tied_head = ["lm_head"] if source.config.get("tie_word_embeddings") and "lm_head" not in dense else []
+    return sorted([*dense, *tied_head])
+
+
+def is_embedding(module: str) -> bool:
+    return module.rpartition(".")[2] in ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embeddings")
+
+
+def kv_cache_words(source: Checkpoint) -> Any:
+    """How a source of this dialect quantizes its key-value cache; the scales (k_scale, v_scale) are copied like any dense tensor."""
+    words = source.quantization if source.kind == "compressed-tensors" else None
+    return (words or {}).get("kv_cache_scheme")
+
+
+def check_place(name: str, *, tied: bool) -> None:
+    """Loaders look for codes in linears: those of decoder layers, and an lm_head that is not the embedding."""
+    if split_block(name)[0] or (name == "lm_head.weight" and not tied):
+        return
+    why = "the model ties it to the embedding" if name == "lm_head.weight" else "it is none of these"
+    raise RecipeError(f"{name}: compressed-tensors quantizes the linears of decoder layers and an untied lm_head; {why}: keep this one")
+
+
+def check_scheme(name: str, scheme: Scheme) -> None:
+    """Raise :class:`RecipeError` for what engines refuse whatever the shape."""
+    if not supports(scheme):
+        raise UnsupportedError(f"{name}: {scheme} cannot be stored as compressed-tensors")
+    if scheme.get("desc_act"):
+        raise RecipeError(
+            f"{name}: {scheme} with desc_act needs weight_g_idx, which compressed-tensors has removed; set desc_act to false, or use gptq"
+        )
+    act = scheme.get("act", "")
+    if scheme.qtype == "int" and act:
+        check_int_with_inputs(name, scheme)
+    if scheme.qtype == "fp8" and act and (scheme.option("strategy") == "block") != (act == "fp8-g128"):
+        raise RecipeError(
+            f"{name}: {scheme}: engines run blocks of FP8 with inputs in groups of 128 (fp8-block+fp8-g128), and nothing else so"
+        )
+
+
+def check_int_with_inputs(name: str, scheme: Scheme) -> None:
+    """vLLM runs 8-bit inputs on symmetric weights alone: of 8 bits with one scale a row, or of 4 bits with inputs by token."""
+    bits, channel = scheme.option("bits"), scheme.option("group_size") == -1
+    if scheme.option("sym") and ((bits == 8 and channel) or (bits == 4 and scheme.get("act") == "int8-token")):
+        return
+    raise RecipeError(
+        f"{name}: {scheme}: vLLM runs quantized inputs on int8-channel-sym weights, or on symmetric int4 ones with +int8-token; use these"
+    )
+
+
+def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
+    """The file tensors of ``spec``; :class:`RecipeError` when a reader would refuse its shape."""
+    if scheme is None or is_dense(scheme):
+        return _folder.dense_outputs(spec, scheme, context)
+    check_shape(spec, scheme)
+    module = module_of(spec.name)
+    found = ints.file_specs(spec.shape, scheme) if scheme.qtype == "int" else floats.file_specs(spec.shape, scheme)
+    if scheme.static_activations:
+        found[input_scale_file(scheme.get("act"))] = TensorSpec.dense("input_scale", "F32", (1,))
+    return [TensorSpec.dense(f"{module}.{local}", file.dtype, file.shape) for local, file in found.items()]
+
+
+def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
+    """Readers take matrices named ``.weight``; packed codes, and packed zero points, fill whole words."""
+    if not spec.name.endswith(".weight") or len(spec.shape) != 2:
+        raise RecipeError(f"{spec.name}: compressed-tensors stores linears, matrices named <module>.weight; exclude this one")
+    if scheme.qtype == "fp8" and scheme.option("strategy") == "block" and spec.shape[1] % 128:
+        raise RecipeError(f"{spec.name}: in_features {spec.shape[1]} is not a multiple of 128, which engines need for {scheme}; exclude it")
+    if scheme.qtype != "int":
+        return
+    with about(spec.name):
+        int_qtype.layout(spec.shape, scheme)
+    if scheme.get("act"):
+        return
+    run = codes_per_run(scheme.option("bits"))
+    sides = {"in_features": spec.shape[1]} | ({} if scheme.option("sym") else {"out_features": spec.shape[0]})
+    for side, size in sides.items():
+        if size % run:
+            raise RecipeError(
+                f"{spec.name}: {side} {size} is not a multiple of {run}, which {scheme} needs to fill 32-bit words; exclude it"
+            )
+
+
+def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
+    """``tensor`` as its file tensors."""
+    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
+        return _folder.dense_parts(name, tensor, context)
+    found = ints.encode(name, tensor) if tensor.scheme.qtype == "int" else floats.encode(tensor)
+    if tensor.scheme.static_activations:
+        found[input_scale_file(tensor.scheme.get("act"))] = tensor.parts["input_scale"]
+    return {f"{module_of(name)}.{local}": file for local, file in found.items()}
