@@ -76,8 +76,7 @@ class Coding:
             out, is_exact = regrid.regrid(have, tensor.scheme)
             error = 0.0 if is_exact else added_error(regrid.decode(have), regrid.decode(out))
         self._put(tensor.name, out)
-        words = "codes as they are" if is_exact else "codes as they are, scales rounded"
-        return TensorReport(tensor.name, error, (f"{words}: {have.scheme} → {tensor.scheme}",), is_exact)
+        return TensorReport(tensor.name, error, (), is_exact)
 
     def solve(
         self,
@@ -112,6 +111,8 @@ class Coding:
             if tensor.name in reports:
                 report = reports[tensor.name]
                 record[tensor.name] = {"scheme": str(tensor.scheme), "relative_error": report.relative_error, "notes": list(report.notes)}
+                if tensor.carried:
+                    record[tensor.name]["codes_of"] = str(self.source.schemes[tensor.name])
             elif not tensor.outputs:
                 record[tensor.name] = {"dropped": "this format has no place for it"}
         return record

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,12 +87,13 @@ def quantize(
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Write ``source`` to ``target`` as ``recipe`` says.
 
     ``calibrate`` is called, once the plan stands, when a pass needs statistics. With token windows each layer is measured on what the
     layers before it, already quantized, hand it; with statistics gathered before no layer runs. Nothing stands at ``target`` until the last
-    event; ``overwrite`` replaces what stood there only then.
+    event; ``overwrite`` replaces what stood there only then. Close the walk (``contextlib.closing``) where you may leave it half way: that
+    removes the unfinished output.
     """
     _check_apart(source, target)
     declared = planning.declared_taps(source)

@@ -153,6 +153,9 @@ def surprises(
     if coded_anew := [name for name in source.schemes if recipe.codes != "anew" and is_coded(schemes.get(name)) and name not in carried]:
         first = coded_anew[0]
         notes.append(f"{listed(coded_anew)} decoded and coded anew, with some loss: {schemes[first]} does not hold {source.schemes[first]}")
+    exactness = {name: regrid.exactness(source.schemes[name], schemes[name], source.specs[name].shape[-1]) for name in carried}
+    if rounded := [name for name, degree in exactness.items() if degree == regrid.CODES]:
+        notes.append(f"{listed(rounded)} keep their codes, and a scale or minimum is rounded to what {schemes[rounded[0]]} stores")
     if decoded := [name for name in source.schemes if name not in schemes]:
         notes.append(f"{listed(decoded)} decoded to a dense type: quantized in the source, and the recipe has no scheme for it")
     if recipe.needs and (blind := [name for name, scheme in schemes.items() if name not in taps and is_coded(scheme)]):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantcli.errors import NumericsError, UnsupportedError
 from quantcli.ops.blocks import pack_blocks, unpack_blocks
+from quantcli.qtypes._float4 import scales_of
 from quantcli.registry import find
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme
 
@@ -111,8 +112,7 @@ def regrid(tensor: QuantizedTensor, target: Scheme) -> tuple[QuantizedTensor, bo
     if source.qtype == "fp8":
         out = spread_fp8(tensor, target)
     elif source.qtype in ("nf4", "fp4"):
-        absmax = find("qtypes", source.qtype).absmax(tensor)
-        out = QuantizedTensor(target, tensor.shape, {"packed": tensor.parts["packed"], "absmax": absmax})
+        out = QuantizedTensor(target, tensor.shape, {"packed": tensor.parts["packed"], "absmax": scales_of(tensor.parts)})
     else:
         k, scale, zero, g_idx = integers_of(tensor)
         out = as_integers(k, scale, zero, g_idx, target) if target.qtype == "int" else as_blocks(k, scale, zero, target)

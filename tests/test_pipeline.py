@@ -221,7 +221,7 @@ def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_
 
 
 CHILD = """
-import pathlib, sys, torch
+import contextlib, pathlib, sys, torch
 from quantcli import heap, pipeline, recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.pipeline import Calibrated, LayerDone
@@ -229,8 +229,9 @@ torch.set_num_threads(1)
 ids = torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(0))
 with Checkpoint.open(sys.argv[1]) as source:
     walk = pipeline.quantize(source, pathlib.Path(sys.argv[2]), recipes.load(sys.argv[3]), calibrate=lambda: Calibrated("", windows=ids))
-    for event in walk:
-        if isinstance(event, LayerDone): print(event.name, flush=True)
+    with contextlib.closing(walk):
+        for event in walk:
+            if isinstance(event, LayerDone): print(event.name, flush=True)
 print(heap.peak_bytes())
 """
 

@@ -12,7 +12,6 @@ import typer
 from quantcli.cli import options
 from quantcli.cli.console import Console
 from quantcli.cli.quantize import check_format, execute, gguf_types, load_type
-from quantcli.errors import RecipeError
 
 if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
@@ -47,7 +46,7 @@ def command(
     rounded anew. The result says which: "lossless", and an error for each layer. Without TYPE the first type is taken that keeps the codes.
     """
     format_ = check_format(format_)
-    where, type_ = split_arguments(source, type_, format_)
+    where, type_ = split_arguments(source, type_)
     given: dict[str, object] = {
         "pure": pure,
         "tensor_type": tuple("=".join(options.split_pair(text, "--tensor-type")) for text in tensor_type or ()),
@@ -59,50 +58,34 @@ def command(
     format_options = {key: value for key, value in given.items() if value}
     if format_options and format_ != "gguf":
         raise options.wrong("--" + next(iter(format_options)).replace("_", "-"), f"belongs to --format gguf, not to {format_}")
+    given_type = None if type_ is None else recipe_of_type(format_, type_)
+
+    def choose(checkpoint: Checkpoint) -> Recipe:
+        return replace(given_type or recipe_that_keeps(checkpoint, format_), format_options=format_options)
+
     console = Console(json, quiet, verbose)
-    make = recipe_of_type if type_ is not None else recipe_that_keeps
-
-    def recipe_for(checkpoint: Checkpoint) -> Recipe:
-        return replace(make(checkpoint, format_, type_), format_options=format_options)
-
-    execute(console, where, output, recipe_for, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
+    execute(console, where, output, choose, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 
 
-def split_arguments(source: str | None, type_: str | None, format_: str) -> tuple[str, str | None]:
-    """SOURCE and TYPE: a lone argument that names a type and no path is TYPE, and SOURCE is the current folder."""
-    if type_ is not None or source is None:
+def split_arguments(source: str | None, type_: str | None) -> tuple[str, str | None]:
+    """SOURCE and TYPE: a lone argument that can be no path and no Hub id is TYPE, and SOURCE is the current folder."""
+    if type_ is not None or source is None or Path(source).exists() or "/" in source:
         return source or ".", type_
-    if Path(source).exists() or "/" in source or not names_type(source, format_):
-        return source, None
     return ".", source
 
 
-def names_type(word: str, format_: str) -> bool:
-    """Whether ``word`` is a type of ``format_``: a GGUF file type, or a scheme."""
-    from quantcli.tensors import Scheme
-
-    if format_ == "gguf":
-        return word.upper() in gguf_types()
-    try:
-        Scheme.parse(word)
-    except RecipeError:
-        return False
-    return True
-
-
-def recipe_of_type(checkpoint: Checkpoint, format_: str, type_: str | None) -> Recipe:
+def recipe_of_type(format_: str, type_: str) -> Recipe:
     """Every matrix in the type that was asked for."""
     from quantcli.recipe import PassSpec, Recipe
     from quantcli.tensors import Scheme
 
-    assert type_ is not None
     if format_ == "gguf":
         return replace(load_type(type_, "TYPE"), codes="fitting")
     scheme = Scheme.parse(type_)
     return Recipe(f"{format_}-{scheme}", format_, (PassSpec("rtn"),), scheme=scheme, codes="fitting")
 
 
-def recipe_that_keeps(checkpoint: Checkpoint, format_: str, type_: str | None) -> Recipe:
+def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
     """The source's codes wherever the format can hold them, and the format's usual scheme where it cannot."""
     from quantcli.recipe import PassSpec, Recipe
     from quantcli.registry import find

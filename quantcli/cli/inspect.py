@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from quantcli.cli.memory import estimate, render_memory
 
 if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
+    from quantcli.tensors import Scheme
 
 
 def command(
@@ -54,9 +56,35 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "n_bytes": n_bytes,
         "bpw": 8 * n_bytes / n_params if n_params else 0.0,
         "dtypes": dict(sorted(formats.items())),
-        "quantization": checkpoint.quantization,
+        "quantization": quantization(checkpoint),
         "notes": list(checkpoint.notes),
     }
+
+
+def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The format's own words, and over them what every format has: its name and version, the commonest scheme and its bits, groups and
+    symmetry, how many tensors have which scheme, and the matrices left dense, numbers of layers as ``*``. None if nothing is quantized."""
+    schemes = checkpoint.schemes
+    words = dict(checkpoint.quantization or {})
+    if not schemes:
+        return words or None
+    (main, _), *_ = Counter(schemes.values()).most_common()
+    left = [name for name, spec in checkpoint.specs.items() if len(spec.shape) > 1 and name not in schemes]
+    return words | {
+        "dialect": checkpoint.kind,
+        "version": words.get("checkpoint_format") or words.get("format") or words.get("version"),
+        "bits": bits_of(main),
+        "group_size": main.get("group_size", main.get("block_size")),
+        "sym": main.get("sym"),
+        "schemes": dict(sorted(Counter(map(str, schemes.values())).items())),
+        "dense": dict(Counter(re.sub(r"\.\d+\.", ".*.", name) for name in left)),
+    }
+
+
+def bits_of(scheme: Scheme) -> int:
+    """Bits of a code: an option of the scheme, or the number in its qtype's name."""
+    match = re.search(r"\d+", scheme.qtype)
+    return int(scheme.get("bits") or (match[0] if match else 0))
 
 
 def list_tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:

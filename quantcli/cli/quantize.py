@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -189,7 +190,7 @@ def execute(
         events = pipeline.quantize(
             checkpoint, target, recipe, calibrate=calibrate, device=torch_device, overwrite=overwrite, dry_run=dry_run
         )
-        with console.progress(f"{recipe.name}: starting") as progress:
+        with closing(events), console.progress(f"{recipe.name}: starting") as progress:
             for event in events:
                 if isinstance(event, pipeline.Planned):
                     plan = event.plan
@@ -257,7 +258,7 @@ def report_layer(console: Console, event: LayerDone) -> None:
         if report.relative_error:
             console.detail(f"{report.name}  error {report.relative_error:.2e}")
         for note in report.notes:
-            (console.detail if report.is_exact else console.warn)(f"{report.name}: {note}")
+            console.warn(f"{report.name}: {note}")
 
 
 def summarize(plan: Plan, target: Path, layers: list[LayerDone], finished: Finished | None, seconds: float) -> dict[str, Any]:

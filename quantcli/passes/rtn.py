@@ -19,11 +19,8 @@ from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, Tens
 
 NEEDS: frozenset[str] = frozenset()
 
-WHOLE = ("g_idx", "input_scale", "global_scale")
-"""Parts that belong to no row."""
-
-ROWS = 128
-"""Number formats whose scales cover blocks of rows cover this many: their ``rows(tensor, start, stop)`` is asked for multiples of it."""
+SCALED_ROWS = 128
+"""Rows that share a scale in number formats scaled by blocks of a matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +42,33 @@ def quantize(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fus
 def weight_error(W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 << 18) -> float:
     """‖W−Ŵ‖² / ‖W‖² of ``W``: [out, in], a few rows at a time so that no second copy is made; :class:`NumericsError` for NaN or Inf."""
     qtype = find("qtypes", tensor.scheme.qtype)
-    rows = max(1, chunk_elements // W.shape[-1])
-    if hasattr(qtype, "rows"):
-        rows, some_rows = -(-rows // ROWS) * ROWS, qtype.rows
-    elif all(part.shape[0] == W.shape[0] or name in WHOLE for name, part in tensor.parts.items()):
-        some_rows = slice_rows
+    if hasattr(qtype, "errors"):  # blocks that know no rows
+        error, total = qtype.errors(W, tensor)
     else:
-        rows, some_rows = W.shape[0], slice_rows
-    error = total = 0.0
-    for start in range(0, W.shape[0], rows):
-        stop = min(start + rows, W.shape[0])
-        V = W[start:stop].float()
-        E = V - qtype.unpack(some_rows(tensor, start, stop))
-        error += float(E.square().sum())
-        total += float(V.square().sum())
+        error = total = 0.0
+        rows = -(-max(1, chunk_elements // W.shape[-1]) // SCALED_ROWS) * SCALED_ROWS
+        for start in range(0, W.shape[0], rows):
+            stop = min(start + rows, W.shape[0])
+            V = W[start:stop].float()
+            E = V - qtype.unpack(slice_rows(tensor, start, stop))
+            error += float(E.square().sum())
+            total += float(V.square().sum())
     if not math.isfinite(error) or not math.isfinite(total):
         raise NumericsError(f"the weights, or what {tensor.scheme} makes of them, have NaN or Inf; check the source checkpoint")
     return error / total if total > 0 else float(error > 0)
 
 
 def slice_rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Rows ``start … stop`` of ``tensor``, whose parts have a row for each of its own, or serve them all."""
-    if (start, stop) == (0, tensor.shape[0]):
-        return tensor
-    parts = {name: part if name in WHOLE else part[start:stop] for name, part in tensor.parts.items()}
+    """Rows ``start … stop`` of ``tensor``, from a multiple of :data:`SCALED_ROWS`. Its parts have a row for each of its own, one for each
+    block of that many rows, or serve all rows."""
+    n_rows, parts = tensor.shape[0], {}
+    for name, part in tensor.parts.items():
+        if part.shape[0] == n_rows and name != "g_idx":  # which has one for each input
+            parts[name] = part[start:stop]
+        elif part.ndim == 2:
+            parts[name] = part[start // SCALED_ROWS : -(-stop // SCALED_ROWS)]
+        else:
+            parts[name] = part
     return QuantizedTensor(tensor.scheme, (stop - start, *tensor.shape[1:]), parts)
 
 

@@ -1,0 +1,140 @@
+"""Claims of regrid: which grids hold which, on real codes, and that nothing is carried that would not decode as before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcli import regrid
+from quantcli.errors import NumericsError, UnsupportedError
+from quantcli.passes import rtn
+from quantcli.registry import names
+from quantcli.tensors import QuantizedTensor, Scheme
+
+IN_FEATURES = 256
+GROUPS = ("g32", "g128", "channel")
+SCHEMES = [
+    *(f"int{bits}-{group}-{sym}" for bits in (2, 3, 4, 8) for group in GROUPS for sym in ("sym", "asym")),
+    *("int4-g48-sym-sf32", "int4-g64-sym-sbf16", "int8-channel-sym-sf32+int8-token", "int4-g64-sym-desc", "int4-g64-asym-desc"),
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k"),
+    *("nf4-b64", "nf4-b64-dq", "nf4-b128", "fp4-b64", "fp4-b64-dq", "llm_int8"),
+    *("fp8-tensor", "fp8-channel", "fp8-block", "fp8-channel-sbf16", "fp8-channel-e5m2", "mxfp4", "mxfp8", "nvfp4"),
+]
+
+
+def known(text: str) -> Scheme:
+    return Scheme.parse(text)
+
+
+def weights(n_in: int = IN_FEATURES) -> Tensor:
+    W = torch.randn(24, n_in, generator=torch.Generator().manual_seed(7))
+    W[3] *= 40
+    W[5] = 0
+    W[7, 11] = 25
+    return W
+
+
+def coded(scheme: Scheme) -> QuantizedTensor:
+    tensor = rtn.quantize(weights(), scheme)
+    if not scheme.get("desc_act"):
+        return tensor
+    shuffled = tensor.parts["g_idx"][torch.randperm(IN_FEATURES, generator=torch.Generator().manual_seed(1))]
+    return replace(tensor, parts={**tensor.parts, "g_idx": shuffled})
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, QuantizedTensor]:
+    return {text: coded(known(text)) for text in SCHEMES if text != "int4-g48-sym-sf32"}
+
+
+@pytest.mark.parametrize("text", [text for text in SCHEMES if text != "int4-g48-sym-sf32"])
+def test_an_exact_pair_decodes_bit_for_bit_and_kept_codes_nearly_so(sources: dict[str, QuantizedTensor], text: str) -> None:
+    tensor = sources[text]
+    W = regrid.decode(tensor)
+    for target in map(known, SCHEMES):
+        degree = regrid.exactness(tensor.scheme, target, IN_FEATURES)
+        if degree is None:
+            with pytest.raises(UnsupportedError, match="does not hold"):
+                regrid.regrid(tensor, target)
+            continue
+        out, is_exact = regrid.regrid(tensor, target)
+        assert out.scheme == target
+        assert out.shape == tensor.shape
+        W_hat = regrid.decode(out)
+        assert is_exact == torch.equal(W_hat, W)
+        assert is_exact or degree == regrid.CODES
+        assert torch.allclose(W_hat, W, rtol=2e-3, atol=2e-3 * float(W.abs().max())), f"{text} as {target}"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "degree"),
+    [
+        ("int4-g128-sym", "q4_0", "exact"),
+        ("int2-g32-sym", "q4_0", "exact"),
+        ("int4-channel-sym", "q4_0", "exact"),
+        ("int4-g128-sym", "int4-g128-asym", "exact"),
+        ("int4-g128-sym", "int4-g32-sym", "exact"),
+        ("int4-g128-asym", "int8-g128-sym", "exact"),
+        ("int4-g128-asym", "q5_0", "exact"),
+        ("int4-g128-asym", "q4_1", "codes"),
+        ("int3-g64-asym", "q4_0", "exact"),
+        ("int8-g32-sym", "q8_0", "exact"),
+        ("int8-channel-sym-sf32", "q8_0", "codes"),
+        ("llm_int8", "q8_0", "codes"),
+        ("llm_int8", "int8-channel-sym-sf32", "codes"),
+        ("q4_0", "q8_0", "exact"),
+        ("nf4-b64-dq", "nf4-b64", "exact"),
+        ("fp8-tensor", "fp8-channel", "exact"),
+        ("fp8-tensor", "fp8-block", "exact"),
+        ("fp8-channel-sbf16", "fp8-channel-sf32", "exact"),
+        ("fp8-channel", "fp8-channel-sbf16", "codes"),
+        ("int8-channel-sym+int8-token", "int8-channel-sym", "exact"),
+        ("int4-g32-sym", "int4-g128-sym", None),
+        ("int4-g128-asym", "int4-g128-sym", None),
+        ("int4-g128-asym", "q4_0", None),
+        ("int4-g64-sym-desc", "int4-g64-sym", None),
+        ("int4-g64-sym-desc", "q4_0", None),
+        ("int8-g128-asym", "q8_0", None),
+        ("int4-g64-sym-sbf16", "int4-g64-sym", "codes"),
+        ("nf4-b64", "nf4-b64-dq", None),
+        ("nf4-b64", "fp4-b64", None),
+        ("fp8-channel", "fp8-tensor", None),
+        ("fp8-channel", "fp8-channel-e5m2", None),
+        ("q4_k", "q5_k", None),
+        ("int8-channel-sym", "int8-channel-sym+int8-tensor", None),
+    ],
+)
+def test_the_pairs_people_ask_for(source: str, target: str, degree: str | None) -> None:
+    assert regrid.exactness(known(source), known(target), IN_FEATURES) == degree
+
+
+def test_every_grid_holds_itself_however_it_was_searched() -> None:
+    for scheme in map(known, SCHEMES):
+        assert regrid.exactness(scheme, scheme, IN_FEATURES) == regrid.EXACT
+    assert regrid.exactness(known("int4-minmax"), known("int4"), IN_FEATURES) == regrid.EXACT
+
+
+def test_every_number_format_of_the_house_is_among_the_pairs() -> None:
+    assert {known(text).qtype for text in SCHEMES} | {"f32", "f16", "bf16", "q5_k", "hqq"} >= set(names("qtypes"))
+
+
+def test_groups_that_do_not_cut_the_sources_evenly_are_refused() -> None:
+    assert regrid.exactness(known("int4-g48-sym-sf32"), known("q4_0"), 96) is None
+    assert regrid.exactness(known("int4-channel-sym"), known("q4_0"), 80) is None
+
+
+def test_a_scale_that_the_target_cannot_hold_is_an_error_and_no_infinity() -> None:
+    huge = rtn.quantize(weights() * 1e6, known("int8-channel-sym-sf32"))
+    with pytest.raises(NumericsError, match="a scale of the source does not fit F16"):
+        regrid.regrid(huge, known("q8_0"))
+
+
+def test_candidates_begin_with_the_source_itself_and_prefer_small_types() -> None:
+    order = [str(scheme) for scheme in regrid.candidates(known("int4-g128-asym"))]
+    assert order[0] == "int4-g128-asym"
+    assert order.index("q4_1") < order.index("q5_0") < order.index("q8_0")
+    without_activations = next(s for s in regrid.candidates(known("int8-channel-sym+int8-token")) if not s.get("act"))
+    assert str(without_activations) == "int8-channel-sym"
