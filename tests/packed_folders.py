@@ -75,6 +75,18 @@ def quantized_folder(
     return folder, tensors
 
 
+def tiny_folder(fmt: ModuleType, tiny_llama: TinyLlama, target: Path, scheme: Scheme) -> Path:
+    """One linear quantized, one dense, and their config: small enough to be damaged five thousand times."""
+    folder = tiny_llama(hidden=64, intermediate=64, layers=1, heads=2, kv_heads=2, vocab=64)
+    kept = ("mlp.down_proj", "self_attn.o_proj", "model.norm")
+    save_file({n: t for n, t in load_file(folder / "model.safetensors").items() if any(k in n for k in kept)}, folder / "model.safetensors")
+    with Checkpoint.open(str(folder)) as source:
+        write(fmt, source, target, {"model.layers.0.mlp.down_proj.weight": random_codes(scheme, 64, 64)})
+    for sidecar in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (target / sidecar).unlink()
+    return target
+
+
 def files_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 

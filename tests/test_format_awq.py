@@ -268,10 +268,10 @@ def test_tensors_that_fit_no_layout_are_an_error_by_name(tiny_llama: TinyLlama, 
         Checkpoint.open(str(tmp_path / "out"))
 
 
-@pytest.mark.slow
-def test_damaged_folders_are_an_error_or_read(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    quantized_folder(tiny_llama, tmp_path / "out", ASYM, hidden=32, intermediate=32, heads=1, vocab=64)
-    assert wrong_answers(tmp_path / "out", tmp_path, seed=0, n=5000) == []
+@pytest.mark.parametrize("n", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_damaged_folders_are_an_error_or_read(tiny_llama: TinyLlama, tmp_path: Path, n: int) -> None:
+    folder = packed_folders.tiny_folder(awq, tiny_llama, tmp_path / "out", ASYM)
+    assert wrong_answers(folder, tmp_path, seed=0, n=n) == []
 
 
 # ---- plan-time refusals ----

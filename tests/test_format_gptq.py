@@ -15,6 +15,7 @@ import packed_folders
 import pytest
 import torch
 from conftest import TinyLlama
+from mutations import wrong_answers
 from packed_folders import damage, files_of, linears, loop_pack, loop_unpack, random_codes, words_of
 
 from quantcli.checkpoint import Checkpoint
@@ -291,7 +292,7 @@ def test_symmetric_zeros_of_the_other_version_are_seen_and_read_right(
     zeros = {f"{n.removesuffix('.weight')}.qzeros": v1_words_of(t, minus=stored) for n, t in tensors.items()}
     damage(tmp_path / "out", {"checkpoint_format": said}, **zeros)
     with Checkpoint.open(str(tmp_path / "out")) as back:
-        assert "checkpoint_format is" in back.notes[0]
+        assert back.notes[0].startswith(f"checkpoint_format {said or 'gptq'} stores zero points")
         for name, tensor in tensors.items():
             assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
 
@@ -346,7 +347,7 @@ CONTRADICTIONS = {
     "bits": ({"bits": 8}, "the bits declared are not those of model.layers.0"),
     "groups": ({"group_size": 64}, "the group_size declared is not that of model.layers.0"),
     "a rule's bits": ({"dynamic": {r"+:.*\.q_proj": {"bits": 8}}}, f"the bits declared are not those of {Q} \\(4 bits, groups of 32\\);"),
-    "a rule that leaves out": ({"dynamic": {r"-:.*\.[qk]_proj": {}}}, r"dynamic leaves out .*\.k_proj \(.* and 1 more, which is quantized"),
+    "a rule that leaves out": ({"dynamic": {r"-:.*\.[qk]_proj": {}}}, r"the metadata leave .*\.k_proj \(.* and 1 more dense, which"),
 }
 
 
@@ -489,6 +490,14 @@ def test_words_of_any_type_are_an_error_or_read_right(tiny_llama: TinyLlama, tmp
             read += 1
             assert all(torch.equal(got[part], expected[part]) for part in ("codes", "scale", "zero")), (key, value)
     assert read > 50
+
+
+@pytest.mark.parametrize("n", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_damaged_folders_are_an_error_or_read(tiny_llama: TinyLlama, tmp_path: Path, n: int) -> None:
+    scheme = Scheme.of("int", bits=4, group_size=32, sym=False, desc_act=True)
+    folder = packed_folders.tiny_folder(gptq, tiny_llama, tmp_path / "out", scheme)
+    damage(folder, {"dynamic": {r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 4, "group_size": 32}, "-:lm_head": {}}})
+    assert wrong_answers(folder, tmp_path, seed=0, n=n) == []
 
 
 # ---- plan-time refusals ----

@@ -116,18 +116,23 @@ def test_matrices_that_no_statistics_reach_are_told(tiny_llama: TinyLlama) -> No
 
 def test_what_a_calibrated_recipe_rounds_to_nearest_is_told(tiny_llama: TinyLlama) -> None:
     recipe = with_rules("gptq-int4", ("lm_head", "int8-g128-sym"))
-    assert make(tiny_llama(), recipe).notes == ("lm_head.weight rounded to nearest: gptq has no statistics of what they read",)
+    assert make(tiny_llama(), recipe).notes[0] == "lm_head.weight rounded to nearest: gptq has no statistics of what they read"
     assert make(tiny_llama(), recipes.load("gptq-int4")).notes == ()
-    assert make(tiny_llama(), with_rules("rtn-int4", ("lm_head", "int8-g128-sym"))).notes == ()
+    assert make(tiny_llama(), with_rules("rtn-int4", ("lm_head", "int4-g128-sym"))).notes == ()
 
 
 def test_what_loses_the_codes_of_its_source_is_told(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    recipe = with_rules("rtn-int4", ("lm_head", "int8-g128-sym"))
+    recipe = with_rules("rtn-int4", ("lm_head", "int4-g128-sym"))
     with Checkpoint.open(str(tiny_llama())) as source:
         list(pipeline.quantize(source, tmp_path / "once", recipe))
     (note,) = make(tmp_path / "once", recipes.load("rtn-int4")).notes
     assert note.startswith("lm_head.weight decoded to a dense type")
     assert make(tmp_path / "once", recipe).notes == ()
+
+
+def test_what_the_format_has_to_say_is_told(tiny_llama: TinyLlama) -> None:
+    (note,) = make(tiny_llama(), with_rules("rtn-int4", ("down_proj", "int8-g128-sym"))).notes
+    assert "transformers" in note
 
 
 def test_a_model_without_linears_in_its_layers_is_unsupported(tiny_llama: TinyLlama) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantcli.errors import CheckpointError
+from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats._folder import Coded
 from quantcli.json_files import shown
 from quantcli.locations import read_tensor
@@ -56,10 +56,6 @@ class Packed:
     files: tuple[str, ...]
     interleaved: bool = False
     less_one: bool = False
-
-    @property
-    def n_zeros(self) -> int:
-        return self.n_groups * self.out_features
 
     def coded(self, *, sym: bool, desc_act: bool = False) -> Coded:
         """The module as a folder's reader wants it."""
@@ -103,6 +99,8 @@ def measure(
     if not fits:
         shapes = ", ".join(f"{spec.name.rpartition('.')[2]} {list(spec.shape)}" for spec in (qweight, qzeros, scales))
         raise CheckpointError(f"{path}: {module}: {shapes} are no layout of 2, 3, 4 or 8 bits")
+    if interleaved and bits != 4:
+        raise UnsupportedError(f"{path}: {module} has {bits} bits; AWQ's layout is settled for 4 alone: take a gptq folder of the model")
     n_in = rows if interleaved else 32 * rows // bits
     g_idx = None if interleaved else specs.get(f"{module}.g_idx")
     if g_idx and (g_idx.dtype, g_idx.shape) != ("I32", (n_in,)):

@@ -64,10 +64,6 @@ class AwqCheckpoint(FolderCheckpoint):
         check_version(path, words)
         specs, group_size = shards.specs, words.get("group_size", words.get("q_group_size", 128))
         self._packed = find_modules(path, specs, "awq", lambda m: measure(path, specs, m, group_size, interleaved=True))
-        if odd := [p for p in self._packed.values() if p.bits != 4]:
-            raise UnsupportedError(
-                f"{path}: {odd[0].module} has {odd[0].bits} bits; AWQ's layout is settled for 4 alone: use a gptq folder of the model"
-            )
         self._scaled = scaled_activations(path, specs, self._packed)
         coded = {name: p.coded(sym=looks_symmetric(shards, p)) for name, p in self._packed.items()}
         notes = contradictions(words, self._packed, specs)

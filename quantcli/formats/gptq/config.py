@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,13 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import UnsupportedError
 from quantcli.formats._folder import dense_linears, module_of, split_block
 from quantcli.formats._fused import mixed
+from quantcli.formats._packed_folder import Settings
 from quantcli.formats.gptq import rules
 from quantcli.json_files import read_json, shown
 from quantcli.tensors import Scheme
 
 V1, V2 = "gptq", "gptq_v2"
 LEGACY_CONFIG = "quantize_config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a folder's words declare of one module; any value may be of any type. ``skipped``: that it is not quantized at all."""
-
-    bits: Any
-    group_size: Any
-    sym: bool
-    desc_act: bool
-    skipped: bool = False
 
 
 def settings_reader(words: Mapping[str, Any]) -> Callable[[str], Settings]:

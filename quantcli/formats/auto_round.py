@@ -1,0 +1,122 @@
+"""A Hugging Face folder of AutoRound's own (``quant_method: auto-round``), read only: integers in GPTQ's or AWQ's words.
+
+``packing_format`` tells which, by auto-round's own rule (export/export_to_autoround, inference/backend.py of 0.15)::
+
+    … awq …                              AWQ's interleaved words
+    … gptq … without gptqmodel, auto     GPTQ's words, zero points stored less one
+    any other, auto_round:gptqmodel      GPTQ's words, zero points as they are
+
+The name behind these, ``:exllamav2`` say, is a kernel and changes nothing. ``extra_config`` has settings by module, whose keys are names
+or regular expressions that are searched for; a width above 8 bits is a dense module. Bits and groups are the tensors' to tell.
+
+AutoRound's other exports carry the names of other formats (gptq, awq, compressed-tensors, GGUF) and are read as such. Those in which an
+engine does more than multiply integers (FP8 and MX types, quantized activations, rotations) are refused. Nothing is written: engines that
+take this dialect take gptq and awq as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.errors import UnsupportedError
+from quantcli.formats._folder import dense_outputs as outputs
+from quantcli.formats._folder import dense_parts as parts
+from quantcli.formats._folder import writer
+from quantcli.formats._packed_folder import PackedCheckpoint, Settings
+from quantcli.json_files import shown
+from quantcli.shards import open_folder
+from quantcli.tensors import Scheme
+
+__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
+
+DEFAULT_PACKING = "auto_round:auto_gptq"
+WAY_OUT = "export it by auto-round as auto_gptq, auto_awq or llm_compressor, or start from the dense model"
+MAX_PATTERN = 1000
+
+
+def detect(path: Path, config: dict[str, Any] | None) -> bool:
+    """A folder whose config.json says auto-round (early ones: intel/auto-round)."""
+    words = (config or {}).get("quantization_config")
+    return isinstance(words, dict) and "auto-round" in str(words.get("quant_method")).lower().replace("_", "-")
+
+
+def read(path: Path) -> PackedCheckpoint:
+    """The AutoRound folder at ``path``: headers, and the first zero points of each module."""
+    config = read_config(path)
+    words = config["quantization_config"]
+    check_words(path, words)
+    packing = words.get("packing_format") or words.get("backend") or DEFAULT_PACKING
+    layout = layout_of(path, packing)
+    return PackedCheckpoint(
+        path,
+        kind="auto-round",
+        config=config,
+        quantization=words,
+        shards=open_folder(path),
+        declared=settings_reader(words),
+        said=f"packing_format {shown(packing)}",
+        less_one=layout == "less one",
+        interleaved=layout == "interleaved",
+    )
+
+
+def check_words(path: Path, words: Mapping[str, Any]) -> None:
+    """Raise :class:`UnsupportedError` for what is more than integers times scales."""
+    if (kind := words.get("data_type", "int")) not in ("int", None):
+        raise UnsupportedError(f"{path}: data_type {shown(kind)} in AutoRound's own layout is not read; {WAY_OUT}")
+    if isinstance(bits := words.get("act_bits"), int) and bits <= 8:
+        raise UnsupportedError(f"{path}: activations of {bits} bits in AutoRound's own layout are not read; {WAY_OUT}")
+    if rotated := next((key for key in ("rotation_config", "spinquant_config") if words.get(key)), None):
+        raise UnsupportedError(f"{path}: {rotated}: its engine rotates activations as it runs, which quantcli does not; {WAY_OUT}")
+
+
+def layout_of(path: Path, packing: object) -> str:
+    """ "interleaved", "less one" or "as it is"; :class:`UnsupportedError` for a packing of floats or of one engine."""
+    head = str(packing).lower().removeprefix("auto_round:")
+    if not isinstance(packing, str) or re.search(r"fp\d|mx|mlx|compressor|hpu", head):
+        raise UnsupportedError(f"{path}: packing_format {shown(packing)} is not read; {WAY_OUT}")
+    if "awq" in head:
+        return "interleaved"
+    return "less one" if head == "auto" or ("gptq" in head and "gptqmodel" not in head) else "as it is"
+
+
+def settings_reader(words: Mapping[str, Any]) -> Callable[[str], Settings]:
+    """The declared settings of a module: the folder's, as changed by ``extra_config``; a name goes before a pattern."""
+    extra = {key: own for key, own in entries(words.get("extra_config")) if isinstance(own, dict)}
+    patterns = [(compiled, own) for key, own in extra.items() if (compiled := pattern_of(key))]
+
+    def of(module: str) -> Settings:
+        own = extra.get(module) or next((found for pattern, found in patterns if pattern.search(module)), {})
+        merged = {**words, **own}
+        bits = merged.get("bits")
+        skipped = isinstance(bits, int) and bits > 8
+        return Settings(None if skipped else bits, merged.get("group_size", 128), bool(merged.get("sym", True)), skipped=skipped)
+
+    return of
+
+
+def entries(value: object) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def pattern_of(key: str) -> re.Pattern[str] | None:
+    """``key`` as a regular expression; None for a plain name, or for none of both."""
+    if len(key) > MAX_PATTERN or not re.search(r"[*+?^$\\\[(|]", key):
+        return None
+    try:
+        return re.compile(key)
+    except (re.error, RecursionError, OverflowError):
+        return None
+
+
+def supports(scheme: Scheme) -> bool:
+    return False
+
+
+def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any]) -> NoReturn:
+    """Raises :class:`UnsupportedError`: this dialect is read only."""
+    raise UnsupportedError("auto-round is a format that quantcli reads and does not write; --format gptq or awq loads wherever it does")
