@@ -201,6 +201,18 @@ def test_the_binding_names_the_argument_that_does_not_fit() -> None:
         ops.dequantize_blocks(torch.zeros(2, 100, dtype=torch.uint8), "q4_k", 256)
 
 
+@pytest.mark.skipif(not COMPILED, reason="this installation has no compiled kernels")
+def test_the_binding_wants_the_parameters_of_the_type_and_no_other() -> None:
+    ops.use(COMPILED[0])
+    codes, d = torch.zeros(1, 32, dtype=torch.int8), torch.ones(1, 1, dtype=torch.float16)
+    with pytest.raises(KernelError, match="q4_1: the parameter m is missing"):
+        ops.pack_blocks(codes, {"d": d}, "q4_1")
+    with pytest.raises(KernelError, match="q4_0: expected the parameters d alone, got 2"):
+        ops.pack_blocks(codes, {"d": d, "m": d}, "q4_0")
+    with pytest.raises(KernelError, match=r"m: expected float16 \[1, 1\], got float16 \[1, 2\] on cpu"):
+        ops.pack_blocks(codes, {"d": d, "m": torch.ones(1, 2, dtype=torch.float16)}, "q4_1")
+
+
 def test_an_instruction_set_this_machine_lacks_is_refused_with_those_it_has() -> None:
     with pytest.raises(KernelError, match=r"'sse9' is not available.*reference"):
         ops.use("sse9")
