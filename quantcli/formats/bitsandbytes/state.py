@@ -55,36 +55,29 @@ class State:
     def to_json(self, size: int | None = None) -> bytes:
         """Bitsandbytes' text, keys in its order; with ``size`` filled up with spaces to that many bytes, or with the offset in as few
         digits as name it where that is what it takes."""
-        text = self._text(None)
-        if size is not None and len(text) > size:
-            text = self._text(ROUND_TRIP_DIGITS)
+        text = self._text()
+        if size is not None and len(text) > size and self.nested is not None:
+            text = self._text(f"{self.nested.offset:.{ROUND_TRIP_DIGITS}g}")
         if size is not None and len(text) > size:
             raise ValueError(f"{text.decode()} does not fit the {size} bytes that were announced")
         return text if size is None else text.ljust(size)
 
     def longest(self) -> int:
         """Bytes that suffice whatever the offset will be."""
-        return len(self._text(None)) if self.nested is None else self._bare() + LONGEST_OFFSET
+        return len(self._text("0" * LONGEST_OFFSET))
 
     def shortest_safe(self) -> int:
         """Bytes that suffice for any offset in :data:`ROUND_TRIP_DIGITS` digits."""
-        return len(self._text(None)) if self.nested is None else self._bare() + len("-1.23456789e-38")
+        return len(self._text("1.23456789e-38"))
 
-    def _bare(self) -> int:
-        assert self.nested is not None
-        return len(self._text(None)) - len(repr(self.nested.offset))
-
-    def _text(self, digits: int | None) -> bytes:
-        words: dict[str, Any] = {
-            "quant_type": self.kind,
-            "blocksize": self.block_size,
-            "dtype": NAMES[self.dtype],
-            "shape": list(self.shape),
-        }
+    def _text(self, offset: str | None = None) -> bytes:
+        """``offset``: the characters of that number, None for its usual ones."""
+        words = {"quant_type": self.kind, "blocksize": self.block_size, "dtype": NAMES[self.dtype], "shape": list(self.shape)}
+        text = json.dumps(words)
         if self.nested is not None:
-            offset = self.nested.offset if digits is None else float(f"{self.nested.offset:.{digits}g}")
-            words |= {"nested_blocksize": self.nested.block_size, "nested_dtype": "float32", "nested_offset": offset}
-        return json.dumps(words).encode()
+            nested = {"nested_blocksize": self.nested.block_size, "nested_dtype": "float32"}
+            text = f'{text[:-1]}, {json.dumps(nested)[1:-1]}, "nested_offset": {offset or repr(self.nested.offset)}}}'
+        return text.encode()
 
 
 def parse(name: str, words: Any) -> tuple[State, list[str]]:
