@@ -21,7 +21,10 @@ from quantcli.qtypes import int as int_qtype
 from quantcli.shards import MAX_SHARD_BYTES
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
-__all__ = ["context", "outputs", "parts", "suited", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "suited", "supports", "writer"]
+
+USUAL_SCHEME = "int4-g128-sym"
+"""What ``export`` codes to where the source's own codes do not fit."""
 
 BITS = (2, 4, 8)
 """Of integers: the ones that old and new readers unpack alike."""
