@@ -9,14 +9,6 @@ from quantcli.formats.gguf import filetypes
 from quantcli.formats.gguf.filetypes import FILE_TYPES, mix
 from quantcli.tensors import Scheme, TensorSpec
 
-ALL_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
-
-
-@pytest.fixture(autouse=True)
-def every_type_of_this_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mix is tested against a fixed set of number formats, so that a new one does not change what these tests say."""
-    monkeypatch.setattr(filetypes, "names", lambda package: ALL_TYPES)
-
 
 def config(layers: int = 8, heads: int = 8, kv_heads: int = 8, tied: bool = False) -> dict:
     keys = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
