@@ -1,9 +1,10 @@
-"""The README's tables, made from what they describe: recipes from configs/, files from docstrings, exit codes from errors.py.
+"""Tables made from what they describe: recipes from configs/, files from docstrings, exit codes from errors.py, conversions from regrid.py.
 
-    python docs/tables.py            # says which tables of the README are out of date; exit code 1 if any is
+    python docs/tables.py            # says which tables are out of date; exit code 1 if any is
     python docs/tables.py --write    # puts them right
 
-A table stands in the README between ``<!-- NAME: … -->`` and ``<!-- /NAME -->``. tests/test_readme.py holds them equal.
+A table stands in its page between ``<!-- NAME: … -->`` and ``<!-- /NAME -->``. tests/test_readme.py holds them equal, and
+tests/test_conversions.py tries every cell of the conversions.
 """
 
 from __future__ import annotations
@@ -14,10 +15,28 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from quantcli import errors, recipe
+from quantcli import errors, recipe, regrid
+from quantcli.registry import find, names
+from quantcli.tensors import Scheme
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+CONVERSIONS = ROOT / "docs" / "conversions.md"
+
+CODED: dict[str, tuple[str, ...]] = {
+    "gptq": ("int4-g32-sym", "int4-g32-asym", "int2-g32-asym", "int3-g32-sym", "int8-g32-sym", "int8-g32-asym", "int4-g32-sym-desc"),
+    "awq": ("int4-g32-sym", "int4-g32-asym"),
+    "compressed-tensors": (
+        *("int4-g32-sym-sbf16", "int4-g32-asym-sbf16", "int8-channel-sym-sbf16", "int8-channel-sym-sbf16+int8-token"),
+        *("fp8-tensor-sbf16", "fp8-channel-sbf16+fp8-token", "fp8-block-sbf16+fp8-g128", "mxfp4", "mxfp8", "nvfp4"),
+    ),
+    "fp8": ("fp8-tensor", "fp8-block"),
+    "bitsandbytes": ("nf4-b64", "nf4-b64-dq", "fp4-b64", "llm_int8"),
+}
+"""What the formats that quantcli writes hold, one scheme for each kind, as a bfloat16 model has them."""
+
+WIDTH = 256
+"""Inputs of a row, for questions of divisibility."""
 
 OTHER_EXITS = {
     0: "done",
@@ -74,7 +93,39 @@ def exit_codes() -> str:
     return table(["code", "meaning"], ([str(code), meanings[code]] for code in sorted(meanings)))
 
 
-TABLES: dict[str, Callable[[], str]] = {"recipes": recipes, "files": files, "exit codes": exit_codes}
+def writable() -> list[str]:
+    """The formats that export can write."""
+    return [name for name in names("formats") if hasattr(find("formats", name), "USUAL_SCHEME")]
+
+
+def conversion(source: Scheme, target: str) -> tuple[Scheme | None, str]:
+    """What ``export --format TARGET`` makes of a tensor: its scheme there (None: dense), and "exact", "codes" or "anew"."""
+    fmt = find("formats", target)
+    for scheme in regrid.candidates(source):
+        if fmt.supports(scheme) and (degree := regrid.exactness(source, scheme, WIDTH)):
+            return scheme, degree
+    return (None, "anew") if fmt.USUAL_SCHEME is None else (Scheme.parse(fmt.USUAL_SCHEME), "anew")
+
+
+def conversions() -> str:
+    """One row a scheme in a format, one column a format to export to."""
+    rows = []
+    for format_, schemes in CODED.items():
+        for text in schemes:
+            cells = []
+            for target in writable():
+                scheme, degree = conversion(Scheme.parse(text), target)
+                cells.append("decoded" if scheme is None else f"**{scheme}**" if degree == "exact" else f"{scheme}, {degree}")
+            rows.append([format_, f"`{text}`", *cells])
+    return table(["from", "scheme", *writable()], rows)
+
+
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "recipes": (README, recipes),
+    "files": (README, files),
+    "exit codes": (README, exit_codes),
+    "conversions": (CONVERSIONS, conversions),
+}
 
 
 def filled(text: str, name: str, content: str) -> str:
@@ -82,25 +133,30 @@ def filled(text: str, name: str, content: str) -> str:
     marks = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
     result, n_found = marks.subn(lambda match: f"{match[1]}{content}\n{match[2]}", text)
     if n_found != 1:
-        raise ValueError(f"{README}: expected one <!-- {name}: … --> … <!-- /{name} -->, found {n_found}")
+        raise ValueError(f"expected one <!-- {name}: … --> … <!-- /{name} -->, found {n_found}")
     return result
 
 
-def stale(text: str) -> list[str]:
-    """Names of the tables that ``text`` does not have as they should be."""
-    return [name for name, make in TABLES.items() if filled(text, name, make()) != text]
+def read(page: Path) -> str:
+    return page.read_text("utf8")
+
+
+def stale(text_of: Callable[[Path], str] = read) -> list[str]:
+    """Names of the tables that their pages do not have as they should be."""
+    pages = {name: (text_of(page), make) for name, (page, make) in TABLES.items()}
+    return [name for name, (text, make) in pages.items() if filled(text, name, make()) != text]
 
 
 def main(arguments: list[str]) -> int:
-    text = README.read_text("utf8")
-    names = stale(text)
-    for name in names:
-        text = filled(text, name, TABLES[name]())
+    names_ = stale()
     if "--write" in arguments:
-        README.write_text(text, "utf8")
+        for name in names_:
+            page, make = TABLES[name]
+            page.write_text(filled(read(page), name, make()), "utf8")
         return 0
-    sys.stdout.write("".join(f"README.md: the table '{name}' is out of date: python docs/tables.py --write\n" for name in names))
-    return 1 if names else 0
+    lines = [f"{TABLES[name][0].name}: the table '{name}' is out of date: python docs/tables.py --write\n" for name in names_]
+    sys.stdout.write("".join(lines))
+    return 1 if names_ else 0
 
 
 if __name__ == "__main__":

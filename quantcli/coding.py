@@ -148,5 +148,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Raise :class:`NumericsError` when a float tensor has NaN or Inf. A piece at a time: the check makes copies."""
     if not tensor.is_floating_point():
         return
-    if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(PIECE_ELEMENTS)):
+    one_byte = tensor.dtype.itemsize == 1  # for which torch has no isfinite
+    pieces = tensor.reshape(-1).split(PIECE_ELEMENTS)
+    if not all(bool(torch.isfinite(piece.float() if one_byte else piece).all()) for piece in pieces):
         raise NumericsError(f"{name}: the source has NaN or Inf; check the checkpoint, or take another revision of it")

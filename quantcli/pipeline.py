@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -20,10 +19,11 @@ from quantcli import __version__, heap, ops
 from quantcli import plan as planning
 from quantcli.checkpoint import Checkpoint
 from quantcli.coding import Coding
-from quantcli.errors import RecipeError
+from quantcli.errors import RecipeError, about
 from quantcli.plan import Plan, PlannedLayer, PlannedTensor
 from quantcli.recipe import Recipe
 from quantcli.registry import find
+from quantcli.stats_file import StatsFile
 from quantcli.tensors import DTYPES, Stats, TensorReport
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Calibrated:
 
     dataset_sha256: str
     windows: Tensor | None = None
-    stats: Mapping[str, Stats] | None = None
+    stats: StatsFile | None = None
 
 
 def quantize(
@@ -132,13 +132,12 @@ def quantize(
 
 
 def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    """What repeats a run: version, recipe, source and a fingerprint of its config and tensor headers."""
-    headers = json.dumps([source.config, sorted((s.name, s.dtype, s.shape) for s in source.specs.values())], sort_keys=True)
+    """What repeats a run: version, recipe, source and the fingerprint of its weights."""
     return {
         "version": __version__,
         "recipe": recipe.to_dict(),
         "source": source.source,
-        "source_fingerprint": hashlib.sha256(headers.encode()).hexdigest(),
+        "source_fingerprint": source.fingerprint(),
     }
 
 
@@ -149,14 +148,13 @@ def _check_apart(source: Checkpoint, target: Path) -> None:
         raise RecipeError(f"{target}: the output would replace the model it is made from, {source.source}; choose another -o")
 
 
-def _check_stats(plan: Plan, stats: Mapping[str, Stats]) -> None:
-    """Raise :class:`RecipeError` when statistics are missing, before any work is done."""
+def _check_stats(plan: Plan, stats: StatsFile) -> None:
+    """Raise :class:`RecipeError` where statistics are missing or do not fit, before any work is done."""
     for tensor in plan.tensors:
-        if tensor.is_solved and tensor.tap not in stats:
-            raise RecipeError(
-                f"{tensor.name}: the statistics have no tap '{tensor.tap}'; they belong to another model: calibrate this one, "
-                "or exclude the tensor with --skip"
-            )
+        if tensor.is_solved:
+            assert tensor.tap is not None
+            with about(tensor.name):
+                stats.check_tap(tensor.tap, tensor.source.shape[-1], needs=plan.recipe.needs)
 
 
 def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:

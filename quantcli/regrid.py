@@ -75,19 +75,25 @@ def exactness(source: Scheme, target: Scheme, in_features: int) -> str | None:
 
 def candidates(source: Scheme) -> Iterator[Scheme]:
     """Schemes that may hold the codes of ``source``, in the order in which a format that supports them should take one."""
-    yield source
+    yield from variants(source)
     if source.get("act"):
-        yield from candidates(source.with_options(act=""))
-        return
+        yield from variants(source.with_options(act=""))
+    yield from (Scheme.of(name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"))
+
+
+def variants(source: Scheme) -> Iterator[Scheme]:
+    """``source`` and its like in the same number format: with zero points, other scales, finer groups, more bits."""
+    yield source
     if source.qtype == "int":
-        finer = [source.with_options(group_size=size) for size in (128, 64, 32)]  # for formats that know no group of a whole row
-        for scheme in (source, *finer):
-            if scheme is not source:
+        # Finer groups are for formats that know no group of a whole row, more bits for those that know few widths.
+        for bits in [source.option("bits"), *(b for b in (4, 8) if b > source.option("bits"))]:
+            for size in (source.option("group_size"), 128, 64, 32):
+                scheme = source.with_options(bits=bits, group_size=size)
                 yield scheme
-            if scheme.option("sym"):
-                yield scheme.with_options(sym=False)
-            if scheme.option("scale_dtype") != "F16":
-                yield scheme.with_options(scale_dtype="F16")
+                if scheme.option("sym"):
+                    yield scheme.with_options(sym=False)
+                if scheme.option("scale_dtype") != "F16":
+                    yield scheme.with_options(scale_dtype="F16")
     elif source.qtype == "fp8":
         for strategy in COARSE_TO_FINE:
             yield from (source.with_options(strategy=strategy, scale_dtype=dtype) for dtype in ("F32", "BF16"))
@@ -95,7 +101,6 @@ def candidates(source: Scheme) -> Iterator[Scheme]:
         yield source.with_options(double_quant=False)
     elif source.qtype == "llm_int8":
         yield Scheme.parse("int8-channel-sym-sf32")
-    yield from (Scheme.of(name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"))
 
 
 def regrid(tensor: QuantizedTensor, target: Scheme) -> tuple[QuantizedTensor, bool]:

@@ -176,6 +176,19 @@ def test_statistics_of_another_model_are_refused_before_any_work(tiny_llama: Tin
             next(walk)
 
 
+@pytest.mark.parametrize(("change", "words"), [("hessian", "has no H of tap"), ("width", "are 768 wide and the weight has 512 inputs")])
+def test_statistics_that_do_not_fit_are_refused_before_any_work(tiny_llama: TinyLlama, tmp_path: Path, change: str, words: str) -> None:
+    with Checkpoint.open(str(tiny_llama(intermediate=768))) as source:
+        list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors", hessian=change != "hessian"))
+    stats = StatsFile(tmp_path / "stats.safetensors")
+    with Checkpoint.open(str(tiny_llama(intermediate=512 if change == "width" else 768))) as source:
+        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), calibrate=lambda: Calibrated("", stats=stats))
+        assert isinstance(next(walk), Planned)
+        with pytest.raises(RecipeError, match=rf"^model.layers.0.*_proj.weight: .*{words}"):
+            next(walk)
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
 @pytest.mark.parametrize("dense", ["bf16", "f16"])
 @pytest.mark.parametrize("from_file", [False, True])
 def test_a_calibrated_recipe_may_leave_linears_in_a_dense_type(tiny_llama: TinyLlama, tmp_path: Path, dense: str, from_file: bool) -> None:

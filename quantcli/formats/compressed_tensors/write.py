@@ -46,7 +46,7 @@ def supports(scheme: Scheme) -> bool:
     if scheme.qtype not in ACTIVATIONS or scheme.get("act", "") not in ACTIVATIONS[scheme.qtype]:
         return False
     if scheme.qtype == "int":
-        return scheme.option("bits") in BITS
+        return scheme.option("bits") in BITS and not scheme.option("desc_act")
     return scheme.qtype != "fp8" or (scheme.option("dtype") == "e4m3" and "block" not in dict(scheme.options))
 
 

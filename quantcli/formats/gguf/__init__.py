@@ -16,11 +16,11 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.formats.gguf import filetypes, rope
 from quantcli.formats.gguf import metadata as keyed
-from quantcli.formats.gguf.container import BLOCKS, MAGIC, Field, header, read_header, tensor_spec
+from quantcli.formats.gguf.container import MAGIC, Field, header, read_header, tensor_spec
 from quantcli.formats.gguf.filetypes import mix
 from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.formats.gguf.tokenizer import add_tokenizer
-from quantcli.registry import names
+from quantcli.ops.blocks import KINDS
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 from quantcli.writer import FileLayout, Slot, Writer
 
@@ -55,7 +55,7 @@ def detect(path: Path, config: dict | None) -> bool:
 
 def supports(scheme: Scheme) -> bool:
     """ggml's own types: ``q4_k`` and its kin, and the dense ``f32``, ``f16``, ``bf16``."""
-    return not scheme.options and scheme.qtype in names("qtypes") and scheme.qtype.upper() in BLOCKS
+    return scheme.qtype in KINDS or scheme.qtype.upper() in filetypes.DENSE
 
 
 def read(path: Path) -> GgufCheckpoint:

@@ -13,7 +13,7 @@ from quantcli import archs
 from quantcli.archs import Architecture
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats.gguf.container import BLOCKS
-from quantcli.registry import names
+from quantcli.ops.blocks import KINDS
 from quantcli.tensors import Scheme, TensorSpec
 
 
@@ -233,7 +233,7 @@ def _fit(ggml_type: str, in_features: int) -> str:
 
 def _scheme(name: str, ggml_type: str, spec: TensorSpec) -> Scheme:
     """The scheme of ``ggml_type``; :class:`RecipeError` when quantcli has none, or the rows do not fill its blocks."""
-    known = [qtype.upper() for qtype in names("qtypes") if qtype.upper() in BLOCKS]
+    known = [*DENSE, *(kind.upper() for kind in KINDS)]
     if ggml_type not in known:
         raise RecipeError(f"{name}: quantcli writes no tensors of type {ggml_type}; there are: {', '.join(known)}")
     if spec.shape[-1] % BLOCKS[ggml_type][0]:

@@ -1,0 +1,96 @@
+"""Every cell of docs/conversions.md, tried: a model in each format and scheme, exported to each format, decodes as the table says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantcli import pipeline, regrid
+from quantcli.checkpoint import Checkpoint
+from quantcli.cli.export import recipe_that_keeps
+from quantcli.pipeline import Finished, LayerDone
+from quantcli.recipe import PassSpec, Recipe
+from quantcli.registry import find
+from quantcli.tensors import Scheme
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+
+import tables
+
+ROWS = [(format_, text) for format_, schemes in tables.CODED.items() for text in schemes]
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+def run(source: Checkpoint, target: Path, recipe: Recipe) -> tuple[Finished, list[LayerDone]]:
+    events = list(pipeline.quantize(source, target, recipe))
+    assert isinstance(events[-1], Finished)
+    return events[-1], [event for event in events if isinstance(event, LayerDone)]
+
+
+@pytest.fixture(scope="module")
+def coded(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """``coded(format, scheme)``: a small model in it."""
+    dense, made = tiny_llama(layers=1, tied=True), {}
+
+    def make(format_: str, text: str) -> Path:
+        if (format_, text) not in made:
+            made[format_, text] = tmp_path_factory.mktemp("coded") / "model"
+            recipe = Recipe("coded", format_, (PassSpec("rtn"),), scheme=Scheme.parse(text))
+            with Checkpoint.open(str(dense)) as source:
+                run(source, made[format_, text], recipe)
+        return made[format_, text]
+
+    return make
+
+
+@pytest.mark.parametrize(("format_", "text"), ROWS)
+def test_a_folder_holds_the_scheme_it_was_made_with(coded: Callable[[str, str], Path], format_: str, text: str) -> None:
+    with Checkpoint.open(str(coded(format_, text))) as source:
+        assert source.kind == format_
+        assert regrid.exactness(source.schemes[DOWN], Scheme.parse(text), tables.WIDTH) == regrid.EXACT
+
+
+@pytest.mark.parametrize("target", tables.writable())
+@pytest.mark.parametrize(("format_", "text"), ROWS)
+def test_a_cell_of_the_conversions_is_so(coded: Callable[[str, str], Path], tmp_path: Path, format_: str, text: str, target: str) -> None:
+    expected, degree = tables.conversion(Scheme.parse(text), target)
+    with Checkpoint.open(str(coded(format_, text))) as source:
+        recipe = recipe_that_keeps(source, target)
+        finished, layers = run(source, tmp_path / ("out.gguf" if target == "gguf" else "out"), recipe)
+        error = next(layer.relative_error for layer in layers if layer.name == "model.layers.0")
+        with Checkpoint.open(str(finished.output)) as result:
+            assert result.kind == target
+            if expected is None:
+                assert DOWN not in result.schemes
+            else:
+                if degree == "anew" and hasattr(find("formats", target), "suited"):
+                    expected = find("formats", target).suited(expected, source.config)
+                assert regrid.exactness(result.schemes[DOWN], expected, tables.WIDTH) == regrid.EXACT
+            same = all(torch.equal(result.read(name), source.read(name)) for name in source.schemes)
+    if degree == "exact":
+        assert same
+        assert finished.lossless
+        assert error == 0
+    elif degree == "codes":
+        assert finished.lossless == same
+        assert error is not None
+        assert error < 1e-6
+    elif expected is not None:
+        assert not finished.lossless
+        assert error is not None
+        assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize(("format_", "text"), ROWS)
+def test_a_dense_export_in_float32_keeps_every_bit(coded: Callable[[str, str], Path], tmp_path: Path, format_: str, text: str) -> None:
+    with Checkpoint.open(str(coded(format_, text))) as source:
+        recipe = replace(Recipe("f32", "hf", (PassSpec("rtn"),), scheme=Scheme.parse("f32")), codes="fitting")
+        finished, _ = run(source, tmp_path / "out", recipe)
+        assert finished.lossless
+        with Checkpoint.open(str(finished.output)) as result:
+            assert all(torch.equal(result.read(name), source.read(name)) for name in source.schemes)
