@@ -9,6 +9,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,16 +23,22 @@ import sentencepiece
 from gguf_export import LLAMA3, edit_config, export
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from quantcli import pipeline
 from quantcli.checkpoint import Checkpoint
+from quantcli.cli.export import recipe_that_keeps
 from quantcli.formats.gguf import pretokenizers
 from quantcli.formats.gguf.container import Container, Field, read_header
 from quantcli.formats.gguf.filetypes import FILE_TYPES, mix
+from quantcli.recipe import PassSpec, Recipe
+from quantcli.tensors import Scheme
 
 pytestmark = pytest.mark.peer
 
 LLAMA_CPP = Path(os.environ.get("QUANTCLI_LLAMA_CPP", "/nowhere"))
 if not (LLAMA_CPP / "build/bin/llama-quantize").is_file():
     pytest.skip("QUANTCLI_LLAMA_CPP names no built llama.cpp", allow_module_level=True)
+
+PICO = Path(__file__).parent / "data/pico"
 
 CONVERT = """
 import runpy, sys
@@ -166,6 +173,38 @@ def test_llama_cpp_generates_from_our_file(model: tuple[Path, Path], file_type: 
         path = export(source, tmp_path / "m.gguf", file_type)
     text = run("llama-completion", "-m", path, "-p", "The", "-n", "8", "-t", "1", "--temp", "0", "-no-cnv", "--no-warmup")
     assert len(text.strip()) > len("The")
+
+
+def perplexity_in_llama_cpp(path: Path, text: Path) -> float:
+    out = run("llama-perplexity", "-m", path, "-f", text, "-c", "128", "-t", "1", "--no-warmup")
+    return float(re.findall(r"\[\d+\]([\d.]+)", out)[-1])  # the running estimate after the last window
+
+
+@pytest.mark.parametrize(
+    ("format_", "scheme"),
+    [
+        ("gptq", "int4-g128-sym"),
+        ("gptq", "int4-g128-asym"),
+        ("gptq", "int8-g128-sym"),
+        ("awq", "int4-g128-asym"),
+        ("compressed-tensors", "int4-g128-sym"),
+        ("compressed-tensors", "fp8-channel+fp8-token"),
+        ("fp8", "fp8-block"),
+        ("bitsandbytes", "nf4-b64-dq"),
+        ("bitsandbytes", "llm_int8"),
+    ],
+)
+def test_llama_cpp_runs_what_we_export_from_every_dialect_as_well_as_the_decoded_weights(format_: str, scheme: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
+    recipe = Recipe("coded", format_, (PassSpec("rtn"),), scheme=Scheme.parse(scheme))
+    with Checkpoint.open(str(PICO)) as source:
+        list(pipeline.quantize(source, tmp_path / "coded", recipe))
+    with Checkpoint.open(str(tmp_path / "coded")) as source:
+        decoded = export(source, tmp_path / "decoded.gguf", "F32")
+        list(pipeline.quantize(source, tmp_path / "kept.gguf", recipe_that_keeps(source, "gguf")))
+    theirs = perplexity_in_llama_cpp(decoded, text)
+    assert perplexity_in_llama_cpp(tmp_path / "kept.gguf", text) == pytest.approx(theirs, rel=0.01)  # ggml rounds activations to 8 bits
 
 
 def ids_of_llama_cpp(path: Path, text: str, folder: Path) -> list[int]:
