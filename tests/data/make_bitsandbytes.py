@@ -1,6 +1,6 @@
 """Makes ``bitsandbytes.safetensors``: matrices of every sort, and what bitsandbytes makes of them on the CPU.
 
-    PYTHON_WITH_BITSANDBYTES tests/data/make_bitsandbytes.py
+    PYTHON_WITH_BITSANDBYTES tests/data/make_bitsandbytes.py [TARGET]
 
 Names: ``<input>/W``; ``<input>/<nf4|fp4>-b<block>[-dq]/<part>`` with the tensors of its QuantState as a folder would hold them;
 ``<input>/llm_int8/<weight|SCB>``; ``…/decoded`` in float32. bitsandbytes sums on one thread here (see quantcli/qtypes/_float4.py).
@@ -8,6 +8,7 @@ Names: ``<input>/W``; ``<input>/<nf4|fp4>-b<block>[-dq]/<part>`` with the tensor
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def four_bits(W: Tensor, name: str, out: dict[str, Tensor]) -> None:
                     out[f"{where}/decoded"] = bnb.dequantize_4bit(packed, state)
 
 
-def main() -> None:
+def main(target: Path) -> None:
     torch.set_num_threads(1)
     out: dict[str, Tensor] = {f"map/{kind}": bnb.get_4bit_type(kind, "cpu") for kind in ("nf4", "fp4")}
     out["map/dynamic"] = bnb.create_dynamic_map()
@@ -65,8 +66,8 @@ def main() -> None:
         out |= {f"{name}/llm_int8/weight": codes, f"{name}/llm_int8/SCB": scb}
         if W.numel() < 2000:
             out[f"{name}/llm_int8/decoded"] = bnb.int8_vectorwise_dequant(codes, scb)
-    save_file({k: v.contiguous() for k, v in out.items()}, Path(__file__).with_name("bitsandbytes.safetensors"))
+    save_file({k: v.contiguous() for k, v in out.items()}, target)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("bitsandbytes.safetensors"))
