@@ -162,6 +162,14 @@ def test_general_file_type_is_found_back_from_the_schemes(name: str) -> None:
     assert filetypes.closest(mix(name, specs(), config()), specs(), config()) is FILE_TYPES[name]
 
 
+def test_of_file_types_that_choose_alike_the_one_asked_for_names_the_file() -> None:
+    narrow = specs(hidden=160, wide=352)
+    chosen = mix("Q6_K", narrow, config())
+    assert chosen == mix("Q8_0", narrow, config())
+    assert filetypes.closest(chosen, narrow, config(), asked="Q6_K") is FILE_TYPES["Q6_K"]
+    assert filetypes.closest(chosen, narrow, config(), asked="Q8_0") is FILE_TYPES["Q8_0"]
+
+
 def test_tensors_lie_in_llama_quantizes_order() -> None:
     order = list(filetypes.gguf_names(specs(11), config(11)).values())
     assert order[:3] == ["output.weight", "output_norm.weight", "token_embd.weight"]

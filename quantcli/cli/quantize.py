@@ -84,12 +84,28 @@ def choose_recipe(method: str | None, recipe: str | None, type_: str | None, for
     if recipe is not None:
         chosen = recipes.load(recipe)
     elif type_ is None:
-        chosen = recipes.default_for(method or "gptq")
+        chosen = recipes.default_for(method) if method else usual_recipe(format_)
     else:
         chosen = load_type(type_, "--type")
         if method not in (None, "rtn"):
             chosen = replace(chosen, name=f"{chosen.mix}-{method}", passes=recipes.default_for(str(method)).passes)
     return replace(chosen, format=format_ or chosen.format)
+
+
+def usual_recipe(format_: str | None) -> Recipe:
+    """What ``quantize`` does when it is told no method: GPTQ, or round to nearest for a format that cannot hold what GPTQ's recipe makes."""
+    from quantcli import recipe as recipes
+    from quantcli.recipe import PassSpec
+    from quantcli.registry import find
+    from quantcli.tensors import Scheme
+
+    gptq = recipes.default_for("gptq")
+    if format_ is None or gptq.scheme is None or find("formats", format_).supports(gptq.scheme):
+        return gptq
+    usual = find("formats", format_).USUAL_SCHEME
+    if usual is None:
+        raise options.wrong("--format", f"{format_} holds no quantized tensors; use quantcli export, or a recipe that names a dtype")
+    return recipes.Recipe(f"{format_}-{usual}", format_, (PassSpec("rtn"),), scheme=Scheme.parse(usual))
 
 
 def check_format(word: str) -> str:

@@ -81,7 +81,9 @@ def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping
         n_params = sum(source.specs[name].n_elements for name in table) + sum(extra.numel() for extra in extras.values())
         fields = describe(source, arch, n_params, pre_tokenizer)
     fields["general.quantization_version"] = Field(GGUFValueType.UINT32, GGML_QUANT_VERSION)
-    fields["general.file_type"] = Field(GGUFValueType.UINT32, int(filetypes.closest(schemes, source.specs, config).number))
+    asked = (metadata.get("recipe") or {}).get("mix")
+    kind = filetypes.closest(schemes, source.specs, config, asked=asked)
+    fields["general.file_type"] = Field(GGUFValueType.UINT32, int(kind.number))
     fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in metadata.items()}
     return Context(arch, config, schemes, table, fields, extras)
 

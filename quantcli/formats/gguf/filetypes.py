@@ -155,17 +155,18 @@ def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, **options: 
     return {hf: _scheme(hf, ggml_type, specs[hf]) for hf, ggml_type in chosen.items() if ggml_type is not None}
 
 
-def closest(schemes: Mapping[str, Scheme], specs: Mapping[str, TensorSpec], config: Mapping) -> FileType:
+def closest(schemes: Mapping[str, Scheme], specs: Mapping[str, TensorSpec], config: Mapping, *, asked: str | None = None) -> FileType:
     """The file type whose own mix gives the most weights the type they have in ``schemes``: what general.file_type is to say.
 
-    Of equals the first: in a model whose rows all fall back, Q6_K gives the very tensors of Q8_0, and is called that.
+    ``asked``: the mix that was named, which wins among equals: in a model whose rows all fall back, Q6_K has the very tensors of Q8_0.
     """
 
-    def agreement(kind: FileType) -> int:
-        chosen = _types(kind, Options(), specs, config)
-        return sum(specs[hf].n_elements for hf, scheme in schemes.items() if chosen.get(hf) == scheme.qtype.upper())
+    def agreement(name: str) -> tuple[int, bool]:
+        chosen = _types(FILE_TYPES[name], Options(), specs, config)
+        alike = sum(specs[hf].n_elements for hf, scheme in schemes.items() if chosen.get(hf) == scheme.qtype.upper())
+        return alike, name == asked
 
-    return max(FILE_TYPES.values(), key=agreement)
+    return FILE_TYPES[max(FILE_TYPES, key=agreement)]
 
 
 def _types(kind: FileType, options: Options, specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str | None]:
