@@ -2,7 +2,8 @@
 
     python transformers_client.py WINDOWS.safetensors ANSWERS.json [HOW=]FOLDER …
 
-HOW is ``float32`` (the default), ``bfloat16``, or ``dequantize``: float32 with the weights of compressed-tensors made dense as they load.
+HOW is ``float32`` (the default), ``bfloat16``, ``dequantize``: float32 with the weights of compressed-tensors made dense as they load, or
+``fp8``: FP8 weights made dense, which transformers does without a GPU, and the rest turned to float32 after it.
 Writes a list with {"perplexity", "quantized": modules that the library took for quantized, "weights": {weight: checksum} of these as
 the forward pass used them} or {"error"} for each folder; stdout belongs to the libraries, which print. Imports nothing of quantcli.
 """
@@ -40,7 +41,8 @@ def load(how: str, folder: Path) -> torch.nn.Module:
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **options)
+    return model.float() if how == "fp8" else model  # its FP8 loader leaves what is dense in the file's dtype
 
 
 def measure(how: str, folder: Path, windows: torch.Tensor) -> dict:

@@ -1,0 +1,95 @@
+"""Writing FP8 folders: a weight and its scale under the names that each of the two forms has, and what engines refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError, UnsupportedError, about
+from quantcli.formats import _folder
+from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
+from quantcli.formats.fp8.config import quantization_words
+from quantcli.shards import MAX_SHARD_BYTES
+from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+
+__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "suited", "supports", "writer"]
+
+USUAL_SCHEME = "fp8-block"
+"""What ``export`` codes to where the source's own codes do not fit."""
+
+ACTIVATIONS = {"block": ("fp8-g128",), "tensor": ("fp8-token", "fp8-tensor")}
+"""How engines quantize the inputs of each form, the usual way first."""
+
+FILE_PARTS = {"data": "weight", "scale": "weight_scale", "input_scale": "input_scale"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context(_folder.Context):
+    """``scheme``: the one of every quantized weight."""
+
+    scheme: Scheme
+
+
+def supports(scheme: Scheme) -> bool:
+    """E4M3 in blocks of 128 × 128, or with one scale a weight; scales in float32."""
+    if is_dense(scheme):
+        return True
+    if scheme.qtype != "fp8" or scheme.get("dtype", "e4m3") != "e4m3" or scheme.get("scale_dtype", "F32") != "F32" or scheme.get("block"):
+        return False
+    strategy = scheme.get("strategy", "channel")
+    return strategy in ACTIVATIONS and scheme.get("act", "") in ("", *ACTIVATIONS[strategy])
+
+
+def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
+    """``scheme`` with scales in float32, and inputs quantized as engines do it in any case."""
+    if scheme.qtype != "fp8" or scheme.get("strategy", "channel") not in ACTIVATIONS:
+        return scheme
+    return scheme.with_options(scale_dtype="F32", act=scheme.get("act") or ACTIVATIONS[scheme.get("strategy")][0])
+
+
+def context(
+    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Context:
+    """How ``source`` is written with ``schemes``. The folder has no place for ``metadata``: quantcli.json has it."""
+    coded = coded_only(source, schemes, "FP8")
+    for name in coded:
+        if not split_block(name)[0] or not name.endswith(".weight"):
+            raise RecipeError(f"{name}: the fp8 format quantizes the linears of decoder layers, named <module>.weight; keep this one")
+    (first, scheme), *others = coded.items()
+    if other := [name for name, own in others if own != scheme]:
+        raise RecipeError(
+            f"{other[0]} is to be {coded[other[0]]} and {first} {scheme}: the fp8 format has one scheme for all weights; "
+            "use --format compressed-tensors"
+        )
+    words = quantization_words(source, coded, scheme.get("strategy", "channel"), static=scheme.static_activations)
+    return Context(scheme=scheme, dtypes=dense_dtypes(source), sidecars=sidecar_files(source, words), max_shard_bytes=max_shard_bytes)
+
+
+def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
+    """The file tensors of ``spec``."""
+    if scheme is None or is_dense(scheme):
+        return _folder.dense_outputs(spec, scheme, context)
+    if not supports(scheme):
+        raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as FP8, which holds E4M3 by block or by tensor")
+    if len(spec.shape) != 2:
+        raise RecipeError(f"{spec.name}: the fp8 format is written from matrices, got {list(spec.shape)}; exclude this tensor")
+    with about(spec.name):
+        found = part_specs(spec, scheme)
+    return [TensorSpec.dense(file_name(spec.name, part, scheme), own.dtype, own.shape) for part, own in found.items()]
+
+
+def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
+    """``tensor`` as its file tensors."""
+    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
+        return _folder.dense_parts(name, tensor, context)
+    return {file_name(name, part, tensor.scheme): own for part, own in tensor.parts.items()}
+
+
+def file_name(name: str, part: str, scheme: Scheme) -> str:
+    """A qtype's part in the file: transformers and DeepSeek call a block's scale by another name than vLLM the tensor's."""
+    ending = "_inv" if part == "scale" and scheme.get("strategy", "channel") == "block" else ""
+    return f"{module_of(name)}.{FILE_PARTS[part]}{ending}"
