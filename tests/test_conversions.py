@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from quantcli import pipeline, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
+from quantcli.cli.inspect import describe
 from quantcli.pipeline import Finished, LayerDone
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
@@ -53,6 +55,19 @@ def test_a_folder_holds_the_scheme_it_was_made_with(coded: Callable[[str, str], 
     with Checkpoint.open(str(coded(format_, text))) as source:
         assert source.kind == format_
         assert regrid.exactness(source.schemes[DOWN], Scheme.parse(text), tables.WIDTH) == regrid.EXACT
+
+
+@pytest.mark.parametrize(("format_", "text"), ROWS)
+def test_inspect_tells_every_dialect_in_the_same_words(coded: Callable[[str, str], Path], format_: str, text: str) -> None:
+    with Checkpoint.open(str(coded(format_, text))) as source:
+        told = describe(source)["quantization"]
+        assert told is not None
+        scheme = source.schemes[DOWN]
+    assert (told["dialect"], told["schemes"]) == (format_, {str(scheme): 7})
+    assert told["bits"] == int(re.search(r"\d+", text)[0])  # type: ignore[index]
+    assert told["group_size"] == scheme.get("group_size", scheme.get("block_size"))
+    assert told["sym"] == scheme.get("sym")
+    assert told["dense"] == {"model.embed_tokens.weight": 1}
 
 
 @pytest.mark.parametrize("target", tables.writable())
