@@ -52,6 +52,13 @@ class BlockType:
         scale, offset = effective(params, sizes.block // sizes.sub)
         return Grid(scale, offset, sizes.lo, sizes.hi, sizes.sub, parts=params)
 
+    def moved(self, grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
+        """``grid`` with another ``scale`` and ``offset`` [out, n_sub], rounded to float16; of the types that store both as they are."""
+        d = scale.to(torch.float16)
+        m = torch.zeros_like(d) if offset is None else offset.to(torch.float16)
+        self._check_finite(scale, d, m)
+        return Grid(d.float(), m.float(), grid.lo, grid.hi, grid.group_size, parts={"d": d, "m": m})
+
     def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
         """``codes`` [out, in] of ``grid`` as ggml's blocks."""
         blocks = pack_blocks(codes.to(torch.int8), dict(grid.parts), self.kind)

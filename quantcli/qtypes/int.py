@@ -17,13 +17,14 @@ ones are unsigned with ``offset = −scale·zero``, exact in float32 (11 bits ×
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import RecipeError
-from quantcli.ops.affine import fit_affine
+from quantcli.ops.affine import TINY, fit_affine
 from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 OPTIONS = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "search": "mse", "scale_dtype": "F16", "act": ""}
@@ -69,6 +70,17 @@ def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
         group_size=group_size,
         parts={"zero": zero.to(torch.uint8)},
     )
+
+
+def moved(grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
+    """``grid`` with another ``scale`` and ``offset`` [out, n_groups], rounded to what the file holds: the scale to a number of its dtype
+    above zero, the offset to a whole number of them."""
+    dtype = DTYPES[_get(scheme, "scale_dtype")]
+    scale = scale.to(dtype).float().clamp_min(TINY[dtype])
+    if offset is None:
+        return replace(grid, scale=scale)
+    zero = (-offset / scale).round_().clamp_(grid.lo, grid.hi)
+    return replace(grid, scale=scale, offset=-(scale * zero), parts={**grid.parts, "zero": zero.to(torch.uint8)})
 
 
 def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:

@@ -18,6 +18,7 @@ _TYPE = BlockType("q5_1")
 
 layout = _TYPE.layout
 fit = _TYPE.fit
+moved = _TYPE.moved
 pack = _TYPE.pack
 unpack = _TYPE.unpack
 encode = _TYPE.encode
