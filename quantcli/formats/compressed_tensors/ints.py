@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -69,6 +70,14 @@ def measure(
     if (g_idx := files.get("weight_g_idx")) and (g_idx.dtype, g_idx.shape) != ("I32", (n_in,)):
         raise CheckpointError(f"{where}.weight_g_idx is {g_idx.dtype} {list(g_idx.shape)}; expected I32 [{n_in}]")
     return Stored((out, n_in), bits, packed, dense, n_groups, zeros), disagreements(stored, zeros, declared)
+
+
+def is_evident(files: Mapping[str, TensorSpec], declared: Arguments | None) -> bool:
+    """Whether the declared groups and bits fill ``files`` so well that nobody needs to look into weight_shape."""
+    scale, words = files["weight_scale"].shape, files["weight_packed"].shape
+    if declared is None or declared.strategy != "group" or not declared.group_size or len(scale) != 2 or len(words) != 2:
+        return False
+    return 0 < declared.group_size * scale[1] * declared.num_bits == 32 * words[1]
 
 
 def in_features(where: str, n_words: int, scale: TensorSpec, weight_shape: list[int] | None, declared: Arguments | None) -> int:
@@ -142,6 +151,7 @@ def disagreements(stored: Stored, zeros: str | None, declared: Arguments | None)
     return notes
 
 
+@cache
 def scheme_of(stored: Stored, *, scale_dtype: str, sym: bool, desc_act: bool, act: str) -> Scheme:
     size = -1 if stored.n_groups == 1 else stored.shape[1] // stored.n_groups
     options = {"bits": stored.grid_bits, "group_size": size, "sym": sym, "scale_dtype": scale_dtype}

@@ -21,22 +21,22 @@ class Patterns:
     def __init__(self, items: Iterable[str]) -> None:
         self.items = tuple(items)
         regexes = [item for item in self.items if item.startswith("re:")]
+        self.names = frozenset(self.items).difference(regexes)
         self.wild = [item for item in regexes if not is_tame(item)]
         self.patterns = {item: re.compile(item.removeprefix("re:")) for item in regexes if item not in self.wild}
 
-    def matches(self, item: str, module: str) -> bool:
-        pattern = self.patterns.get(item)
-        return item == module if pattern is None else pattern.match(module) is not None
-
     def find(self, module: str) -> str | None:
         """The item that means ``module``: its name before any pattern."""
-        if module in self.items:
+        if module in self.names:
             return module
-        return next((item for item in self.patterns if self.matches(item, module)), None)
+        return next((item for item, pattern in self.patterns.items() if pattern.match(module)), None)
 
     def idle(self, modules: Collection[str]) -> list[str]:
         """The items that mean none of ``modules``."""
-        return [item for item in self.items if not is_class(item) and not any(self.matches(item, module) for module in modules)]
+        known = frozenset(modules)
+        unnamed = {item for item in self.names - known if not is_class(item)}
+        unmatched = {item for item, pattern in self.patterns.items() if not any(map(pattern.match, modules))}
+        return [item for item in self.items if item in unnamed or item in unmatched]
 
 
 def is_class(item: str) -> bool:
@@ -69,24 +69,21 @@ class Claims:
         self.groups = words.groups
         self.targets = [Patterns(group.targets) for group in words.groups]
         self.ignore = Patterns(words.ignore)
+        self.of_class = next((group for group in words.groups if any(map(is_class, group.targets))), None)
 
     def group_of(self, module: str) -> Group | None:
         """The group of a ``module`` that is a linear, whatever ``ignore`` says."""
         if len(self.groups) == 1:
             return self.groups[0]
-        found = [targets.find(module) for targets in self.targets]
-        for wanted in (lambda item: item == module, lambda item: item is not None):
-            for group, item in zip(self.groups, found, strict=True):
-                if wanted(item):
-                    return group
-        return next((group for group in self.groups if any(map(is_class, group.targets))), None)
+        found = [(group, targets.find(module)) for group, targets in zip(self.groups, self.targets, strict=True)]
+        by_name = next((group for group, item in found if item == module), None)
+        return by_name or next((group for group, item in found if item is not None), self.of_class)
 
     def means(self, module: str) -> bool:
         """Whether an engine will look for codes in a linear ``module``."""
         if self.ignore.find(module) is not None:
             return False
-        by_class = any(is_class(target) for group in self.groups for target in group.targets)
-        return by_class or any(targets.find(module) is not None for targets in self.targets)
+        return self.of_class is not None or any(targets.find(module) is not None for targets in self.targets)
 
 
 def contradictions(claims: Claims, coded: Collection[str], dense: Mapping[str, int], *, tied: bool) -> list[str]:
@@ -105,9 +102,7 @@ def contradictions(claims: Claims, coded: Collection[str], dense: Mapping[str, i
     blocks = {split_block(module)[0] for module in coded} - {""}
     inside = [module for module, n_dims in dense.items() if n_dims == 2 and split_block(module)[0] in blocks]
     if claimed := [module for module in inside if claims.means(module)]:
-        notes.append(
-            f"{listed(claimed)} dense, though a config group targets it and ignore does not name it; engines may refuse the folder"
-        )
+        notes.append(f"{listed(claimed)} dense and not named by ignore; an engine that takes it for a linear of a group will not load it")
     return notes
 
 

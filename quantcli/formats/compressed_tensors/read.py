@@ -88,7 +88,10 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
             check_no_zeros(files.get("weight_zero_point"), found)
             parts = floats.decode(scheme, found.shape, files)
         else:
-            parts = ints.decode(f"{self.path}: {module_of(name)}", found.stored, files)
+            where = f"{self.path}: {module_of(name)}"
+            if "weight_shape" in files and files["weight_shape"].tolist() != list(found.shape):
+                raise CheckpointError(f"{where}.weight_shape holds {files['weight_shape'].tolist()}; its codes are {list(found.shape)}")
+            parts = ints.decode(where, found.stored, files)
             if scheme.get("sym") and bool((parts["zero"] != 2 ** (scheme.option("bits") - 1)).any()):
                 scheme = scheme.with_options(sym=False)
             if scheme.get("desc_act"):
@@ -104,7 +107,7 @@ def detect(path: Path, config: dict[str, Any] | None) -> bool:
 
 
 def read(path: Path) -> CompressedTensorsCheckpoint:
-    """The folder at ``path``: headers, and of each packed matrix its shape (16 bytes)."""
+    """The folder at ``path``: headers, and of packed matrices whose groups do not tell it their shape (16 bytes)."""
     config = read_config(path)
     return CompressedTensorsCheckpoint(path, config, words_of(config), open_folder(path))
 
@@ -162,7 +165,7 @@ def settle(path: Path, module: str, files: Mapping[str, TensorSpec], claims: Cla
         except RecipeError as error:  # the qtype's word on a shape that the file claims
             raise CheckpointError(f"{where}: {error}") from None
         return Found(dict(files), scheme, shape, None, (*notes, *float_notes(declared, scheme)))
-    weight_shape = stored_shape(where, files.get("weight_shape"), shards)
+    weight_shape = stored_shape(where, files, declared, shards)
     stored, differ = ints.measure(where, files, weight_shape, declared)
     sym = stored.zeros is None or (declared is not None and declared.symmetric and stored.zeros == "plain")
     desc_act = "weight_g_idx" in files
@@ -195,11 +198,15 @@ def float_notes(declared: Arguments | None, scheme: Scheme) -> list[str]:
     return [f"weights are said to be {declared.type}{declared.num_bits}, and the tensors hold {scheme.qtype}"]
 
 
-def stored_shape(where: str, spec: TensorSpec | None, shards: Shards) -> list[int] | None:
+def stored_shape(where: str, files: Mapping[str, TensorSpec], declared: Arguments | None, shards: Shards) -> list[int] | None:
+    """What weight_shape holds, where it is needed: a model of many experts has tens of thousands of them."""
+    spec = files.get("weight_shape")
     if spec is None:
         return None
     if spec.dtype not in ("I64", "I32") or spec.shape != (2,):
         raise CheckpointError(f"{where}.weight_shape is {spec.dtype} {list(spec.shape)}; expected I64 [2]")
+    if "weight_packed" in files and ints.is_evident(files, declared):
+        return None
     shape: list[int] = shards.read(spec.name).tolist()
     return shape
 

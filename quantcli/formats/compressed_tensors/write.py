@@ -40,7 +40,10 @@ ACTIVATIONS = {
 
 
 def supports(scheme: Scheme) -> bool:
-    """Integers of 2, 4 and 8 bits, FP8 (E4M3), MXFP4, MXFP8, NVFP4, with the activations that engines run them with."""
+    """Integers of 2, 4 and 8 bits, FP8 (E4M3), MXFP4, MXFP8, NVFP4, with the activations that engines run them with.
+
+    No act-order: the library has removed ``weight_g_idx``, and vLLM is about to.
+    """
     if is_dense(scheme):
         return True
     if scheme.qtype not in ACTIVATIONS or scheme.get("act", "") not in ACTIVATIONS[scheme.qtype]:
@@ -125,10 +128,6 @@ def check_scheme(name: str, scheme: Scheme) -> None:
     """Raise :class:`RecipeError` for what engines refuse whatever the shape."""
     if not supports(scheme):
         raise UnsupportedError(f"{name}: {scheme} cannot be stored as compressed-tensors")
-    if scheme.get("desc_act"):
-        raise RecipeError(
-            f"{name}: {scheme} with desc_act needs weight_g_idx, which compressed-tensors has removed; set desc_act to false, or use gptq"
-        )
     act = scheme.get("act", "")
     if scheme.qtype == "int" and act:
         check_int_with_inputs(name, scheme)
