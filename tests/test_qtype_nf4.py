@@ -13,9 +13,10 @@ from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import NumericsError, RecipeError
+from quantcli.passes import gptq
 from quantcli.qtypes import _float4, fp4, llm_int8, nf4
 from quantcli.registry import find
-from quantcli.tensors import QuantizedTensor, Scheme, relative_error
+from quantcli.tensors import Layer, QuantizedTensor, Scheme, Stats, relative_error
 
 GOLDEN = load_file(Path(__file__).parent / "data/bitsandbytes.safetensors")
 INPUTS = sorted({name.split("/")[0] for name in GOLDEN} - {"map"})
@@ -70,7 +71,7 @@ def test_tables_are_bitsandbytes_tables() -> None:
 
 
 def two_halves(offset: float) -> Tensor:
-    """NF4 as bitsandbytes made its constants: eight positive and seven negative quantiles, evenly spaced from ``offset`` to 1/2, and zero."""
+    """NF4 as bitsandbytes made its constants: eight positive and seven negative quantiles, evenly spaced from ``offset`` to 1/2."""
     ends = (torch.linspace(offset, 0.5, 9)[:-1], torch.linspace(offset, 0.5, 8)[:-1])
     positive, negative = (torch.special.ndtri(end.double()) for end in ends)
     return torch.cat((positive, torch.zeros(1, dtype=torch.float64), -negative)).sort().values / positive.max()
@@ -135,6 +136,20 @@ def test_errors_equal_the_difference_to_the_decoded_weights(scheme: Scheme) -> N
     tensor = qtype.encode(W, scheme)
     error, energy = qtype.errors(W, tensor)
     assert error / energy == pytest.approx(relative_error(W.float(), qtype.unpack(tensor)), rel=1e-4)
+
+
+@ALL
+def test_gptq_solves_onto_the_grid(scheme: Scheme) -> None:
+    """A book of levels instead of integers, and the result is a tensor like any other: less error where the inputs are correlated."""
+    qtype, W = find("qtypes", scheme.qtype), random(16, 256)
+    X = random(2048, 256, seed=1) @ random(256, 256, seed=2)
+    H = X.T @ X / len(X)
+    stats = {"tap": Stats(H=H, importance=H.diagonal(), absmax=X.abs().amax(0), mean=X.mean(0), n_tokens=len(X))}
+    layer = Layer("layer", {"w": W}, {"w": scheme}, {"w": "tap"})
+    (report,) = gptq.run(layer, stats).tensors
+    solved, rounded = (qtype.unpack(tensor) for tensor in (layer.quantized["w"], qtype.encode(W, scheme)))
+    assert report.relative_error == pytest.approx(relative_error(W, solved, H), rel=1e-3)
+    assert relative_error(W, solved, H) < 0.6 * relative_error(W, rounded, H)
 
 
 def test_a_grid_needs_rows_of_whole_blocks() -> None:
