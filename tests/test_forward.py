@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,27 @@ def test_each_weight_of_a_tap_reads_exactly_what_the_tap_reports(save_model: Sav
     assert taps.keys() == inputs.keys()
     for name, tap in taps.items():
         assert torch.equal(seen[tap], inputs[name]), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_linear_reads_can_be_changed_for_it_alone(save_model: SaveModel, tied: bool) -> None:
+    folder = save_model("llama", tie_word_embeddings=tied)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.randint(2, 97, (2, 9))
+    with Checkpoint.open(str(folder)) as checkpoint:
+        forward = Forward(checkpoint)
+        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        for name, factor in (("model.layers.1.self_attn.k_proj.weight", 0.5), ("model.layers.2.mlp.down_proj.weight", 3.0), (head, 2.0)):
+            assert forward.on_read(name, partial(torch.mul, factor))
+            module = name.removesuffix(".weight") if "layers" in name else "lm_head"
+            model.get_submodule(module).register_forward_pre_hook(lambda _module, inputs, factor=factor: (inputs[0] * factor,))
+        assert not forward.on_read("model.layers.1.mlp.no_such.weight", torch.neg)
+        hidden = forward.embed(ids)
+        for i in range(len(forward.layers)):
+            with forward.layer(i) as layer:
+                hidden = layer(hidden, ids)
+        with torch.no_grad():
+            assert torch.equal(forward.head(hidden), model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("model_type", EXPERTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +102,15 @@ class Forward:
         if self._stack.head is None:
             raise UnsupportedError(f"{type(self._model).__name__} has no output embedding")
         return int(self._stack.head.weight.shape[-1])
+
+    def on_read(self, weight: str, change: Callable[[Tensor], Tensor]) -> bool:
+        """From now on the linear with the ``weight`` (on disk) reads ``change(X)`` for X [..., in]; False where no module has it alone."""
+        targets = [name.removesuffix(".weight") for name, disk in self._names.disk.items() if disk == weight and name.endswith(".weight")]
+        modules = [self._model.get_submodule(target) for target in targets]
+        linears = [module for module in modules if not isinstance(module, nn.Embedding)]  # which an lm_head may be tied to
+        for module in linears:
+            module.register_forward_pre_hook(partial(_change, change))
+        return bool(linears)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LoadedLayer]:
@@ -244,6 +254,10 @@ class Forward:
             if name := self._names.disk.get(f"{self._stack.name}.{index}.{module}.weight"):
                 taps[name] = tap_of.setdefault(first, name.removesuffix(".weight"))
         return taps
+
+
+def _change(change: Callable[[Tensor], Tensor], _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (change(inputs[0]), *inputs[1:])
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:
