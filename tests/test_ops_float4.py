@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def scalar_quantize(block: Tensor, levels: Tensor, is_whole: bool) -> tuple[list
     found = []
     for w in block:
         v = w * (1 / scale.clamp_min(1e-38)) if is_whole else w / scale
-        below = [x for x, y in zip(ascending, ascending[1:], strict=False) if float((torch.tensor(x) + torch.tensor(y)) / 2) < float(v)]
+        below = [x for x, y in pairwise(ascending) if float((torch.tensor(x) + torch.tensor(y)) / 2) < float(v)]
         found.append(ascending[len(below)])
     return found, float(scale)
 
@@ -120,7 +121,7 @@ def test_the_search_tree_holds_every_midpoint_in_order() -> None:
 
 def test_errors_are_those_of_the_decoded_weights() -> None:
     W, book = weights_of_every_sort(96 * 8)[:96], BOOKS["nf4"]
-    packed, scale, decoded, error, energy = run_all(W, book, 32)
+    _, _, decoded, error, energy = run_all(W, book, 32)
     assert float(error.sum()) == pytest.approx(float((W - decoded).square().sum()), rel=1e-5)
     assert float(energy.sum()) == pytest.approx(float(W.square().sum()), rel=1e-5)
 
