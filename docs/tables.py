@@ -35,6 +35,21 @@ CODED: dict[str, tuple[str, ...]] = {
 }
 """What the formats that quantcli writes hold, one scheme for each kind, as a bfloat16 model has them."""
 
+READERS: dict[str, tuple[str, ...]] = {
+    "transformers 5.23": ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"),
+    "transformers 5.17": ("compressed-tensors",),
+    "GPTQModel 7.7": ("gptq", "awq"),
+    "llama.cpp": ("gguf",),
+}
+"""Programs that a test has load what a recipe writes, and the formats that each is asked for."""
+
+MISREAD = {
+    ("transformers 5.23", "gptq-w4a16-asym"): "takes its packed zero points for damaged ones; load with dequantize=True",
+    ("transformers 5.23", "fp8-tensor"): "knows FP8 in blocks; reads one scale a weight wrong, without a word",
+    ("transformers 5.23", "fp8-tensor-static"): "the same",
+}
+"""(reader, recipe) → why it does not load as it is."""
+
 WIDTH = 256
 """Inputs of a row, for questions of divisibility."""
 
@@ -120,10 +135,22 @@ def conversions() -> str:
     return table(["from", "scheme", *writable()], rows)
 
 
+def loads(reader: str, name: str) -> bool:
+    """Whether a test (tests/test_peer_recipes.py, tests/test_peer_llamacpp.py) has ``reader`` load what the recipe ``name`` writes."""
+    return recipe.load(name).format in READERS[reader] and (reader, name) not in MISREAD
+
+
+def compatibility() -> str:
+    """One row a recipe, one column a reader."""
+    rows = [[f"`{name}`", *("yes" if loads(reader, name) else "" for reader in READERS)] for name in recipe.shipped()]
+    return table(["recipe", *READERS], rows)
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "recipes": (README, recipes),
     "files": (README, files),
     "exit codes": (README, exit_codes),
+    "compatibility": (README, compatibility),
     "conversions": (CONVERSIONS, conversions),
 }
 

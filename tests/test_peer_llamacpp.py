@@ -24,6 +24,7 @@ from gguf_export import LLAMA3, edit_config, export
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quantcli import pipeline
+from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.formats.gguf import pretokenizers
@@ -202,6 +203,18 @@ def test_llama_cpp_runs_what_we_export_from_every_dialect_as_well_as_the_decoded
         list(pipeline.quantize(source, tmp_path / "kept.gguf", recipe_that_keeps(source, "gguf")))
     theirs = perplexity_in_llama_cpp(decoded, text)
     assert perplexity_in_llama_cpp(tmp_path / "kept.gguf", text) == pytest.approx(theirs, rel=0.01)  # ggml rounds activations to 8 bits
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.shipped() if recipes.load(name).format == "gguf"])
+def test_llama_cpp_loads_what_a_recipe_writes_and_finds_the_decoded_weights_perplexity(name: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
+    with Checkpoint.open(str(PICO)) as source:
+        list(pipeline.quantize(source, tmp_path / "ours.gguf", recipes.load(name)))
+    with Checkpoint.open(str(tmp_path / "ours.gguf")) as source:
+        decoded = export(source, tmp_path / "decoded.gguf", "F32")
+    theirs = perplexity_in_llama_cpp(decoded, text)
+    assert perplexity_in_llama_cpp(tmp_path / "ours.gguf", text) == pytest.approx(theirs, rel=0.01)
 
 
 def ids_of_llama_cpp(path: Path, text: str, folder: Path) -> list[int]:
