@@ -39,16 +39,6 @@ def finite_absmax(W: Tensor, tile: tuple[int, int]) -> Tensor:
     return absmax
 
 
-def mx_scale(absmax: Tensor, largest_exponent: int) -> Tensor:
-    """The E8M0 byte of each group from its ``absmax`` float32, as compressed-tensors computes it: uint8 of the same shape.
-
-    The OCP specification (MX v1.0, 6.3) takes the exponent of absmax less that of the largest element (``largest_exponent``: 2 for E2M1,
-    8 for E4M3), which cuts off what exceeds 1.5 or 1.75 times that power of two. compressed-tensors takes the next exponent from 1.75 on.
-    """
-    exponent = (absmax.view(torch.int32) + (1 << 21)) >> 23  # biased; the carry out of the mantissa is the rounding up
-    return (exponent - largest_exponent).clamp_(0, 254 - largest_exponent).to(torch.uint8)  # further up, the largest element is infinite
-
-
 def check_matrix(shape: tuple[int, ...], scheme: Scheme) -> None:
     """Raise :class:`RecipeError` unless ``shape`` is [out, in]."""
     if len(shape) != 2:

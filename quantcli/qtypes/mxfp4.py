@@ -5,7 +5,7 @@ Open Compute Project, "OCP Microscaling Formats (MX) Specification", version 1.0
     packed  U8 [out, in/2]    the even input in the low four bits
     scale   U8 [out, in/32]   E8M0, a biased exponent
 
-Option ``search``: "minmax" takes compressed-tensors' exponent (:func:`quantcli.qtypes._minifloat.mx_scale`) and so makes its bytes;
+Option ``search``: "minmax" takes compressed-tensors' exponent (:func:`quantcli.ops.minifloat.mx_scale`) and so makes its bytes;
 "mse", the default, weighs it and its neighbours by Σ importance·(w − ŵ)². Engines decode either.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.ops.minifloat import FP4_LEVELS, dequantize_fp4, fit_fp4, group_step, quantize_fp4
-from quantcli.qtypes._minifloat import check_matrix, check_search, finite_absmax, fp4_book, fp4_packed, mx_scale
+from quantcli.ops.minifloat import FP4_LEVELS, dequantize_fp4, fit_fp4, group_step, mx_scale, quantize_fp4
+from quantcli.qtypes._minifloat import check_matrix, check_search, finite_absmax, fp4_book, fp4_packed
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 OPTIONS: dict[str, Any] = {"search": "mse", "act": ""}

@@ -5,7 +5,7 @@ Open Compute Project, "OCP Microscaling Formats (MX) Specification", version 1.0
     data   F8_E4M3 [out, in]
     scale  U8      [out, in/32]   E8M0, a biased exponent
 
-The exponent is compressed-tensors' (:func:`quantcli.qtypes._minifloat.mx_scale`), which loses no weight: absmax lies in 224 … 448. A
+The exponent is compressed-tensors' (:func:`quantcli.ops.minifloat.mx_scale`), which loses no weight: absmax lies in 224 … 448. A
 search gains nothing, since a float's relative error does not depend on its scale.
 """
 
@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.ops.minifloat import dequantize_fp8, group_step, quantize_fp8
-from quantcli.qtypes._minifloat import check_matrix, finite_absmax, float_bits, mx_scale, signed_book
+from quantcli.ops.minifloat import dequantize_fp8, group_step, mx_scale, quantize_fp8
+from quantcli.qtypes._minifloat import check_matrix, finite_absmax, float_bits, signed_book
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 OPTIONS = {"act": ""}
