@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import CheckpointError, NumericsError
+from quantcli.forward.experts import Products, Rows, all_tokens
 from quantcli.forward.names import Source
 from quantcli.tensors import DTYPES
 
@@ -38,6 +39,10 @@ class LoadedLayer:
         self._sources = {name: source for source in forward.sources(index) for name in source.disk}
         self._set: dict[str, Tensor] = {}
         self._stale: dict[str, Source] = {}  # by target: to be made again from what was set
+        self._rewritten: set[str] = set()  # experts' weights that were set, in their parameter's rows
+        self._rows: dict[str, tuple[str, int, Rows]] = {  # of an expert's weight: parameter, expert, rows
+            rows.disk: (x.parameter, e, rows) for x in forward.experts(index) for e, group in enumerate(x.rows) for rows in group
+        }
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -50,18 +55,25 @@ class LoadedLayer:
             return self._set[name]
         source = self._sources[name]
         stored = self._forward.checkpoint.specs[name].dtype
+        if name in self._rewritten:
+            return self._slice(name).clone()  # what is set next is written over the slice
         if source.converter is None:
             live = self._forward.tensor(source.target)
             if live.dtype in (DTYPES.get(stored), torch.float32):
                 return live
-        return self._forward.checkpoint.read(name)
+        return self._forward.checkpoint.read(name).to(self._forward.device)
 
     def set(self, name: str, W: Tensor) -> None:
         """Replace the weight ``name`` (on disk) by ``W`` of its shape, for the runs that follow."""
         expected = self._forward.checkpoint.specs[name].shape
         if tuple(W.shape) != expected:
             raise CheckpointError(f"{name}: a weight of shape {list(expected)} cannot be replaced by one of shape {list(W.shape)}")
+        if name in self._rows and self._slice(name).copy_(W).dtype == W.dtype:
+            self._rewritten.add(name)
+            return
         self._set[name] = W
+        if name in self._rows:
+            return
         self._stale[self._sources[name].target] = self._sources[name]
 
     def __call__(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -69,9 +81,7 @@ class LoadedLayer:
 
         Raises :class:`NumericsError` when it is not finite.
         """
-        for source in self._stale.values():
-            self._forward.rebuild(source, self._forward.model_names(self._index), self._set)
-        self._stale.clear()
+        self._refresh()
         call = self._forward.call(self._index, ids)
         with torch.no_grad():
             output = call.run(self._module, self._forward.entering(hidden))
@@ -82,14 +92,13 @@ class LoadedLayer:
 
     def observe(self, hidden: Tensor, ids: Tensor, on_input: OnInput) -> Tensor:
         """The same as a call; ``on_input(tap, X)`` is told what each tap's linears read as it runs."""
-        with self._hooked(self._forward.tap_modules(self._index), on_input):
+        with self._hooked(self._forward.taps_of(self._index), on_input):
             return self(hidden, ids)
 
     def inputs(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> None:
         """``on_input(tap, X)`` with what ``taps`` (None: all) read; the layer runs no further than the last of them."""
-        modules = self._forward.tap_modules(self._index)
-        modules = {tap: modules[tap] for tap in modules if taps is None or tap in taps}
-        missing = set(modules)
+        wanted = {tap for tap in self._forward.taps_of(self._index) if taps is None or tap in taps}
+        missing = set(wanted)
 
         def note(tap: str, X: Tensor) -> None:
             on_input(tap, X)
@@ -97,17 +106,50 @@ class LoadedLayer:
             if not missing and not self._forward.repeats(self._index):
                 raise _AllSeen
 
-        with self._hooked(modules, note), contextlib.suppress(_AllSeen):
+        with self._hooked(wanted, note), contextlib.suppress(_AllSeen):
             self(hidden, ids)
 
     @contextlib.contextmanager
-    def _hooked(self, taps: Mapping[str, nn.Module], on_input: OnInput) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(partial(_tell, on_input, tap)) for tap, module in taps.items()]
+    def _hooked(self, wanted: Set[str], on_input: OnInput) -> Iterator[None]:
+        """While it lasts ``on_input`` is told what the taps ``wanted`` read."""
+        modules = self._forward.tap_modules(self._index)
+        handles = [m.register_forward_pre_hook(partial(_tell, on_input, tap)) for tap, m in modules.items() if tap in wanted]
         try:
-            yield
+            with self._watched(wanted, on_input):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def _watched(self, wanted: Set[str], on_input: OnInput) -> Iterator[None]:
+        """The experts' part of it."""
+        self._refresh()  # before the parameters' places in memory are noted
+        taps = {x.parameter: x.taps for x in self._forward.experts(self._index) if wanted & set(x.taps)}
+
+        def on_product(parameter: str, expert: int, X: Tensor) -> None:
+            if (tap := taps[parameter][expert]) in wanted:
+                on_input(tap, X)
+
+        if not taps:
+            yield
+            return
+        products = Products({name: self._forward.tensor(name) for name in taps}, on_product)
+        with products, contextlib.ExitStack() as stack:
+            if self._forward.all_tokens:
+                stack.enter_context(all_tokens(self._forward.expert_modules(self._index), products))
+            yield
+
+    def _slice(self, name: str) -> Tensor:
+        """The rows of the model's parameter that the expert's weight ``name`` is."""
+        parameter, expert, rows = self._rows[name]
+        return self._forward.tensor(parameter)[expert, rows.start : rows.stop]
+
+    def _refresh(self) -> None:
+        """Make again what was put together from weights that have been set since."""
+        for source in self._stale.values():
+            self._forward.rebuild(source, self._forward.model_names(self._index), self._set)
+        self._stale.clear()
 
 
 class _AllSeen(Exception):

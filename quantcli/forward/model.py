@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from quantcli import heap
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.forward.experts import Experts, Rows, rows_of
+from quantcli.forward.fused import unfused
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.names import NameMap, Source
 from quantcli.forward.skeleton import build, drop, dtypes, put
@@ -25,8 +27,12 @@ class Forward:
     """One causal LM, layer by layer, with the same results as the whole model in the same dtype.
 
     ``layers``: the layers' names on disk; ``taps``: disk name of a linear's weight → tap, which is the name of the first linear that
-    reads the same input; ``untapped``: the layers' other matrices (experts that transformers fuses, routers, convolutions), which have
-    no tap; ``unused``: disk tensors that the model has no place for.
+    reads the same input, each expert's linears having taps of their own; ``untapped``: the layers' other matrices (routers, convolutions,
+    experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model has no place for.
+
+    ``checkpoint``: the one given, or, where its file has a layer's experts in one tensor, the same with a tensor for each expert's linear.
+    Experts run one after the other, transformers' implementation "eager". ``all_tokens``: observed experts are shown every token, not
+    only those routed to them.
 
     In memory are one layer while its context is open, or the embedding, or the head, and what is small beside them (norms).
     """
@@ -36,9 +42,16 @@ class Forward:
     untapped: tuple[str, ...]
     unused: tuple[str, ...]
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        all_tokens: bool = False,
+    ) -> None:
         self.dtype = dtype
+        self.all_tokens = all_tokens
         self.device = torch.device(device)
         n_layers, n_tensors = checkpoint.config.get("num_hidden_layers", 0), len(checkpoint.specs)
         if isinstance(n_layers, int) and n_layers > n_tensors:
@@ -46,6 +59,7 @@ class Forward:
                 f"{checkpoint.source}: config.json tells of {n_layers} layers, the checkpoint has {n_tensors} tensors in all"
             )
         self._model = build(checkpoint.config, dtype, checkpoint.source)
+        self.checkpoint = checkpoint = unfused(checkpoint, self._model)
         self._names = NameMap(self._model, checkpoint.specs, checkpoint.source)
         self._dtypes = dtypes(self._model, dtype)
         self._stack = Stack(self._model)
@@ -58,6 +72,7 @@ class Forward:
         heap.trim()
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self.layers = tuple(self._disk_prefix(i) for i in range(len(self._stack.layers)))
+        self._experts = [self._find_experts(i) for i in range(len(self.layers))]
         self.taps = {name: tap for i in range(len(self.layers)) for name, tap in self._disk_taps(i).items()}
         self.unused = self._names.unused
         matrices = (name for i in range(len(self.layers)) for name in self.layer_tensors(i) if len(checkpoint.specs[name].shape) > 1)
@@ -149,11 +164,23 @@ class Forward:
     def entering(self, hidden: Tensor) -> Tensor:
         return hidden.to(device=self.device, dtype=self.dtype)
 
+    def taps_of(self, index: int) -> set[str]:
+        """The taps of layer ``index``."""
+        return set(self._disk_taps(index).values())
+
+    def experts(self, index: int) -> tuple[Experts, ...]:
+        """The parameters of layer ``index`` that hold experts."""
+        return self._experts[index]
+
+    def expert_modules(self, index: int) -> dict[nn.Module, int]:
+        """The modules of layer ``index`` that hold experts, and how many each holds."""
+        return {self._model.get_submodule(x.parameter.rpartition(".")[0]): len(x.rows) for x in self._experts[index]}
+
     def tap_modules(self, index: int) -> dict[str, nn.Module]:
-        """The module that reads each tap of layer ``index``."""
+        """The module that reads each tap of layer ``index`` other than its experts'."""
         prefix = f"{self._stack.name}.{index}."
         modules = {disk.removesuffix(".weight"): name for name, disk in self._names.disk.items() if name.startswith(prefix)}
-        return {tap: self._model.get_submodule(modules[tap].removesuffix(".weight")) for tap in set(self._disk_taps(index).values())}
+        return {tap: self._model.get_submodule(modules[tap].removesuffix(".weight")) for tap in self._linear_taps(index).values()}
 
     def repeats(self, index: int) -> bool:
         """Whether layer ``index`` calls one of its linears more than once in a forward."""
@@ -247,7 +274,29 @@ class Forward:
         return ".".join(first[:n])
 
     def _disk_taps(self, index: int) -> dict[str, str]:
-        """The taps of layer ``index``: disk name of a linear's weight → the first of the tap's linears that has a name on disk."""
+        """The taps of layer ``index``: disk name of each linear's weight → tap, the experts' last."""
+        experts = {rows.disk: tap for x in self._experts[index] for group, tap in zip(x.rows, x.taps, strict=True) for rows in group}
+        return self._linear_taps(index) | experts
+
+    def _find_experts(self, index: int) -> tuple[Experts, ...]:
+        """The parameters of layer ``index`` that hold experts whose rows are whole tensors on disk."""
+        stacks: dict[str, tuple[tuple[Rows, ...], ...]] = {}
+        first = self._stack.traces[index].experts
+        for name in first:
+            target = f"{self._stack.name}.{index}.{name}"
+            parameter = self._model.get_parameter(target)
+            if rows := rows_of(self._names.of[target], self.checkpoint.specs, parameter.shape, self._model):
+                stacks[name] = rows
+        return tuple(
+            Experts(
+                f"{self._stack.name}.{index}.{name}", rows, tuple(group[0].disk.removesuffix(".weight") for group in stacks[first[name]])
+            )
+            for name, rows in stacks.items()
+            if first[name] in stacks
+        )
+
+    def _linear_taps(self, index: int) -> dict[str, str]:
+        """Those of the layer's own linears: disk name of a linear's weight → the first of the tap's linears that has a name on disk."""
         tap_of: dict[str, str] = {}
         taps: dict[str, str] = {}
         for module, first in self._stack.traces[index].taps.items():

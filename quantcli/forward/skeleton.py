@@ -36,7 +36,8 @@ def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
     try:
         parsed = CONFIG_MAPPING[model_type].from_dict(words)
         with _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(parsed, dtype=dtype).eval()
+            # Experts one after the other: what each reads can be seen, and no token is copied for all of them at once.
+            return AutoModelForCausalLM.from_config(parsed, dtype=dtype, experts_implementation="eager").eval()
     except Exception as error:  # whatever the values of a foreign file may set off in configuration and modelling code
         raise CheckpointError(f"{where}: transformers cannot build a {model_type} model from config.json: {error}") from error
 

@@ -7,7 +7,7 @@ share an input (a *tap*) are seen in one forward of two tokens, each layer with 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import UnsupportedError
+from quantcli.forward.experts import Products
 from quantcli.forward.skeleton import decoder_layers, drop, put
 
 Run = Callable[..., Any]
@@ -51,12 +52,14 @@ class Trace:
     """What one small forward showed of a layer.
 
     ``n_outputs``: length of the tuple that it returns, or None for the bare hidden states; ``taps``: each linear → the first linear that
-    reads the same input, by module name within the layer; ``repeats``: a linear is called more than once in a forward.
+    reads the same input, by module name within the layer; ``repeats``: a linear is called more than once in a forward; ``experts``:
+    each parameter that holds a linear of every expert → the first one whose slice reads the same input.
     """
 
     n_outputs: int | None
     taps: dict[str, str]
     repeats: bool
+    experts: dict[str, str]
 
     def output(self, hidden: Tensor) -> Any:
         """``hidden`` in the form in which the layer returns it."""
@@ -154,6 +157,20 @@ class Stack:
         return torch.full((*ids.shape, weight.shape[1]), value, dtype=weight.dtype, device=ids.device)
 
 
+def _routers(layer: nn.Module, parameters: Collection[str]) -> list[str]:
+    """The linears beside experts whose few outputs choose or weigh them, by module name; these stay dense.
+
+    ``parameters``: names of those that hold experts.
+    """
+    found = []
+    for parameter in parameters:
+        block = parameter.rpartition(".")[0].rpartition(".")[0]
+        few = {1, layer.get_parameter(parameter).shape[0]}
+        beside = layer.get_submodule(block).named_modules(prefix=block) if block else layer.named_children()
+        found += [name for name, m in beside if isinstance(m, nn.Linear) and m.out_features in few]
+    return found
+
+
 def _no_head(hidden: Tensor) -> Tensor:
     return hidden[..., :1]
 
@@ -216,27 +233,38 @@ def _switches(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 
 def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
-    """Run ``layer`` and see which linears read one and the same tensor.
+    """Run ``layer`` and see which linears read one and the same tensor, and which experts' slices.
 
     The same means the same memory in the same version; inputs are held, so that no memory serves twice.
     """
     fed: dict[str, list[tuple[int, ...]]] = {}
+    sliced: dict[tuple[str, int], list[tuple[int, ...]]] = {}
     held: list[Tensor] = []
 
-    def watch(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
+    def key(x: Tensor) -> tuple[int, ...]:
         held.append(x)
-        fed.setdefault(name, []).append((x.data_ptr(), x.numel(), x.shape[-1], x._version))
+        return (x.data_ptr(), x.numel(), x.shape[-1], x._version)
+
+    def watch(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        fed.setdefault(name, []).append(key(inputs[0]))
+
+    def watch_slice(parameter: str, expert: int, X: Tensor) -> None:
+        sliced.setdefault((parameter, expert), []).append(key(X))
 
     handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
     n_tensors = len(call.tensors())
     try:
-        output = call.run(partial(type(layer).forward, layer), hidden)
+        with Products(dict(layer.named_parameters()), watch_slice):
+            output = call.run(partial(type(layer).forward, layer), hidden)
     finally:
         for handle in handles:
             handle.remove()
     if len(call.tensors()) != n_tensors:
         raise UnsupportedError(f"{type(layer).__name__} passes more than hidden states to the layers after it; {_TOGETHER}")
+    for name in _routers(layer, {parameter for parameter, _ in sliced}):
+        fed.pop(name, None)
     first: dict[tuple[tuple[int, ...], ...], str] = {}
     taps = {name: first.setdefault(tuple(keys), name) for name, keys in fed.items()}
-    return Trace(None if isinstance(output, Tensor) else len(output), taps, any(len(keys) > 1 for keys in fed.values()))
+    experts = {name: first.setdefault((*keys, (expert,)), name) for (name, expert), keys in sliced.items()}
+    repeats = any(len(keys) > 1 for keys in (*fed.values(), *sliced.values()))
+    return Trace(None if isinstance(output, Tensor) else len(output), taps, repeats, experts)

@@ -1,0 +1,142 @@
+"""Experts that transformers holds in one parameter: which rows are which disk tensor, and what each expert reads as the layer runs.
+
+A layer's experts are parameters ``[n_experts, out, in]`` (gate and up in one, down), whatever the file has. transformers' own loop over
+them (its implementation "eager", which :func:`quantcli.forward.skeleton.build` asks for) takes one expert's slice after the other:
+``linear(X, parameter[e])`` with X the tokens routed to it. So what an expert reads is seen by watching such products, in any
+architecture, and no loop of our own has to be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quantcli.forward.names import Source
+
+OnProduct = Callable[[str, int, Tensor], None]
+"""``on_product(parameter, expert, X)`` with X [n_tokens, in]."""
+
+PROBE_ROWS = 2
+"""Rows of the stand-ins by which a conversion is tried: two, so that rows which it would interleave are seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where one disk tensor lies in its expert's slice of a parameter: rows ``start … stop``."""
+
+    disk: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """One parameter ``[n_experts, out, in]`` of a layer. ``rows``: of each expert, the disk tensors it is made of, from top to bottom;
+    ``taps``: of each expert, the tap that its slice reads."""
+
+    parameter: str
+    rows: tuple[tuple[Rows, ...], ...]
+    taps: tuple[str, ...]
+
+
+def rows_of(source: Source, specs: Mapping[str, TensorSpec], shape: torch.Size, model: Any) -> tuple[tuple[Rows, ...], ...] | None:
+    """Which rows of which expert each disk tensor of ``source`` becomes, for its parameter of ``shape`` [n_experts, out, in].
+
+    Found by running transformers' conversion on stand-ins of two rows and one column that carry their own number. None when the
+    parameter is no stack of the disk tensors' rows.
+    """
+    if source.converter is None or any(len(specs[name].shape) != 2 or specs[name].shape[1] != shape[2] for name in source.disk):
+        return None
+    number = {name: float(PROBE_ROWS * k) for k, name in enumerate(source.disk)}
+    try:
+        made = source.load(lambda name: torch.tensor([[number[name]], [number[name] + 1]]), model).get(source.target)
+    except CheckpointError:
+        return None
+    if made is None or made.ndim != 3 or made.shape[0] != shape[0] or made.shape[1] % PROBE_ROWS or made.shape[2] != 1:
+        return None
+    experts = tuple(_stacked(made[e, :, 0].tolist(), source.disk, specs) for e in range(len(made)))
+    return experts if all(rows and rows[-1].stop == shape[1] for rows in experts) else None
+
+
+def _stacked(numbers: list[float], disk: list[str], specs: Mapping[str, TensorSpec]) -> tuple[Rows, ...]:
+    """One expert's disk tensors from the numbers that its stand-ins left; empty when these are not in whole blocks."""
+    rows: list[Rows] = []
+    for first, second in zip(numbers[::PROBE_ROWS], numbers[1::PROBE_ROWS], strict=True):
+        if first % PROBE_ROWS or second != first + 1:
+            return ()
+        name = disk[int(first) // PROBE_ROWS]
+        start = rows[-1].stop if rows else 0
+        rows.append(Rows(name, start, start + specs[name].shape[0]))
+    return tuple(rows)
+
+
+class Products(TorchFunctionMode):
+    """Tells of every product of an input with one expert's slice of ``parameters``: name → [n_experts, out, in]."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], on_product: OnProduct) -> None:
+        super().__init__()
+        self._parameters = {name: p for name, p in parameters.items() if p.ndim == 3}
+        self._on_product = on_product
+        self.is_watching = True
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is functional.linear and self.is_watching:
+            X, W = args[0], args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            if (found := self._slice(W)) is not None:
+                self._on_product(*found, X.flatten(0, -2))
+        return func(*args, **(kwargs or {}))
+
+    def _slice(self, W: Tensor) -> tuple[str, int] | None:
+        """The parameter and the expert whose slice ``W`` is, by where it lies in memory."""
+        for name, p in self._parameters.items():
+            expert, rest = divmod(W.data_ptr() - p.data_ptr(), p.stride(0) * p.itemsize)
+            if not rest and 0 <= expert < p.shape[0] and W.shape == p.shape[1:] and W.stride() == p.stride()[1:]:
+                return name, expert
+        return None
+
+
+@contextmanager
+def all_tokens(modules: Mapping[nn.Module, int], products: Products) -> Iterator[None]:
+    """While it lasts each expert of ``modules`` (→ number of experts) is first shown every token, and only then do the routed ones go
+    through them, unwatched: the output stays what it is."""
+
+    def shown_all(module: nn.Module, n_experts: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, index, weights = check_routed(module, args)
+            for e in range(n_experts):
+                type(module).forward(module, hidden, torch.full_like(index[:, :1], e), torch.zeros_like(weights[:, :1]))
+            products.is_watching = False
+            try:
+                return type(module).forward(module, *args, **kwargs)
+            finally:
+                products.is_watching = True
+
+        return forward
+
+    for module, n_experts in modules.items():
+        module.forward = shown_all(module, n_experts)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def check_routed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [n_tokens, hidden], experts' numbers and their weights [n_tokens, top_k], as experts are called."""
+    if len(args) == 3 and all(isinstance(x, Tensor) and x.ndim == 2 for x in args) and not args[1].is_floating_point():
+        return args
+    raise UnsupportedError(f"{type(module).__name__} is not given experts' numbers and weights for each token; use moe: routed")

@@ -1,0 +1,140 @@
+"""A checkpoint whose experts are stored in one tensor, seen expert by expert under the names that its family has on disk.
+
+Mixtral as transformers 5 can save it has ``mlp.experts.gate_up_proj`` [n_experts, 2·intermediate, hidden]; as everybody publishes it,
+``block_sparse_moe.experts.3.w1.weight``. Quantized folders have the second form, which is the one that engines read. transformers'
+conversion tables, run backwards on stand-ins that carry their own number, say which rows become which tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.locations import Location
+from quantcli.tensors import QuantizedTensor, TensorSpec
+
+PROBE_ROWS = 4
+"""Rows of an expert's stand-in: it may be cut in two, and both halves must show that their rows are neighbours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor as part of a stored one: rows ``start … stop`` of ``expert`` in ``stored``, or, ``expert`` None, all of it."""
+
+    stored: str
+    expert: int | None = None
+    start: int = 0
+    stop: int = 0
+
+
+class Unfused(Checkpoint):
+    """``inner`` under other names: every tensor of ``pieces`` is a part of one of its tensors."""
+
+    def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece]) -> None:
+        self._inner = inner
+        self._pieces = dict(pieces)
+        super().__init__(
+            inner.path,
+            kind=inner.kind,
+            config=inner.config,
+            specs={name: _spec(name, piece, inner.specs[piece.stored]) for name, piece in sorted(pieces.items())},
+            schemes={name: inner.schemes[piece.stored] for name, piece in pieces.items() if piece.stored in inner.schemes},
+            quantization=inner.quantization,
+            notes=inner.notes,
+        )
+        self.source = inner.source
+
+    def load(self, name: str) -> Tensor:
+        piece = self._pieces[name]
+        tensor = self._inner.read(piece.stored)
+        return tensor if piece.expert is None else tensor[piece.expert, piece.start : piece.stop]
+
+    def load_quantized(self, name: str) -> QuantizedTensor:
+        return self._inner.quantized(self._pieces[name].stored)
+
+    def locations(self) -> Iterable[Location]:
+        return self._inner.locations()
+
+    def fingerprint(self) -> str:
+        return self._inner.fingerprint()
+
+    def sidecars(self) -> dict[str, Path]:
+        return self._inner.sidecars()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _spec(name: str, piece: Piece, stored: TensorSpec) -> TensorSpec:
+    if piece.expert is not None:
+        return TensorSpec.dense(name, stored.dtype, (piece.stop - piece.start, stored.shape[2]))
+    return TensorSpec(name, stored.dtype, stored.shape, stored.nbytes)
+
+
+def unfused(checkpoint: Checkpoint, model: Any) -> Checkpoint:
+    """``checkpoint`` with each expert's linears as tensors of their own; itself where no experts are stored in one tensor, or where
+    transformers knows no names for them one by one."""
+    expected = model.state_dict()
+    stored = [
+        name for name, spec in checkpoint.specs.items() if len(spec.shape) == 3 and name in expected and name not in checkpoint.schemes
+    ]
+    stored = [name for name in stored if tuple(expected[name].shape) == checkpoint.specs[name].shape]
+    if not stored:
+        return checkpoint
+    pieces = _split(checkpoint, stored, model)
+    if all(piece.expert is None for piece in pieces.values()):
+        return checkpoint
+    return Unfused(checkpoint, pieces)
+
+
+def _split(checkpoint: Checkpoint, stored: list[str], model: Any) -> dict[str, Piece]:
+    """Name as published → its piece, for every tensor of ``checkpoint``; ``stored``: the tensors [n_experts, out, in]."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    expected, fused = model.state_dict(), set(stored)
+    others = [name for name in checkpoint.specs if name not in fused]
+    named = {name: torch.tensor([float(k)], dtype=torch.float64) for k, name in enumerate(others) if name in expected}
+    whole = {name: Piece(name) for name in others}
+    pieces: dict[str, Piece] = {}
+    try:
+        probes = {name: _probe(k, checkpoint.specs[name].shape[0]) for k, name in enumerate(stored)}
+        made = revert_weight_conversion(model, {**named, **probes})
+    except (RuntimeError, ValueError, KeyError, IndexError):  # a conversion that cannot be run backwards, or not on stand-ins
+        return whole | {name: Piece(name) for name in stored}
+    for name, probe in made.items():
+        if probe.shape == (1,):
+            pieces[name] = Piece(others[int(probe)])
+        elif probe.ndim == 2 and (piece := _piece(probe, stored, checkpoint.specs)):
+            pieces[name] = piece
+    covered = {piece.stored for piece in pieces.values()}
+    left = {name: Piece(name) for name in checkpoint.specs if name not in covered}
+    n_rows = {name: sum(p.stop - p.start for p in pieces.values() if p.stored == name) for name in fused & covered}
+    if any(n != checkpoint.specs[name].shape[0] * checkpoint.specs[name].shape[1] for name, n in n_rows.items()):
+        return whole | {name: Piece(name) for name in stored}
+    return left | pieces
+
+
+def _probe(number: int, n_experts: int) -> Tensor:
+    """[n_experts, PROBE_ROWS, 1] float64: the tensor's number, then the expert's, then the row's, in one integer of mixed base 2²⁰."""
+    row = torch.arange(n_experts * PROBE_ROWS, dtype=torch.float64) + 1
+    return (row + (number + 1) * 2.0**20).view(n_experts, PROBE_ROWS, 1)
+
+
+def _piece(probe: Tensor, stored: list[str], specs: Mapping[str, TensorSpec]) -> Piece | None:
+    """The piece whose stand-in is ``probe`` [n, 1]; None when its rows are no neighbours of one expert."""
+    values = [int(v) for v in probe.flatten().tolist()]
+    number, first = divmod(values[0], 1 << 20)
+    expert, row = divmod(first - 1, PROBE_ROWS)
+    if probe.shape[1] != 1 or values != list(range(values[0], values[0] + len(values))) or row + len(values) > PROBE_ROWS:
+        return None
+    name = stored[number - 1]
+    height = specs[name].shape[1]
+    if height * row % PROBE_ROWS or height * len(values) % PROBE_ROWS:
+        return None
+    return Piece(name, expert, height * row // PROBE_ROWS, height * (row + len(values)) // PROBE_ROWS)
