@@ -31,6 +31,9 @@ BLOCK = 256
 DIAGONALS = frozenset(DIAGONAL_PARTS)
 EVERYTHING = DIAGONALS | {"H"}
 
+MOE = "moe"
+"""The key of the file's metadata that tells which tokens experts were measured on; only models that have experts have it."""
+
 HEAD = "lm_head"
 """The tap of the output embedding, whatever its module is called."""
 
@@ -109,18 +112,27 @@ class Activations:
             hidden.copy_(layer(hidden, ids))
 
     def measure(self, layer: LoadedLayer, taps: Sequence[str] | None = None, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
-        """Stats of ``taps`` (None: all of the layer's) for the windows as they stand; H only where ``needs`` has it."""
-        meters: dict[str, StatsMeter] = {}
+        """Stats of ``taps`` (None: all of the layer's) for the windows as they stand; H only where ``needs`` has it.
+
+        The tap of an expert that no token was routed to has zeros, of no tokens.
+        """
+        meters = _meters(layer, needs, taps)
         for hidden, ids in self.batches():
-            layer.inputs(hidden, ids, partial(_gather, meters, needs), taps)
+            layer.inputs(hidden, ids, partial(_gather, meters), meters)
         return _finished(meters)
 
     def measure_and_advance(self, layer: LoadedLayer, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
         """Stats of all taps of ``layer`` while going through it: one run instead of two."""
-        meters: dict[str, StatsMeter] = {}
+        meters = _meters(layer, needs)
         for hidden, ids in self.batches():
-            hidden.copy_(layer.observe(hidden, ids, partial(_gather, meters, needs)))
+            hidden.copy_(layer.observe(hidden, ids, partial(_gather, meters)))
         return _finished(meters)
+
+
+def _meters(layer: LoadedLayer, needs: frozenset[str], taps: Sequence[str] | None = None) -> dict[str, StatsMeter]:
+    """A meter for each of ``taps``, or of all the layer's."""
+    widths = layer.tap_widths
+    return {tap: StatsMeter(widths[tap], "H" in needs, layer.device) for tap in sorted(widths if taps is None else taps)}
 
 
 def _finished(meters: Mapping[str, StatsMeter]) -> dict[str, Stats]:
@@ -155,18 +167,21 @@ def calibrate(
     *,
     hessian: bool = True,
     head: bool = False,
+    moe: str = "routed",
     device: str = "cpu",
     overwrite: bool = False,
 ) -> Iterator[LayerMeasured]:
     """Measure every tap of ``checkpoint`` on token windows ``ids`` [n, T] and write the statistics to ``target``.
 
-    With ``head`` also what the output embedding reads. The file stands under its name only after the last event.
+    With ``head`` also what the output embedding reads. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every
+    token. The file stands under its name only after the last event.
     """
     needs = EVERYTHING if hessian else DIAGONALS
-    forward = Forward(checkpoint, device=device)
+    forward = Forward(checkpoint, device=device, all_tokens=moe == "all")
     specs = stats_specs(tap_widths(forward, head=head), hessian=hessian)
     with Writer(target, overwrite=overwrite, folder=False) as writer:
-        writer.declare([file_layout(target.name, specs, stats_metadata(checkpoint, ids))])
+        experts = {MOE: moe} if forward.has_experts else {}
+        writer.declare([file_layout(target.name, specs, stats_metadata(checkpoint, ids) | experts)])
         activations = Activations.embed(forward, ids)
         n_layers = len(forward.layers) + head
         for i, name in enumerate(forward.layers):
@@ -184,16 +199,14 @@ def calibrate(
 
 def measure_head(forward: Forward, activations: Activations, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
     """Stats of what the output embedding reads, for windows that have gone through all layers."""
-    meters: dict[str, StatsMeter] = {}
+    meters = {HEAD: StatsMeter(forward.head_in_features, "H" in needs, forward.device)}
     for hidden, _ in activations.batches():
-        forward.observe_head(hidden, partial(_gather, meters, needs, HEAD))
+        forward.observe_head(hidden, partial(_gather, meters, HEAD))
     return _finished(meters)
 
 
-def _gather(meters: dict[str, StatsMeter], needs: frozenset[str], tap: str, X: Tensor) -> None:
+def _gather(meters: Mapping[str, StatsMeter], tap: str, X: Tensor) -> None:
     """Add X [n_tokens, in] to the meter of ``tap``."""
-    if tap not in meters:
-        meters[tap] = StatsMeter(X.shape[-1], "H" in needs, X.device)
     meters[tap].add(X)
 
 

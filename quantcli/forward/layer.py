@@ -45,6 +45,16 @@ class LoadedLayer:
         }
 
     @property
+    def tap_widths(self) -> dict[str, int]:
+        """Every tap of the layer → its in_features."""
+        specs = self._forward.checkpoint.specs
+        return {tap: specs[f"{tap}.weight"].shape[-1] for tap in self._forward.taps_of(self._index)}
+
+    @property
+    def device(self) -> torch.device:
+        return self._forward.device
+
+    @property
     def tensors(self) -> Mapping[str, Tensor]:
         """Made on each call: kept, it would tie the layer into a cycle, and its weights would outlive it."""
         return _Tensors(self._sources, self.get)

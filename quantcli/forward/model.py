@@ -164,6 +164,11 @@ class Forward:
     def entering(self, hidden: Tensor) -> Tensor:
         return hidden.to(device=self.device, dtype=self.dtype)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether some taps are those of experts, which see only the tokens routed to them."""
+        return any(self._experts)
+
     def taps_of(self, index: int) -> set[str]:
         """The taps of layer ``index``."""
         return set(self._disk_taps(index).values())
