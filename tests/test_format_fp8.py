@@ -113,6 +113,19 @@ def test_the_dry_run_knows_every_byte(name: str, folders: dict[str, Path], sourc
     assert {spec.name: spec.shape for spec in planned.plan.outputs} == {key: tuple(tensor.shape) for key, tensor in written.items()}
 
 
+def test_the_plan_says_which_blocks_are_cut(source: Path, tiny_llama: TinyLlama) -> None:
+    def notes(model: Path, name: str) -> str:
+        with Checkpoint.open(str(model)) as dense:
+            planned, *_ = pipeline.quantize(dense, Path("nowhere"), recipe.load(name), dry_run=True)
+        return " ".join(planned.plan.notes)
+
+    assert "7 matrices such as model.layers.0.mlp.down_proj.weight [192, 320] have sides that are no multiples of 128" in notes(
+        source, "fp8-block"
+    )
+    assert "128" not in notes(source, "fp8-tensor")
+    assert "128" not in notes(tiny_llama(hidden=256, intermediate=384, layers=1, heads=2, kv_heads=1), "fp8-block")
+
+
 def test_blocks_are_written_as_transformers_and_deepseek_name_them(folders: dict[str, Path]) -> None:
     written = load_file(folders["fp8-block"] / "model.safetensors")
     assert (written[f"{Q}.weight"].dtype, tuple(written[f"{Q}.weight"].shape)) == (torch.float8_e4m3fn, (192, 192))

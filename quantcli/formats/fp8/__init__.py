@@ -9,8 +9,8 @@ A linear ``<module>.weight`` [out, in] lies there as E4M3, with its scales besid
 
 Written is the first of E4M3 with blocks, whose engines quantize inputs in groups of 128, or with one scale a weight; the linears left
 dense are listed twice, as transformers' ``modules_to_not_convert`` and vLLM's ``ignored_layers``. Blocks at the edges may be cut, as in
-DeepSeek-V3 (576 rows). SGLang's and DeepSeek's own loaders take that, vLLM where it does not join the matrix with others;
-transformers on the CPU, which takes all blocks of a matrix for equally large, does not.
+DeepSeek-V3 (576 rows). Its own loader takes that, vLLM where it does not join the matrix with others; transformers without a GPU takes
+all blocks of a matrix for equally large, and refuses it (320 rows) or reads it wrong (192 rows): the plan says so.
 
 Read are also other block sizes, a scale a row (fbgemm_fp8), E8M0 scales (DeepSeek-V3.1 and later), stacks of experts [n, out, in] with
 ``…_scale_inv`` or ``…_scales_inv``, DeepSeek-V4's E2M1 experts, the names that Mistral gave (``qscale_weight``, ``qscale_act``), and

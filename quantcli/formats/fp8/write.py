@@ -13,6 +13,7 @@ from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import _folder
 from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
 from quantcli.formats.fp8.config import quantization_words
+from quantcli.qtypes import fp8
 from quantcli.shards import MAX_SHARD_BYTES
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
@@ -66,7 +67,21 @@ def context(
             "use --format compressed-tensors"
         )
     words = quantization_words(source, coded, scheme.get("strategy", "channel"), static=scheme.static_activations)
-    return Context(scheme=scheme, dtypes=dense_dtypes(source), sidecars=sidecar_files(source, words), max_shard_bytes=max_shard_bytes)
+    notes = cut_blocks(source, coded) if scheme.get("strategy", "channel") == "block" else ()
+    sidecars = sidecar_files(source, words)
+    return Context(scheme=scheme, dtypes=dense_dtypes(source), sidecars=sidecars, max_shard_bytes=max_shard_bytes, notes=notes)
+
+
+def cut_blocks(source: Checkpoint, coded: Mapping[str, Scheme]) -> tuple[str, ...]:
+    """A note on the matrices whose blocks are cut at an edge, which not every reader takes."""
+    cut = [name for name in coded if any(side % block for side, block in zip(source.specs[name].shape, fp8.BLOCK, strict=True))]
+    if not cut:
+        return ()
+    return (
+        f"{len(cut)} matrices such as {cut[0]} {list(source.specs[cut[0]].shape)} have sides that are no multiples of 128: vLLM takes such "
+        "only where it joins them with no other (not q, k, v; not gate, up), and transformers without a GPU does not read them right; "
+        "the recipe fp8-dynamic has no blocks",
+    )
 
 
 def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
