@@ -117,6 +117,8 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     carried = carried_over(source, recipe, schemes)
     if hasattr(fmt, "suited"):
         schemes = {name: s if name in carried else fmt.suited(s, source.config) for name, s in schemes.items()}
+    dense = [name for name in schemes if name not in carried and hasattr(fmt, "stays_dense") and fmt.stays_dense(name)]
+    schemes = {name: scheme for name, scheme in schemes.items() if name not in dense}
     left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
     if left and not taps and recipe.scheme is not None:
         raise UnsupportedError(
@@ -135,6 +137,8 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
         planned.setdefault(layer_of(name), []).append(tensor)
     layers = tuple(PlannedLayer(name, tuple(tensors)) for name, tensors in sorted(planned.items(), key=lambda item: _natural(item[0])))
     notes = (*surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
+    if dense:
+        notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
     return Plan(recipe, layers, context, notes)
 
 

@@ -14,7 +14,7 @@ from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli import pipeline, recipe
+from quantcli import pipeline, plan, recipe
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import bitsandbytes
@@ -167,6 +167,21 @@ def test_what_engines_load_dense_is_refused(rule: str, match: str, tiny_llama: T
     how = Recipe("x", "bitsandbytes", recipe.load("nf4").passes, scheme=Scheme.parse("nf4-b64"), rules=(Rule.parse(rule, "nf4-b64"),))
     with pytest.raises(RecipeError, match=match):
         quantize(folder, tmp_path / "out", how)
+
+
+def test_experts_stay_dense_are_announced_and_go_by_the_module_around_them(tmp_path: Path) -> None:
+    """transformers 5 has them in one parameter, which bitsandbytes does not replace: it could not load their codes."""
+    moe = "model.layers.0.mlp"
+    names = [f"{Q}.weight", f"{moe}.gate.weight", *(f"{moe}.experts.{i}.{k}_proj.weight" for i in range(3) for k in ("gate", "up", "down"))]
+    save_file({name: torch.randn(64, 64) for name in ("model.embed_tokens.weight", *names)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "tie_word_embeddings": True}))
+    taps = {name: name.removesuffix(".weight") for name in names if not name.endswith("mlp.gate.weight")}
+    with Checkpoint.open(str(tmp_path)) as checkpoint:
+        made = plan.make(checkpoint, recipe.load("nf4"), taps)
+    assert [tensor.name for tensor in made.tensors if tensor.scheme] == [f"{Q}.weight"]
+    assert any(f"{moe}.experts.0" in note and "and 7 more stay as they are: engines that read bitsandbytes" in note for note in made.notes)
+    words = json.loads(bytes(made.context.sidecars["config.json"]))["quantization_config"]
+    assert words["llm_int8_skip_modules"] == [f"{moe}.experts", f"{moe}.gate", "lm_head"]
 
 
 # --- the QuantState ------------------------------------------------------------------------------------------------------------------

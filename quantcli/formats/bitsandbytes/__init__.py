@@ -23,6 +23,6 @@ Engines decode by the type's own levels whatever ``quant_map`` says, and by ``ne
 """
 
 from quantcli.formats.bitsandbytes.read import detect, read
-from quantcli.formats.bitsandbytes.write import USUAL_SCHEME, context, outputs, parts, supports, writer
+from quantcli.formats.bitsandbytes.write import USUAL_SCHEME, context, outputs, parts, stays_dense, supports, writer
 
-__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "stays_dense", "supports", "writer"]

@@ -22,13 +22,15 @@ from quantcli.registry import find
 from quantcli.shards import MAX_SHARD_BYTES
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
-__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "stays_dense", "supports", "writer"]
 
 USUAL_SCHEME = "nf4-b64"
 """What ``export`` codes to where the source's own codes do not fit."""
 
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 """Modules that hold a matrix and are no linear."""
+
+EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,11 @@ class Context(_folder.Context):
 
 def supports(scheme: Scheme) -> bool:
     return is_dense(scheme) or scheme.qtype in (*KINDS, "llm_int8")
+
+
+def stays_dense(name: str) -> bool:
+    """Whether engines load ``name`` dense whatever its scheme: experts, which transformers 5 holds in one parameter and no linears."""
+    return EXPERT.search(name) is not None
 
 
 def context(
@@ -96,10 +103,11 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], dtypes: 
 
 
 def dense_modules(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
-    """The modules of matrices that stay dense: engines replace every linear not named here. lm_head is one even where it has no tensor."""
+    """The modules of matrices that stay dense: engines replace every linear not named here. lm_head is one even where it has no tensor;
+    a layer's experts go by the module around them."""
     specs = (spec for spec in source.specs.values() if spec.name not in coded and spec.name.endswith(".weight") and len(spec.shape) == 2)
-    modules = [module_of(spec.name) for spec in specs]
-    left = [module for module in modules if not EMBEDDING.search(module)]
+    modules = (expert[1] if (expert := EXPERT.match(spec.name)) else module_of(spec.name) for spec in specs)
+    left = [module for module in dict.fromkeys(modules) if not EMBEDDING.search(module)]
     return left if "lm_head" in left or "lm_head.weight" in coded else [*left, "lm_head"]
 
 
