@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -97,9 +98,11 @@ def quantize(
     """
     _check_apart(source, target)
     declared = planning.declared_taps(source)
-    forward = _open_forward(source, device) if declared is None or recipe.needs else None
+    forward = _open_forward(source, device, recipe) if declared is None or recipe.needs else None
     taps = declared if forward is None else forward.taps  # where the model is built, it knows best
     assert taps is not None
+    if forward is not None:
+        source = forward.checkpoint  # in which every expert's linear is a tensor, however they are stored
     made_by = provenance(source, recipe)
     plan = planning.make(source, recipe, taps, metadata=made_by)
     yield Planned(plan)
@@ -112,6 +115,7 @@ def quantize(
         data = calibrate()
         if data.stats is not None:
             _check_stats(plan, data.stats)
+            _check_moe(recipe, data.stats)
     fmt = find("formats", recipe.format)
     with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
         run = Coding(source, plan, writer, torch.device(device))
@@ -157,6 +161,16 @@ def _check_stats(plan: Plan, stats: StatsFile) -> None:
                 stats.check_tap(tensor.tap, tensor.source.shape[-1], needs=plan.recipe.needs)
 
 
+def _check_moe(recipe: Recipe, stats: StatsFile) -> None:
+    """Raise :class:`RecipeError` when experts were measured on other tokens than the recipe says."""
+    measured, wanted = stats.metadata.get("moe"), recipe.calibration.moe
+    if measured is not None and measured != wanted:
+        raise RecipeError(
+            f"{stats.path}: experts were measured with moe: {measured}, the recipe says {wanted}; run `quantcli calibrate --moe {wanted}`, "
+            f"or set moe: {measured} under calibration in the recipe"
+        )
+
+
 def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
     """Whether the output of ``tensor`` holds every value of the source."""
     if not tensor.outputs:
@@ -168,10 +182,10 @@ def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
     return read == stored or (read is not None and stored is not None and torch.promote_types(read, stored) == stored)
 
 
-def _open_forward(source: Checkpoint, device: str) -> Forward:
+def _open_forward(source: Checkpoint, device: str, recipe: Recipe) -> Forward:
     from quantcli.forward import Forward  # transformers takes seconds to import
 
-    return Forward(source, device=device)
+    return Forward(source, device=device, all_tokens=recipe.calibration.moe == "all")
 
 
 def _each_tensor(run: Coding) -> Iterator[LayerDone]:
@@ -240,12 +254,20 @@ def _measure_and_code(
     solved = [t for t in planned.tensors if t.is_solved]
     wanted = {t.tap for t in solved}
     taps = [tap for tap in order if tap in wanted]
-    stages = [[tap] for tap in taps] if run.plan.recipe.true_sequential else [taps]
+    stages = in_turn(taps) if run.plan.recipe.true_sequential else [taps]
     reports: list[TensorReport] = []
     for stage in stages:
         stats = activations.measure(loaded, stage, run.plan.recipe.needs)
         reports += run.code(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
     return reports + run.code(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)
+
+
+def in_turn(taps: Sequence[str]) -> list[list[str]]:
+    """``taps`` one after the other, but those together that differ by the number of an expert: none of these sees another."""
+    stages: dict[str, list[str]] = {}
+    for tap in taps:
+        stages.setdefault(re.sub(r"\.\d+(?=\.[^.]+$)", "", tap), []).append(tap)
+    return list(stages.values())
 
 
 @dataclass(slots=True)

@@ -18,14 +18,17 @@ CODES = ("anew", "fitting", "kept")
 """What becomes of codes that the source has already: all are chosen anew from the decoded weights; those stay that the recipe's scheme for
 their tensor can hold; or every tensor takes the first scheme of the format that can hold them, and the recipe's only where none can."""
 
+MOE = ("routed", "all")
+"""What an expert is calibrated on: the tokens that the router sends to it, or every token."""
+
 KEEP = "keep"
 """The word that leaves a tensor as it is in place of a scheme."""
 
 YAML_TYPES: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for"), (str, "a word")),
+    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for", "moe", "fallback"), (str, "a word")),
     **dict.fromkeys(("passes", "rules", "datasets"), (list, "a list")),
     **dict.fromkeys(("calibration", "format_options"), (Mapping, "a mapping")),
-    **dict.fromkeys(("seed", "samples", "seq_len"), (int, "an integer")),
+    **dict.fromkeys(("seed", "samples", "seq_len", "min_tokens"), (int, "an integer")),
     "true_sequential": (bool, "true or false"),
 }
 """What each key of a recipe holds."""
@@ -76,11 +79,18 @@ class PassSpec:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How much text the calibrated passes see. ``datasets``: ``PATH`` or ``NAME``, each with or without ``=WEIGHT``."""
+    """How much text the calibrated passes see. ``datasets``: ``PATH`` or ``NAME``, each with or without ``=WEIGHT``.
+
+    ``moe``: which tokens calibrate an expert (:data:`MOE`). An expert that fewer than ``min_tokens`` tokens reach
+    (at least one) is not given to the recipe's passes but to ``fallback``, a pass that needs no statistics.
+    """
 
     samples: int = 128
     seq_len: int = 2048
     datasets: tuple[str, ...] = ()
+    moe: str = "routed"
+    min_tokens: int = 512
+    fallback: str = "rtn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +247,13 @@ def _parse_calibration(data: Mapping[str, Any], recipe: str) -> Calibration:
     calibration = Calibration(**{**given, "datasets": tuple(map(str, given.get("datasets", ())))})
     if calibration.samples < 1 or calibration.seq_len < 1:
         raise RecipeError(f"recipe '{recipe}': samples and seq_len are above zero, not {calibration.samples} and {calibration.seq_len}")
+    if calibration.moe not in MOE:
+        raise RecipeError(f"recipe '{recipe}': moe is {' or '.join(MOE)}, not '{calibration.moe}'")
+    if calibration.min_tokens < 1:
+        raise RecipeError(f"recipe '{recipe}': min_tokens is above zero, not {calibration.min_tokens}")
+    free = [name for name in names("passes") if not find("passes", name).NEEDS]
+    if calibration.fallback not in free:
+        raise RecipeError(f"recipe '{recipe}': fallback is a pass without statistics ({', '.join(free)}), not '{calibration.fallback}'")
     return calibration
 
 
