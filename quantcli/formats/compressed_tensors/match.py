@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from re import _parser as sre  # type: ignore[attr-defined]
 from typing import Any
 
@@ -11,8 +12,10 @@ from quantcli.formats._folder import split_block
 from quantcli.formats.compressed_tensors.config import Group, Words
 from quantcli.shards import shown
 
-MAX_REPEATS = 6
-"""Unbounded repetitions that a foreign pattern may have: matching takes time that grows with this power of a name's length."""
+MAX_CHOICES = 6
+"""Alternatives and repetitions that a foreign pattern may have: matching takes time that grows with this power of a name's length."""
+
+REPEATS = (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT)
 
 
 class Patterns:
@@ -45,21 +48,32 @@ def is_class(item: str) -> bool:
 
 
 def is_tame(item: str) -> bool:
-    """Whether a pattern cannot take forever: no repetition without bound inside of another, and few of them."""
-    return 0 <= count_repeats(sre.parse(item.removeprefix("re:"))) <= MAX_REPEATS
+    """Whether a pattern cannot take forever: few choices, and none inside of a repetition."""
+    try:
+        return count_choices(sre.parse(item.removeprefix("re:"))) <= MAX_CHOICES
+    except RecursionError:
+        return False
 
 
-def count_repeats(node: Any, *, inside: bool = False) -> int:
-    """Repetitions without bound in a parsed pattern; a number far below zero when one holds another."""
-    total = 0
-    for child in node:
-        if isinstance(child, tuple) and len(child) == 3 and isinstance(child[2], sre.SubPattern):  # (least, most, repeated)
-            unbounded = child[1] == sre.MAXREPEAT or child[1] > 100
-            total += -(10**6) if unbounded and inside else int(unbounded)
-            total += count_repeats(child[2], inside=inside or unbounded)
-        elif isinstance(child, tuple | list | sre.SubPattern):
-            total += count_repeats(child, inside=inside)
+def count_choices(pattern: Any, *, repeated: bool = False) -> float:
+    """Where matching the parsed ``pattern`` may go more than one way; infinite when that happens inside of a repetition."""
+    total: float = 0
+    for operator, argument in pattern:
+        repeats = operator in REPEATS and argument[0] != argument[1]  # (least, most, what)
+        if repeats or operator is sre.BRANCH:
+            total += math.inf if repeated else 1
+        again = operator in REPEATS and argument[1] > 1
+        total += sum(count_choices(inner, repeated=repeated or again) for inner in patterns_in(argument))
     return total
+
+
+def patterns_in(argument: Any) -> Iterator[Any]:
+    """The patterns inside of an operator's ``argument``."""
+    if isinstance(argument, sre.SubPattern):
+        yield argument
+    elif isinstance(argument, tuple | list):
+        for part in argument:
+            yield from patterns_in(part)
 
 
 class Claims:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats._folder import Coded, FolderCheckpoint, model_dtype, module_of
 from quantcli.formats.compressed_tensors import floats, ints
 from quantcli.formats.compressed_tensors.config import (
+    INPUTS,
     LEGACY_KEY,
     Arguments,
     Group,
@@ -159,22 +160,32 @@ def settle(path: Path, module: str, files: Mapping[str, TensorSpec], claims: Cla
     packed = files.get("weight_packed")
     if packed is not None and packed.dtype not in ("I32", "U8"):
         raise CheckpointError(f"{where}.weight_packed is {packed.dtype}; expected I32 (integers) or U8 (pairs of FP4)")
-    if (packed or files["weight"]).dtype in ("U8", *floats.FP8_DTYPES):
-        try:
-            scheme, shape = floats.measure(where, files, declared, act)
-        except RecipeError as error:  # the qtype's word on a shape that the file claims
-            raise CheckpointError(f"{where}: {error}") from None
-        return Found(dict(files), scheme, shape, None, (*notes, *float_notes(declared, scheme)))
-    weight_shape = stored_shape(where, files, declared, shards)
-    stored, differ = ints.measure(where, files, weight_shape, declared)
+    if (packed or files["weight"]).dtype in ("I32", "I8"):
+        found = settle_integers(where, files, declared, act, stored_shape(where, files, declared, shards))
+        if found.stored and not found.stored.packed and group and group.weights and not group.inputs:
+            notes.append("integers of one byte, and its config group has no input_activations; vLLM does not load this pair")
+    else:
+        found = settle_floats(where, files, declared, act)
+    return replace(found, notes=(*notes, *found.notes))
+
+
+def settle_integers(
+    where: str, files: Mapping[str, TensorSpec], declared: Arguments | None, act: str, weight_shape: list[int] | None
+) -> Found:
+    stored, notes = ints.measure(where, files, weight_shape, declared)
     sym = stored.zeros is None or (declared is not None and declared.symmetric and stored.zeros == "plain")
-    desc_act = "weight_g_idx" in files
-    scheme = ints.scheme_of(stored, scale_dtype=files["weight_scale"].dtype, sym=sym, desc_act=desc_act, act=act)
-    if not stored.packed and group and group.weights and not group.inputs:
-        differ.append("integers of one byte, and its config group has no input_activations; vLLM does not load this pair")
+    scheme = ints.scheme_of(stored, scale_dtype=files["weight_scale"].dtype, sym=sym, desc_act="weight_g_idx" in files, act=act)
     if stored.grid_bits != stored.bits:
-        differ.append(f"int{stored.bits} is read as int{stored.grid_bits}, which holds it exactly")
-    return Found(dict(files), scheme, stored.shape, stored, (*notes, *differ))
+        notes.append(f"int{stored.bits} is read as int{stored.grid_bits}, which holds it exactly")
+    return Found(dict(files), scheme, stored.shape, stored, tuple(notes))
+
+
+def settle_floats(where: str, files: Mapping[str, TensorSpec], declared: Arguments | None, act: str) -> Found:
+    try:
+        scheme, shape = floats.measure(where, files, declared, act)
+    except RecipeError as error:  # the qtype's word on a shape that the file claims
+        raise CheckpointError(f"{where}: {error}") from None
+    return Found(dict(files), scheme, shape, None, tuple(float_notes(declared, scheme)))
 
 
 def act_in(group: Group | None, files: Mapping[str, TensorSpec]) -> tuple[str, list[str]]:
@@ -182,7 +193,7 @@ def act_in(group: Group | None, files: Mapping[str, TensorSpec]) -> tuple[str, l
     act = act_of(group.inputs if group else None)
     if act is None:
         return "", ["its inputs are quantized in a way that quantcli has no word for; they are taken as they are"]
-    if not Scheme.of("", act=act).static_activations:
+    if not act or INPUTS[act].dynamic is True:
         return act, []
     needed = input_scale_file(act)
     scale = files.get(needed)
