@@ -21,7 +21,7 @@ FLOORS = [
     {"plan", "calibrate"},
     {"forward"},
     {"formats", "passes"},
-    {"checkpoint", "recipe", "regrid", "writer", "shards", "locations", "json_files", "stats_file", "texts"},
+    {"checkpoint", "recipe", "regrid", "writer", "shards", "locations", "json_files", "stats_file", "texts", "documents"},
     {"archs", "qtypes"},
     {"ops"},
     {"tensors", "errors", "registry", "heap", "disk"},

@@ -1,11 +1,10 @@
-"""Datasets by file and by name, and the token windows cut from them."""
+"""Token windows: their shape, their order, their shares of several datasets, and the texts that they are cut from by default."""
 
 from __future__ import annotations
 
 import json
-import sys
+import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,8 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from quantcli.errors import CheckpointError, RecipeError
-from quantcli.texts import Dataset, default_eval_text, default_text, eval_windows, read, sha256, windows, windows_of
+from quantcli.errors import RecipeError
+from quantcli.texts import default_eval_text, default_text, eval_windows, eval_windows_of, sha256, windows, windows_of
 
 DOCUMENTS = [f"document number {i} speaks of {'many ' * i}things" for i in range(30)]
 
@@ -153,80 +152,75 @@ def test_a_dataset_too_short_for_its_share_of_a_mix_is_an_error(plain: Any, tmp_
         windows_of([f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"], plain, 20, 32)
 
 
-def test_jsonl_rows_give_text_content_or_messages(tmp_path: Path) -> None:
-    rows = [
-        {"text": "a"},
-        {"content": "b", "id": 1},
-        {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert Dataset.open(f"{tmp_path}/a.jsonl").documents == ["a", "b", "c\nd"]
-    assert read(f"{tmp_path}/a.jsonl") == "a\n\nb\n\nc\nd"
+def test_a_mix_is_the_same_for_the_same_seed_and_its_hash_tells_another(plain: Any, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}{i}" for i in range(4000)))
+    words = [f"{tmp_path}/a.txt=3", f"{tmp_path}/b.txt"]
+    first, again, other = (sha256(windows_of(words, plain, 20, 32, seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert sha256(windows_of([words[0][:-1] + "1", words[1]], plain, 20, 32, 1)) != first
 
 
-@pytest.mark.parametrize(
-    ("line", "words"), [("{broken", "a.jsonl:2: not a line of JSON"), ('{"id": 3}', "its fields are id"), ("[1]", "no record")]
-)
-def test_a_bad_jsonl_line_is_an_error_with_its_number(tmp_path: Path, line: str, words: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(CheckpointError, match=words):
-        Dataset.open(f"{tmp_path}/a.jsonl")
+def test_the_text_to_measure_on_is_read_and_tokenized_only_as_far_as_it_is_needed(plain: Any, tmp_path: Path) -> None:
+    rows = [f"row {i} has words of its own, such as {i * i}" for i in range(5000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    (tmp_path / "b.txt").write_text("\n".join(rows))
+    for file, joined in (("a.jsonl", "\n\n".join(rows)), ("b.txt", "\n".join(rows))):
+        expected = eval_windows(joined, plain, n_samples=None, seq_len=64)
+        for n in (1, 7, len(expected), len(expected) + 5):
+            assert torch.equal(eval_windows_of([f"{tmp_path}/{file}"], plain, n, 64), expected[:n])
 
 
-def test_parquet_rows_are_documents(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
-    assert Dataset.open(f"{tmp_path}/a.parquet").documents == ["a", "b"]
-
-
-@pytest.mark.parametrize(("word", "module"), [("a.parquet", "pyarrow"), ("org/name", "datasets")])
-def test_a_missing_library_is_an_error_that_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, module: str
-) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RecipeError, match=r"quantcli\[data\]"):
-        Dataset.open(word)
+def test_several_texts_to_measure_on_follow_one_another(plain: Any, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"text {name} " * 50)
+    ids = eval_windows_of([f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"], plain, 1, 10_000)
+    assert ids[0].tolist() == tokens_of(plain, "text a " * 50 + "\n\n" + "text b " * 50)
 
 
-@pytest.mark.parametrize(
-    ("word", "asked"),
-    [
-        ("org/name", ("org/name", None, "train")),
-        ("org/name:test", ("org/name", None, "test")),
-        ("org/name:en:dev=2", ("org/name", "en", "dev")),
-    ],
-)
-def test_a_dataset_by_name_is_streamed_from_its_split(monkeypatch: pytest.MonkeyPatch, word: str, asked: tuple[Any, ...]) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    def load_dataset(repo: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
-        calls.append((repo, config, split))
-        assert streaming
-        return [{"text": "a"}, {"text": "b"}]
-
-    fake = ModuleType("datasets")
-    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
-    fake.get_dataset_split_names = lambda repo, config: ["test", "train"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert Dataset.open(word).documents == ["a", "b"]
-    assert calls == [asked]
+def test_the_default_windows_to_measure_on_take_a_moment(plain: Any) -> None:
+    """0.3 s is meant for an idle machine, so the time that counts is the processor's; the tokenizer's own share is small."""
+    notes: list[str] = []
+    started = time.process_time()
+    ids = eval_windows_of([], plain, 64, 512, note=notes.append)
+    assert time.process_time() - started < 0.6
+    assert ids.shape == (64, 512)
+    assert "docstrings" in notes[0]
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        ("absent.txt", None, "no such file"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
-        ("a.csv", b"a,b", "must end in"),
-        ("b.txt=0", b"", "above zero"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_an_error(tmp_path: Path, file: str, content: bytes | None, words: str) -> None:
-    if content is not None:
-        (tmp_path / file.split("=")[0]).write_bytes(content)
-    with pytest.raises((CheckpointError, RecipeError), match=words):
-        Dataset.open(f"{tmp_path}/{file}")
+CHAT = "{% for m in messages %}<|begin_of_text|>{{ m['role'] }}: {{ m['content'] }}<|end_of_text|>{% endfor %}"
+
+
+def write_chats(path: Path, n: int = 40) -> str:
+    rows = [{"messages": [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"answer {i}"}]} for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_conversations_go_through_the_chat_template(with_bos: Any, tmp_path: Path) -> None:
+    with_bos.chat_template = CHAT
+    ids = windows_of([write_chats(tmp_path / "a.jsonl", 3)], with_bos, 1, 500)
+    text = with_bos.decode(ids[0])
+    for i in range(3):
+        assert f"user: ask {i}<|end_of_text|><|begin_of_text|>assistant: answer {i}" in text
+    assert "<|end_of_text|><|end_of_text|>" not in text, "the template ended its turn, so no separator is added"
+    assert text.count("<|begin_of_text|>") == 4, "one before the window and one inside each conversation: those at their beginnings merge"
+
+
+def test_a_model_without_a_template_gets_plain_text_and_a_note(plain: Any, tmp_path: Path) -> None:
+    notes: list[str] = []
+    ids = windows_of([write_chats(tmp_path / "a.jsonl", 3)], plain, 1, 500, note=notes.append)
+    assert "ask 1\nanswer 1<|end_of_text|>" in plain.decode(ids[0])
+    assert sum("no chat template" in note for note in notes) == 1
+
+
+def test_a_conversation_that_the_template_refuses_is_plain_text_and_is_noted_once(with_bos: Any, tmp_path: Path) -> None:
+    with_bos.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ raise_exception('users are not served') }}{% endif %}{% endfor %}"
+    )
+    notes: list[str] = []
+    ids = windows_of([write_chats(tmp_path / "a.jsonl")], with_bos, 1, 32, note=notes.append)
+    assert "answer" in with_bos.decode(ids[0])
+    (note,) = notes
+    assert "a.jsonl:" in note
+    assert "users are not served" in note

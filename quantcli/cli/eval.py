@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
 
 
-DATASET_HELP = "A .txt, .jsonl or .parquet file, or a datasets name; several are read one after the other."
+DATASET_HELP = "A .txt, .jsonl, .json or .parquet file, or a datasets name; several are read one after the other."
 
 
 def command(
@@ -69,13 +69,7 @@ def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], 
     from quantcli.forward import tokenizer
 
     options.check_context(console, checkpoint, seq_len)
-    if not datasets:
-        console.note("measuring on docstrings of CPython's standard library; give --dataset with text of your own domain")
-    text = "\n\n".join(texts.read(word) for word in datasets) if datasets else texts.default_eval_text()
-    windows = texts.eval_windows(text, tokenizer(checkpoint), n_samples=samples, seq_len=seq_len)
-    if windows.shape != (samples, seq_len):
-        console.note(f"the text gives {windows.shape[0]} windows of {windows.shape[1]} tokens; {samples} of {seq_len} were asked for")
-    return windows
+    return texts.eval_windows_of(datasets, tokenizer(checkpoint), samples, seq_len, note=console.note)
 
 
 def render(data: dict[str, Any]) -> list[str]:

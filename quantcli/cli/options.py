@@ -25,7 +25,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and touch nothing.")]
 Dataset = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT[=WEIGHT]", help="A .txt, .jsonl or .parquet file, or a datasets name; may be given several times."),
+    typer.Option(
+        metavar="TEXT[=WEIGHT]",
+        help="A .txt, .jsonl, .json or .parquet file of texts or conversations, or a datasets name; may be given several times.",
+    ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of text.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]

@@ -1,0 +1,167 @@
+"""Records of a dataset: plain text, or a conversation, which is written as the model's own chat template has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantcli.errors import CheckpointError
+
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
+"""What is asked and what is answered, one record each."""
+
+CONTEXTS = ("input", "context")
+"""What Alpaca's and Dolly's records add to their ``instruction``."""
+
+FIELDS = tuple(dict.fromkeys(("messages", "conversations", "text", "content", *(f for pair in PAIRS for f in pair), *CONTEXTS)))
+"""Every field that is looked at, so that others of a Parquet file need not be read."""
+
+EXPECTED = "text, content, messages [{role, content}], conversations [{from, value}], " + ", ".join(f"{a} and {b}" for a, b in PAIRS)
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as chat templates take them, ``{"role": …, "content": …}`` each, and the place they come from."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    where: str
+
+    @property
+    def plain(self) -> str:
+        """The contents alone, a line each."""
+        return "\n".join(_words(message.get("content")) for message in self.messages)
+
+
+Document = str | Conversation
+
+
+def document_of(row: Any, where: str) -> Document:
+    """The text or conversation of one record. A conversation goes before a ``text`` beside it, which has some other model's template.
+
+    ``where``: file and line, for the :class:`CheckpointError` of a record that is neither. An empty one is an empty text.
+    """
+    if not isinstance(row, Mapping):
+        raise CheckpointError(f"{where}: it is no record but {type(row).__name__}; expected an object with {EXPECTED}")
+    if row.get("messages"):
+        return Conversation(tuple(_messages(row["messages"], f"{where}: messages")), where)
+    if row.get("conversations"):
+        return Conversation(tuple(_sharegpt(row["conversations"], f"{where}: conversations")), where)
+    for name in ("text", "content"):
+        if row.get(name):
+            return _text(row[name], f"{where}: {name}")
+    for asked, answered in PAIRS:
+        if row.get(asked) and row.get(answered):
+            question = [_text(row[asked], f"{where}: {asked}")]
+            if asked == "instruction":
+                question += [_text(row[name], f"{where}: {name}") for name in CONTEXTS if row.get(name)]
+            answer = _text(row[answered], f"{where}: {answered}")
+            pair = ({"role": "user", "content": "\n\n".join(question)}, {"role": "assistant", "content": answer})
+            return Conversation(pair, where)
+    if any(row.get(name) is not None for name in FIELDS):
+        return ""  # as the empty lines of wikitext
+    raise CheckpointError(f"{where}: no text; its fields are {', '.join(map(str, row)) or 'none'}, expected {EXPECTED}")
+
+
+@dataclass(slots=True)
+class Renderer:
+    """Documents as the model reads them: a conversation through the tokenizer's chat template, a text as it is.
+
+    ``note`` is told once when there is no template, and of the first conversation that the template refuses (roles that do not alternate,
+    a system message that it does not know); both are then joined as plain text.
+    """
+
+    tokenizer: Any
+    note: Callable[[str], None] = lambda _: None
+    _noted: set[str] = field(default_factory=set)
+
+    def __call__(self, document: Document) -> str:
+        if isinstance(document, str):
+            return document
+        if not getattr(self.tokenizer, "chat_template", None):
+            self._once("none", "the tokenizer has no chat template: conversations are read as plain text, message after message")
+            return document.plain
+        try:
+            # Copies, because some templates edit what they are given.
+            return self.tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False)
+        except Exception as error:  # whatever a template of a stranger does; jinja2 is no dependency of ours
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._once(
+                "refused", f"{document.where}: the chat template refuses this conversation ({reason}); it and others like it are plain text"
+            )
+            return document.plain
+
+    def _once(self, key: str, text: str) -> None:
+        if key not in self._noted:
+            self._noted.add(key)
+            self.note(text)
+
+
+def _messages(value: Any, where: str) -> list[Mapping[str, Any]]:
+    messages: list[Mapping[str, Any]] = []
+    for i, message in enumerate(_list(value, where, "{role, content}")):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise CheckpointError(f"{where}[{i}] is {_shown(message)}, expected an object with role and content")
+        _words(message["content"], f"{where}[{i}]")
+        # Parquet fills the fields that only other rows have with nulls, and templates ask for a field's presence.
+        messages.append({key: item for key, item in message.items() if item is not None or key == "content"})
+    return messages
+
+
+def _sharegpt(value: Any, where: str) -> list[Mapping[str, Any]]:
+    messages: list[Mapping[str, Any]] = []
+    for i, turn in enumerate(_list(value, where, "{from, value}")):
+        if isinstance(turn, Mapping) and "role" in turn:
+            messages += _messages([turn], where)
+            continue
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+            raise CheckpointError(f"{where}[{i}] is {_shown(turn)}, expected an object with from and value")
+        if turn.get("from") not in SHAREGPT_ROLES:
+            raise CheckpointError(f"{where}[{i}] is from '{turn.get('from')}', expected one of {', '.join(SHAREGPT_ROLES)}")
+        messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
+    return messages
+
+
+def _list(value: Any, where: str, of: str) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise CheckpointError(f"{where} is {_shown(value)}, expected a list of {of}")
+    return value
+
+
+def _words(content: Any, where: str = "") -> str:
+    """The text of a message's content: a string, nothing, or a list of parts of which some are text."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple) and all(isinstance(part, Mapping) for part in content):
+        return "\n".join(str(part["text"]) for part in content if part.get("text"))
+    raise CheckpointError(f"{where}: content is {_shown(content)}, expected text or a list of parts")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise CheckpointError(f"{where} is {_shown(value)}, expected text")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """``value`` in a few words."""
+    if isinstance(value, Mapping):
+        return f"an object with {', '.join(map(str, value)) or 'nothing'}"
+    words = repr(value)
+    return words if len(words) <= 40 else f"{words[:40]}…"
