@@ -113,7 +113,9 @@ def test_what_stays_dense_is_listed_by_module(tiny_llama: TinyLlama, tmp_path: P
     with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
         tensors = {name: random_codes(SYM, *shape) for name, shape in linears(source).items() if "0.mlp.down_proj" not in name}
         write(source, tmp_path / "out", tensors)
-    assert words_of(tmp_path / "out")["modules_to_not_convert"] == [DOWN]
+    words = words_of(tmp_path / "out")
+    assert words["modules_to_not_convert"] == [DOWN]
+    assert words["dynamic"] == {r"-:^model\.layers\.0\.mlp\.down_proj$": {}}  # GPTQModel's own loader asks here
     with Checkpoint.open(str(tmp_path / "out")) as back:
         assert back.notes == ()
         assert back.schemes.keys() == tensors.keys()

@@ -27,6 +27,7 @@ from quantcli.formats._folder import dense_outputs as outputs
 from quantcli.formats._folder import dense_parts as parts
 from quantcli.formats._folder import writer
 from quantcli.formats._packed_folder import PackedCheckpoint, Settings
+from quantcli.formats._patterns import compiled
 from quantcli.json_files import shown
 from quantcli.shards import open_folder
 from quantcli.tensors import Scheme
@@ -35,7 +36,6 @@ __all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"
 
 DEFAULT_PACKING = "auto_round:auto_gptq"
 WAY_OUT = "export it by auto-round as auto_gptq, auto_awq or llm_compressor, or start from the dense model"
-MAX_PATTERN = 1000
 
 
 def detect(path: Path, config: dict[str, Any] | None) -> bool:
@@ -104,13 +104,8 @@ def entries(value: object) -> list[tuple[str, Any]]:
 
 
 def pattern_of(key: str) -> re.Pattern[str] | None:
-    """``key`` as a regular expression; None for a plain name, or for none of both."""
-    if len(key) > MAX_PATTERN or not re.search(r"[*+?^$\\\[(|]", key):
-        return None
-    try:
-        return re.compile(key)
-    except (re.error, RecursionError, OverflowError):
-        return None
+    """``key`` as a regular expression; None for a plain name, and for what cannot be matched."""
+    return compiled(key) if re.search(r"[*+?^$\\[(|]", key) else None
 
 
 def supports(scheme: Scheme) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint, read_config
 from quantcli.errors import RecipeError, UnsupportedError, about
-from quantcli.formats import _folder
+from quantcli.formats import _dynamic, _folder
 from quantcli.formats._folder import (
     Coded,
     Context,
@@ -50,7 +50,10 @@ from quantcli.qtypes import int as int_qtype
 from quantcli.shards import MAX_SHARD_BYTES, Shards, open_folder, stored_as
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
-__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "supports", "writer"]
+
+USUAL_SCHEME = "int4-g128-asym"
+"""What ``export`` codes to where the source's own codes do not fit."""
 
 LEGACY_CONFIGS = ("quant_config.json", "quantize_config.json")
 GROUP_SIZES = (32, 64, 128, -1)
@@ -205,7 +208,7 @@ def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str,
     """``quantization_config``; ``left``: the modules of the layers that stay dense, which engines look for inside of names."""
     if hidden := [(short, name) for short in left for name in coded if short in name]:
         raise RecipeError(f"{hidden[0][0]} stays dense, and AWQ's readers would leave out {hidden[0][1]} with it; quantize or keep both")
-    return {
+    words: dict[str, Any] = {
         "quant_method": "awq",
         "bits": 4,
         "group_size": group_size,
@@ -214,6 +217,9 @@ def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str,
         "modules_to_not_convert": list(left) or None,
         "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": dict(metadata)},
     }
+    if left:  # which GPTQModel's own loader looks for in its rules instead
+        words["dynamic"] = _dynamic.written({**dict.fromkeys(f"{module}.weight" for module in left), **dict.fromkeys(coded, ())}, ())
+    return words
 
 
 def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:

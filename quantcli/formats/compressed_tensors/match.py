@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from re import _parser as sre  # type: ignore[attr-defined]
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from quantcli.formats._folder import split_block
+from quantcli.formats._patterns import is_tame
 from quantcli.formats.compressed_tensors.config import Group, Words
 from quantcli.shards import shown
-
-MAX_CHOICES = 6
-"""Alternatives and repetitions that a foreign pattern may have: matching takes time that grows with this power of a name's length."""
-
-REPEATS = (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT)
 
 
 class Patterns:
@@ -25,7 +18,7 @@ class Patterns:
         self.items = tuple(items)
         regexes = [item for item in self.items if item.startswith("re:")]
         self.names = frozenset(self.items).difference(regexes)
-        self.wild = [item for item in regexes if not is_tame(item)]
+        self.wild = [item for item in regexes if not is_tame(item.removeprefix("re:"))]
         self.patterns = {item: re.compile(item.removeprefix("re:")) for item in regexes if item not in self.wild}
 
     def find(self, module: str) -> str | None:
@@ -45,35 +38,6 @@ class Patterns:
 def is_class(item: str) -> bool:
     """Whether ``item`` is the name of a class, such as Linear, of which a folder's tensors tell nothing."""
     return re.fullmatch(r"[A-Z]\w*", item) is not None
-
-
-def is_tame(item: str) -> bool:
-    """Whether a pattern cannot take forever: few choices, and none inside of a repetition."""
-    try:
-        return count_choices(sre.parse(item.removeprefix("re:"))) <= MAX_CHOICES
-    except RecursionError:
-        return False
-
-
-def count_choices(pattern: Any, *, repeated: bool = False) -> float:
-    """Where matching the parsed ``pattern`` may go more than one way; infinite when that happens inside of a repetition."""
-    total: float = 0
-    for operator, argument in pattern:
-        repeats = operator in REPEATS and argument[0] != argument[1]  # (least, most, what)
-        if repeats or operator is sre.BRANCH:
-            total += math.inf if repeated else 1
-        again = operator in REPEATS and argument[1] > 1
-        total += sum(count_choices(inner, repeated=repeated or again) for inner in patterns_in(argument))
-    return total
-
-
-def patterns_in(argument: Any) -> Iterator[Any]:
-    """The patterns inside of an operator's ``argument``."""
-    if isinstance(argument, sre.SubPattern):
-        yield argument
-    elif isinstance(argument, tuple | list):
-        for part in argument:
-            yield from patterns_in(part)
 
 
 class Claims:

@@ -10,10 +10,10 @@ from typing import Any
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import UnsupportedError
+from quantcli.formats import _dynamic
 from quantcli.formats._folder import dense_linears, module_of, split_block
 from quantcli.formats._fused import mixed
 from quantcli.formats._packed_folder import Settings
-from quantcli.formats.gptq import rules
 from quantcli.json_files import read_json, shown
 from quantcli.tensors import Scheme
 
@@ -23,7 +23,7 @@ LEGACY_CONFIG = "quantize_config.json"
 
 def settings_reader(words: Mapping[str, Any]) -> Callable[[str], Settings]:
     """The declared settings of a module: the folder's, as changed by its ``dynamic`` rules."""
-    rule = rules.reader(words.get("dynamic"))
+    rule = _dynamic.reader(words.get("dynamic"))
 
     def of(module: str) -> Settings:
         own = rule(module)
@@ -82,7 +82,7 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version:
     if left := dense_linears(source, coded):
         # vLLM and optimum take the list of what is quantized, GPTQModel the patterns of what is not.
         words["modules_in_block_to_quantize"] = [module_suffixes(coded, left)]
-    if dynamic := rules.written({**dict.fromkeys(left), **settings}, common):
+    if dynamic := _dynamic.written({**dict.fromkeys(left), **settings}, common):
         words["dynamic"] = dynamic
     return words
 

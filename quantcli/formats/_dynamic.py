@@ -13,9 +13,7 @@ from typing import Any
 
 from quantcli.formats._folder import module_of
 from quantcli.formats._fused import fused_groups
-
-MAX_PATTERN = 1000
-"""Longer ones are no one's rule: a regular expression is a program that a stranger's file makes us run."""
+from quantcli.formats._patterns import compiled
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -47,22 +45,19 @@ def in_every_layer(module: str) -> str:
 def reader(dynamic: object) -> Callable[[str], Mapping[str, Any] | None]:
     """What the rules say of a module: settings to replace, {} where none matches, None for one that stays dense.
 
-    Rules that are no rules are passed over: bits, groups and zero points are the tensors' to tell.
+    Rules that are no rules, or not tame ones, are passed over: bits, groups and zero points are the tensors' to tell.
     """
     rules: list[tuple[re.Pattern[str], Mapping[str, Any] | None]] = []
     exact: dict[str, tuple[int, Mapping[str, Any] | None]] = {}
     for key, value in (dynamic if isinstance(dynamic, dict) else {}).items():
         pattern, skips = key.removeprefix("+:").removeprefix("-:"), key.startswith("-:")
-        if len(pattern) > MAX_PATTERN or not (skips or isinstance(value, dict)):
+        if not (skips or isinstance(value, dict)):
             continue
         choice = None if skips else value
         if match := LITERAL.fullmatch(pattern):  # thousands of them name one expert each
             exact.setdefault(re.sub(r"\\(.)", r"\1", match[1]), (len(rules), choice))
-            continue
-        try:
-            rules.append((re.compile(pattern), choice))
-        except (re.error, RecursionError, OverflowError):
-            continue
+        elif (tame := compiled(pattern)) is not None:
+            rules.append((tame, choice))
 
     def of(module: str) -> Mapping[str, Any] | None:
         before, choice = exact.get(module, (len(rules), {}))
