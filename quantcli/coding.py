@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 PIECE_ELEMENTS = 1 << 22
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of what one expert of a layer reads, whatever the family: how many tokens that sees is the router's choice."""
+
 
 @dataclass(slots=True)
 class Coding:
@@ -45,16 +49,21 @@ class Coding:
         """
         solved: list[PlannedTensor] = []
         rounded: list[PlannedTensor] = []
+        few: list[PlannedTensor] = []
         reports: list[TensorReport] = []
         for tensor in tensors:
             if tensor.carried:
                 reports.append(self.carry(tensor))
             elif tensor.scheme is None or not tensor.outputs:
                 self.copy(tensor)
+            elif self.is_starved(tensor, stats):
+                few.append(tensor)
             else:
                 (solved if tensor.is_solved else rounded).append(tensor)
         if solved:
             reports += self.solve(layer, solved, self.plan.recipe.passes, stats, loaded)
+        if few:
+            reports += self.fall_back(layer, few, stats, loaded)
         if rounded:
             reports += self.solve(layer, rounded, (planning.RTN,), stats, loaded)
         self.reports += reports
@@ -103,6 +112,24 @@ class Coding:
                 loaded.set(name, regrid.decode(tensor))
         return reports
 
+    def is_starved(self, tensor: PlannedTensor, stats: Mapping[str, Stats]) -> bool:
+        """Whether too few calibration tokens reached ``tensor``, an expert's, for the recipe's passes to learn from."""
+        recipe = self.plan.recipe
+        if not (tensor.is_solved and tensor.tap and EXPERT.search(tensor.tap) and any(spec.needs for spec in recipe.passes)):
+            return False
+        return tensor.tap in stats and stats[tensor.tap].n_tokens < recipe.calibration.min_tokens
+
+    def fall_back(
+        self, layer: str, tensors: Sequence[PlannedTensor], stats: Mapping[str, Stats], loaded: LoadedLayer | None
+    ) -> list[TensorReport]:
+        """Code starved tensors by the recipe's fallback, with what their few tokens tell, and say so in their reports."""
+        calibration, passes = self.plan.recipe.calibration, ", ".join(spec.name for spec in self.plan.recipe.passes)
+        n_tokens = {t.name: stats[t.tap].n_tokens for t in tensors if t.tap}
+        reached = {t.tap: stats[t.tap] for t in tensors if t.tap and n_tokens[t.name]}
+        reports = self.solve(layer, tensors, (PassSpec(calibration.fallback),), reached, loaded)
+        few = f"calibration tokens reached it, fewer than min_tokens {calibration.min_tokens}: {calibration.fallback} in place of {passes}"
+        return [replace(r, notes=(f"{n_tokens[r.name]} {few}", *r.notes)) for r in reports]
+
     def record(self) -> dict[str, dict[str, Any]]:
         """Each coded tensor's scheme, error and notes, for quantcli.json."""
         reports = {report.name: report for report in self.reports}
@@ -127,9 +154,10 @@ def with_input_scale(name: str, tensor: QuantizedTensor, stats: Stats | None) ->
     """``tensor`` with the part ``input_scale``, where its scheme has the engine quantize inputs by a scale found beforehand."""
     if not tensor.scheme.static_activations:
         return tensor
-    if stats is None:
+    if stats is None or not stats.n_tokens:
+        reason = "there are no statistics of them" if stats is None else "no calibration token reached it"
         raise RecipeError(
-            f"{name}: {tensor.scheme} needs the range of its inputs, and there are no statistics of them; exclude it with --skip"
+            f"{name}: {tensor.scheme} needs the range of its inputs, and {reason}; exclude it with --skip, or calibrate on other text"
         )
     scale = _activations.static_scale(str(tensor.scheme.get("act")), stats.absmax)
     return QuantizedTensor(tensor.scheme, tensor.shape, {**tensor.parts, "input_scale": scale})
