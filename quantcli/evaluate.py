@@ -1,5 +1,6 @@
 """Perplexity, KL divergence, top-1 agreement and the error of each layer, walked layer by layer for anything Checkpoint reads.
 
+Where an engine rounds what its linears read (W8A8 and its like), so does the walk: the figures are those of the model as it is run.
 A model and its baseline go side by side: layer i of one, layer i of the other. Memory: one layer, the hidden states of the windows of both
 models in float32 (at most ``MAX_HIDDEN_BYTES``; more windows take more walks), and the logits of one batch of tokens.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,17 @@ from quantcli.calibrate import Activations
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.forward import Forward
+from quantcli.ops import round_inputs
+from quantcli.ops.activations import STATIC
+from quantcli.registry import find
+from quantcli.tensors import Scheme
 
 MAX_HIDDEN_BYTES = 4 << 30
 
 LOGITS_AT_ONCE = 1 << 23
 """Logits of one model that are held at a time; their softmax is taken in float64."""
+
+SIMULATED, AS_THEY_ARE = "simulated", "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +50,18 @@ class Scores:
     """What an evaluation found; natural logarithms throughout.
 
     ``perplexity_stderr`` is perplexity · (standard error of the mean negative log-likelihood over tokens), as llama.cpp states it.
-    ``n_tokens``: predicted tokens. With a baseline: ``kld_*`` is KL(baseline ‖ model) over every position, ``top1_agreement`` the share
-    of positions where both hold the same token for the likeliest, ``layer_errors`` name → relative error of the hidden states.
+    ``n_tokens``: predicted tokens. ``activations``: :data:`SIMULATED` when linears read what their engine would round their inputs to,
+    else :data:`AS_THEY_ARE`; ``not_simulated``: the quantized tensors whose inputs could not be reached. With a baseline: ``kld_*`` is
+    KL(baseline ‖ model) over every position, ``top1_agreement`` the share of positions where both hold the same token for the likeliest,
+    ``layer_errors`` name → relative error of the hidden states.
     """
 
     perplexity: float
     perplexity_stderr: float
     n_tokens: int
     seq_len: int
+    activations: str = AS_THEY_ARE
+    not_simulated: tuple[str, ...] = ()
     baseline_perplexity: float | None = None
     kld_mean: float | None = None
     kld_p99: float | None = None
@@ -60,7 +71,7 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of ``quantcli eval --json``."""
-        keys = ["perplexity", "perplexity_stderr", "n_tokens", "seq_len"]
+        keys = ["perplexity", "perplexity_stderr", "n_tokens", "seq_len", "activations"]
         data: dict[str, Any] = {key: getattr(self, key) for key in keys}
         if self.baseline_perplexity is None:
             return data
@@ -69,25 +80,30 @@ class Scores:
         return data | {"layers": [{"name": name, "relative_error": error} for name, error in self.layer_errors.items()]}
 
 
-def perplexity(checkpoint: Checkpoint, ids: Tensor, *, device: str = "cpu") -> Scores:
+def perplexity(checkpoint: Checkpoint, ids: Tensor, *, device: str = "cpu", activations: bool = True) -> Scores:
     """Scores of ``checkpoint`` on token windows ``ids``: [n, T] int64; each predicts its tokens 1 … T−1."""
-    return _last(evaluate(checkpoint, ids, device=device))
+    return _last(evaluate(checkpoint, ids, device=device, activations=activations))
 
 
-def compare(checkpoint: Checkpoint, baseline: Checkpoint, ids: Tensor, *, device: str = "cpu") -> Scores:
+def compare(checkpoint: Checkpoint, baseline: Checkpoint, ids: Tensor, *, device: str = "cpu", activations: bool = True) -> Scores:
     """Scores of ``checkpoint`` against ``baseline`` on token windows ``ids``: [n, T] int64."""
-    return _last(evaluate(checkpoint, ids, baseline=baseline, device=device))
+    return _last(evaluate(checkpoint, ids, baseline=baseline, device=device, activations=activations))
 
 
 def evaluate(
-    checkpoint: Checkpoint, ids: Tensor, *, baseline: Checkpoint | None = None, device: str = "cpu"
+    checkpoint: Checkpoint, ids: Tensor, *, baseline: Checkpoint | None = None, device: str = "cpu", activations: bool = True
 ) -> Iterator[LayerWalked | Scores]:
-    """The walk behind :func:`perplexity` and :func:`compare`: an event for each layer, the scores last."""
+    """The walk behind :func:`perplexity` and :func:`compare`: an event for each layer, the scores last.
+
+    ``activations``: round what quantized linears read as their engines do; False leaves the weights' loss alone.
+    """
     if ids.shape[1] < 2:
         raise RecipeError(f"windows of {ids.shape[1]} token leave nothing to predict; give a longer text or --seq-len")
     models = [Forward(source, device=device) for source in (checkpoint, baseline) if source is not None]
     if len(models) == 2:
         _check_alike(*models)
+    left = [simulate(model) for model in models] if activations else [()]
+    simulated = activations and len(left[0]) < len(rounded_inputs(checkpoint))
     tally = _Tally()
     groups = _groups(ids, models[0].hidden_size * len(models))
     n_layers = len(models[0].layers)
@@ -95,15 +111,47 @@ def evaluate(
         walked = [Activations.embed(model, group) for model in models]
         for i, name in enumerate(models[0].layers):
             started = time.perf_counter()
-            for model, activations in zip(models, walked, strict=True):
+            for model, states in zip(models, walked, strict=True):
                 with model.layer(i) as layer:
-                    activations.advance(layer)
+                    states.advance(layer)
             error = tally.add_layer(name, *(a.hidden for a in walked))
             yield LayerWalked(name, g * n_layers + i, len(groups) * n_layers, error, time.perf_counter() - started)
-        for model, activations in zip(models, walked, strict=True):
-            activations.hidden = activations.hidden.to(model.device)
+        for model, states in zip(models, walked, strict=True):
+            states.hidden = states.hidden.to(model.device)
         _score(tally, models, walked)
-    yield tally.scores(ids.shape[1])
+    yield replace(tally.scores(ids.shape[1]), activations=SIMULATED if simulated else AS_THEY_ARE, not_simulated=left[0])
+
+
+def rounded_inputs(checkpoint: Checkpoint) -> dict[str, str]:
+    """The weights whose engine rounds what their linear reads → how (``act`` of :func:`quantcli.ops.round_inputs`)."""
+    acts = {name: engine_act(scheme) for name, scheme in checkpoint.schemes.items()}
+    return {name: act for name, act in acts.items() if act}
+
+
+def engine_act(scheme: Scheme) -> str:
+    """How the engine of ``scheme`` rounds inputs; "" where it takes them as they are."""
+    return str(scheme.get("act") or getattr(find("qtypes", scheme.qtype), "ENGINE_ACT", ""))
+
+
+def simulate(model: Forward) -> tuple[str, ...]:
+    """Have ``model`` read inputs as its engine rounds them. Returns the weights whose inputs it cannot reach (experts that run fused)."""
+    wanted = {name: act for name, act in rounded_inputs(model.checkpoint).items() if name not in model.unused}
+    return tuple(name for name, act in wanted.items() if not model.on_read(name, _Rounding(model.checkpoint, name, act)))
+
+
+class _Rounding:
+    """What the engine of the weight ``name`` makes of X; the scale that the file has for it is read when it is first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, act: str) -> None:
+        self._checkpoint = checkpoint
+        self._name = name
+        self._act = act
+        self._scale: Tensor | None = None
+
+    def __call__(self, X: Tensor) -> Tensor:
+        if self._scale is None and self._act in STATIC:
+            self._scale = self._checkpoint.quantized(self._name).parts["input_scale"].to(X.device)
+        return round_inputs(X, self._act, self._scale)
 
 
 class _Tally:

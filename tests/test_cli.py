@@ -27,7 +27,7 @@ SHORT = ["--samples", "2", "--seq-len", "16"]
 INSPECT_KEYS = {"source", "kind", "architecture", "n_params", "n_bytes", "bpw", "quantization"}
 CALIBRATE_KEYS = {"stats", "n_samples", "n_tokens", "taps", "dataset_sha256", "seconds"}
 WRITER_KEYS = {"output", "format", "recipe", "n_bytes", "bpw", "seconds", "peak_ram_bytes", "tensors", "lossless", "layers"}
-EVAL_KEYS = {"perplexity", "perplexity_stderr", "n_tokens", "seq_len", "bpw", "n_bytes"}
+EVAL_KEYS = {"perplexity", "perplexity_stderr", "n_tokens", "seq_len", "activations", "bpw", "n_bytes"}
 BASELINE_KEYS = {"baseline_perplexity", "kld_mean", "kld_p99", "kld_max", "top1_agreement"}
 
 
@@ -467,6 +467,19 @@ def test_eval_and_its_gates(cli: Callable[..., Run], model: Path, text: Path) ->
     assert "is above --max-kld 1e-09" in missed.err
     assert cli("eval", "q", "--max-perplexity", "1", *common).code == 9
     assert cli("eval", "q", "--baseline", model, "--max-kld", "99", "--max-perplexity", "1e9", *common).code == 0
+
+
+def test_eval_rounds_inputs_as_the_engine_does_and_says_so(cli: Callable[..., Run], model: Path, text: Path) -> None:
+    assert cli("quantize", model, "--recipe", "fp8-dynamic", "-o", "q", "-q").code == 0
+    common = ["--dataset", text, *SHORT, "--json"]
+    found = cli("eval", "q", *common)
+    assert "note: inputs are rounded as the engine does: fp8-token of 7 linears; --no-activations measures the weights alone" in found.err
+    weights_alone = cli("eval", "q", "--no-activations", *common)
+    assert "note: inputs are taken as they are, where the engine rounds them: fp8-token of 7 linears" in weights_alone.err
+    assert (found.json["activations"], weights_alone.json["activations"]) == ("simulated", "none")
+    assert found.json["perplexity"] != weights_alone.json["perplexity"]
+    assert "activations     simulated" in cli("eval", "q", *common[:-1]).out
+    assert "inputs" not in cli("eval", model, *common).err
 
 
 def test_json_has_null_where_a_number_does_not_exist(cli: Callable[..., Run], model: Path, text: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli import evaluate as evaluation
+from quantcli import pipeline, recipe
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.evaluate import LayerWalked, Scores, compare, evaluate, perplexity
+from quantcli.ops import round_inputs
+from quantcli.recipe import Rule
+from quantcli.tensors import Scheme
 
 IDS = torch.randint(2, 512, (5, 48), generator=torch.Generator().manual_seed(4))
 
@@ -131,7 +137,7 @@ def test_windows_beyond_the_memory_limit_take_more_walks_with_the_same_result(
 
 
 def test_the_json_has_the_keys_of_the_command_line(folder: Path) -> None:
-    alone = {"perplexity", "perplexity_stderr", "n_tokens", "seq_len"}
+    alone = {"perplexity", "perplexity_stderr", "n_tokens", "seq_len", "activations"}
     both = {"baseline_perplexity", "kld_mean", "kld_p99", "kld_max", "top1_agreement", "layers"}
     assert score(folder, ids=IDS[:1]).to_dict().keys() == alone
     data = score(folder, folder, IDS[:1]).to_dict()
@@ -145,6 +151,74 @@ def test_a_probability_of_zero_adds_nothing_to_the_divergence(folder: Path, tmp_
     scores = score(sharp, sharp)
     assert scores.kld_mean == 0
     assert math.isfinite(score(folder, sharp).kld_mean or math.nan)
+
+
+SCHEMES = ["int8-channel-sym+int8-token", "int8-channel-sym+int8-tensor", "fp8-tensor+fp8-tensor", "nvfp4+nvfp4-g16", "llm_int8"]
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def rounded(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in a scheme whose engine rounds inputs; one linear stays dense."""
+    scheme = Scheme.parse(request.param)
+    target = tmp_path_factory.mktemp("rounded") / "out"
+    base = recipe.load("llm-int8" if scheme.qtype == "llm_int8" else "fp8-dynamic")
+    how = replace(base, scheme=scheme, rules=(Rule.parse("layers.1.*o_proj", "keep"),))
+    with Checkpoint.open(str(folder)) as model:
+        list(pipeline.quantize(model, target, how, calibrate=lambda: pipeline.Calibrated("0", windows=IDS)))
+    return target
+
+
+def nll_with_rounded_inputs(rounded: Path, folder: Path) -> Tensor:
+    """The whole dense model with the decoded weights, and a hook on each coded linear."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    files = load_file(rounded / "model.safetensors")
+    with Checkpoint.open(str(rounded)) as checkpoint:
+        for name, scheme in checkpoint.schemes.items():
+            module = name.removesuffix(".weight")
+            linear = model.get_submodule(module)
+            linear.weight.data = checkpoint.read(name)
+            scale = files.get(f"{module}.input_scale", files.get(f"{module}.input_global_scale"))
+            linear.register_forward_pre_hook(partial(_round, str(scheme.get("act", "llm-int8")), scale))
+    with torch.no_grad():
+        logp = torch.log_softmax(model(input_ids=IDS).logits.double(), -1)
+    return -logp[:, :-1].gather(2, IDS[:, 1:, None]).flatten()
+
+
+def _round(act: str, scale: Tensor | None, _module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (round_inputs(inputs[0], act, scale),)
+
+
+def test_linears_read_what_their_engine_rounds_their_inputs_to(rounded: Path, folder: Path) -> None:
+    with Checkpoint.open(str(rounded)) as model:
+        found, weights_alone = perplexity(model, IDS), perplexity(model, IDS, activations=False)
+        assert len(model.schemes) == 20
+    assert found.perplexity == pytest.approx(math.exp(nll_with_rounded_inputs(rounded, folder).mean()), rel=1e-6)
+    assert abs(found.perplexity / weights_alone.perplexity - 1) > 1e-5
+    assert (found.activations, weights_alone.activations) == ("simulated", "none")
+    assert found.to_dict()["activations"] == "simulated"
+    assert found.not_simulated == ()
+
+
+def test_the_loss_of_rounded_inputs_is_in_every_figure(rounded: Path, folder: Path) -> None:
+    with Checkpoint.open(str(rounded)) as model, Checkpoint.open(str(folder)) as baseline:
+        found, weights_alone = (compare(model, baseline, IDS, activations=on) for on in (True, False))
+    assert (found.kld_mean or 0) > (weights_alone.kld_mean or 0)
+    for name, error in weights_alone.layer_errors.items():
+        assert found.layer_errors[name] > error
+
+
+def test_a_model_whose_engine_takes_inputs_as_they_are_is_run_so(folder: Path, noisy: Path) -> None:
+    assert score(noisy).activations == "none"
+    with Checkpoint.open(str(noisy)) as model:
+        assert evaluation.rounded_inputs(model) == {}
+
+
+def test_inputs_that_cannot_be_reached_are_told_of(rounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation.Forward, "on_read", lambda *_: False)
+    with Checkpoint.open(str(rounded)) as model:
+        found = perplexity(model, IDS)
+        assert set(found.not_simulated) == set(model.schemes)
+    assert found.activations == "none"
 
 
 def test_logits_that_are_nan_are_an_error(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ def command(
     dataset: Annotated[list[str] | None, typer.Option(metavar="TEXT", help=DATASET_HELP)] = None,
     samples: options.Samples = 64,
     seq_len: options.SeqLen = 512,
+    activations: Annotated[bool, typer.Option(help="Round the inputs of quantized linears as their engine does.")] = True,
     max_perplexity: Annotated[float | None, typer.Option(help="Exit with code 9 above this perplexity.")] = None,
     max_kld: Annotated[float | None, typer.Option(help="Exit with code 9 above this mean KL divergence.")] = None,
     device: options.Device = "auto",
@@ -47,9 +49,11 @@ def command(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(source))
         original = stack.enter_context(Checkpoint.open(baseline)) if baseline else None
+        tell_activations(console, checkpoint, activations)
         windows = read_windows(console, original or checkpoint, dataset or [], samples, seq_len)
         with console.progress("evaluating") as progress:
-            for event in evaluate.evaluate(checkpoint, windows, baseline=original, device=torch_device):
+            walk = evaluate.evaluate(checkpoint, windows, baseline=original, device=torch_device, activations=activations)
+            for event in walk:
                 if isinstance(event, evaluate.Scores):
                     scores = event
                 else:
@@ -58,9 +62,25 @@ def command(
         n_bytes = sum(spec.nbytes for spec in checkpoint.specs.values())
         n_params = sum(spec.n_elements for spec in (original or checkpoint).specs.values())
     assert scores is not None
+    if left := scores.not_simulated:
+        console.warn(f"the inputs of {len(left)} matrices are taken as they are, where the engine rounds them; the first is {left[0]}")
     data = {**scores.to_dict(), "n_bytes": n_bytes, "bpw": 8 * n_bytes / n_params}
     console.result(data, render(data))
     check_gates(scores, max_perplexity, max_kld)
+
+
+def tell_activations(console: Console, checkpoint: Checkpoint, simulated: bool) -> None:
+    """A note on what becomes of the linears' inputs, where the engine rounds them."""
+    from quantcli.evaluate import rounded_inputs
+
+    acts = Counter(rounded_inputs(checkpoint).values())
+    if not acts:
+        return
+    kinds = ", ".join(f"{act} of {n} linears" for act, n in acts.items())
+    if simulated:
+        console.note(f"inputs are rounded as the engine does: {kinds}; --no-activations measures the weights alone")
+    else:
+        console.note(f"inputs are taken as they are, where the engine rounds them: {kinds}")
 
 
 def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], samples: int, seq_len: int) -> Tensor:
@@ -76,6 +96,7 @@ def render(data: dict[str, Any]) -> list[str]:
     lines = [
         f"perplexity      {data['perplexity']:.4f} +- {data['perplexity_stderr']:.4f} over {data['n_tokens']} tokens",
         f"size            {size(data['n_bytes'])}, {data['bpw']:.3f}bpw",
+        *(["activations     simulated"] if data["activations"] == "simulated" else []),
     ]
     if "kld_mean" not in data:
         return lines
@@ -84,7 +105,7 @@ def render(data: dict[str, Any]) -> list[str]:
         f"baseline        {data['baseline_perplexity']:.4f}",
         f"KL divergence   mean {data['kld_mean']:.5f}, 99 % {data['kld_p99']:.5f}, max {data['kld_max']:.3f}",
         f"top-1 agreement {data['top1_agreement']:.2%}",
-        lines[1],
+        *lines[1:],
     ]
 
 

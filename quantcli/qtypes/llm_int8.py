@@ -22,6 +22,9 @@ from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
 OPTIONS: dict[str, Any] = {}
 
+ENGINE_ACT = "llm-int8"
+"""How its engine rounds what a linear reads (:func:`quantcli.ops.round_inputs`), which no option of the scheme says."""
+
 STEP = 7.874015748698502e-3
 """1/127 as bitsandbytes rounds it."""
 
