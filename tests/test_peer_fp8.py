@@ -81,7 +81,8 @@ def seen(folder: Path, windows: torch.Tensor) -> dict[str, Any]:
     """What our own reader makes of ``folder``, in the client's words."""
     with Checkpoint.open(str(folder)) as back:
         sums = {name: float(back.read(name).double().abs().sum()) for name in back.schemes}
-        return {"perplexity": evaluate.perplexity(back, windows).perplexity, "weights": sums}
+        # transformers decodes FP8 on a CPU and then takes inputs as they are.
+        return {"perplexity": evaluate.perplexity(back, windows, activations=False).perplexity, "weights": sums}
 
 
 @pytest.mark.parametrize("name", RECIPES)
