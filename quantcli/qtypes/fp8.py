@@ -81,8 +81,10 @@ def unpack(tensor: QuantizedTensor) -> Tensor:
     down, across = tiles_of(data.shape[-2:], tile)
     if data.ndim == 2:
         return dequantize_fp8(data, scale.view(down, across), tile)
-    scales = scale.view(-1, down, across)
-    return torch.stack([dequantize_fp8(matrix, scales[i], tile) for i, matrix in enumerate(data)])
+    W = torch.empty(data.shape, device=data.device)
+    for out, matrix, own in zip(W, data, scale.view(-1, down, across), strict=True):
+        out.copy_(dequantize_fp8(matrix, own, tile))
+    return W
 
 
 def encode(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Mapping[str, Tensor] | None = None) -> QuantizedTensor:
