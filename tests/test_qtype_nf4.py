@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import NumericsError, RecipeError
-from quantcli.passes import gptq
+from quantcli.passes import gptq, rtn
 from quantcli.qtypes import _float4, fp4, llm_int8, nf4
 from quantcli.registry import find
 from quantcli.tensors import Layer, QuantizedTensor, Scheme, Stats, relative_error
@@ -192,6 +192,16 @@ def test_int8_rows_lose_what_eight_bits_lose_and_their_grid_agrees_to_an_ulp() -
     assert torch.allclose(decoded, grid.decode(codes), rtol=2e-7, atol=0)
     assert relative_error(W, decoded) < 1e-4
     assert relative_error(W, llm_int8.unpack(llm_int8.encode(W, scheme))) < 1e-4
+
+
+@pytest.mark.parametrize("scheme", [scheme_of(), scheme_of("fp4", double_quant=True), Scheme.of("llm_int8")], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_an_error(scheme: Scheme, value: float) -> None:
+    """Though a maximum passes over a NaN, and codes are chosen for it."""
+    W = random(4, 256)
+    W[2, 7] = value
+    with pytest.raises(NumericsError, match=r"NaN.*Inf"):
+        rtn.run(Layer("layer", {"w": W}, {"w": scheme}), {})
 
 
 def test_a_weight_beyond_float16_is_an_error_and_no_infinity() -> None:
