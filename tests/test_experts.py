@@ -322,3 +322,29 @@ def test_statistics_have_each_experts_tokens_and_know_which_these_were(save_mode
 def test_a_recipe_that_says_something_else_of_experts_is_refused(words: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(words))):
         gptq(**words)
+
+
+def test_what_one_expert_reads_can_be_changed_and_no_other_sees_it(save_model: SaveModel) -> None:
+    """Engines that round inputs are simulated so; doubling what w2 of an expert reads is doubling its weights."""
+    folder, name = save_model("mixtral"), "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    with Checkpoint.open(str(folder)) as checkpoint:
+        changed, other = Forward(checkpoint), Forward(checkpoint)
+        assert changed.on_read(name, lambda X: 2 * X)
+        for index, is_same in ((0, True), (1, False)):
+            with changed.layer(index) as a, other.layer(index) as b:
+                output, plain = a(HIDDEN, IDS[:1]), b(HIDDEN, IDS[:1])
+                assert torch.equal(output, plain) == is_same
+                if not is_same:
+                    b.set(name, 2 * b.get(name))
+                    torch.testing.assert_close(output, b(HIDDEN, IDS[:1]))
+
+
+def test_activations_of_experts_are_simulated(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("qwen3_moe")
+    words = {"format": "compressed-tensors", "passes": ["rtn"], "scheme": "int8-channel-sym+int8-token"}
+    with Checkpoint.open(str(folder)) as source:
+        list(pipeline.quantize(source, tmp_path / "out", recipes.parse(words, "w8a8")))
+    with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(tmp_path / "out")) as output:
+        rounded, plain = (compare(output, source, IDS, activations=activations) for activations in (True, False))
+    assert rounded.not_simulated == ()
+    assert rounded.kld_mean > plain.kld_mean > 0

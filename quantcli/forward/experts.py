@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from quantcli.forward.names import Source
 
-OnProduct = Callable[[str, int, Tensor], None]
-"""``on_product(parameter, expert, X)`` with X [n_tokens, in]."""
+OnProduct = Callable[[str, int, Tensor], Tensor | None]
+"""``on_product(parameter, expert, X)`` with X [n_tokens, in]; what it returns is read in place of X, unless that is None."""
 
 PROBE_ROWS = 2
 """Rows of the stand-ins by which a conversion is tried: two, so that rows which it would interleave are seen."""
@@ -96,7 +96,8 @@ class Products(TorchFunctionMode):
         if func is functional.linear and self.is_watching:
             X, W = args[0], args[1] if len(args) > 1 else (kwargs or {})["weight"]
             if (found := self._slice(W)) is not None:
-                self._on_product(*found, X.flatten(0, -2))
+                changed = self._on_product(*found, X)
+                args = args if changed is None else (changed, *args[1:])
         return func(*args, **(kwargs or {}))
 
     def _slice(self, W: Tensor) -> tuple[str, int] | None:

@@ -93,7 +93,7 @@ class LoadedLayer:
         """
         self._refresh()
         call = self._forward.call(self._index, ids)
-        with torch.no_grad():
+        with torch.no_grad(), self._changed():
             output = call.run(self._module, self._forward.entering(hidden))
         output = output if isinstance(output, Tensor) else output[0]
         if not torch.isfinite(output).all():
@@ -139,7 +139,7 @@ class LoadedLayer:
 
         def on_product(parameter: str, expert: int, X: Tensor) -> None:
             if (tap := taps[parameter][expert]) in wanted:
-                on_input(tap, X)
+                on_input(tap, X.flatten(0, -2))
 
         if not taps:
             yield
@@ -148,6 +148,21 @@ class LoadedLayer:
         with products, contextlib.ExitStack() as stack:
             if self._forward.all_tokens:
                 stack.enter_context(all_tokens(self._forward.expert_modules(self._index), products))
+            yield
+
+    @contextlib.contextmanager
+    def _changed(self) -> Iterator[None]:
+        """While it lasts experts read what :meth:`Forward.on_read` makes of their inputs."""
+        changes = self._forward.changes(self._index)
+        if not changes:
+            yield
+            return
+
+        def on_product(parameter: str, expert: int, X: Tensor) -> Tensor | None:
+            change = changes.get((parameter, expert))
+            return None if change is None else change(X)
+
+        with Products({name: self._forward.tensor(name) for name, _ in changes}, on_product):
             yield
 
     def _slice(self, name: str) -> Tensor:

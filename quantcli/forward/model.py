@@ -73,6 +73,14 @@ class Forward:
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self.layers = tuple(self._disk_prefix(i) for i in range(len(self._stack.layers)))
         self._experts = [self._find_experts(i) for i in range(len(self.layers))]
+        self._slices = {  # of an expert's weight: layer, parameter, expert
+            rows.disk: (i, x.parameter, e)
+            for i, xs in enumerate(self._experts)
+            for x in xs
+            for e, group in enumerate(x.rows)
+            for rows in group
+        }
+        self._changes: dict[int, dict[tuple[str, int], Callable[[Tensor], Tensor]]] = {}
         self.taps = {name: tap for i in range(len(self.layers)) for name, tap in self._disk_taps(i).items()}
         self.unused = self._names.unused
         matrices = (name for i in range(len(self.layers)) for name in self.layer_tensors(i) if len(checkpoint.specs[name].shape) > 1)
@@ -119,7 +127,14 @@ class Forward:
         return int(self._stack.head.weight.shape[-1])
 
     def on_read(self, weight: str, change: Callable[[Tensor], Tensor]) -> bool:
-        """From now on the linear with the ``weight`` (on disk) reads ``change(X)`` for X [..., in]; False where no module has it alone."""
+        """From now on the linear with the ``weight`` (on disk) reads ``change(X)`` for X [..., in]; False where that cannot be had.
+
+        An expert's linears that run as one (gate and up) read what the first of them was given a change for.
+        """
+        if weight in self._slices:
+            index, parameter, expert = self._slices[weight]
+            self._changes.setdefault(index, {}).setdefault((parameter, expert), change)
+            return True
         targets = [name.removesuffix(".weight") for name, disk in self._names.disk.items() if disk == weight and name.endswith(".weight")]
         modules = [self._model.get_submodule(target) for target in targets]
         linears = [module for module in modules if not isinstance(module, nn.Embedding)]  # which an lm_head may be tied to
@@ -176,6 +191,10 @@ class Forward:
     def experts(self, index: int) -> tuple[Experts, ...]:
         """The parameters of layer ``index`` that hold experts."""
         return self._experts[index]
+
+    def changes(self, index: int) -> Mapping[tuple[str, int], Callable[[Tensor], Tensor]]:
+        """What is made of the inputs of layer ``index``'s experts, by parameter and expert."""
+        return self._changes.get(index, {})
 
     def expert_modules(self, index: int) -> dict[nn.Module, int]:
         """The modules of layer ``index`` that hold experts, and how many each holds."""
