@@ -2,14 +2,16 @@
 
     python transformers_client.py WINDOWS.safetensors ANSWERS.json [HOW=]FOLDER …
 
-HOW is ``float32`` (the default), ``bfloat16``, ``dequantize``: float32 with the weights of compressed-tensors made dense as they load, or
-``fp8``: FP8 weights made dense, which transformers does without a GPU, and the rest turned to float32 after it.
+HOW is ``float32`` (the default), ``bfloat16``, ``dequantize``: float32 with the weights of compressed-tensors made dense as they load,
+``fp8``: FP8 weights made dense, which transformers does without a GPU, and the rest turned to float32 after it, or ``widened``: float32
+after compressed-tensors has decoded the weights.
 Writes a list with {"perplexity", "quantized": modules that the library took for quantized, "weights": {weight: checksum} of these as
 the forward pass used them} or {"error"} for each folder; stdout belongs to the libraries, which print. Imports nothing of quantcli.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -42,7 +44,17 @@ def load(how: str, folder: Path) -> torch.nn.Module:
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **options)
+    if how == "widened":
+        return widened(model)
     return model.float() if how == "fp8" else model  # its FP8 loader leaves what is dense in the file's dtype
+
+
+@torch.no_grad()
+def widened(model: torch.nn.Module) -> torch.nn.Module:
+    """compressed-tensors decodes as the model first runs, and small floats in bfloat16 whatever the model's dtype; torch then stumbles."""
+    with contextlib.suppress(RuntimeError):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+    return torch.nn.Module.float(model)  # a quantized model's own float() refuses
 
 
 def measure(how: str, folder: Path, windows: torch.Tensor) -> dict:
