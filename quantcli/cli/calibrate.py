@@ -20,6 +20,7 @@ def command(
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 2048,
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Gather H, which gptq needs; the file is tiny without.")] = True,
+    moe: options.Moe = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     seed: options.Seed = 0,
@@ -37,6 +38,7 @@ def command(
 
     console = Console(json, quiet, verbose)
     started = time.perf_counter()
+    options.check_moe(moe)
     torch_device = options.set_up_device(console, device, threads)
     check_replaceable(Path(os.path.realpath(output)), overwrite=overwrite, folder=False)
     if output.is_file():
@@ -45,7 +47,9 @@ def command(
     with Checkpoint.open(source) as checkpoint:
         options.check_context(console, checkpoint, seq_len)
         windows = texts.windows_of(dataset or [], tokenizer(checkpoint), samples, seq_len, seed, note=console.note)
-        events = calibrate.calibrate(checkpoint, windows, output, hessian=hessian, device=torch_device, overwrite=overwrite)
+        events = calibrate.calibrate(
+            checkpoint, windows, output, hessian=hessian, moe=moe or "routed", device=torch_device, overwrite=overwrite
+        )
         with console.progress("embedding the text") as progress:
             for event in events:
                 n_taps += event.n_taps

@@ -32,6 +32,9 @@ Dataset = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of text.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Moe = Annotated[
+    str | None, typer.Option("--moe", metavar="routed|all", help="What calibrates an expert: the tokens routed to it (usual), or all.")
+]
 Rules = Annotated[list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of the tensors REGEX finds; first wins.")]
 Skips = Annotated[list[str] | None, typer.Option("--skip", metavar="REGEX", help="Leave the tensors that REGEX finds as they are.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; <model>-<recipe> in this folder when left out.")]
@@ -62,6 +65,14 @@ def set_up_device(console: Console, device: str, threads: int | None) -> str:
             raise KernelError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
     console.detail(f"device {device}, {torch.get_num_threads()} threads, kernels for {ops.active()}, torch {torch.__version__}")
     return device
+
+
+def check_moe(moe: str | None) -> None:
+    """Refuse another word than those that a recipe knows."""
+    from quantcli.recipe import MOE
+
+    if moe is not None and moe not in MOE:
+        raise wrong("--moe", f"expected {' or '.join(MOE)}, not '{moe}'")
 
 
 def check_context(console: Console, checkpoint: Checkpoint, seq_len: int) -> None:

@@ -46,6 +46,7 @@ def command(
     dataset: options.Dataset = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Windows of text: 128.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a window: 2048.")] = None,
+    moe: options.Moe = None,
     pre_tokenizer: options.PreTokenizer = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -67,6 +68,8 @@ def command(
     if pre_tokenizer is not None:
         chosen = replace(chosen, format_options={**chosen.format_options, "pre_tokenizer": pre_tokenizer})
     chosen = set_calibration(console, chosen, stats, dataset=dataset, samples=samples, seq_len=seq_len)
+    options.check_moe(moe)
+    chosen = replace(chosen, calibration=replace(chosen.calibration, moe=moe or chosen.calibration.moe))
     execute(console, source, output, chosen, stats=stats, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 
 
