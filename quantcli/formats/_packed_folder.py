@@ -7,8 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantcli.formats._folder import FolderCheckpoint
-from quantcli.formats._packed_int import Packed, find_modules, groups_of, in_order, is_symmetric, looks_symmetric, measure, unpacked
+from quantcli.formats._packed_int import (
+    Packed,
+    find_modules,
+    first_zeros,
+    groups_of,
+    in_order,
+    is_symmetric,
+    measure,
+    symmetric_words,
+    unpacked,
+)
 from quantcli.shards import Shards
 from quantcli.tensors import QuantizedTensor
 
@@ -50,8 +62,9 @@ class PackedCheckpoint(FolderCheckpoint):
 
         found = find_modules(path, specs, kind, measured)
         settings = {name: declared(p.module) for name, p in found.items()}
-        self._packed = {name: settled(shards, p) if settings[name].sym else p for name, p in found.items()}
-        sym = {name: settings[name].sym and looks_symmetric(shards, p) for name, p in self._packed.items()}
+        known = {name: settled(shards, p) if settings[name].sym else (p, False) for name, p in found.items()}
+        self._packed = {name: p for name, (p, _) in known.items()}
+        sym = {name: is_sym for name, (_, is_sym) in known.items()}
         sample = min(self._packed.values(), key=lambda p: p.n_groups * p.out_features)
         reordered = not in_order(groups_of(shards, sample), sample)
         coded = {name: p.coded(sym=sym[name], desc_act=settings[name].desc_act or reordered) for name, p in self._packed.items()}
@@ -71,11 +84,14 @@ class PackedCheckpoint(FolderCheckpoint):
         return QuantizedTensor(scheme.with_options(desc_act=True) if "g_idx" in parts else scheme, p.spec.shape, parts)
 
 
-def settled(shards: Shards, p: Packed) -> Packed:
-    """``p``, said to be symmetric, in the version in which its zero points are: they are known beforehand, so a file that mixes versions
-    or names the wrong one is still read right."""
-    other = replace(p, less_one=not p.less_one)
-    return other if not looks_symmetric(shards, p) and looks_symmetric(shards, other) else p
+def settled(shards: Shards, p: Packed) -> tuple[Packed, bool]:
+    """``p``, said to be symmetric, in the version in which its zero points are, and whether they are symmetric at all: they are known
+    beforehand, so a file that mixes versions or names the wrong one is still read right."""
+    zeros = first_zeros(shards, p)
+    for candidate in (p,) if p.interleaved else (p, replace(p, less_one=not p.less_one)):
+        if torch.equal(zeros, symmetric_words(p.out_features, p.bits, candidate.less_one)):
+            return candidate, True
+    return p, False
 
 
 def contradicted(packed: dict[str, Packed], settings: dict[str, Settings], sym: dict[str, bool], said: str, less_one: bool) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -162,9 +163,20 @@ def decode_zeros(qzeros: Tensor, p: Packed) -> Tensor:
 def looks_symmetric(shards: Shards, p: Packed) -> bool:
     """Whether the zero points of the first group are those of a symmetric tensor. A page of the file tells: chance does not repeat a
     zero point over all outputs."""
+    return torch.equal(first_zeros(shards, p), symmetric_words(p.out_features, p.bits, p.less_one))
+
+
+def first_zeros(shards: Shards, p: Packed) -> Tensor:
+    """The words [n] of the first group's zero points."""
     location = shards.locations[f"{p.module}.qzeros"]
-    row = TensorSpec.dense(location.spec.name, "I32", (1, location.spec.shape[1]))
-    return is_symmetric(decode_zeros(read_tensor(replace(location, spec=row)), p), p.bits)
+    row = TensorSpec.dense(location.spec.name, "I32", (location.spec.shape[1],))
+    return read_tensor(replace(location, spec=row))
+
+
+@lru_cache(maxsize=64)
+def symmetric_words(out_features: int, bits: int, less_one: bool) -> Tensor:
+    """What they are in a symmetric tensor; interleaving changes nothing where all are the same."""
+    return pack_bits(torch.full((1, out_features), 2 ** (bits - 1) - less_one, dtype=torch.uint8), bits)[0]
 
 
 def is_symmetric(zero: Tensor, bits: int) -> bool:

@@ -79,10 +79,11 @@ class HqqCheckpoint(FolderCheckpoint):
     """A folder of HQQ."""
 
     def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
-        names = [name.removesuffix(".W_q") for name in shards.specs if name.endswith(".W_q")]
+        specs = shards.specs
+        names = [name.removesuffix(".W_q") for name in specs if name.endswith(".W_q")]
         if not names:
             raise CheckpointError(f"{path}: config.json says hqq, and no tensor's name ends in .W_q; the folder is dense or damaged")
-        self._modules = {f"{name}.weight": read_module(path, shards, name) for name in names}
+        self._modules = {f"{name}.weight": read_module(path, shards, specs, name) for name in names}
         coded = {name: module.coded for name, module in self._modules.items()}
         words = config["quantization_config"]
         notes = skipped_in_vain(words, coded)
@@ -108,19 +109,19 @@ def read(path: Path) -> HqqCheckpoint:
     return HqqCheckpoint(path, read_config(path), open_folder(path))
 
 
-def read_module(path: Path, shards: Shards, name: str) -> Module:
+def read_module(path: Path, shards: Shards, specs: Mapping[str, TensorSpec], name: str) -> Module:
     """The linear ``name`` as its settings describe it; :class:`CheckpointError` when its tensors do not fit them."""
 
     def setting(key: str, expected: Callable[[Any], bool]) -> Any:
-        value = read_setting(path, shards, f"{name}.{key}")
+        value = read_setting(path, shards, specs, f"{name}.{key}")
         if not expected(value):
             raise CheckpointError(f"{path}: {name}.{key} is {shown(value)}, which hqq never writes")
         return value
 
     for key in ("quant_scale", "quant_zero"):
-        if f"{name}.{key}" in shards.specs and setting(key, lambda v: True) != 0:
+        if f"{name}.{key}" in specs and setting(key, lambda v: True) != 0:
             raise UnsupportedError(f"{path}: {name}.{key}: scales that are quantized themselves are not read; save the model without them")
-    if f"{name}.zero_scale" in shards.specs or any(f"{name}.{key}" not in shards.specs for key in ("scale", "zero")):
+    if f"{name}.zero_scale" in specs or any(f"{name}.{key}" not in specs for key in ("scale", "zero")):
         raise UnsupportedError(f"{path}: {name} has no .scale and .zero of its own; save it by hqq with offload_meta=False")
     packing = PACKINGS[setting("packing", lambda v: isinstance(v, str) and v in PACKINGS)]
     shape = setting("shape", lambda v: isinstance(v, list) and len(v) == 2 and all(type(n) is int and n > 0 for n in v))
@@ -128,7 +129,6 @@ def read_module(path: Path, shards: Shards, name: str) -> Module:
     group_size = setting("group_size", lambda v: type(v) is int and v > 0)
     axis = setting("axis", lambda v: type(v) is int and v in (0, 1))
     bits = round(nbits, 2)
-    specs = shards.specs
     scheme = Scheme.of("hqq", bits=bits, group_size=group_size, axis=axis, scale_dtype=specs[f"{name}.scale"].dtype)
     rows, columns = check_shapes(path, specs, name, (shape[0], shape[1]), scheme, packing)
     files = [specs[f"{name}.{key}"] for key in SETTINGS if f"{name}.{key}" in specs]
@@ -154,9 +154,9 @@ def check_shapes(
     return rows, columns
 
 
-def read_setting(path: Path, shards: Shards, name: str) -> Any:
+def read_setting(path: Path, shards: Shards, specs: Mapping[str, TensorSpec], name: str) -> Any:
     """A number, a list of numbers or a text that hqq encoded as a tensor."""
-    spec = shards.specs.get(name)
+    spec = specs.get(name)
     if spec is None or spec.nbytes > MAX_SETTING_BYTES:
         raise CheckpointError(f"{path}: {name} is missing or no setting; the folder is incomplete")
     value = shards.read(name)
