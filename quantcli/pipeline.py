@@ -167,7 +167,7 @@ def _check_moe(recipe: Recipe, stats: StatsFile) -> None:
     if measured is not None and measured != wanted:
         raise RecipeError(
             f"{stats.path}: experts were measured with moe: {measured}, the recipe says {wanted}; run `quantcli calibrate --moe {wanted}`, "
-            f"or set moe: {measured} under calibration in the recipe"
+            f"or say --moe {measured}"
         )
 
 
