@@ -2,12 +2,13 @@
 
 A safetensors file. Of each tap ``.importance``, ``.absmax``, ``.mean`` [in], ``.n_tokens`` [1] and, unless left out, ``.H`` [in, in];
 in the header's metadata ``source`` (what the user named), ``source_fingerprint`` (:meth:`Checkpoint.fingerprint`, which tells two
-fine-tunes of one shape apart), ``dataset_sha256``, ``n_samples``, ``seq_len`` and ``n_tokens``.
+fine-tunes of one shape apart), ``dataset_sha256``, ``dataset_sketch`` (of overlap.py), ``n_samples``, ``seq_len`` and ``n_tokens``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError
 from quantcli.json_files import parse_json, shown
 from quantcli.locations import Location, read_tensor
+from quantcli.overlap import sketch
 from quantcli.shards import read_header, read_header_text
 from quantcli.tensors import Stats, TensorSpec
 from quantcli.texts import sha256
@@ -46,6 +48,7 @@ def stats_metadata(source: Checkpoint, ids: Tensor) -> dict[str, str]:
         "source": source.source,
         "source_fingerprint": source.fingerprint(),
         "dataset_sha256": sha256(ids),
+        "dataset_sketch": sketch(ids),
         "n_samples": str(ids.shape[0]),
         "seq_len": str(ids.shape[1]),
         "n_tokens": str(ids.numel()),
@@ -82,6 +85,11 @@ class StatsFile(Mapping[str, Stats]):
     def dataset_sha256(self) -> str:
         return self.metadata["dataset_sha256"]
 
+    @property
+    def dataset_sketch(self) -> str | None:
+        """What tells another text's overlap with the one measured on; None in an old file."""
+        return self.metadata.get("dataset_sketch")
+
     def has_hessian(self, tap: str) -> bool:
         """Whether H of ``tap`` was gathered."""
         return f"{tap}.H" in self._locations
@@ -115,12 +123,16 @@ class StatsFile(Mapping[str, Stats]):
                 f"run `quantcli calibrate` on {shown(source.source)}, or quantize {measured} with it"
             )
 
-    def __getitem__(self, tap: str) -> Stats:
+    def diagonals(self, tap: str) -> Stats:
+        """The statistics of ``tap`` without its H, which is not read."""
         if tap not in self:
             raise KeyError(tap)
-        H = self._read(f"{tap}.H") if self.has_hessian(tap) else None
         importance, absmax, mean = (self._read(f"{tap}.{part}") for part in DIAGONAL_PARTS)
-        return Stats(importance=importance, absmax=absmax, mean=mean, n_tokens=int(self._read(f"{tap}.n_tokens")), H=H)
+        return Stats(importance=importance, absmax=absmax, mean=mean, n_tokens=int(self._read(f"{tap}.n_tokens")))
+
+    def __getitem__(self, tap: str) -> Stats:
+        stats = self.diagonals(tap)
+        return replace(stats, H=self._read(f"{tap}.H")) if self.has_hessian(tap) else stats
 
     def __contains__(self, tap: object) -> bool:
         return tap in self._taps  # Mapping's own reads the tap

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantcli.cli import options
 from quantcli.cli.console import Console, count, size
+from quantcli.cli.inputs import describe_stats, render_stats
 from quantcli.cli.memory import estimate, render_memory
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def command(
     tensors: Annotated[bool, typer.Option("--tensors", help="List each tensor.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Size at each shipped recipe, with the KV cache at --context.")] = False,
     context: Annotated[int, typer.Option(min=1, help="Tokens of context for --memory.")] = 4096,
+    stats: Annotated[Path | None, typer.Option(metavar="FILE", help="Show what calibrate measured of inputs: outliers, energy.")] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -36,9 +39,23 @@ def command(
             data["tensors"] = list_tensors(checkpoint)
         if memory:
             data["memory"] = estimate(checkpoint, context)
+        if stats is not None:
+            data["stats"] = inputs_of(checkpoint, stats, console)
         console.result(data, render(console, data))
         for note in checkpoint.notes:
             console.warn(note)
+    for row in data.get("stats", ()):
+        for warning in row["warnings"]:
+            console.warn(f"{row['tap']}: {warning}")
+
+
+def inputs_of(checkpoint: Checkpoint, path: Path, console: Console) -> list[dict[str, Any]]:
+    """What the statistics at ``path``, measured on this checkpoint, tell of its inputs."""
+    from quantcli.stats_file import StatsFile
+
+    stats = StatsFile(path)
+    stats.check_source(checkpoint, warn=console.warn)
+    return describe_stats(stats)
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -111,7 +128,8 @@ def render(console: Console, data: dict[str, Any]) -> list[str]:
     if rows := data.get("tensors"):
         cells = [[r["name"], r["scheme"] or r["dtype"], "x".join(map(str, r["shape"])), str(r["n_bytes"])] for r in rows]
         lines += ["", *console.table(["tensor", "format", "shape", "bytes"], cells)]
-    return lines + (render_memory(console, data["memory"]) if "memory" in data else [])
+    lines += render_memory(console, data["memory"]) if "memory" in data else []
+    return lines + (render_stats(console, data["stats"]) if "stats" in data else [])
 
 
 def brief(value: Any) -> str:
