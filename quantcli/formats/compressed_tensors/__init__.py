@@ -12,8 +12,9 @@ A linear ``<module>.weight`` [out, in] becomes, by the format of its config grou
     mxfp4-pack-quantized  weight_packed U8 [out, in/2]; weight_scale U8 [out, in/32], an exponent
     mxfp8-quantized       weight F8_E4M3 [out, in]; weight_scale U8 [out, in/32]
 
-and ``input_scale`` [1] where inputs have a scale found beforehand. Codes of 2 … 8 bits are signed; packed ones, and packed zero points, are
-stored plus 2^(bits−1). ``w = (q − zero)·scale``; NVFP4's is ``level·scale/global_scale``.
+and ``input_scale`` [1] where inputs have a scale found beforehand; NVFP4 inputs have ``input_global_scale`` F32 [1], 448·6 / their range.
+Codes of 2 … 8 bits are signed; packed ones, and packed zero points, are stored plus 2^(bits−1). ``w = (q − zero)·scale``; NVFP4's is
+``level·scale/global_scale``.
 
 Which format a scheme gets is the library's own rule: quantized inputs make int- and float-quantized, without them integers are packed and
 FP8 is naive. Scales are written in the model's dtype (:func:`suited`), since that is what loaders make of them: transformers and
@@ -22,8 +23,8 @@ bfloat16 model is exact here and in an engine run in float16 or float32; in bflo
 
 Asymmetric zero points are written packed along the outputs, as llm-compressor writes them and vLLM reads them. transformers 5.23 with
 compressed-tensors 0.20 refuses such folders by default (a shape check expects ``weight_zero_point`` unpacked, [out, in/g]: the library
-packs it on every device but "meta", where the model is built); it reads them with ``CompressedTensorsConfig(dequantize=True)``, and so do
-transformers 5.17 with compressed-tensors 0.19 and vLLM as they are.
+packs it on every device but "meta", where the model is built); it reads them with ``CompressedTensorsConfig(dequantize=True)``;
+transformers 5.17 with compressed-tensors 0.19, and vLLM by its source, read them as they are.
 
 Three bits and other odd numbers are read dense, as the library packs them now, and as it once did, ⌊32/bits⌋ codes a word with the rest
 left empty: the shapes tell which. Only 2, 4 and 8 bits are written, where both are the same.
