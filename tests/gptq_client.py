@@ -22,7 +22,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it compiles its torch kerne
 import torch
 from gptqmodel import BACKEND, GPTQModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 
 @torch.no_grad()
@@ -38,9 +38,13 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
 def load(loader: str, folder: Path) -> torch.nn.Module:
     """The model on the CPU by the kernel that runs on every one, in float32; gptqmodel's own loader insists on 16 bits."""
     if loader == "gptqmodel":
-        return GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH).model
-    bits = json.loads((folder / "config.json").read_text())["quantization_config"]["bits"]
-    kernel = GPTQConfig(bits=bits, backend="gptq_torch")  # everything else is taken from the folder's own config
+        method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+        backend = BACKEND.AWQ_TORCH if method == "awq" else BACKEND.GPTQ_TORCH
+        return GPTQModel.load(str(folder), device="cpu", backend=backend).model
+    words = json.loads((folder / "config.json").read_text())["quantization_config"]
+    is_awq = words["quant_method"] == "awq"
+    # Everything else is taken from the folder's own config.
+    kernel = AwqConfig(backend="torch_awq") if is_awq else GPTQConfig(bits=words["bits"], backend="gptq_torch")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", quantization_config=kernel)
 
 
