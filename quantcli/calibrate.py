@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantcli import familiarity
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError
+from quantcli.familiarity import Familiarity
 from quantcli.forward import Forward, LoadedLayer
 from quantcli.shards import file_layout
 from quantcli.stats_file import DIAGONAL_PARTS, put_stats, stats_metadata, stats_specs
@@ -170,11 +172,11 @@ def calibrate(
     moe: str = "routed",
     device: str = "cpu",
     overwrite: bool = False,
-) -> Iterator[LayerMeasured]:
+) -> Iterator[LayerMeasured | Familiarity]:
     """Measure every tap of ``checkpoint`` on token windows ``ids`` [n, T] and write the statistics to ``target``.
 
     With ``head`` also what the output embedding reads. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every
-    token. The file stands under its name only after the last event.
+    token. The last event tells how well the model knows the text. The file stands under its name only after it.
     """
     needs = EVERYTHING if hessian else DIAGONALS
     forward = Forward(checkpoint, device=device, all_tokens=moe == "all")
@@ -194,6 +196,8 @@ def calibrate(
             started = time.perf_counter()
             put_stats(writer, measure_head(forward, activations, needs))
             yield LayerMeasured(HEAD, n_layers - 1, n_layers, 1, time.perf_counter() - started)
+        few = familiarity.sampled(ids)
+        yield familiarity.measure(forward, Activations(ids[few], activations.hidden[few]), ids)
         writer.commit()
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__, heap, ops
+from quantcli import __version__, heap, ops, overlap
 from quantcli import plan as planning
 from quantcli.checkpoint import Checkpoint
 from quantcli.coding import Coding
@@ -29,6 +29,7 @@ from quantcli.tensors import DTYPES, Stats, TensorReport
 
 if TYPE_CHECKING:
     from quantcli.calibrate import Activations
+    from quantcli.familiarity import Familiarity
     from quantcli.forward import Forward, LoadedLayer
 
 MAX_TENSORS_AT_ONCE = 4
@@ -57,11 +58,13 @@ class LayerDone:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The output stands under its final name."""
+    """The output stands under its final name. ``familiarity``: of the source with the calibration text, where windows were run."""
 
     output: Path
     plan: Plan
     lossless: bool
+    dataset_sha256: str | None = None
+    familiarity: Familiarity | None = None
 
 
 Event = Planned | LayerDone | Finished
@@ -77,6 +80,11 @@ class Calibrated:
     dataset_sha256: str
     windows: Tensor | None = None
     stats: StatsFile | None = None
+
+    def provenance(self) -> dict[str, str]:
+        """What an output says of the text: ``dataset_sha256``, and ``dataset_sketch`` by which another text is compared with it."""
+        sketch = overlap.sketch(self.windows) if self.windows is not None else self.stats and self.stats.dataset_sketch
+        return {"dataset_sha256": self.dataset_sha256} | ({"dataset_sketch": sketch} if sketch else {})
 
 
 def quantize(
@@ -113,9 +121,12 @@ def quantize(
         if calibrate is None:
             raise RecipeError(f"recipe '{recipe.name}' needs calibration data; give a dataset or --stats")
         data = calibrate()
+        made_by |= data.provenance()
+        plan = planning.make(source, recipe, taps, metadata=made_by)  # again, because a GGUF says in its header which text it was
         if data.stats is not None:
             _check_stats(plan, data.stats)
             _check_moe(recipe, data.stats)
+    familiarity = None
     fmt = find("formats", recipe.format)
     with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
         run = Coding(source, plan, writer, torch.device(device))
@@ -126,13 +137,14 @@ def quantize(
         else:
             assert forward is not None
             assert data.windows is not None
-            yield from _propagate(run, forward, data.windows)
+            familiarity = yield from _propagate(run, forward, data.windows)
         if writer.folder:
-            record = {**made_by, "dataset_sha256": data.dataset_sha256 if data else None, "tensors": run.record()}
+            record = {"dataset_sha256": None, **made_by, "tensors": run.record()}
             writer.add_sidecar("quantcli.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         writer.commit()
     exact = {report.name for report in run.reports if report.is_exact}
-    yield Finished(writer.target, plan, all(tensor.name in exact or _is_exact(source, tensor) for tensor in plan.tensors))
+    lossless = all(tensor.name in exact or _is_exact(source, tensor) for tensor in plan.tensors)
+    yield Finished(writer.target, plan, lossless, data.dataset_sha256 if data else None, familiarity)
 
 
 def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
@@ -227,11 +239,16 @@ def _each_layer(run: Coding, stats: Mapping[str, Stats]) -> Iterator[LayerDone]:
         yield layer.done()
 
 
-def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Iterator[LayerDone]:
-    """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next."""
+def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, Familiarity]:
+    """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next.
+
+    A few windows go through the layers as they came, to tell how well the source knows the text.
+    """
+    from quantcli import familiarity
     from quantcli.calibrate import Activations
 
     activations = Activations.embed(forward, windows)
+    untouched = Activations.embed(forward, windows[familiarity.sampled(windows)])
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
     for layer in _timed(run):
@@ -240,10 +257,12 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Iterator[Layer
             layer.reports += run.code(name, layer.planned.tensors, {})
         else:
             with forward.layer(index[name]) as loaded:
+                untouched.advance(loaded)
                 layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps)
                 if index[name] + 1 < len(forward.layers):
                     activations.advance(loaded)
         yield layer.done()
+    return familiarity.measure(forward, untouched, windows)
 
 
 def _measure_and_code(

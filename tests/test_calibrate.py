@@ -15,6 +15,7 @@ from quantcli import calibrate as calibration
 from quantcli.calibrate import Activations, StatsMeter, calibrate
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
+from quantcli.familiarity import Familiarity
 from quantcli.forward import Forward
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Stats
@@ -81,7 +82,8 @@ def test_stats_of_every_tap_equal_those_of_the_whole_models_inputs(
 ) -> None:
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 100)  # batches of two windows, the last of one
     with Checkpoint.open(str(folder)) as checkpoint:
-        events = list(calibrate(checkpoint, IDS, tmp_path / "stats.safetensors", head=True))
+        *events, known = calibrate(checkpoint, IDS, tmp_path / "stats.safetensors", head=True)
+    assert isinstance(known, Familiarity)
     assert [e.name for e in events] == ["model.layers.0", "model.layers.1", "model.layers.2", "lm_head"]
     assert [(e.index, e.n_layers, e.n_taps) for e in events] == [(0, 4, 4), (1, 4, 4), (2, 4, 4), (3, 4, 1)]
     stats = StatsFile(tmp_path / "stats.safetensors")

@@ -20,12 +20,13 @@ from quantcli import __version__
 from quantcli.cli import main
 from quantcli.cli.console import Console, Steps, count, size
 from quantcli.cli.memory import kv_cache_bytes
+from quantcli.formats.gguf.container import read_header
 
 TinyLlama = Callable[..., Path]
 SHORT = ["--samples", "2", "--seq-len", "16"]
 
 INSPECT_KEYS = {"source", "kind", "architecture", "n_params", "n_bytes", "bpw", "quantization"}
-CALIBRATE_KEYS = {"stats", "n_samples", "n_tokens", "taps", "dataset_sha256", "seconds"}
+CALIBRATE_KEYS = {"stats", "n_samples", "n_tokens", "taps", "dataset_sha256", "calibration_perplexity", "seconds"}
 WRITER_KEYS = {"output", "format", "recipe", "n_bytes", "bpw", "seconds", "peak_ram_bytes", "tensors", "lossless", "layers"}
 EVAL_KEYS = {"perplexity", "perplexity_stderr", "n_tokens", "seq_len", "activations", "bpw", "n_bytes"}
 BASELINE_KEYS = {"baseline_perplexity", "kld_mean", "kld_p99", "kld_max", "top1_agreement"}
@@ -247,7 +248,38 @@ def test_calibrate_then_quantize_from_its_statistics(cli: Callable[..., Run], mo
     assert (run.json["n_samples"], run.json["n_tokens"], run.json["taps"]) == (2, 32, 4)
     done = cli("quantize", model, "--stats", "s.safetensors", "--json", "-q", "-o", "out")
     assert (done.code, done.err) == (0, "")
-    assert json.loads(Path("out/quantcli.json").read_text())["dataset_sha256"] == run.json["dataset_sha256"]
+    assert json.loads(Path("out/quantcli.json").read_text())["dataset_sha256"] == run.json["dataset_sha256"] == done.json["dataset_sha256"]
+    assert run.json["calibration_perplexity"] > 1
+    assert done.json["calibration_perplexity"] is None  # no window was run
+
+
+@pytest.mark.parametrize("type_", [[], ["--type", "Q4_K_M"]])
+def test_every_output_tells_its_calibration_text_and_eval_warns_of_it(
+    cli: Callable[..., Run], model: Path, text: Path, type_: list[str]
+) -> None:
+    sizes = ["--samples", "4", "--seq-len", "64"]
+    target = "out.gguf" if type_ else "out"
+    run = cli("quantize", model, "--method", "gptq", *type_, "--dataset", text, *sizes, "--json", "-q", "-o", target)
+    assert run.json["calibration_perplexity"] > 1
+    if type_:
+        told = read_header(Path(target)).fields["quantcli.dataset_sha256"].value
+    else:
+        told = json.loads(Path("out/quantcli.json").read_text())["dataset_sha256"]
+    assert told == run.json["dataset_sha256"]
+    warning = "of this text was calibrated on"
+    assert warning in cli("eval", run.json["output"], "--dataset", text, *sizes, "-q").err
+    assert warning not in cli("eval", run.json["output"], *sizes, "-q").err
+    assert warning not in cli("eval", model, "--dataset", text, *sizes, "-q").err
+
+
+def test_a_text_that_the_model_does_not_know_is_warned_about(cli: Callable[..., Run], model: Path, text: Path) -> None:
+    """A random model knows none."""
+    sizes = ["--samples", "8", "--seq-len", "64"]
+    for args in (["calibrate", model, "-o", "s"], ["quantize", model, "-o", "q"]):
+        run = cli(*args, "--dataset", text, *sizes, "-q")
+        assert run.code == 0
+        assert "it is no text that the model has learned; check --dataset" in run.err
+        assert "perplexity of the" in run.out
 
 
 def test_calibrate_replaces_statistics_but_no_other_file(cli: Callable[..., Run], tiny_llama: TinyLlama, text: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantcli.cli import options
 from quantcli.cli.console import Console, count
+
+if TYPE_CHECKING:
+    from quantcli.familiarity import Familiarity
 
 
 def command(
@@ -44,6 +47,7 @@ def command(
     if output.is_file():
         StatsFile(output)  # --overwrite replaces statistics, never another file such as a shard of the model
     n_taps = 0
+    known: Familiarity | None = None
     with Checkpoint.open(source) as checkpoint:
         options.check_context(console, checkpoint, seq_len)
         windows = texts.windows_of(dataset or [], tokenizer(checkpoint), samples, seq_len, seed, note=console.note)
@@ -52,14 +56,34 @@ def command(
         )
         with console.progress("embedding the text") as progress:
             for event in events:
-                n_taps += event.n_taps
-                progress.step(event.index, event.n_layers, f"{event.name}  {event.n_taps} taps  {event.seconds:.1f} s")
+                if isinstance(event, calibrate.LayerMeasured):
+                    n_taps += event.n_taps
+                    progress.step(event.index, event.n_layers, f"{event.name}  {event.n_taps} taps  {event.seconds:.1f} s")
+                else:
+                    known = event
+    assert known is not None
+    report_familiarity(console, known)
     data = {
         "stats": str(output),
         "n_samples": windows.shape[0],
         "n_tokens": windows.numel(),
         "taps": n_taps,
         "dataset_sha256": texts.sha256(windows),
+        "calibration_perplexity": known.perplexity,
         "seconds": time.perf_counter() - started,
     }
-    console.result(data, [f"{output}", f"{n_taps} taps measured on {count(windows.numel())} tokens in {data['seconds']:.1f} s"])
+    lines = [f"{output}", f"{n_taps} taps measured on {count(windows.numel())} tokens in {data['seconds']:.1f} s"]
+    console.result(data, [*lines, f"perplexity of the text {known.perplexity:.1f}"])
+
+
+def report_familiarity(console: Console, known: Familiarity) -> None:
+    """Warn of a text that the model does not know."""
+    if not known.is_low:
+        return
+    if known.perplexity != known.perplexity:
+        console.warn("the model's logits on the calibration text have NaN; check the checkpoint with quantcli eval")
+    else:
+        console.warn(
+            f"the calibration text has perplexity {known.perplexity:.0f} for this model, and {known.counted:.0f} by a count of its tokens: "
+            "it is no text that the model has learned; check --dataset, or the checkpoint"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,7 @@ def command(
         original = stack.enter_context(Checkpoint.open(baseline)) if baseline else None
         tell_activations(console, checkpoint, activations)
         windows = read_windows(console, original or checkpoint, dataset or [], samples, seq_len)
+        check_unseen(console, checkpoint, windows)
         with console.progress("evaluating") as progress:
             walk = evaluate.evaluate(checkpoint, windows, baseline=original, device=torch_device, activations=activations)
             for event in walk:
@@ -90,6 +92,25 @@ def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], 
 
     options.check_context(console, checkpoint, seq_len)
     return texts.eval_windows_of(datasets, tokenizer(checkpoint), samples, seq_len, note=console.note)
+
+
+def check_unseen(console: Console, checkpoint: Checkpoint, windows: Tensor) -> None:
+    """Warn when the text was calibrated on, as far as ``checkpoint`` tells: its figures would then flatter it."""
+    from quantcli import overlap
+    from quantcli.formats.gguf.container import read_header
+    from quantcli.json_files import read_json
+
+    record = checkpoint.path / "quantcli.json"
+    if checkpoint.kind == "gguf":
+        field = read_header(checkpoint.path).fields.get("quantcli.dataset_sketch")
+        sketch = field and field.value
+    else:
+        known = read_json(record) if record.is_file() else None
+        sketch = known.get("dataset_sketch") if isinstance(known, dict) else None
+    if not isinstance(sketch, str) or not re.fullmatch("([0-9a-f]{8})+", sketch):
+        return
+    if (found := overlap.overlap(sketch, windows)).is_notable:
+        console.warn(f"{found.share:.0%} of this text was calibrated on, which flatters the model; give --dataset with other text")
 
 
 def render(data: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import typer
 
 from quantcli import heap
 from quantcli.cli import options
+from quantcli.cli.calibrate import report_familiarity
 from quantcli.cli.console import Console, size
 from quantcli.errors import RecipeError
 
@@ -222,6 +223,8 @@ def execute(
                     report_layer(console, event)
                 else:
                     finished = event
+        if finished is not None and finished.familiarity is not None:
+            report_familiarity(console, finished.familiarity)
     assert plan is not None
     data = summarize(plan, target, layers, finished, time.perf_counter() - started)
     console.result(data, render_plan(console, plan) if finished is None else render_result(data))
@@ -283,6 +286,7 @@ def report_layer(console: Console, event: LayerDone) -> None:
 def summarize(plan: Plan, target: Path, layers: list[LayerDone], finished: Finished | None, seconds: float) -> dict[str, Any]:
     """The JSON keys of quantize and export; of a dry run those that a plan can know, the others null."""
     done = finished is not None
+    known = finished.familiarity if finished is not None else None
     walked = [{"name": e.name, "relative_error": e.relative_error, "bpw": e.bpw, "seconds": e.seconds} for e in layers]
     planned = [{"name": layer.name, "relative_error": None, "bpw": planned_bpw(layer), "seconds": None} for layer in plan.layers]
     return {
@@ -296,6 +300,8 @@ def summarize(plan: Plan, target: Path, layers: list[LayerDone], finished: Finis
         "seconds": seconds,
         "peak_ram_bytes": heap.peak_bytes(),
         "lossless": finished.lossless if finished is not None else None,
+        "dataset_sha256": finished.dataset_sha256 if finished is not None else None,
+        "calibration_perplexity": known.perplexity if known is not None else None,
         "layers": walked if done else planned,
     }
 
@@ -323,4 +329,5 @@ def render_result(data: dict[str, Any]) -> list[str]:
         f"{size(data['n_bytes'])}, {data['bpw']:.3f}bpw{error}",
         f"tensors: {census}{', lossless' if data['lossless'] else ''}",
         f"{data['seconds']:.1f} s, peak memory {size(data['peak_ram_bytes'])}",
+        *([f"perplexity of the calibration text {perplexity:.1f}"] if (perplexity := data["calibration_perplexity"]) else []),
     ]
