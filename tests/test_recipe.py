@@ -31,8 +31,8 @@ def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": "zip"}, "no format 'zip'; there are: gguf"),
-        ({"passes": ["magic"]}, "no pass 'magic'; there are: gptq"),
+        ({"format": "zip"}, "no format 'zip'; there are: .*gguf"),
+        ({"passes": ["magic"]}, "no pass 'magic'; there are: .*gptq"),
         ({"passes": [{"gptq": {"damp": 1}}]}, "has no option 'damp'; it has: act_order"),
         ({"passes": []}, "lacks 'passes'"),
         ({"scheme": "int4-g128-wide"}, "'wide' in scheme"),
@@ -121,8 +121,8 @@ def test_a_mix_has_no_bits_to_set() -> None:
 
 
 def test_every_method_has_one_default_recipe() -> None:
-    methods = [recipes.load(name).default_for for name in recipes.shipped()]
+    methods = [method for name in recipes.shipped() if (method := recipes.load(name).default_for)]
     assert recipes.default_for("gptq").name == "gptq-int4"
-    assert methods.count("gptq") == methods.count("rtn") == 1
-    with pytest.raises(RecipeError, match="there are: gptq, rtn"):
-        recipes.default_for("awq")
+    assert sorted(methods) == recipes.methods()
+    with pytest.raises(RecipeError, match=r"no recipe for method 'magic'; there are: .*gptq, hqq"):
+        recipes.default_for("magic")

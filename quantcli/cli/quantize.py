@@ -31,7 +31,7 @@ Flag = bool | None
 def command(
     source: options.Source,
     output: options.Output = None,
-    method: Annotated[str | None, typer.Option(help="rtn or gptq: picks that method's usual recipe.")] = None,
+    method: Annotated[str | None, typer.Option(help="gptq, awq, nf4, fp8, …: picks that method's usual recipe.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe by name, or a YAML file.")] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF file type, e.g. Q4_K_M; implies --format gguf.")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a code.")] = None,
@@ -40,7 +40,7 @@ def command(
     desc_act: Annotated[Flag, typer.Option("--desc-act/--no-desc-act", help="Group columns in solving order (writes g_idx).")] = None,
     damp_percent: Annotated[float | None, typer.Option(help="GPTQ damping, a share of the mean of diag(H): 0.01.")] = None,
     true_sequential: Annotated[bool, typer.Option("--true-sequential", help="Measure each tap behind coded ones.")] = False,
-    format_: Annotated[str | None, typer.Option("--format", help="Output format: hf, gptq or gguf.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="Output format: gptq, awq, compressed-tensors, bitsandbytes, fp8, gguf, …")] = None,
     rule: options.Rules = None,
     skip: options.Skips = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics from quantcli calibrate, instead of a dataset.")] = None,
