@@ -97,7 +97,7 @@ def choose_recipe(method: str | None, recipe: str | None, type_: str | None, for
 
 
 def usual_recipe(format_: str | None) -> Recipe:
-    """What ``quantize`` does when it is told no method: GPTQ, or round to nearest for a format that cannot hold what GPTQ's recipe makes."""
+    """What ``quantize`` does when told no method: GPTQ, or round to nearest for a format that cannot hold what GPTQ's recipe makes."""
     from quantcli import recipe as recipes
     from quantcli.recipe import PassSpec
     from quantcli.registry import find
