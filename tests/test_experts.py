@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gptq_peer
 import pytest
 import torch
 import transformers
@@ -19,7 +20,7 @@ from quantcli import calibrate, pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
-from quantcli.evaluate import compare
+from quantcli.evaluate import compare, perplexity
 from quantcli.forward import Forward
 from quantcli.pipeline import Calibrated, LayerDone
 from quantcli.stats_file import StatsFile
@@ -348,3 +349,63 @@ def test_activations_of_experts_are_simulated(save_model: SaveModel, tmp_path: P
         rounded, plain = (compare(output, source, IDS, activations=activations) for activations in (True, False))
     assert rounded.not_simulated == ()
     assert rounded.kld_mean > plain.kld_mean > 0
+
+
+def test_a_run_in_bfloat16_equals_the_whole_models_and_gives_back_what_was_set(save_model: SaveModel) -> None:
+    folder, name = save_model("qwen3_moe"), "model.layers.1.mlp.experts.5.down_proj.weight"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager")
+    with torch.no_grad():
+        expected = model(input_ids=IDS, use_cache=False).logits
+    assert torch.equal(measured(folder, IDS, dtype=torch.bfloat16)[2], expected)
+    with Checkpoint.open(str(folder)) as checkpoint, Forward(checkpoint, dtype=torch.bfloat16).layer(1) as layer:
+        for W in (torch.rand(64, 32).bfloat16(), torch.rand(64, 32), torch.rand(64, 32).bfloat16()):
+            layer.set(name, W)
+            assert torch.equal(layer.get(name), W)
+
+
+def test_a_layers_experts_are_gone_when_its_context_ends(save_model: SaveModel) -> None:
+    with Checkpoint.open(str(save_model("mixtral"))) as checkpoint:
+        forward = Forward(checkpoint)
+        with forward.layer(0) as layer:
+            layer.set(name := "model.layers.0.block_sparse_moe.experts.1.w1.weight", layer.get(name))
+        held = {name for name, p in forward._model.named_parameters() if p.device.type != "meta" and p.untyped_storage().nbytes() > 8}
+    assert held == {"model.norm.weight"}
+
+
+def test_an_expert_is_shown_no_token_twice_and_no_more_than_its_own(save_model: SaveModel) -> None:
+    """So one batch of one expert is all that is held at a time, however many experts there are."""
+    folder = save_model("qwen3_moe")
+    with Checkpoint.open(str(folder)) as checkpoint:
+        forward = Forward(checkpoint)
+        n_tokens: dict[str, int] = {}
+        with forward.layer(0) as layer:
+            layer.observe(forward.embed(IDS), IDS, lambda tap, X: n_tokens.update({tap: n_tokens.get(tap, 0) + len(X)}))
+    shown = {tap: n for tap, n in n_tokens.items() if expert_of(tap)}
+    assert sum(shown.values()) == 2 * 3 * IDS.numel()  # two taps of each of the three experts of a token
+    assert max(shown.values()) <= IDS.numel()
+
+
+needs_peer = pytest.mark.skipif(
+    gptq_peer.PYTHON is None, reason="QUANTCLI_GPTQMODEL_PYTHON names no Python with transformers and gptqmodel"
+)
+
+
+@pytest.mark.peer
+@needs_peer
+def test_gptqmodel_runs_every_expert_that_was_coded(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("qwen3_moe", moe_intermediate_size=64)
+    quantize(folder, tmp_path / "out", gptq())
+    answer = gptq_peer.ask(tmp_path, IDS, "gptqmodel", tmp_path / "out")
+    assert "error" not in answer, answer["error"]
+    with Checkpoint.open(str(tmp_path / "out")) as output:
+        assert sum(answer["kernels"].values()) == len(output.schemes) == 2 * (4 + 8 * 3)
+        assert answer["perplexity"] == pytest.approx(perplexity(output, IDS).perplexity, rel=0.01)  # theirs in 16 bits: routers flip
+
+
+@pytest.mark.peer
+@needs_peer
+def test_transformers_by_itself_has_no_place_for_gptqs_experts_as_the_readme_says(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("qwen3_moe", moe_intermediate_size=64)
+    quantize(folder, tmp_path / "out", gptq())
+    answer = gptq_peer.ask(tmp_path, IDS, "transformers", tmp_path / "out")
+    assert "error" in answer or sum(answer["kernels"].values()) == 2 * 4

@@ -80,9 +80,11 @@ class LoadedLayer:
             raise CheckpointError(f"{name}: a weight of shape {list(expected)} cannot be replaced by one of shape {list(W.shape)}")
         if name in self._rows and self._slice(name).copy_(W).dtype == W.dtype:
             self._rewritten.add(name)
+            self._set.pop(name, None)
             return
         self._set[name] = W
-        if name in self._rows:
+        if name in self._rows:  # rounded to the run's dtype in its rows
+            self._rewritten.discard(name)
             return
         self._stale[self._sources[name].target] = self._sources[name]
 
