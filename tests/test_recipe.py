@@ -31,8 +31,8 @@ def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": "zip"}, "no format 'zip'; there are: .*gguf"),
-        ({"passes": ["magic"]}, "no pass 'magic'; there are: .*gptq"),
+        ({"format": "zip"}, "no format 'zip'; there are: "),
+        ({"passes": ["magic"]}, "no pass 'magic'; there are: "),
         ({"passes": [{"gptq": {"damp": 1}}]}, "has no option 'damp'; it has: act_order"),
         ({"passes": []}, "lacks 'passes'"),
         ({"scheme": "int4-g128-wide"}, "'wide' in scheme"),
