@@ -14,11 +14,11 @@ from quantcli import plan as planning
 from quantcli import regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError, about
-from quantcli.passes import _activations
+from quantcli.passes import _activations, _basis
 from quantcli.plan import Plan, PlannedTensor
 from quantcli.recipe import PassSpec
 from quantcli.registry import find
-from quantcli.tensors import Layer, QuantizedTensor, Stats, TensorReport
+from quantcli.tensors import Layer, Prev, QuantizedTensor, Stats, TensorReport
 from quantcli.writer import Writer
 
 if TYPE_CHECKING:
@@ -41,41 +41,49 @@ class Coding:
     reports: list[TensorReport] = field(default_factory=list)
 
     def code(
-        self, layer: str, tensors: Iterable[PlannedTensor], stats: Mapping[str, Stats], loaded: LoadedLayer | None = None
+        self,
+        layer: str,
+        tensors: Iterable[PlannedTensor],
+        stats: Mapping[str, Stats],
+        loaded: LoadedLayer | None = None,
+        prevs: Mapping[str, Prev] | None = None,
     ) -> list[TensorReport]:
         """Run the passes over what is to be solved, round to nearest what else has a scheme, carry over and copy the rest.
 
-        ``stats``: tap → Stats. ``loaded`` has the solved weights in memory already, and receives each coded one as the engine will see it.
+        ``stats``: tap → Stats. ``loaded`` has the solved weights in memory already, and receives each one as the engine will see it.
+        ``prevs``: tap → what can absorb a scale of its inputs, for a recipe that changes the basis; all tensors of the layer are here then.
         """
-        solved: list[PlannedTensor] = []
-        rounded: list[PlannedTensor] = []
-        few: list[PlannedTensor] = []
-        reports: list[TensorReport] = []
-        for tensor in tensors:
-            if tensor.carried:
-                reports.append(self.carry(tensor))
-            elif tensor.scheme is None or not tensor.outputs:
-                self.copy(tensor)
-            elif self.is_starved(tensor, stats):
-                few.append(tensor)
-            else:
-                (solved if tensor.is_solved else rounded).append(tensor)
+        tensors = list(tensors)
+        few = [t for t in tensors if self.is_starved(t, stats)]
+        solved = [t for t in tensors if t.is_solved and t not in few]
+        rounded = [t for t in tensors if not t.is_solved and t.scheme is not None and t.outputs and not t.carried]
+        reports = [self.carry(t) for t in tensors if t.carried]
+        changed: dict[str, Tensor] = {}
         if solved:
-            reports += self.solve(layer, solved, self.plan.recipe.passes, stats, loaded)
+            unit = self.unit(layer, solved, loaded)
+            if prevs is not None:
+                self.add_readers(unit, tensors, prevs)
+            reports += self.solve(unit, self.plan.recipe.passes, stats, loaded)
+            changed = {name: tensor for name, tensor in unit.tensors.items() if name not in unit.schemes}
         if few:
             reports += self.fall_back(layer, few, stats, loaded)
         if rounded:
-            reports += self.solve(layer, rounded, (planning.RTN,), stats, loaded)
+            reports += self.solve(self.unit(layer, rounded, None), (planning.RTN,), stats, loaded)
+        for t in tensors:
+            if not t.carried and (t.scheme is None or not t.outputs):
+                self.copy(t, changed.get(t.name), loaded)
         self.reports += reports
         return reports
 
-    def copy(self, tensor: PlannedTensor) -> None:
-        """Write a tensor that no pass touches."""
+    def copy(self, tensor: PlannedTensor, changed: Tensor | None = None, loaded: LoadedLayer | None = None) -> None:
+        """Write a tensor that is not coded: as it is in the source, or ``changed`` by a pass."""
         if not tensor.outputs:
             return
-        data = self.source.read(tensor.name)
+        data = self.source.read(tensor.name) if changed is None else changed
         check_finite(tensor.name, data)
         self._put(tensor.name, data)
+        if changed is not None and loaded is not None:
+            loaded.set(tensor.name, changed)
 
     def carry(self, tensor: PlannedTensor) -> TensorReport:
         """Write the codes of a quantized source on the grid of the tensor's scheme."""
@@ -87,30 +95,49 @@ class Coding:
         self._put(tensor.name, out)
         return TensorReport(tensor.name, error, (), is_exact)
 
-    def solve(
-        self,
-        layer: str,
-        tensors: Sequence[PlannedTensor],
-        passes: Sequence[PassSpec],
-        stats: Mapping[str, Stats],
-        loaded: LoadedLayer | None = None,
-    ) -> tuple[TensorReport, ...]:
-        """All ``passes`` over one unit of work, then its tensors to the file, and decoded to ``loaded`` for the runs that follow."""
-        unit = Layer(
+    def unit(self, layer: str, tensors: Sequence[PlannedTensor], loaded: LoadedLayer | None) -> Layer:
+        """``tensors`` as the passes see them; weights that are in memory are taken from ``loaded``."""
+        return Layer(
             layer,
-            {t.name: loaded.tensors[t.name] if loaded and t.is_solved else self.source.read(t.name).to(self.device) for t in tensors},
+            {t.name: loaded.tensors[t.name] if loaded else self.source.read(t.name).to(self.device) for t in tensors},
             {t.name: t.scheme for t in tensors if t.scheme},
             {t.name: t.tap for t in tensors if t.tap},
         )
-        reports: tuple[TensorReport, ...] = ()
+
+    def add_readers(self, unit: Layer, tensors: Sequence[PlannedTensor], prevs: Mapping[str, Prev]) -> None:
+        """Give ``unit`` what a change of basis touches beside what is to be solved: dense tensors that read its taps, or absorb a scale.
+
+        A tap has no ``prev`` there when that would touch a tensor whose bytes are settled: carried over, dropped, or rounded apart.
+        """
+        free = {t.name for t in tensors if t.name in unit.schemes or (t.scheme is None and t.outputs and not t.carried)}
+        for tap in dict.fromkeys(unit.taps.values()):
+            readers = [t.name for t in tensors if t.tap == tap]
+            touched = (*readers, *(prevs[tap].names if tap in prevs else ()))
+            if tap not in prevs or not all(name in free for name in touched):
+                continue
+            unit.prev[tap] = prevs[tap]
+            unit.taps |= dict.fromkeys(readers, tap)
+            for name in touched:
+                if name not in unit.tensors:
+                    unit.tensors[name] = self.source.read(name).to(self.device)
+
+    def solve(
+        self, unit: Layer, passes: Sequence[PassSpec], stats: Mapping[str, Stats], loaded: LoadedLayer | None = None
+    ) -> list[TensorReport]:
+        """All ``passes`` over one unit of work, then its codes to the file, and decoded to ``loaded`` for the runs that follow."""
+        reports: dict[str, TensorReport] = {}
         for spec in passes:
-            reports = find("passes", spec.name).run(unit, stats, spec.build_options()).tensors
+            for report in find("passes", spec.name).run(unit, stats, spec.build_options()).tensors:
+                if (before := reports.get(report.name)) is not None:
+                    report = replace(report, notes=before.notes + report.notes, settings={**before.settings, **report.settings})
+                reports[report.name] = report
+            stats = {tap: _basis.rescaled(s, unit.scales.pop(tap)) if tap in unit.scales else s for tap, s in stats.items()}
         for name in list(unit.quantized):
             tensor = with_input_scale(name, unit.quantized.pop(name), stats.get(unit.taps.get(name, "")))
             self._put(name, tensor)
             if loaded is not None:
                 loaded.set(name, regrid.decode(tensor))
-        return reports
+        return list(reports.values())
 
     def is_starved(self, tensor: PlannedTensor, stats: Mapping[str, Stats]) -> bool:
         """Whether too few calibration tokens reached ``tensor``, an expert's, for the recipe's passes to learn from."""
@@ -126,7 +153,7 @@ class Coding:
         calibration, passes = self.plan.recipe.calibration, ", ".join(spec.name for spec in self.plan.recipe.passes)
         n_tokens = {t.name: stats[t.tap].n_tokens for t in tensors if t.tap}
         reached = {t.tap: stats[t.tap] for t in tensors if t.tap and n_tokens[t.name]}
-        reports = self.solve(layer, tensors, (PassSpec(calibration.fallback),), reached, loaded)
+        reports = self.solve(self.unit(layer, tensors, loaded), (PassSpec(calibration.fallback),), reached, loaded)
         few = f"calibration tokens reached it, fewer than min_tokens {calibration.min_tokens}: {calibration.fallback} in place of {passes}"
         return [replace(r, notes=(f"{n_tokens[r.name]} {few}", *r.notes)) for r in reports]
 
@@ -138,6 +165,7 @@ class Coding:
             if tensor.name in reports:
                 report = reports[tensor.name]
                 record[tensor.name] = {"scheme": str(tensor.scheme), "relative_error": report.relative_error, "notes": list(report.notes)}
+                record[tensor.name] |= report.settings
                 if tensor.carried:
                     record[tensor.name]["codes_of"] = str(self.source.schemes[tensor.name])
             elif not tensor.outputs:

@@ -25,7 +25,7 @@ from quantcli.plan import Plan, PlannedLayer, PlannedTensor
 from quantcli.recipe import Recipe
 from quantcli.registry import find
 from quantcli.stats_file import StatsFile
-from quantcli.tensors import DTYPES, Stats, TensorReport
+from quantcli.tensors import DTYPES, Prev, Stats, TensorReport
 
 if TYPE_CHECKING:
     from quantcli.calibrate import Activations
@@ -133,7 +133,7 @@ def quantize(
         if data is None:
             yield from _each_tensor(run)
         elif data.stats is not None:
-            yield from _each_layer(run, data.stats)
+            yield from _each_layer(run, data.stats, forward)
         else:
             assert forward is not None
             assert data.windows is not None
@@ -232,10 +232,13 @@ def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
     return list(groups.values())
 
 
-def _each_layer(run: Coding, stats: Mapping[str, Stats]) -> Iterator[LayerDone]:
-    """Statistics from a file: layer by layer, no forward pass, no error propagation."""
+def _each_layer(run: Coding, stats: Mapping[str, Stats], forward: Forward | None) -> Iterator[LayerDone]:
+    """Statistics from a file: layer by layer, no error propagation, no forward pass but the trials of a change of basis."""
+    absorbers = _absorbers(run, forward)
     for layer in _timed(run):
-        layer.reports += run.code(layer.planned.name, layer.planned.tensors, stats)
+        name = layer.planned.name
+        prevs = absorbers(name) if absorbers else None
+        layer.reports += run.code(name, layer.planned.tensors, stats, None, prevs)
         yield layer.done()
 
 
@@ -249,6 +252,7 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
 
     activations = Activations.embed(forward, windows)
     untouched = Activations.embed(forward, windows[familiarity.sampled(windows)])
+    absorbers = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
     for layer in _timed(run):
@@ -256,23 +260,42 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
         if name not in index:
             layer.reports += run.code(name, layer.planned.tensors, {})
         else:
+            prevs = absorbers(name) if absorbers else None
             with forward.layer(index[name]) as loaded:
                 untouched.advance(loaded)
-                layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps)
+                layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps, prevs)
                 if index[name] + 1 < len(forward.layers):
                     activations.advance(loaded)
         yield layer.done()
     return familiarity.measure(forward, untouched, windows)
 
 
+def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[str, Prev]] | None:
+    """Layer name → its taps' :class:`Prev`, where a pass of the recipe changes the basis."""
+    if forward is None or not run.plan.recipe.changes_basis:
+        return None
+    from quantcli.forward.absorb import Absorbers
+
+    found, index = Absorbers(forward), {name: i for i, name in enumerate(forward.layers)}
+    return lambda name: found.of(index[name]) if name in index else {}
+
+
 def _measure_and_code(
-    run: Coding, planned: PlannedLayer, loaded: LoadedLayer, activations: Activations, order: Sequence[str]
+    run: Coding,
+    planned: PlannedLayer,
+    loaded: LoadedLayer,
+    activations: Activations,
+    order: Sequence[str],
+    prevs: Mapping[str, Prev] | None,
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
-    ``order``: the model's taps as it runs them."""
+    ``order``: the model's taps as it runs them; ``prevs``: given where a pass changes the basis, which ties all taps together."""
     solved = [t for t in planned.tensors if t.is_solved]
     wanted = {t.tap for t in solved}
     taps = [tap for tap in order if tap in wanted]
+    if prevs is not None:
+        stats = activations.measure(loaded, taps, run.plan.recipe.needs)
+        return run.code(planned.name, planned.tensors, stats, loaded, prevs)
     stages = in_turn(taps) if run.plan.recipe.true_sequential else [taps]
     reports: list[TensorReport] = []
     for stage in stages:

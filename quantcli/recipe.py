@@ -120,6 +120,11 @@ class Recipe:
         ranges = {"absmax"} if any(scheme is not None and scheme.static_activations for scheme in schemes) else set()
         return frozenset(ranges).union(*(p.needs for p in self.passes))
 
+    @property
+    def changes_basis(self) -> bool:
+        """Whether a pass of it scales inputs against weights (awq, smoothquant)."""
+        return any(getattr(find("passes", p.name), "CHANGES_BASIS", False) for p in self.passes)
+
     def with_pass(self, name: str, **options: Any) -> Recipe:
         """The same recipe with ``options`` set on pass ``name``; :class:`RecipeError` when the recipe has no such pass."""
         if all(p.name != name for p in self.passes):

@@ -234,11 +234,26 @@ class Stats:
     H: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Prev:
+    """What can take over a scale of a tap's inputs: the op that makes them, a norm or a linear.
+
+    ``names``: its tensors that have a row for each output channel (weight, bias). ``channel``: [in] int64, the row that makes each input;
+    grouped-query heads share rows. ``offset``: what the op adds to a norm weight before it multiplies by it (Gemma: 1).
+    """
+
+    names: tuple[str, ...]
+    channel: Tensor
+    offset: float = 0.0
+
+
 @dataclass(slots=True)
 class Layer:
     """The unit of work, and the one mutable noun: a pass reads ``tensors`` and ``schemes`` and fills ``quantized``.
 
-    ``tensors``: dense weights by their name on disk; ``schemes``: the ones to be coded; ``taps``: tensor name → tap.
+    ``tensors``: dense weights by their name on disk; ``schemes``: the ones to be coded; ``taps``: tensor name → tap. For a pass that
+    changes the basis ``prev`` names what can absorb a scale of a tap's inputs; then ``tensors`` holds that too, ``taps`` names every
+    tensor that reads the tap, coded or not, and the pass leaves in ``scales`` what it multiplied the weights' columns by: tap → s [in].
     """
 
     name: str
@@ -246,16 +261,20 @@ class Layer:
     schemes: dict[str, Scheme]
     taps: dict[str, str] = field(default_factory=dict)
     quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
+    prev: dict[str, Prev] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """What was done to one tensor. ``relative_error``: ‖(W−Ŵ)X‖² / ‖WX‖² by H, or ‖W−Ŵ‖² / ‖W‖² without one; ``is_exact``: Ŵ is W."""
+    """What was done to one tensor. ``relative_error``: ‖(W−Ŵ)X‖² / ‖WX‖² by H, or ‖W−Ŵ‖² / ‖W‖² without one; ``is_exact``: Ŵ is W;
+    ``settings``: what a pass chose for it, for the record."""
 
     name: str
     relative_error: float
     notes: tuple[str, ...] = ()
     is_exact: bool = False
+    settings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

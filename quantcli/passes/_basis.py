@@ -1,0 +1,137 @@
+"""A change of basis: a tap's inputs divided by s, its weights' columns multiplied by it, and the function of the layer as it was.
+
+With x the inputs of a tap, made by an op whose output channels can be scaled (:class:`quantcli.tensors.Prev`)::
+
+    W·x = (W·diag(s)) · (diag(1/s)·x)        columns of every weight that reads x, times s
+    x/s                                      rows of the op that makes x, and its bias, over s
+
+A norm's weight keeps its stored dtype. Rounding it would change the function, so it is rounded first and s is what came of it:
+w′ = round(w/s), s = w/w′. The weights that take s over are float32 until they are coded. What else stays dense (a bias, a linear that a
+rule keeps) is rounded to its own dtype, as it was when it was published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import RecipeError
+from quantcli.registry import find
+from quantcli.tensors import Layer, Prev, Scheme, Stats
+
+SAMPLED_ROWS = 256
+"""Rows of a tap's weights that a search looks at: enough to rank scales that all rows share, whatever the size of the matrices."""
+
+
+def by_tap(layer: Layer, stats: Mapping[str, Stats]) -> dict[str, list[str]]:
+    """Tap → the tensors to be coded that read it, in the layer's order. A tap without statistics is a :class:`RecipeError`."""
+    groups: dict[str, list[str]] = {}
+    for name in layer.schemes:
+        groups.setdefault(layer.taps.get(name, ""), []).append(name)
+    for tap, names in groups.items():
+        if tap not in stats:
+            raise RecipeError(f"{names[0]}: no statistics for its tap '{tap}'; calibrate this model again, or exclude it with --skip")
+        if (n := layer.tensors[names[0]].shape[1]) != len(stats[tap].importance):
+            raise RecipeError(
+                f"{names[0]}: reads {n} inputs, the statistics of its tap '{tap}' are of {len(stats[tap].importance)}; "
+                "they belong to another model"
+            )
+    return groups
+
+
+def shared(values: Tensor, prev: Prev, reduce: str) -> Tensor:
+    """``values`` [in] made alike ("mean", "amax") for the inputs that one channel of ``prev`` makes."""
+    channel = prev.channel.to(values.device)
+    pooled = torch.zeros(int(channel.max()) + 1, dtype=values.dtype, device=values.device)
+    return pooled.scatter_reduce(0, channel, values, reduce, include_self=False)[channel]
+
+
+def fold(layer: Layer, tap: str, s: Tensor) -> Tensor:
+    """Change the basis of ``tap`` by about ``s``: [in] above zero, alike where one channel of its prev makes several inputs.
+
+    Edits ``layer.tensors`` and ``layer.scales``; returns the s [in] float64 that was folded.
+    """
+    prev = layer.prev[tap]
+    tensors = {name: layer.tensors[name] for name in prev.names}
+    s = s.to(tensors[prev.names[0]].device, torch.float64)
+    if tensors[prev.names[0]].ndim == 1:
+        s = attainable(tensors[prev.names[0]], prev, s)
+    for name, tensor in tensors.items():
+        over = torch.ones(len(tensor), dtype=s.dtype, device=s.device).index_put((prev.channel.to(s.device),), s)
+        offset = prev.offset if name == prev.names[0] else 0.0
+        layer.tensors[name] = _scaled(layer, name, tensor, (1 / over).view(-1, *[1] * (tensor.ndim - 1)), offset)
+    for name in (name for name, read in layer.taps.items() if read == tap):
+        layer.tensors[name] = _scaled(layer, name, layer.tensors[name], s)
+    layer.scales[tap] = s * layer.scales.get(tap, 1.0)
+    return s
+
+
+def attainable(weight: Tensor, prev: Prev, s: Tensor) -> Tensor:
+    """The scales nearest to ``s`` [in] by which a norm's ``weight`` can be divided in its own dtype; 1 where that holds no quotient."""
+    channel = prev.channel.to(s.device)
+    w = weight.double()[channel] + prev.offset
+    quotient = (w / s - prev.offset).to(weight.dtype).double() + prev.offset
+    exact = w / quotient
+    return torch.where(torch.isfinite(exact) & (exact > 0), exact, 1.0)
+
+
+def _scaled(layer: Layer, name: str, tensor: Tensor, factor: Tensor, offset: float = 0.0) -> Tensor:
+    """(``tensor`` + offset)·factor − offset: in float32 or better what is to be coded, in its own dtype what stays dense."""
+    coded = torch.promote_types(tensor.dtype, torch.float32)
+    if tensor.ndim == 1:  # a norm or a bias: few numbers
+        return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
+    return (tensor.to(coded) * factor.to(coded)).to(coded if name in layer.schemes else tensor.dtype)
+
+
+def rescaled(stats: Stats, s: Tensor) -> Stats:
+    """The statistics of inputs divided by ``s`` [in]."""
+    s = s.to(stats.importance.device, torch.float32)
+    H = None if stats.H is None else stats.H / s / s[:, None]
+    return replace(stats, importance=stats.importance / s.square(), absmax=stats.absmax / s, mean=stats.mean / s, H=H)
+
+
+def on(stats: Stats, device: torch.device) -> Stats:
+    """``stats`` on ``device``."""
+    H = None if stats.H is None else stats.H.to(device, torch.float32)
+    return replace(stats, importance=stats.importance.to(device), absmax=stats.absmax.to(device), mean=stats.mean.to(device), H=H)
+
+
+def sampled(layer: Layer, names: Sequence[str]) -> dict[Scheme, list[Tensor]]:
+    """The weights ``names`` by scheme, float32, all rows or about :data:`SAMPLED_ROWS` of them, evenly spread."""
+    step = max(1, sum(len(layer.tensors[name]) for name in names) // SAMPLED_ROWS)
+    Ws: dict[Scheme, list[Tensor]] = {}
+    for name in names:
+        Ws.setdefault(layer.schemes[name], []).append(layer.tensors[name][::step].float().contiguous())
+    return Ws
+
+
+def nearest(W: Tensor, scheme: Scheme, importance: Tensor, fused: Mapping[str, Tensor]) -> Tensor:
+    """``W`` [out, in] float32 rounded to nearest in ``scheme``, as rtn does."""
+    qtype = find("qtypes", scheme.qtype)
+    shared_parts = {"fused": fused} if fused else {}
+    if hasattr(qtype, "encode"):
+        return qtype.unpack(qtype.encode(W, scheme, importance, **shared_parts))
+    grid = qtype.fit(W, scheme, importance, **shared_parts)
+    return grid.decode(grid.encode(W))
+
+
+def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Tensor, H: Tensor) -> float:
+    """Mean over tokens of ‖(W − Ŵ·diag(1/s))·x‖² over all ``Ws``, the weights [out, in] of one tap by scheme, coded in the basis ``s``.
+
+    The trace of E·H·Eᵀ: no activation is kept. ``H`` [in, in] (or a diagonal [in]), ``importance`` [in]: as calibration saw them.
+    """
+    total = 0.0
+    for scheme, weights in Ws.items():
+        qtype, scaled = find("qtypes", scheme.qtype), [W * s for W in weights]
+        fused = qtype.fused(scaled, scheme) if hasattr(qtype, "fused") else {}
+        E = torch.cat([(W - nearest(W, scheme, importance / s.square(), fused)) / s for W in scaled])
+        total += float(((E * H if H.ndim == 1 else E @ H) * E).sum())
+    return total
+
+
+def notes(layer: Layer, tap: str, method: str) -> tuple[str, ...]:
+    """What to say of a tap whose basis ``method`` had to leave."""
+    return () if tap in layer.prev else (f"{method}: nothing that makes its inputs can absorb a scale; they stay as they are",)

@@ -1,0 +1,150 @@
+"""What can absorb a scale: found by trying, on every kind of layer; folding it leaves the function of the model as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TinyLlama
+from torch import Tensor
+
+from quantcli.archs.llama import ARCH
+from quantcli.checkpoint import Checkpoint
+from quantcli.forward import Forward
+from quantcli.forward.absorb import Absorbers
+from quantcli.passes import _basis
+from quantcli.tensors import Layer, Prev
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+GATED = {"mlp.down_proj": "mlp.up_proj"}
+LLAMA = {
+    "self_attn.q_proj": "input_layernorm",
+    "self_attn.o_proj": "self_attn.v_proj",
+    "mlp.gate_proj": "post_attention_layernorm",
+    **GATED,
+}
+MODELS: dict[str, tuple[dict, dict[str, str]]] = {
+    "llama": ({"attention_bias": True, "mlp_bias": True}, LLAMA),
+    "mistral": ({"head_dim": 8, "sliding_window": 8}, LLAMA),
+    "qwen2": ({}, LLAMA),
+    "qwen3": ({"head_dim": 16}, LLAMA),
+    "gemma2": ({"head_dim": 8}, {**LLAMA, "mlp.gate_proj": "pre_feedforward_layernorm"}),
+    "olmo2": ({}, {"self_attn.o_proj": "self_attn.v_proj", **GATED}),  # no norm before its linears
+    "phi3": (
+        {},
+        {
+            "self_attn.qkv_proj": "input_layernorm",
+            "self_attn.o_proj": "self_attn.qkv_proj",
+            "mlp.gate_up_proj": "post_attention_layernorm",
+            "mlp.down_proj": "mlp.gate_up_proj",
+        },
+    ),
+    "phi": ({}, {"self_attn.q_proj": "input_layernorm", "self_attn.dense": "self_attn.v_proj"}),  # one norm for both; GELU
+    "cohere": ({}, {"self_attn.q_proj": "input_layernorm", "self_attn.o_proj": "self_attn.v_proj", **GATED}),
+    "opt": (
+        {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        {
+            "self_attn.q_proj": "self_attn_layer_norm",
+            "self_attn.out_proj": "self_attn.v_proj",
+            "fc1": "final_layer_norm",
+            "fc2": "fc1",  # ReLU bends nothing
+        },
+    ),
+}
+"""Model type → options beside :data:`SMALL`, and tap → what absorbs its scales; a tap that is missing has nothing."""
+
+FLOAT32_NORMS = ("gemma2", "cohere")
+"""Their norms multiply by their weight in float32, even in a float64 model."""
+
+
+def model_of(model_type: str, folder: Path, **options: object) -> transformers.PreTrainedModel:
+    """A random float64 model, saved to ``folder``."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.copy_(torch.randn_like(tensor) * (0.2 if tensor.ndim > 1 else 0.1) + (1.0 if tensor.ndim == 1 else 0.0))
+    model.save_pretrained(folder)
+    return model
+
+
+def found_in(folder: Path) -> tuple[dict[str, Prev], dict[str, str]]:
+    with Checkpoint.open(str(folder)) as source:
+        forward = Forward(source)
+        absorbers = Absorbers(forward)
+        return {tap: prev for i in range(len(forward.layers)) for tap, prev in absorbers.of(i).items()}, forward.taps
+
+
+def folded(model: transformers.PreTrainedModel, prevs: dict[str, Prev], taps: dict[str, str]) -> dict[str, Tensor]:
+    """The weights of ``model`` with random scales folded at every tap."""
+    unit = Layer("", dict(model.state_dict()), {}, dict(taps), prev=prevs)
+    generator = torch.Generator().manual_seed(1)
+    for tap, prev in prevs.items():
+        s = torch.rand(len(prev.channel), generator=generator, dtype=torch.float64) * 4 + 0.1
+        _basis.fold(unit, tap, _basis.shared(s, prev, "mean"))
+    return unit.tensors
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_op_that_can_absorb_a_scale_is_found_and_no_other(model_type: str, tmp_path: Path) -> None:
+    options, expected = MODELS[model_type]
+    model_of(model_type, tmp_path, **options)
+    prevs, _ = found_in(tmp_path)
+    suffixes = {tap.partition(".0.")[2]: prev.names[0].partition(".0.")[2] for tap, prev in prevs.items() if ".0." in tap}
+    assert suffixes == {tap: f"{prev}.weight" for tap, prev in expected.items()}
+    assert len(prevs) == 2 * len(expected)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_folding_scales_changes_nothing(model_type: str, tmp_path: Path) -> None:
+    model = model_of(model_type, tmp_path, **MODELS[model_type][0])
+    ids = torch.arange(2, 34).view(2, 16)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        tensors = folded(model, *found_in(tmp_path))
+        assert not all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+        model.load_state_dict(tensors)
+        after = model(input_ids=ids).logits
+    tolerance = 1e-5 if model_type in FLOAT32_NORMS else 1e-10
+    torch.testing.assert_close(after, before, rtol=0, atol=tolerance * float(before.abs().max()))
+
+
+def test_the_literal_of_llama_says_what_trying_finds(tiny_llama: TinyLlama) -> None:
+    prevs, _ = found_in(tiny_llama(layers=1))
+    layer = "model.layers.0."
+    assert {linear.tap: linear.prev for linear in ARCH.linears} == {
+        tap.removeprefix(layer): prev.names[0].removeprefix(layer).removesuffix(".weight") for tap, prev in prevs.items()
+    }
+
+
+def test_each_head_of_a_group_reads_the_rows_of_its_own_values(tiny_llama: TinyLlama) -> None:
+    prevs, _ = found_in(tiny_llama(layers=1, hidden=64, heads=4, kv_heads=2))
+    channel = prevs["model.layers.0.self_attn.o_proj"].channel
+    assert channel.tolist() == [*range(16), *range(16), *range(16, 32), *range(16, 32)]
+
+
+def test_a_norm_that_a_router_reads_too_is_left_alone_and_experts_are_not(tmp_path: Path) -> None:
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    model = model_of("mixtral", tmp_path, **options)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model.config.model_type
+    prevs, taps = found_in(tmp_path)
+    kinds = {prev.names[0].split(".")[-2] for prev in prevs.values()}
+    assert "post_attention_layernorm" not in kinds
+    assert prevs["model.layers.1.self_attn.o_proj"].names == ("model.layers.1.self_attn.v_proj.weight",)
+    for tap, prev in prevs.items():
+        assert tap.split(".")[:-1] == prev.names[0].split(".")[:-2] or prev.names[0].endswith("norm.weight"), (tap, prev.names, taps)

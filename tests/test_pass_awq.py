@@ -1,0 +1,235 @@
+"""AWQ against the slow truth: losses from outputs token by token, scales and clipping tried one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TinyLlama
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantcli import pipeline
+from quantcli import recipe as recipes
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError
+from quantcli.passes import _basis, awq, gptq, rtn
+from quantcli.pipeline import Calibrated
+from quantcli.registry import find
+from quantcli.tensors import Layer, Prev, Scheme, Stats, relative_error
+
+ASYM = Scheme.parse("int4-g32-asym")
+
+
+def problem(n_out: int = 24, n_in: int = 64, seed: int = 0, n_tokens: int = 256) -> tuple[Tensor, Tensor]:
+    """W [out, in] and inputs X [n_tokens, in], correlated and with a few loud channels."""
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(n_out, n_in, generator=g)
+    mixing = torch.randn(n_in, n_in, generator=g) / n_in**0.5 + torch.diag(torch.rand(n_in, generator=g) * 2)
+    X = torch.randn(n_tokens, n_in, generator=g) @ mixing
+    X[:, ::13] *= 12
+    return W, X
+
+
+def stats_of(X: Tensor) -> Stats:
+    return Stats(X.square().mean(0), X.abs().amax(0), X.mean(0), len(X), X.T @ X / len(X))
+
+
+def layer_of(W: Tensor, scheme: Scheme = ASYM, norm_dtype: torch.dtype = torch.float32) -> Layer:
+    """One linear behind a norm."""
+    norm = torch.linspace(0.5, 1.5, W.shape[1]).to(norm_dtype)
+    prev = Prev(("norm.weight",), torch.arange(W.shape[1]))
+    return Layer("l", {"a.weight": W, "norm.weight": norm}, {"a.weight": scheme}, {"a.weight": "a"}, prev={"a": prev})
+
+
+def decode(layer: Layer, name: str = "a.weight") -> Tensor:
+    return find("qtypes", layer.schemes[name].qtype).unpack(layer.quantized[name])
+
+
+def output_loss(W: Tensor, X: Tensor, s: Tensor, scheme: Scheme) -> float:
+    """The paper's: run the module with the scaled, rounded weights on the divided inputs, and compare outputs token by token."""
+    W_hat = rtn_of(W * s, scheme, X.square().mean(0) / s.square()).double()
+    total = 0.0
+    for x in X.double():
+        total += float((W.double() @ x - W_hat @ (x / s)).square().sum())
+    return total / len(X)
+
+
+def rtn_of(W: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
+    return find("qtypes", scheme.qtype).unpack(rtn.quantize(W, scheme, importance))
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32-asym", "int3-g64-sym", "q4_0", "q4_1", "nf4-b64"])
+def test_the_loss_from_h_is_the_loss_of_the_modules_output(scheme: str) -> None:
+    W, X = problem()
+    stats, parsed = stats_of(X), Scheme.parse(scheme)
+    s = torch.rand(64, generator=torch.Generator().manual_seed(5)) + 0.5
+    loss = _basis.rounding_error({parsed: [W, W[:8]]}, s, stats.importance, stats.H)
+    assert loss == pytest.approx(output_loss(W, X, s, parsed) + output_loss(W[:8], X, s, parsed), rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_search_finds_the_ratio_that_a_search_on_the_modules_outputs_finds(seed: int) -> None:
+    W, X = problem(seed=seed)
+    prev = layer_of(W).prev["a"]
+    scales = [awq.input_scales(X.square().mean(0), prev, i / 20) for i in range(20)]
+    direct = [output_loss(W, X, s, ASYM) for s in scales]
+    found = awq.search({ASYM: [W]}, stats_of(X).H, prev)
+    assert found.ratio > 0
+    assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct)
+    assert found.loss == pytest.approx(direct[round(found.ratio * 20)] / direct[0], rel=1e-3)
+
+
+def test_without_scales_and_clipping_awq_is_rtn_bit_for_bit() -> None:
+    W, X = problem()
+    layer = layer_of(W)
+    awq.run(layer, {"a": stats_of(X)}, awq.Options(n_grid=1, clip=False))
+    expected = rtn.quantize(W, ASYM, X.square().mean(0))
+    assert all(torch.equal(layer.quantized["a.weight"].parts[part], tensor) for part, tensor in expected.parts.items())
+    assert torch.equal(layer.tensors["norm.weight"], torch.linspace(0.5, 1.5, 64))
+    assert not layer.scales
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32-asym", "int4-g64-sym", "int3-g32-sym", "q4_1"])
+def test_clipping_takes_the_best_multiple_of_each_groups_scale(scheme: str) -> None:
+    W, X = problem(n_out=6)
+    parsed = Scheme.parse(scheme)
+    qtype = find("qtypes", parsed.qtype)
+    grid = qtype.fit(W, parsed, X.square().mean(0))
+    chosen = awq.clipped(W, grid, parsed, stats_of(X).H)
+    size = grid.group_size
+
+    def group_losses(candidate: Tensor) -> dict[tuple[int, int], float]:
+        losses = {}
+        for row in range(len(W)):
+            for group in range(W.shape[1] // size):
+                inputs = slice(group * size, (group + 1) * size)
+                losses[row, group] = float(((W - candidate)[row, inputs].double() @ X[:, inputs].T.double()).square().mean())
+        return losses
+
+    best = group_losses(grid.decode(grid.encode(W)))
+    for factor in awq.CLIP_FACTORS:
+        moved = qtype.moved(grid, grid.scale * factor, None if grid.offset is None else grid.offset * factor, parsed)
+        best = {key: min(best[key], loss) for key, loss in group_losses(moved.decode(moved.encode(W))).items()}
+    found = group_losses(chosen.decode(chosen.encode(W)))
+    assert found == pytest.approx(best, rel=1e-3)
+
+
+def test_scales_and_clipping_each_lower_the_error() -> None:
+    W, X = problem(n_out=64)
+    errors = {}
+    for name, options in {
+        "rtn": awq.Options(n_grid=1, clip=False),
+        "scales": awq.Options(clip=False),
+        "clip": awq.Options(n_grid=1),
+        "both": awq.Options(),
+    }.items():
+        layer = layer_of(W)
+        errors[name] = awq.run(layer, {"a": stats_of(X)}, options).tensors[0].relative_error
+        s = layer.scales.get("a", torch.ones(64)).float()
+        assert errors[name] == pytest.approx(relative_error(W, decode(layer) / s, stats_of(X).H), rel=1e-3)
+    assert errors["both"] < errors["clip"] < errors["rtn"]
+    assert errors["both"] < errors["scales"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_norm_keeps_its_dtype_and_the_weights_make_up_for_its_rounding(dtype: torch.dtype) -> None:
+    W, X = problem()
+    layer = layer_of(W.double(), norm_dtype=dtype)
+    before = layer.tensors["norm.weight"].double() * layer.tensors["a.weight"]
+    s = awq.input_scales(X.square().mean(0), layer.prev["a"], 0.5)
+    folded = _basis.fold(layer, "a", s)
+    assert layer.tensors["norm.weight"].dtype == dtype
+    torch.testing.assert_close(layer.tensors["norm.weight"].double() * layer.tensors["a.weight"], before, rtol=1e-12, atol=0)
+    torch.testing.assert_close(folded.float(), s, rtol=2**-8, atol=0)
+
+
+def test_a_norm_weight_of_zero_keeps_its_place() -> None:
+    W, _ = problem()
+    layer = layer_of(W)
+    layer.tensors["norm.weight"][3] = 0
+    s = _basis.fold(layer, "a", torch.full((64,), 2.0))
+    assert s[3] == 1
+    assert torch.equal(layer.tensors["a.weight"][:, 3], W[:, 3])
+
+
+def test_a_dense_reader_of_the_same_input_is_scaled_with_the_coded_ones() -> None:
+    W, X = problem()
+    layer = layer_of(W)
+    layer.tensors["router.weight"], layer.taps["router.weight"] = W[:4].bfloat16(), "a"
+    awq.run(layer, {"a": stats_of(X)})
+    assert layer.tensors["router.weight"].dtype == torch.bfloat16
+    torch.testing.assert_close(
+        layer.tensors["router.weight"].float(), (W[:4].bfloat16() * layer.scales["a"].float()).float(), rtol=2**-7, atol=0
+    )
+
+
+def test_a_tap_that_nothing_can_absorb_is_reported_and_clipped_all_the_same() -> None:
+    W, X = problem()
+    layer = layer_of(W)
+    layer.prev.clear()
+    report = awq.run(layer, {"a": stats_of(X)}).tensors[0]
+    assert "can absorb a scale" in report.notes[0]
+    assert not layer.scales
+    assert report.relative_error < relative_error(W, rtn_of(W, ASYM, X.square().mean(0)), stats_of(X).H)
+
+
+def test_an_input_that_calibration_never_saw_is_neither_blown_up_nor_crushed() -> None:
+    W, X = problem()
+    X[:, 7] = 0
+    s = awq.input_scales(X.square().mean(0), layer_of(W).prev["a"], 0.95)
+    assert s.min() < s[7] < s.max()
+
+
+def test_rescaled_statistics_are_those_of_the_divided_inputs() -> None:
+    _, X = problem()
+    s = torch.rand(64) + 0.5
+    got, expected = _basis.rescaled(stats_of(X), s), stats_of(X / s)
+    for field in ("importance", "absmax", "mean", "H"):
+        torch.testing.assert_close(getattr(got, field), getattr(expected, field), rtol=1e-4, atol=1e-6)
+
+
+def test_what_gptq_leaves_of_an_error_is_what_it_leaves() -> None:
+    W, X = problem(n_out=16)
+    H = stats_of(X).H
+    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(64)
+    factor = gptq.factorize(H, damp_ratio=0.01)
+    grid = find("qtypes", "int").fit(W, ASYM, H.diagonal())
+    E = (W - grid.decode(gptq.solve(W, grid, factor))).double()
+    d, residue, column_errors = awq.left_by_gptq(H).double(), W[:, factor.order].double(), torch.empty(64, dtype=torch.float64)
+    W_hat = (W.double() - E)[:, factor.order]
+    for j in range(64):
+        error = residue[:, j] - W_hat[:, j]
+        column_errors[factor.order[j]] = error.square().sum()
+        residue -= torch.outer(error / factor.U[j, j].double(), factor.U[j].double())
+    assert float((d * column_errors).sum()) == pytest.approx(float(((E @ damped) * E).sum()), rel=1e-3)
+
+
+def test_statistics_without_h_are_refused() -> None:
+    W, X = problem()
+    stats = stats_of(X)
+    with pytest.raises(RecipeError, match="needs the Hessian"):
+        awq.run(layer_of(W), {"a": Stats(stats.importance, stats.absmax, stats.mean, 1)})
+    with pytest.raises(RecipeError, match="no statistics for its tap"):
+        awq.run(layer_of(W), {})
+
+
+def quantized(folder: Path, target: Path, recipe: str) -> dict[str, Tensor]:
+    ids = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
+    with Checkpoint.open(str(folder)) as source:
+        list(pipeline.quantize(source, target, recipes.load(recipe), calibrate=lambda: Calibrated("", windows=ids)))
+    return load_file(target / "model.safetensors")
+
+
+def test_the_folder_has_the_folded_norms_and_says_what_was_chosen(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama(layers=1, bias=True)
+    written, source = quantized(folder, tmp_path / "out", "awq-int4"), load_file(folder / "model.safetensors")
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        name = f"model.layers.0.{norm}.weight"
+        assert written[name].dtype == source[name].dtype
+        assert not torch.equal(written[name], source[name])
+    assert not torch.equal(written["model.layers.0.mlp.up_proj.bias"], source["model.layers.0.mlp.up_proj.bias"])
+    assert torch.equal(written["model.layers.0.mlp.gate_proj.bias"], source["model.layers.0.mlp.gate_proj.bias"])
+    assert torch.equal(written["model.norm.weight"], source["model.norm.weight"])
+    assert '"awq_ratio"' in (tmp_path / "out" / "quantcli.json").read_text()
