@@ -40,7 +40,7 @@ def command(
     desc_act: Annotated[Flag, typer.Option("--desc-act/--no-desc-act", help="Group columns in solving order (writes g_idx).")] = None,
     damp_percent: Annotated[float | None, typer.Option(help="GPTQ damping, a share of the mean of diag(H): 0.01.")] = None,
     true_sequential: Annotated[bool, typer.Option("--true-sequential", help="Measure each tap behind coded ones.")] = False,
-    format_: Annotated[str | None, typer.Option("--format", help="Output format: gptq, awq, compressed-tensors, bitsandbytes, fp8, gguf, …")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors, bitsandbytes, fp8 or gguf.")] = None,
     rule: options.Rules = None,
     skip: options.Skips = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics from quantcli calibrate, instead of a dataset.")] = None,
