@@ -5,8 +5,9 @@ Memory: one layer, the H of its taps, and the hidden states of all windows in fl
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantcli import familiarity
+from quantcli import ranges
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError
 from quantcli.familiarity import Familiarity
@@ -29,6 +31,12 @@ BATCH_TOKENS = 2048
 
 BLOCK = 256
 """Rows of H that one GEMM adds to: only the blocks on and above the diagonal are computed, H being symmetric."""
+
+MAX_HESSIAN_BYTES = 8 << 30
+"""H of one layer that is held at a time, where a layer of many experts has more: these are measured in several runs of the layer."""
+
+EXPERT = re.compile(r"(.*\.experts\.\d+)\.")
+"""The expert in the name of what it reads, whatever the family."""
 
 DIAGONALS = frozenset(DIAGONAL_PARTS)
 EVERYTHING = DIAGONALS | {"H"}
@@ -47,12 +55,13 @@ class StatsMeter:
     multiplications.
     """
 
-    def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu", *, histogram: bool = False) -> None:
         self._n_tokens = 0
         self._H = torch.zeros(in_features, in_features, device=device) if hessian else None
         self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._absmax = torch.zeros(in_features, device=device)
+        self._counts = torch.zeros(ranges.N_BINS, dtype=torch.int64, device=device) if histogram else None
 
     def add(self, X: Tensor) -> None:
         """X: [n_tokens, in], any float dtype."""
@@ -60,6 +69,8 @@ class StatsMeter:
         self._n_tokens += len(X)
         self._sum += X.sum(0)
         self._absmax = torch.maximum(self._absmax, torch.maximum(X.amax(0), -X.amin(0)))
+        if self._counts is not None:
+            self._counts += ranges.count(X)
         if self._H is None:
             self._squares += X.square().sum(0)
             return
@@ -77,7 +88,9 @@ class StatsMeter:
                 H[a:, a : a + BLOCK] += H[a : a + BLOCK, a:].T.tril(-1)
             H /= n
         importance = (self._squares / n).float() if H is None else H.diagonal().clone()
-        return Stats(importance=importance, absmax=self._absmax, mean=(self._sum / n).float(), n_tokens=self._n_tokens, H=H)
+        histogram = None if self._counts is None else (self._counts / max(1, int(self._counts.sum()))).float()
+        mean = (self._sum / n).float()
+        return Stats(importance=importance, absmax=self._absmax, mean=mean, n_tokens=self._n_tokens, H=H, histogram=histogram)
 
 
 class Activations:
@@ -123,18 +136,43 @@ class Activations:
             layer.inputs(hidden, ids, partial(_gather, meters), meters)
         return _finished(meters)
 
-    def measure_and_advance(self, layer: LoadedLayer, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
-        """Stats of all taps of ``layer`` while going through it: one run instead of two."""
-        meters = _meters(layer, needs)
+    def measure_and_advance(
+        self, layer: LoadedLayer, needs: frozenset[str] = EVERYTHING, taps: Sequence[str] | None = None
+    ) -> dict[str, Stats]:
+        """Stats of ``taps`` (None: all) of ``layer`` while going through it: one run instead of two."""
+        meters = _meters(layer, needs, taps)
         for hidden, ids in self.batches():
-            hidden.copy_(layer.observe(hidden, ids, partial(_gather, meters)))
+            hidden.copy_(layer.observe(hidden, ids, partial(_gather, meters), meters))
         return _finished(meters)
 
 
 def _meters(layer: LoadedLayer, needs: frozenset[str], taps: Sequence[str] | None = None) -> dict[str, StatsMeter]:
     """A meter for each of ``taps``, or of all the layer's."""
     widths = layer.tap_widths
-    return {tap: StatsMeter(widths[tap], "H" in needs, layer.device) for tap in sorted(widths if taps is None else taps)}
+    wanted = sorted(widths if taps is None else taps)
+    return {tap: StatsMeter(widths[tap], "H" in needs, layer.device, histogram="histogram" in needs) for tap in wanted}
+
+
+def shares(taps: Iterable[str], widths: Mapping[str, int], needs: frozenset[str]) -> list[list[str]]:
+    """``taps`` of a layer in parts of at most :data:`MAX_HESSIAN_BYTES` of H: all taps of an expert in one, those of no expert in the last.
+
+    No expert reads what another one makes, and nothing else of the layer what they make, so parts may be measured and coded in turn.
+    """
+    groups: dict[str, list[str]] = {}
+    for tap in taps:
+        expert = EXPERT.match(tap)
+        groups.setdefault(expert[1] if expert else "", []).append(tap)
+    groups[""] = groups.pop("", [])  # last
+    parts: list[list[str]] = [[]]
+    room = MAX_HESSIAN_BYTES
+    for group in groups.values():
+        n_bytes = sum(4 * widths[tap] ** 2 for tap in group) if "H" in needs else 0
+        if n_bytes > room and parts[-1]:
+            parts.append([])
+            room = MAX_HESSIAN_BYTES
+        parts[-1] += group
+        room -= n_bytes
+    return [part for part in parts if part]
 
 
 def _finished(meters: Mapping[str, StatsMeter]) -> dict[str, Stats]:
@@ -168,6 +206,7 @@ def calibrate(
     target: Path,
     *,
     hessian: bool = True,
+    histograms: bool = False,
     head: bool = False,
     moe: str = "routed",
     device: str = "cpu",
@@ -178,9 +217,9 @@ def calibrate(
     With ``head`` also what the output embedding reads. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every
     token. The last event tells how well the model knows the text. The file stands under its name only after it.
     """
-    needs = EVERYTHING if hessian else DIAGONALS
+    needs = (EVERYTHING if hessian else DIAGONALS) | ({"histogram"} if histograms else set())
     forward = Forward(checkpoint, device=device, all_tokens=moe == "all")
-    specs = stats_specs(tap_widths(forward, head=head), hessian=hessian)
+    specs = stats_specs(tap_widths(forward, head=head), hessian=hessian, histograms=histograms)
     with Writer(target, overwrite=overwrite, folder=False) as writer:
         experts = {MOE: moe} if forward.has_experts else {}
         writer.declare([file_layout(target.name, specs, stats_metadata(checkpoint, ids) | experts)])
@@ -189,9 +228,12 @@ def calibrate(
         for i, name in enumerate(forward.layers):
             started = time.perf_counter()
             with forward.layer(i) as layer:
-                stats = activations.measure_and_advance(layer, needs)
-            put_stats(writer, stats)
-            yield LayerMeasured(name, i, n_layers, len(stats), time.perf_counter() - started)
+                *first, last = shares(sorted(layer.tap_widths), layer.tap_widths, needs) or [[]]
+                for taps in first:
+                    put_stats(writer, activations.measure(layer, taps, needs))
+                put_stats(writer, activations.measure_and_advance(layer, needs, last))
+                n_taps = len(layer.tap_widths)
+            yield LayerMeasured(name, i, n_layers, n_taps, time.perf_counter() - started)
         if head:
             started = time.perf_counter()
             put_stats(writer, measure_head(forward, activations, needs))
@@ -203,7 +245,7 @@ def calibrate(
 
 def measure_head(forward: Forward, activations: Activations, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
     """Stats of what the output embedding reads, for windows that have gone through all layers."""
-    meters = {HEAD: StatsMeter(forward.head_in_features, "H" in needs, forward.device)}
+    meters = {HEAD: StatsMeter(forward.head_in_features, "H" in needs, forward.device, histogram="histogram" in needs)}
     for hidden, _ in activations.batches():
         forward.observe_head(hidden, partial(_gather, meters, HEAD))
     return _finished(meters)

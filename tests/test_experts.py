@@ -409,3 +409,28 @@ def test_transformers_by_itself_has_no_place_for_gptqs_experts_as_the_readme_say
     quantize(folder, tmp_path / "out", gptq())
     answer = gptq_peer.ask(tmp_path, IDS, "transformers", tmp_path / "out")
     assert "error" in answer or sum(answer["kernels"].values()) == 2 * 4
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_layer_of_many_experts_is_measured_in_shares_with_the_same_result(
+    save_model: SaveModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, true_sequential: bool
+) -> None:
+    folder = save_model("qwen3_moe", unreached=2, num_experts_per_tok=1)
+    how = recipes.parse(gptq().to_dict() | {"true_sequential": true_sequential}, "small")
+    for name, n_bytes in (("whole", 1 << 30), ("shared", 3 * 4 * (64**2 + 32**2))):
+        monkeypatch.setattr(calibrate, "MAX_HESSIAN_BYTES", n_bytes)
+        quantize(folder, tmp_path / name, how)
+        with Checkpoint.open(str(folder)) as checkpoint:
+            list(calibrate.calibrate(checkpoint, IDS, tmp_path / f"{name}.safetensors"))
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "shared/model.safetensors").read_bytes()
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "shared.safetensors").read_bytes()
+
+
+def test_shares_keep_an_experts_taps_together_and_others_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "MAX_HESSIAN_BYTES", 4 * 2 * (8**2 + 4**2))
+    experts = {f"layers.0.mlp.experts.{e}.{k}_proj": width for e in range(5) for k, width in (("down", 4), ("gate", 8))}
+    widths = {"layers.0.self_attn.q_proj": 8} | experts
+    names = list(experts)
+    needs = frozenset({"H"})
+    assert calibrate.shares(widths, widths, needs) == [names[:4], names[4:8], [*names[8:], "layers.0.self_attn.q_proj"]]
+    assert calibrate.shares(widths, widths, frozenset({"importance"})) == [[*names, "layers.0.self_attn.q_proj"]]

@@ -102,14 +102,14 @@ class LoadedLayer:
             raise NumericsError(f"{self.name}: its output has NaN or Inf in {self._forward.dtype}; check the weights, or run in float32")
         return output
 
-    def observe(self, hidden: Tensor, ids: Tensor, on_input: OnInput) -> Tensor:
-        """The same as a call; ``on_input(tap, X)`` is told what each tap's linears read as it runs."""
-        with self._hooked(self._forward.taps_of(self._index), on_input):
+    def observe(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> Tensor:
+        """The same as a call; ``on_input(tap, X)`` is told what the linears of ``taps`` (None: all) read as it runs."""
+        with self._hooked(self._wanted(taps), on_input):
             return self(hidden, ids)
 
     def inputs(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> None:
         """``on_input(tap, X)`` with what ``taps`` (None: all) read; the layer runs no further than the last of them."""
-        wanted = {tap for tap in self._forward.taps_of(self._index) if taps is None or tap in taps}
+        wanted = self._wanted(taps)
         missing = set(wanted)
 
         def note(tap: str, X: Tensor) -> None:
@@ -120,6 +120,9 @@ class LoadedLayer:
 
         with self._hooked(wanted, note), contextlib.suppress(_AllSeen):
             self(hidden, ids)
+
+    def _wanted(self, taps: Collection[str] | None) -> Set[str]:
+        return {tap for tap in self._forward.taps_of(self._index) if taps is None or tap in taps}
 
     @contextlib.contextmanager
     def _hooked(self, wanted: Set[str], on_input: OnInput) -> Iterator[None]:
