@@ -290,6 +290,8 @@ def _measure_and_code(
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
     ``order``: the model's taps as it runs them; ``prevs``: given where a pass changes the basis, which ties all taps together."""
+    from quantcli.calibrate import shares
+
     solved = [t for t in planned.tensors if t.is_solved]
     wanted = {t.tap for t in solved}
     taps = [tap for tap in order if tap in wanted]
@@ -297,6 +299,7 @@ def _measure_and_code(
         stats = activations.measure(loaded, taps, run.plan.recipe.needs)
         return run.code(planned.name, planned.tensors, stats, loaded, prevs)
     stages = in_turn(taps) if run.plan.recipe.true_sequential else [taps]
+    stages = [share for stage in stages for share in shares(stage, loaded.tap_widths, run.plan.recipe.needs)]
     reports: list[TensorReport] = []
     for stage in stages:
         stats = activations.measure(loaded, stage, run.plan.recipe.needs)
