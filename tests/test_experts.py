@@ -15,10 +15,12 @@ from conftest import write_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
+from typer.testing import CliRunner
 
 from quantcli import calibrate, pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
+from quantcli.cli import app
 from quantcli.errors import RecipeError
 from quantcli.evaluate import compare, perplexity
 from quantcli.forward import Forward
@@ -383,6 +385,48 @@ def test_an_expert_is_shown_no_token_twice_and_no_more_than_its_own(save_model: 
     shown = {tap: n for tap, n in n_tokens.items() if expert_of(tap)}
     assert sum(shown.values()) == 2 * 3 * IDS.numel()  # two taps of each of the three experts of a token
     assert max(shown.values()) <= IDS.numel()
+
+
+def test_the_command_line_says_once_a_layer_that_experts_saw_few_tokens(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("mixtral")
+    words = [
+        "quantize",
+        str(folder),
+        "-o",
+        str(tmp_path / "out"),
+        "--method",
+        "gptq",
+        "--group-size",
+        "32",
+        "--samples",
+        "4",
+        "--seq-len",
+        "32",
+    ]
+    run = CliRunner().invoke(app, [*words, "--moe", "all"])
+    assert run.exit_code == 0, run.output
+    warnings = [line for line in run.stderr.splitlines() if "calibration tokens reached it" in line]
+    assert len(warnings) == 2
+    for i, line in enumerate(warnings):
+        assert f"layers.{i}." in line
+        assert f"128 calibration tokens reached it, fewer than min_tokens 512: rtn in place of gptq; likewise {4 * 3 - 1} more of" in line
+    wrong = CliRunner().invoke(app, [*words, "--moe", "some"])
+    assert wrong.exit_code == 2
+    assert "routed or all" in wrong.stderr
+
+
+def test_awq_and_gptq_after_it_code_every_expert(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("mixtral")
+    loss = {}
+    for passes in (["rtn"], ["awq"], ["awq", "gptq"]):
+        how = recipes.parse(gptq().to_dict() | {"passes": passes}, "small")
+        out = tmp_path / "-".join(passes)
+        quantize(folder, out, how)
+        with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(out)) as output:
+            assert {name for name in source.specs if ".experts." in name} <= output.schemes.keys()
+            loss[out.name] = compare(output, source, IDS).kld_mean
+    assert loss["awq"] < loss["rtn"]
+    assert loss["awq-gptq"] < loss["rtn"]
 
 
 needs_peer = pytest.mark.skipif(

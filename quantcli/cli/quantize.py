@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -276,11 +277,17 @@ def report_plan(console: Console, checkpoint: Checkpoint, plan: Plan) -> None:
 
 
 def report_layer(console: Console, event: LayerDone) -> None:
+    """Its tensors' errors, where detail is wanted, and their notes; of notes that differ by numbers only, as a hundred experts' do, one."""
+    alike: dict[str, list[str]] = {}
     for report in event.tensors:
         if report.relative_error:
             console.detail(f"{report.name}  error {report.relative_error:.2e}")
         for note in report.notes:
-            console.warn(f"{report.name}: {note}")
+            alike.setdefault(re.sub(r"\d+", "#", note), []).append(f"{report.name}: {note}")
+    for first, *others in alike.values():
+        console.warn(f"{first}; likewise {len(others)} more of {event.name}" if others else first)
+        for other in others:
+            console.detail(other)
 
 
 def summarize(plan: Plan, target: Path, layers: list[LayerDone], finished: Finished | None, seconds: float) -> dict[str, Any]:
