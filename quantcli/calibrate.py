@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantcli import familiarity
+from quantcli import familiarity, ranges
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError
 from quantcli.familiarity import Familiarity
@@ -54,12 +54,13 @@ class StatsMeter:
     multiplications.
     """
 
-    def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu", *, histogram: bool = False) -> None:
         self._n_tokens = 0
         self._H = torch.zeros(in_features, in_features, device=device) if hessian else None
         self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._absmax = torch.zeros(in_features, device=device)
+        self._counts = torch.zeros(ranges.N_BINS, dtype=torch.int64, device=device) if histogram else None
 
     def add(self, X: Tensor) -> None:
         """X: [n_tokens, in], any float dtype."""
@@ -67,6 +68,8 @@ class StatsMeter:
         self._n_tokens += len(X)
         self._sum += X.sum(0)
         self._absmax = torch.maximum(self._absmax, torch.maximum(X.amax(0), -X.amin(0)))
+        if self._counts is not None:
+            self._counts += ranges.count(X)
         if self._H is None:
             self._squares += X.square().sum(0)
             return
@@ -84,7 +87,9 @@ class StatsMeter:
                 H[a:, a : a + BLOCK] += H[a : a + BLOCK, a:].T.tril(-1)
             H /= n
         importance = (self._squares / n).float() if H is None else H.diagonal().clone()
-        return Stats(importance=importance, absmax=self._absmax, mean=(self._sum / n).float(), n_tokens=self._n_tokens, H=H)
+        histogram = None if self._counts is None else (self._counts / max(1, int(self._counts.sum()))).float()
+        mean = (self._sum / n).float()
+        return Stats(importance=importance, absmax=self._absmax, mean=mean, n_tokens=self._n_tokens, H=H, histogram=histogram)
 
 
 class Activations:
@@ -143,7 +148,8 @@ class Activations:
 def _meters(layer: LoadedLayer, needs: frozenset[str], taps: Sequence[str] | None = None) -> dict[str, StatsMeter]:
     """A meter for each of ``taps``, or of all the layer's."""
     widths = layer.tap_widths
-    return {tap: StatsMeter(widths[tap], "H" in needs, layer.device) for tap in sorted(widths if taps is None else taps)}
+    wanted = sorted(widths if taps is None else taps)
+    return {tap: StatsMeter(widths[tap], "H" in needs, layer.device, histogram="histogram" in needs) for tap in wanted}
 
 
 def shares(taps: Iterable[str], widths: Mapping[str, int], needs: frozenset[str]) -> list[list[str]]:
@@ -199,6 +205,7 @@ def calibrate(
     target: Path,
     *,
     hessian: bool = True,
+    histograms: bool = False,
     head: bool = False,
     moe: str = "routed",
     device: str = "cpu",
@@ -209,9 +216,9 @@ def calibrate(
     With ``head`` also what the output embedding reads. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every
     token. The last event tells how well the model knows the text. The file stands under its name only after it.
     """
-    needs = EVERYTHING if hessian else DIAGONALS
+    needs = (EVERYTHING if hessian else DIAGONALS) | ({"histogram"} if histograms else set())
     forward = Forward(checkpoint, device=device, all_tokens=moe == "all")
-    specs = stats_specs(tap_widths(forward, head=head), hessian=hessian)
+    specs = stats_specs(tap_widths(forward, head=head), hessian=hessian, histograms=histograms)
     with Writer(target, overwrite=overwrite, folder=False) as writer:
         experts = {MOE: moe} if forward.has_experts else {}
         writer.declare([file_layout(target.name, specs, stats_metadata(checkpoint, ids) | experts)])
@@ -237,7 +244,7 @@ def calibrate(
 
 def measure_head(forward: Forward, activations: Activations, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
     """Stats of what the output embedding reads, for windows that have gone through all layers."""
-    meters = {HEAD: StatsMeter(forward.head_in_features, "H" in needs, forward.device)}
+    meters = {HEAD: StatsMeter(forward.head_in_features, "H" in needs, forward.device, histogram="histogram" in needs)}
     for hidden, _ in activations.batches():
         forward.observe_head(hidden, partial(_gather, meters, HEAD))
     return _finished(meters)

@@ -16,6 +16,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError, about
 from quantcli.passes import _activations, _basis
 from quantcli.plan import Plan, PlannedTensor
+from quantcli.ranges import find_range
 from quantcli.recipe import PassSpec
 from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, QuantizedTensor, Stats, TensorReport
@@ -133,7 +134,9 @@ class Coding:
                 reports[report.name] = report
             stats = {tap: _basis.rescaled(s, unit.scales.pop(tap)) if tap in unit.scales else s for tap, s in stats.items()}
         for name in list(unit.quantized):
-            tensor = with_input_scale(name, unit.quantized.pop(name), stats.get(unit.taps.get(name, "")))
+            tensor = unit.quantized.pop(name)
+            method = self.plan.recipe.calibration.input_range
+            tensor = with_input_scale(name, tensor, stats.get(unit.taps.get(name, "")), method)
             self._put(name, tensor)
             if loaded is not None:
                 loaded.set(name, regrid.decode(tensor))
@@ -178,8 +181,11 @@ class Coding:
             self.writer.put(part, data)
 
 
-def with_input_scale(name: str, tensor: QuantizedTensor, stats: Stats | None) -> QuantizedTensor:
-    """``tensor`` with the part ``input_scale``, where its scheme has the engine quantize inputs by a scale found beforehand."""
+def with_input_scale(name: str, tensor: QuantizedTensor, stats: Stats | None, method: str) -> QuantizedTensor:
+    """``tensor`` with the part ``input_scale``, where its scheme has the engine quantize inputs by a scale found beforehand.
+
+    ``method``: how the range is found that the scale spans (:data:`quantcli.ranges.METHODS`).
+    """
     if not tensor.scheme.static_activations:
         return tensor
     if stats is None or not stats.n_tokens:
@@ -187,7 +193,8 @@ def with_input_scale(name: str, tensor: QuantizedTensor, stats: Stats | None) ->
         raise RecipeError(
             f"{name}: {tensor.scheme} needs the range of its inputs, and {reason}; exclude it with --skip, or calibrate on other text"
         )
-    scale = _activations.static_scale(str(tensor.scheme.get("act")), stats.absmax)
+    act = str(tensor.scheme.get("act"))
+    scale = _activations.static_scale(act, find_range(method, act, stats.absmax, stats.histogram))
     return QuantizedTensor(tensor.scheme, tensor.shape, {**tensor.parts, "input_scale": scale})
 
 

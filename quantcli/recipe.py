@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from quantcli import ranges
 from quantcli.errors import RecipeError
 from quantcli.registry import find, names
 from quantcli.tensors import Scheme
@@ -25,7 +26,8 @@ KEEP = "keep"
 """The word that leaves a tensor as it is in place of a scheme."""
 
 YAML_TYPES: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for", "moe", "fallback"), (str, "a word")),
+    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for"), (str, "a word")),
+    **dict.fromkeys(("moe", "fallback", "input_range"), (str, "a word")),
     **dict.fromkeys(("passes", "rules", "datasets"), (list, "a list")),
     **dict.fromkeys(("calibration", "format_options"), (Mapping, "a mapping")),
     **dict.fromkeys(("seed", "samples", "seq_len", "min_tokens"), (int, "an integer")),
@@ -82,7 +84,8 @@ class Calibration:
     """How much text the calibrated passes see. ``datasets``: ``PATH`` or ``NAME``, each with or without ``=WEIGHT``.
 
     ``moe``: which tokens calibrate an expert (:data:`MOE`). An expert that fewer than ``min_tokens`` tokens reach
-    (at least one) is not given to the recipe's passes but to ``fallback``, a pass that needs no statistics.
+    (at least one) is not given to the recipe's passes but to ``fallback``, a pass that needs no statistics. ``input_range``: how the scale
+    of inputs is found where a scheme has one beforehand (:data:`quantcli.ranges.METHODS`).
     """
 
     samples: int = 128
@@ -91,6 +94,7 @@ class Calibration:
     moe: str = "routed"
     min_tokens: int = 512
     fallback: str = "rtn"
+    input_range: str = "minmax"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,10 @@ class Recipe:
     def needs(self) -> frozenset[str]:
         """The statistics that its passes read, and the range of inputs where their scales are found beforehand."""
         schemes = [self.scheme, *(rule.scheme for rule in self.rules)]
-        ranges = {"absmax"} if any(scheme is not None and scheme.static_activations for scheme in schemes) else set()
-        return frozenset(ranges).union(*(p.needs for p in self.passes))
+        found: set[str] = set()
+        if any(scheme is not None and scheme.static_activations for scheme in schemes):
+            found = {"absmax"} if self.calibration.input_range == "minmax" else {"absmax", "histogram"}
+        return frozenset(found).union(*(p.needs for p in self.passes))
 
     @property
     def changes_basis(self) -> bool:
@@ -223,7 +229,7 @@ def parse(data: Any, name: str) -> Recipe:
     if data["format"] not in names("formats"):
         raise RecipeError(f"recipe '{name}': no format '{data['format']}'; there are: {', '.join(names('formats'))}")
     scheme = data.get("scheme")
-    return replace(
+    recipe = replace(
         Recipe(name=str(data.get("name") or name), format=data["format"], passes=_parse_passes(data["passes"], name)),
         **{
             key: data[key]
@@ -234,6 +240,12 @@ def parse(data: Any, name: str) -> Recipe:
         rules=_parse_rules(data.get("rules") or (), name),
         calibration=_parse_calibration(data.get("calibration") or {}, name),
     )
+    scaling = [p.name for p in recipe.passes if hasattr(find("passes", p.name), "CHANGES_BASIS")]
+    if scaling and "histogram" in recipe.needs:
+        raise RecipeError(
+            f"recipe '{name}': {scaling[0]} scales inputs one by one, and their magnitudes are counted before it; take input_range minmax"
+        )
+    return recipe
 
 
 def _check_types(data: Mapping[str, Any], recipe: str) -> None:
@@ -254,6 +266,8 @@ def _parse_calibration(data: Mapping[str, Any], recipe: str) -> Calibration:
         raise RecipeError(f"recipe '{recipe}': samples and seq_len are above zero, not {calibration.samples} and {calibration.seq_len}")
     if calibration.moe not in MOE:
         raise RecipeError(f"recipe '{recipe}': moe is {' or '.join(MOE)}, not '{calibration.moe}'")
+    if calibration.input_range not in ranges.METHODS:
+        raise RecipeError(f"recipe '{recipe}': input_range is one of {', '.join(ranges.METHODS)}, not '{calibration.input_range}'")
     if calibration.min_tokens < 1:
         raise RecipeError(f"recipe '{recipe}': min_tokens is above zero, not {calibration.min_tokens}")
     free = [name for name in names("passes") if not find("passes", name).NEEDS]

@@ -1,8 +1,9 @@
 """The file of statistics: what ``calibrate`` measured of each tap, by whose weights and on which text, read tap by tap.
 
-A safetensors file. Of each tap ``.importance``, ``.absmax``, ``.mean`` [in], ``.n_tokens`` [1] and, unless left out, ``.H`` [in, in];
-in the header's metadata ``source`` (what the user named), ``source_fingerprint`` (:meth:`Checkpoint.fingerprint`, which tells two
-fine-tunes of one shape apart), ``dataset_sha256``, ``dataset_sketch`` (of overlap.py), ``n_samples``, ``seq_len`` and ``n_tokens``.
+A safetensors file. Of each tap ``.importance``, ``.absmax``, ``.mean`` [in], ``.n_tokens`` [1] and, unless left out, ``.H`` [in, in]; when
+asked for, ``.histogram`` (:mod:`quantcli.ranges`); in the header's metadata ``source`` (what the user named), ``source_fingerprint``
+(:meth:`Checkpoint.fingerprint`, which tells two fine-tunes of one shape apart), ``dataset_sha256``, ``dataset_sketch`` (of overlap.py),
+``n_samples``, ``seq_len`` and ``n_tokens``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from quantcli.errors import CheckpointError, RecipeError
 from quantcli.json_files import parse_json, shown
 from quantcli.locations import Location, read_tensor
 from quantcli.overlap import sketch
+from quantcli.ranges import N_BINS
 from quantcli.shards import read_header, read_header_text
 from quantcli.tensors import Stats, TensorSpec
 from quantcli.texts import sha256
@@ -30,12 +32,14 @@ MARK = "quantcli.stats"
 """The key of the metadata by which the file is known."""
 
 
-def stats_specs(widths: Mapping[str, int], *, hessian: bool) -> list[TensorSpec]:
+def stats_specs(widths: Mapping[str, int], *, hessian: bool, histograms: bool = False) -> list[TensorSpec]:
     """The tensors of the file. ``widths``: tap → in_features."""
     specs: list[TensorSpec] = []
     for tap, n in widths.items():
         specs += [TensorSpec.dense(f"{tap}.{part}", "F32", (n,)) for part in DIAGONAL_PARTS]
         specs.append(TensorSpec.dense(f"{tap}.n_tokens", "I64", (1,)))
+        if histograms:
+            specs.append(TensorSpec.dense(f"{tap}.histogram", "F32", (N_BINS,)))
         if hessian:
             specs.append(TensorSpec.dense(f"{tap}.H", "F32", (n, n)))
     return specs
@@ -61,6 +65,8 @@ def put_stats(writer: Writer, stats: Mapping[str, Stats]) -> None:
         for part in DIAGONAL_PARTS:
             writer.put(f"{tap}.{part}", getattr(s, part).cpu())
         writer.put(f"{tap}.n_tokens", torch.tensor([s.n_tokens]))
+        if s.histogram is not None:
+            writer.put(f"{tap}.histogram", s.histogram.cpu())
         if s.H is not None:
             writer.put(f"{tap}.H", s.H.cpu())
 
@@ -94,6 +100,10 @@ class StatsFile(Mapping[str, Stats]):
         """Whether H of ``tap`` was gathered."""
         return f"{tap}.H" in self._locations
 
+    def has_histogram(self, tap: str) -> bool:
+        """Whether the magnitudes of the inputs of ``tap`` were counted."""
+        return f"{tap}.histogram" in self._locations
+
     def in_features(self, tap: str) -> int:
         """How wide the inputs of ``tap`` were. KeyError for a tap that was not measured."""
         return self._locations[f"{tap}.importance"].spec.n_elements
@@ -111,6 +121,8 @@ class StatsFile(Mapping[str, Stats]):
             )
         if "H" in needs and not self.has_hessian(tap):
             raise RecipeError(f"{self.path} has no H of tap '{tap}', which the recipe needs; calibrate without --no-hessian")
+        if "histogram" in needs and not self.has_histogram(tap):
+            raise RecipeError(f"{self.path} has no histogram of tap '{tap}', which input_range needs; calibrate with --histograms")
 
     def check_source(self, source: Checkpoint, *, warn: Callable[[str], None]) -> None:
         """Raise :class:`RecipeError` when other weights than those of ``source`` were measured; ``warn`` when an old file does not tell."""
@@ -128,7 +140,9 @@ class StatsFile(Mapping[str, Stats]):
         if tap not in self:
             raise KeyError(tap)
         importance, absmax, mean = (self._read(f"{tap}.{part}") for part in DIAGONAL_PARTS)
-        return Stats(importance=importance, absmax=absmax, mean=mean, n_tokens=int(self._read(f"{tap}.n_tokens")))
+        histogram = self._read(f"{tap}.histogram") if self.has_histogram(tap) else None
+        n_tokens = int(self._read(f"{tap}.n_tokens"))
+        return Stats(importance=importance, absmax=absmax, mean=mean, n_tokens=n_tokens, histogram=histogram)
 
     def __getitem__(self, tap: str) -> Stats:
         stats = self.diagonals(tap)
@@ -148,6 +162,8 @@ class StatsFile(Mapping[str, Stats]):
         n = self.in_features(tap) if f"{tap}.importance" in self._locations else 0
         expected: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(DIAGONAL_PARTS, ("F32", (n,)))
         expected |= {"n_tokens": ("I64", (1,))}
+        if self.has_histogram(tap):
+            expected["histogram"] = ("F32", (N_BINS,))
         if self.has_hessian(tap):
             expected["H"] = ("F32", (n, n))
         for part, (dtype, shape) in expected.items():

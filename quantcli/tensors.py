@@ -224,7 +224,7 @@ class Stats:
     """What a tap's inputs X [n_tokens, in] were like, all per token and in float32 or better.
 
     ``H``: [in, in] mean of x·xᵀ, or None when only diagonals were gathered; ``importance``: [in] mean of x²;
-    ``absmax``: [in]; ``mean``: [in].
+    ``absmax``: [in]; ``mean``: [in]; ``histogram``: [ranges.N_BINS] share of all inputs in each bin of |x|, gathered only when asked for.
     """
 
     importance: Tensor
@@ -232,6 +232,7 @@ class Stats:
     mean: Tensor
     n_tokens: int
     H: Tensor | None = None
+    histogram: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ FLOORS = [
     {"plan", "calibrate", "familiarity"},
     {"forward"},
     {"formats", "passes"},
-    {"checkpoint", "recipe", "regrid", "writer", "shards", "locations", "json_files", "stats_file", "texts", "documents", "overlap"},
+    {"checkpoint", "recipe", "regrid", "ranges", "writer", "shards", "locations", "json_files", "stats_file", "texts", "documents", "overlap"},
     {"archs", "qtypes"},
     {"ops"},
     {"tensors", "errors", "registry", "heap", "disk"},

@@ -22,6 +22,7 @@ def command(
     dataset: options.Dataset = None,
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 2048,
+    histograms: Annotated[bool, typer.Option("--histograms", help="Count magnitudes too, which a recipe's input_range needs.")] = False,
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Gather H, which gptq needs; the file is tiny without.")] = True,
     moe: options.Moe = None,
     device: options.Device = "auto",
@@ -52,7 +53,14 @@ def command(
         options.check_context(console, checkpoint, seq_len)
         windows = texts.windows_of(dataset or [], tokenizer(checkpoint), samples, seq_len, seed, note=console.note)
         events = calibrate.calibrate(
-            checkpoint, windows, output, hessian=hessian, moe=moe or "routed", device=torch_device, overwrite=overwrite
+            checkpoint,
+            windows,
+            output,
+            hessian=hessian,
+            histograms=histograms,
+            moe=moe or "routed",
+            device=torch_device,
+            overwrite=overwrite,
         )
         with console.progress("embedding the text") as progress:
             for event in events:
