@@ -113,6 +113,7 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     """
     fmt = find("formats", recipe.format)
     check_format_options(recipe)
+    check_passes(recipe)
     schemes = choose_schemes(source, recipe, taps)
     carried = carried_over(source, recipe, schemes)
     if hasattr(fmt, "suited"):
@@ -180,6 +181,16 @@ def check_format_options(recipe: Recipe) -> None:
     unknown = sorted(set(recipe.format_options) - set(known))
     if unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters):
         raise RecipeError(f"the {recipe.format} format has no option '{unknown[0]}'; it has: {', '.join(known) or 'none'}")
+
+
+def check_passes(recipe: Recipe) -> None:
+    """Raise :class:`RecipeError` where the passes leave no codes, or change a basis that ties together what is to be coded apart."""
+    last = recipe.passes[-1].name
+    if not getattr(find("passes", last), "CHOOSES_CODES", True):
+        raise RecipeError(f"recipe '{recipe.name}': {last} scales weights and chooses no codes; put rtn or gptq after it")
+    if recipe.changes_basis and recipe.true_sequential:
+        names = ", ".join(p.name for p in recipe.passes)
+        raise RecipeError(f"recipe '{recipe.name}': {names} works on a whole layer at once; leave true_sequential out")
 
 
 def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:
