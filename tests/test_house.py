@@ -21,7 +21,8 @@ FLOORS = [
     {"plan", "calibrate", "familiarity"},
     {"forward"},
     {"formats", "passes"},
-    {"checkpoint", "recipe", "regrid", "ranges", "writer", "shards", "locations", "json_files", "stats_file", "texts", "documents", "overlap"},
+    {"checkpoint", "recipe", "regrid", "ranges", "stats_file"}
+    | {"writer", "shards", "locations", "json_files", "texts", "documents", "overlap"},
     {"archs", "qtypes"},
     {"ops"},
     {"tensors", "errors", "registry", "heap", "disk"},
