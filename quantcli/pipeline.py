@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quantcli import __version__, heap, ops, overlap
+from quantcli import __version__, ops
 from quantcli import plan as planning
+from quantcli.calibrated import Calibrated, check_moe, check_stats
 from quantcli.checkpoint import Checkpoint
 from quantcli.coding import Coding
-from quantcli.errors import RecipeError, about
-from quantcli.plan import Plan, PlannedLayer, PlannedTensor
+from quantcli.errors import RecipeError
+from quantcli.events import Event, Finished, LayerDone, Planned, timed
+from quantcli.plan import PlannedLayer, PlannedTensor
 from quantcli.recipe import Recipe
 from quantcli.registry import find
-from quantcli.stats_file import StatsFile
 from quantcli.tensors import DTYPES, Prev, Stats, TensorReport
 
 if TYPE_CHECKING:
@@ -34,57 +33,6 @@ if TYPE_CHECKING:
 
 MAX_TENSORS_AT_ONCE = 4
 """Tensors that are read, coded and written at the same time when no statistics tie them together; the threads are shared among them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """The plan stands; nothing has been written."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True)
-class LayerDone:
-    """One layer is on disk. ``relative_error``: mean over its coded tensors, None when it has none; ``bpw`` of its weights."""
-
-    name: str
-    index: int
-    n_layers: int
-    relative_error: float | None
-    bpw: float
-    seconds: float
-    tensors: tuple[TensorReport, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The output stands under its final name. ``familiarity``: of the source with the calibration text, where windows were run."""
-
-    output: Path
-    plan: Plan
-    lossless: bool
-    dataset_sha256: str | None = None
-    familiarity: Familiarity | None = None
-
-
-Event = Planned | LayerDone | Finished
-
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """What the calibrated passes learn from: token windows to run through the model, or statistics gathered before.
-
-    ``windows``: [n, seq_len] int64; ``stats``: tap → Stats; exactly one of them. ``dataset_sha256`` is of the token ids.
-    """
-
-    dataset_sha256: str
-    windows: Tensor | None = None
-    stats: StatsFile | None = None
-
-    def provenance(self) -> dict[str, str]:
-        """What an output says of the text: ``dataset_sha256``, and ``dataset_sketch`` by which another text is compared with it."""
-        sketch = overlap.sketch(self.windows) if self.windows is not None else self.stats and self.stats.dataset_sketch
-        return {"dataset_sha256": self.dataset_sha256} | ({"dataset_sketch": sketch} if sketch else {})
 
 
 def quantize(
@@ -124,8 +72,8 @@ def quantize(
         made_by |= data.provenance()
         plan = planning.make(source, recipe, taps, metadata=made_by)  # again, because a GGUF says in its header which text it was
         if data.stats is not None:
-            _check_stats(plan, data.stats)
-            _check_moe(recipe, data.stats)
+            check_stats(plan, data.stats)
+            check_moe(recipe, data.stats)
     familiarity = None
     fmt = find("formats", recipe.format)
     with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
@@ -164,25 +112,6 @@ def _check_apart(source: Checkpoint, target: Path) -> None:
         raise RecipeError(f"{target}: the output would replace the model it is made from, {source.source}; choose another -o")
 
 
-def _check_stats(plan: Plan, stats: StatsFile) -> None:
-    """Raise :class:`RecipeError` where statistics are missing or do not fit, before any work is done."""
-    for tensor in plan.tensors:
-        if tensor.is_solved:
-            assert tensor.tap is not None
-            with about(tensor.name):
-                stats.check_tap(tensor.tap, tensor.source.shape[-1], needs=plan.recipe.needs)
-
-
-def _check_moe(recipe: Recipe, stats: StatsFile) -> None:
-    """Raise :class:`RecipeError` when experts were measured on other tokens than the recipe says."""
-    measured, wanted = stats.metadata.get("moe"), recipe.calibration.moe
-    if measured is not None and measured != wanted:
-        raise RecipeError(
-            f"{stats.path}: experts were measured with moe: {measured}, the recipe says {wanted}; run `quantcli calibrate --moe {wanted}`, "
-            f"or say --moe {measured}"
-        )
-
-
 def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
     """Whether the output of ``tensor`` holds every value of the source."""
     if not tensor.outputs:
@@ -211,7 +140,7 @@ def _each_tensor(run: Coding) -> Iterator[LayerDone]:
     with ThreadPoolExecutor(n_at_once) as pool:
         try:
             ops.set_threads(max(1, n_threads // n_at_once))
-            for layer in _timed(run):
+            for layer in timed(run.plan):
                 for _ in layers[layer.index]:
                     while todo and len(pending) < n_at_once:
                         pending.append(pool.submit(run.code, *todo.popleft(), {}))
@@ -235,7 +164,7 @@ def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
 def _each_layer(run: Coding, stats: Mapping[str, Stats], forward: Forward | None) -> Iterator[LayerDone]:
     """Statistics from a file: layer by layer, no error propagation, no forward pass but the trials of a change of basis."""
     absorbers = _absorbers(run, forward)
-    for layer in _timed(run):
+    for layer in timed(run.plan):
         name = layer.planned.name
         prevs = absorbers(name) if absorbers else None
         layer.reports += run.code(name, layer.planned.tensors, stats, None, prevs)
@@ -255,7 +184,7 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
     absorbers = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
-    for layer in _timed(run):
+    for layer in timed(run.plan):
         name = layer.planned.name
         if name not in index:
             layer.reports += run.code(name, layer.planned.tensors, {})
@@ -313,34 +242,3 @@ def in_turn(taps: Sequence[str]) -> list[list[str]]:
     for tap in taps:
         stages.setdefault(re.sub(r"\.\d+(?=\.[^.]+$)", "", tap), []).append(tap)
     return list(stages.values())
-
-
-@dataclass(slots=True)
-class _Timed:
-    """One layer of the walk and the clock that runs for it."""
-
-    planned: PlannedLayer
-    index: int
-    n_layers: int
-    started: float
-    reports: list[TensorReport] = field(default_factory=list)
-
-    def done(self) -> LayerDone:
-        coded = [t for t in self.planned.tensors if planning.is_coded(t.scheme)]
-        errors = [r.relative_error for r in self.reports if any(t.name == r.name for t in coded)]
-        n_bytes = sum(spec.nbytes for t in self.planned.tensors for spec in t.outputs)
-        return LayerDone(
-            name=self.planned.name,
-            index=self.index,
-            n_layers=self.n_layers,
-            relative_error=sum(errors) / len(errors) if errors else None,
-            bpw=8 * n_bytes / max(1, sum(t.source.n_elements for t in self.planned.tensors)),
-            seconds=time.perf_counter() - self.started,
-            tensors=tuple(self.reports),
-        )
-
-
-def _timed(run: Coding) -> Iterator[_Timed]:
-    for index, planned in enumerate(run.plan.layers):
-        yield _Timed(planned, index, len(run.plan.layers), time.perf_counter())
-        heap.trim()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "quantcli"
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"pipeline", "coding", "evaluate"},
+    {"pipeline", "coding", "evaluate", "events", "calibrated"},
     {"plan", "calibrate", "familiarity"},
     {"forward"},
     {"formats", "passes"},

@@ -11,7 +11,8 @@ import typer
 
 from quantcli.cli import options
 from quantcli.cli.console import Console
-from quantcli.cli.quantize import check_format, execute, gguf_types, load_type
+from quantcli.cli.quantize import execute
+from quantcli.cli.recipes import check_format, gguf_types, load_type
 
 if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint

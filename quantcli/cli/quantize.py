@@ -18,11 +18,13 @@ from quantcli import heap
 from quantcli.cli import options
 from quantcli.cli.calibrate import report_familiarity
 from quantcli.cli.console import Console, size
+from quantcli.cli.recipes import choose_recipe, set_calibration, set_rules, set_scheme
 from quantcli.errors import RecipeError
 
 if TYPE_CHECKING:
+    from quantcli.calibrated import Calibrated
     from quantcli.checkpoint import Checkpoint
-    from quantcli.pipeline import Calibrated, Finished, LayerDone
+    from quantcli.events import Finished, LayerDone
     from quantcli.plan import Plan, PlannedLayer
     from quantcli.recipe import Recipe
 
@@ -75,103 +77,6 @@ def command(
     execute(console, source, output, chosen, stats=stats, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 
 
-def choose_recipe(method: str | None, recipe: str | None, type_: str | None, format_: str | None = None) -> Recipe:
-    """The recipe that the ways to name one agree on. What fits no model at all is a usage error."""
-    from quantcli import recipe as recipes
-
-    if recipe is not None and (method is not None or type_ is not None):
-        raise options.wrong("--recipe", "it already says the method and the type; give either --recipe or --method and --type")
-    format_ = None if format_ is None else check_format(format_)
-    if format_ == "gguf" and recipe is None and type_ is None:
-        raise options.wrong("--format", f"gguf needs a file type; give --type, one of: {', '.join(gguf_types())}")
-    if method is not None and method not in recipes.methods():
-        raise options.wrong("--method", f"no method '{method}'; there are: {', '.join(recipes.methods())}")
-    if recipe is not None:
-        chosen = recipes.load(recipe)
-    elif type_ is None:
-        chosen = recipes.default_for(method) if method else usual_recipe(format_)
-    else:
-        chosen = load_type(type_, "--type")
-        if method not in (None, "rtn"):
-            chosen = replace(chosen, name=f"{chosen.mix}-{method}", passes=recipes.default_for(str(method)).passes)
-    return replace(chosen, format=format_ or chosen.format)
-
-
-def usual_recipe(format_: str | None) -> Recipe:
-    """What ``quantize`` does when told no method: GPTQ, or round to nearest for a format that cannot hold what GPTQ's recipe makes."""
-    from quantcli import recipe as recipes
-    from quantcli.recipe import PassSpec
-    from quantcli.registry import find
-    from quantcli.tensors import Scheme
-
-    gptq = recipes.default_for("gptq")
-    if format_ is None or gptq.scheme is None or find("formats", format_).supports(gptq.scheme):
-        return gptq
-    usual = find("formats", format_).USUAL_SCHEME
-    if usual is None:
-        raise options.wrong("--format", f"{format_} holds no quantized tensors; use quantcli export, or a recipe that names a dtype")
-    return recipes.Recipe(f"{format_}-{usual}", format_, (PassSpec("rtn"),), scheme=Scheme.parse(usual))
-
-
-def check_format(word: str) -> str:
-    """The output format that ``word`` names."""
-    from quantcli.registry import find, names
-
-    writable = [name for name in names("formats") if hasattr(find("formats", name), "USUAL_SCHEME")]
-    word = word.lower().replace("_", "-")
-    if word not in writable:
-        raise options.wrong("--format", f"no format '{word}' to write; there are: {', '.join(writable)}")
-    return word
-
-
-def gguf_types() -> dict[str, str]:
-    """The GGUF file types that a shipped recipe writes → that recipe; Q4_K and Q5_K mean what they mean to llama-quantize."""
-    from quantcli import recipe as recipes
-    from quantcli.formats.gguf.filetypes import ALIASES
-
-    types = {mix: name for name in recipes.shipped() if (mix := recipes.load(name).mix)}
-    return types | {alias: types[name] for alias, name in ALIASES.items() if name in types}
-
-
-def load_type(word: str, option: str) -> Recipe:
-    """The recipe of a GGUF file type."""
-    from quantcli import recipe as recipes
-
-    types = gguf_types()
-    if word.upper() not in types:
-        raise options.wrong(option, f"'{word}' is no GGUF file type; there are: {', '.join(types)}")
-    return recipes.load(types[word.upper()])
-
-
-def set_scheme(recipe: Recipe, **overrides: Any) -> Recipe:
-    """The recipe with the scheme options that were given on the command line."""
-    given = {key: value for key, value in overrides.items() if value is not None}
-    return recipe.with_scheme(**given) if given else recipe
-
-
-def set_rules(recipe: Recipe, rules: list[str], skips: list[str]) -> Recipe:
-    """Rules of the command line go before those of the recipe, skips before rules."""
-    from quantcli.recipe import KEEP, Rule
-
-    pairs = [(pattern, KEEP) for pattern in skips] + [options.split_pair(text, "--rule") for text in rules]
-    return replace(recipe, rules=(*(Rule.parse(*pair) for pair in pairs), *recipe.rules))
-
-
-def set_calibration(
-    console: Console, recipe: Recipe, stats: Path | None, *, dataset: list[str] | None, samples: int | None, seq_len: int | None
-) -> Recipe:
-    """The recipe with the texts of the command line. Options that nothing would read are an error or a warning, never silent."""
-    given = {"--dataset": dataset, "--samples": samples, "--seq-len": seq_len}
-    idle = [option for option, value in given.items() if value is not None]
-    if stats is not None and idle:
-        raise options.wrong("--stats", f"{idle[0]} has no meaning beside it: the statistics were gathered before; give one of the two")
-    if not recipe.needs and (idle or stats is not None):
-        console.warn(f"recipe '{recipe.name}' uses no calibration: {', '.join(idle or ['--stats'])} ignored")
-    old = recipe.calibration
-    new = replace(old, samples=samples or old.samples, seq_len=seq_len or old.seq_len, datasets=tuple(dataset or old.datasets))
-    return replace(recipe, calibration=new)
-
-
 def default_output(source: Checkpoint, recipe: Recipe) -> Path:
     """``<model>-<recipe>`` in the current folder; ``<model>-Q4_K_M.gguf`` for GGUF."""
     path = Path(source.source).expanduser()
@@ -195,7 +100,7 @@ def execute(
     dry_run: bool = False,
 ) -> None:
     """Run a recipe, or the one that fits the source, and render what comes of it; ``quantize`` and ``export`` share it."""
-    from quantcli import pipeline
+    from quantcli import events, pipeline
     from quantcli.checkpoint import Checkpoint
 
     started = time.perf_counter()
@@ -208,17 +113,15 @@ def execute(
             recipe = recipe(checkpoint)
         target = output or default_output(checkpoint, recipe)
         calibrate = partial(load_calibration, console, checkpoint, recipe, stats)
-        events = pipeline.quantize(
-            checkpoint, target, recipe, calibrate=calibrate, device=torch_device, overwrite=overwrite, dry_run=dry_run
-        )
-        with closing(events), console.progress(f"{recipe.name}: starting") as progress:
-            for event in events:
-                if isinstance(event, pipeline.Planned):
+        walk = pipeline.quantize(checkpoint, target, recipe, calibrate=calibrate, device=torch_device, overwrite=overwrite, dry_run=dry_run)
+        with closing(walk), console.progress(f"{recipe.name}: starting") as progress:
+            for event in walk:
+                if isinstance(event, events.Planned):
                     plan = event.plan
                     report_plan(console, checkpoint, plan)
                     if not dry_run:
                         check_target(target, overwrite=overwrite, folder=recipe.format != "gguf")
-                elif isinstance(event, pipeline.LayerDone):
+                elif isinstance(event, events.LayerDone):
                     layers.append(event)
                     progress.step(event.index, event.n_layers, layer_line(event))
                     report_layer(console, event)
@@ -244,8 +147,8 @@ def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
 def load_calibration(console: Console, checkpoint: Checkpoint, recipe: Recipe, stats: Path | None) -> Calibrated:
     """Statistics from a file, or token windows from the recipe's texts."""
     from quantcli import texts
+    from quantcli.calibrated import Calibrated
     from quantcli.forward import tokenizer
-    from quantcli.pipeline import Calibrated
     from quantcli.stats_file import StatsFile
 
     if stats is not None:
