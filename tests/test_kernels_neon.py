@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_ops_blocks import INPUTS, assert_same_bytes, importance
+from test_ops_blocks import INPUTS, assert_same_bytes, importance, load_golden
 from torch import Tensor
 
 from quantcli.ops.blocks import KINDS
@@ -115,7 +114,7 @@ class Arm:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return load_file(TESTS / "data" / "ggml_blocks.safetensors")
+    return load_golden()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from quantcli.errors import KernelError
 from quantcli.ops import dispatch
 from quantcli.ops.blocks import KINDS
 
-GOLDEN = Path(__file__).parent / "data" / "ggml_blocks.safetensors"
+GOLDEN = Path(__file__).parent / "data" / "ggml_blocks"
 SETS = ops.available(hidden=True)
 COMPILED = [name for name in SETS if name != "reference"]
 
@@ -76,9 +76,14 @@ def _restore() -> Iterator[None]:
     ops.set_threads(1)
 
 
+def load_golden() -> dict[str, Tensor]:
+    """Inputs ``{case}/W``, and ggml's ``{case}/{kind}``, ``{case}/{kind}/weighted`` and ``decoded/{kind}``."""
+    return {name: tensor for path in sorted(GOLDEN.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN)
+    return load_golden()
 
 
 def assert_same_bytes(got: Tensor, expected: Tensor, case: str, kind: str) -> None:
