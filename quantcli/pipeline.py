@@ -25,6 +25,7 @@ from quantcli.plan import PlannedLayer, PlannedTensor
 from quantcli.recipe import Recipe
 from quantcli.registry import find
 from quantcli.tensors import DTYPES, Prev, Stats, TensorReport
+from quantcli.writer import Writer
 
 if TYPE_CHECKING:
     from quantcli.calibrate import Activations
@@ -53,6 +54,9 @@ def quantize(
     removes the unfinished output.
     """
     _check_apart(source, target)
+    fmt = find("formats", recipe.format)
+    if hasattr(fmt, "native") and not recipe.needs:
+        source = fmt.native(source)
     declared = planning.declared_taps(source)
     forward = _open_forward(source, device, recipe) if declared is None or recipe.needs else None
     taps = declared if forward is None else forward.taps  # where the model is built, it knows best
@@ -75,8 +79,8 @@ def quantize(
             check_stats(plan, data.stats)
             check_moe(recipe, data.stats)
     familiarity = None
-    fmt = find("formats", recipe.format)
     with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
+        _check_files_apart(source, writer)
         run = Coding(source, plan, writer, torch.device(device))
         if data is None:
             yield from _each_tensor(run)
@@ -110,6 +114,13 @@ def _check_apart(source: Checkpoint, target: Path) -> None:
     model, output = Path(os.path.realpath(source.path)), Path(os.path.realpath(target))
     if output == model or output in model.parents:
         raise RecipeError(f"{target}: the output would replace the model it is made from, {source.source}; choose another -o")
+
+
+def _check_files_apart(source: Checkpoint, writer: Writer) -> None:
+    """The same of files that are cut or joined, whose names the writer alone knows."""
+    read = {os.path.realpath(path) for path in {location.path for location in source.locations()}}
+    if taken := [path for path in writer.files if os.path.realpath(path) in read]:
+        raise RecipeError(f"{taken[0]}: the output would replace the model it is made from, {source.source}; choose another -o")
 
 
 def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:

@@ -21,13 +21,14 @@ RTN = PassSpec("rtn")
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of the source. ``scheme`` None: copied as it is. ``tap``: whose statistics its passes read, or None.
-    ``outputs``: the file tensors it becomes; none means that the format has no place for it. ``carried``: its codes are those of the
-    source (:mod:`quantcli.regrid`)."""
+    ``outputs``: the file tensors it becomes; none means that the format has no place for it. ``have``: the scheme that the source codes it
+    with; ``carried``: its codes go over (:mod:`quantcli.regrid`)."""
 
     source: TensorSpec
     scheme: Scheme | None
     tap: str | None
     outputs: tuple[TensorSpec, ...]
+    have: Scheme | None = None
     carried: bool = False
 
     @property
@@ -38,6 +39,11 @@ class PlannedTensor:
     def is_solved(self) -> bool:
         """Whether the recipe's passes choose its codes: a coded linear with a tap. What else has a scheme is rounded to nearest."""
         return self.tap is not None and bool(self.outputs) and is_coded(self.scheme) and not self.carried
+
+    @property
+    def is_recoded(self) -> bool:
+        """Whether the source's codes are decoded and others chosen, on top of the error that they have."""
+        return self.have is not None and bool(self.outputs) and is_coded(self.scheme) and not self.carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,8 @@ def declared_taps(source: Checkpoint) -> dict[str, str] | None:
     arch = archs.of(source.config)
     if arch is None:
         return None
+    if isinstance(arch, archs.StoredNames):
+        return {name: name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name}
     prefix = re.escape(arch.layer).replace(r"\{i\}", r"\d+")
     taps = {linear.name: linear.tap for linear in arch.linears}
     found = {}
@@ -134,7 +142,7 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
-        tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, name in carried)
+        tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in carried)
         planned.setdefault(layer_of(name), []).append(tensor)
     layers = tuple(PlannedLayer(name, tuple(tensors)) for name, tensors in sorted(planned.items(), key=lambda item: _natural(item[0])))
     notes = (*surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
@@ -201,6 +209,8 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
         if not hasattr(fmt, "mix"):
             raise RecipeError(f"{recipe.mix} is a mix of types for GGUF; the {recipe.format} format has none: leave --format out")
         schemes = fmt.mix(recipe.mix, source.specs, source.config, **recipe.format_options)
+        if recipe.codes != "anew":  # what the mix leaves as it is stays so when it is codes of the format's own
+            schemes = {name: have for name, have in source.schemes.items() if fmt.supports(have)} | schemes
     elif recipe.scheme is not None:
         schemes = dict.fromkeys(taps, recipe.scheme)
     if recipe.codes == "kept" and source.schemes:

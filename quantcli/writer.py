@@ -1,9 +1,10 @@
 """Output files: declared as a whole, filled in any order, checked by reading back, and only then given their name.
 
-Everything is written under ``<target>.part`` (a folder or a file, like the target). ``commit`` flushes it to the disk, reads every byte
-back and compares it with the checksum taken while it was put, and moves it to the target with one rename. Whatever happens before that
-rename leaves the target as it was; an exception also removes the ``.part``. A killed process leaves its ``.part`` behind, which the next
-run replaces; the ``.part`` of a process that still lives is locked, and a second run refuses to touch it.
+Everything is written under ``<target>.part`` (a folder or a file, like the target; for several files side by side a folder). ``commit``
+flushes it to the disk, reads every byte back and compares it with the checksum taken while it was put, and moves it to the target with one
+rename. Whatever happens before that rename leaves the target as it was; an exception also removes the ``.part``. A killed process leaves
+its ``.part`` behind, which the next run replaces; the ``.part`` of a process that still lives is locked, and a second run refuses to touch
+it. Files side by side are moved one by one, and the first, by which an engine is told of them, after the others.
 
 Memory: one tensor at a time, and 8 MiB while checking.
 """
@@ -45,7 +46,7 @@ class FileLayout:
 
 
 class Writer:
-    """Writes a folder of files (``folder=True``: several layouts and sidecars) or a single file to ``target``.
+    """Writes a folder of files (``folder=True``: several layouts and sidecars), a single file, or files side by side to ``target``.
 
     A context manager: leaving it without ``commit`` removes what was written. Raises :class:`RecipeError` at once when a finished output
     stands at ``target`` and ``overwrite`` is not given (with it the old one is replaced at ``commit``), and also when ``target`` is
@@ -56,6 +57,8 @@ class Writer:
         # Through links, so that the rename happens beside the real thing and never crosses a file system.
         self.target = Path(os.path.realpath(target))
         self.folder = folder
+        self._overwrite = overwrite
+        self._beside: tuple[Path, ...] = ()  # the other files of a target that is several
         self.part = self.target.with_name(self.target.name + ".part")
         self._old = self.target.with_name(self.target.name + ".part-old")
         self._layouts: dict[str, FileLayout] = {}
@@ -69,6 +72,11 @@ class Writer:
         disk.restore_interrupted_commit(self.target, self._old)
         check_replaceable(self.target, overwrite=overwrite, folder=folder)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What a target that is no folder will be: its file, or several, known once they are declared."""
+        return () if self.folder else (self.target, *self._beside)
+
     def declare(self, files: Sequence[FileLayout], sidecars: Mapping[str, bytes | Path] | None = None) -> None:
         """Create ``files`` with their headers, and ``sidecars`` (small files: their bytes, or a path to copy). Once.
 
@@ -76,9 +84,14 @@ class Writer:
         """
         if self._layouts or self._done:
             raise ValueError("declare may be called once")
-        if not files or (not self.folder and (len(files) != 1 or sidecars)):
-            raise ValueError(f"{self.target}: a single-file target takes one layout and no sidecars, a folder at least one layout")
+        if not files or (not self.folder and (files[0].name != self.target.name or sidecars)):
+            raise ValueError(
+                f"{self.target}: a target that is a file takes no sidecars, and its layout or the first of several has its name"
+            )
         check_layouts(files)
+        self._beside = () if self.folder else tuple(self.target.with_name(relative(layout.name).name) for layout in files[1:])
+        for path in self._beside:
+            check_replaceable(path, overwrite=self._overwrite, folder=False)
         sidecars = sidecars or {}
         self._replace_stale_part()
         n_bytes = sum(f.size for f in files) + sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars.values())
@@ -137,7 +150,10 @@ class Writer:
         with disk.wording_errors(self.target):
             self._flush()
             self._verify()
-            disk.replace(self.part, self.target, self._old)
+            if self._beside:
+                self._move_beside()
+            else:
+                disk.replace(self.part, self.target, self._old)
             disk.fsync(self.target.parent)
         self._done = True
         self._unlock()
@@ -158,7 +174,14 @@ class Writer:
         self.abort()
 
     def _path(self, file: str) -> Path:
-        return self.part / file if self.folder else self.part
+        return self.part / file if self.folder or self._beside else self.part
+
+    def _move_beside(self) -> None:
+        """Move several files to their names. An earlier output's first file goes at the start, so that no mixture of both has one."""
+        self.target.unlink(missing_ok=True)
+        for path in (*self._beside, self.target):
+            os.rename(self.part / path.name, path)
+        self.part.rmdir()
 
     def _replace_stale_part(self) -> None:
         """Clear a ``.part`` that a killed process left. Its lock died with it; a living one's is held."""
@@ -173,7 +196,7 @@ class Writer:
 
     def _create(self, files: Sequence[FileLayout]) -> None:
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        if self.folder:
+        if self.folder or self._beside:
             self.part.mkdir()
         else:
             self.part.touch(exist_ok=False)

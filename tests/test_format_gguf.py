@@ -274,10 +274,8 @@ def u32(value: int) -> container.Field:
         ({"fields": {"llama.attention.head_count": u32(0)}}, CheckpointError, "head_count"),
         ({"fields": {"llama.embedding_length": container.Field(peer.GGUFValueType.STRING, "x")}}, CheckpointError, "embedding_length"),
         ({"fields": {"llama.rope.freq_base": container.Field(peer.GGUFValueType.FLOAT32, float("nan"))}}, CheckpointError, "finite"),
-        ({"fields": {"llama.rope.scaling.type": container.Field(peer.GGUFValueType.STRING, "su")}}, UnsupportedError, "su"),
-        ({"fields": {"general.architecture": container.Field(peer.GGUFValueType.STRING, "mamba")}}, UnsupportedError, "mamba"),
         ({"fields": {"general.architecture": u32(1)}}, CheckpointError, "architecture"),
-        ({"fields": {"split.count": container.Field(peer.GGUFValueType.UINT16, 2)}}, UnsupportedError, "merge"),
+        ({"fields": {"split.count": container.Field(peer.GGUFValueType.UINT16, 2)}}, CheckpointError, "00001-of-00002"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(

@@ -71,8 +71,26 @@ class Architecture:
         return {gguf: hf for hf, gguf in self.gguf_names.items()}
 
 
+@dataclass(frozen=True)
+class StoredNames(Architecture):
+    """The architecture of a GGUF file taken as it is: tensors keep GGUF's names and rows, and each matrix reads an input of its own."""
+
+    def gguf_name(self, name: str) -> str | None:
+        return name
+
+    def hf_name(self, name: str) -> str | None:
+        return name
+
+
+def as_stored(gguf_arch: str) -> StoredNames:
+    """What answers to any GGUF architecture, known here or not."""
+    return StoredNames((), "blk.{i}", (), gguf_arch, {})
+
+
 def of(config: Mapping) -> Architecture | None:
-    """The architecture that answers to ``config["model_type"]``, or None."""
+    """The architecture that answers to ``config["model_type"]``, or None; of a GGUF file taken as it is, which has none, the stored one."""
+    if (stored := config.get("gguf_architecture")) is not None:
+        return as_stored(stored)
     return _by_model_type().get(config.get("model_type", ""))
 
 

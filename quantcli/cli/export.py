@@ -32,6 +32,9 @@ def command(
     output_tensor_type: Annotated[str | None, typer.Option(help="Type of the output matrix.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="Type of the token embedding.")] = None,
     leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Do not quantize the output matrix.")] = False,
+    split_max_size: Annotated[
+        str | None, typer.Option(metavar="300M|2G|16GiB", help="Cut the output into files of at most this much tensor data.")
+    ] = None,
     pre_tokenizer: options.PreTokenizer = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -44,7 +47,8 @@ def command(
     """Convert a model to another format: from its shards, a quantized folder or a GGUF file.
 
     Codes of a quantized source stay as they are where the target's grid holds them (GPTQ to AWQ or Q4_0, say); the rest is decoded and
-    rounded anew. The result says which: "lossless", and an error for each layer. Without TYPE the first type is taken that keeps the codes.
+    rounded anew. The result says which: "lossless", and an error for each layer. Without TYPE the first type is taken that keeps the codes,
+    and a GGUF file is copied: to cut it up, or to join its parts.
     """
     format_ = check_format(format_)
     where, type_ = split_arguments(source, type_)
@@ -54,6 +58,7 @@ def command(
         "output_tensor_type": output_tensor_type,
         "token_embedding_type": token_embedding_type,
         "leave_output_tensor": leave_output_tensor,
+        "split_max_size": split_max_size,
         "pre_tokenizer": pre_tokenizer,
     }
     format_options = {key: value for key, value in given.items() if value}
@@ -96,6 +101,8 @@ def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
     if format_ != "gguf":
         usual = find("formats", format_).USUAL_SCHEME
         return replace(recipe, scheme=None if usual is None else Scheme.parse(usual))
+    if checkpoint.kind == "gguf":
+        return replace(recipe, name="copy")
     if not checkpoint.schemes:
         raise options.wrong("TYPE", f"a GGUF file type is missing; there are: {', '.join(gguf_types())}")
     config = checkpoint.config

@@ -119,7 +119,7 @@ def execute(
                 if isinstance(event, events.Planned):
                     plan = event.plan
                     report_plan(console, checkpoint, plan)
-                    if not dry_run:
+                    if not dry_run and "split_max_size" not in recipe.format_options:  # whose files the writer checks
                         check_target(target, overwrite=overwrite, folder=recipe.format != "gguf")
                 elif isinstance(event, events.LayerDone):
                     layers.append(event)
@@ -130,6 +130,8 @@ def execute(
         if finished is not None and finished.familiarity is not None:
             report_familiarity(console, finished.familiarity)
     assert plan is not None
+    if finished is not None and "split_max_size" in recipe.format_options:
+        target = target.with_name(finished.output.name)  # the first of several files
     data = summarize(plan, target, layers, finished, time.perf_counter() - started)
     console.result(data, render_plan(console, plan) if finished is None else render_result(data))
 
@@ -168,9 +170,7 @@ def layer_line(event: LayerDone) -> str:
 
 def report_plan(console: Console, checkpoint: Checkpoint, plan: Plan) -> None:
     """What a user should know before the work begins."""
-    from quantcli.plan import is_coded
-
-    if any(t.name in checkpoint.schemes and is_coded(t.scheme) and not t.carried for t in plan.tensors):
+    if any(t.is_recoded for t in plan.tensors):
         console.warn(f"{checkpoint.source} is quantized already, and its error stays; better start from the original weights")
     for note in (*checkpoint.notes, *plan.notes):
         console.note(note)

@@ -30,7 +30,9 @@ def choose_recipe(method: str | None, recipe: str | None, type_: str | None, for
         chosen = recipes.default_for(method) if method else usual_recipe(format_)
     else:
         chosen = load_type(type_, "--type")
-        if method not in (None, "rtn"):
+        if method in (None, "rtn"):
+            chosen = replace(chosen, codes="fitting")
+        else:
             chosen = replace(chosen, name=f"{chosen.mix}-{method}", passes=recipes.default_for(str(method)).passes)
     return replace(chosen, format=format_ or chosen.format)
 

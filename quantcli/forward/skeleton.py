@@ -23,6 +23,10 @@ def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if "gguf_architecture" in config:
+        raise UnsupportedError(
+            f"{where}: architecture '{config['gguf_architecture']}' cannot be run from its GGUF file here; give the Hugging Face folder"
+        )
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedError(

@@ -40,8 +40,12 @@ def quantize(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fus
 
 
 def weight_error(W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 << 18) -> float:
-    """‖W−Ŵ‖² / ‖W‖² of ``W``: [out, in], a few rows at a time so that no second copy is made; :class:`NumericsError` for NaN or Inf."""
+    """‖W−Ŵ‖² / ‖W‖² of ``W``: [..., out, in], a few rows at a time so that no second copy is made; :class:`NumericsError` for NaN, Inf."""
     qtype = find("qtypes", tensor.scheme.qtype)
+    if W.ndim > 2:  # a stack of matrices is one of all their rows
+        W = W.flatten(0, -2)
+        rows_of = {name: part.flatten(0, -2) for name, part in tensor.parts.items()}
+        tensor = QuantizedTensor(tensor.scheme, tuple(W.shape), rows_of)
     if hasattr(qtype, "errors"):  # blocks that know no rows
         error, total = qtype.errors(W, tensor)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +36,14 @@ class BlockType:
     kind: str
 
     def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
-        """The part ``blocks`` of a matrix of ``shape``; :class:`RecipeError` unless rows are whole blocks."""
-        if len(shape) != 2:
+        """The part ``blocks`` of a matrix of ``shape``, or of a stack of them [..., out, in]; :class:`RecipeError` unless rows are whole
+        blocks."""
+        if len(shape) < 2:
             raise RecipeError(f"{scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
         sizes = KINDS[self.kind]
         hint = "use F16 or exclude it" if sizes.block == 32 else "use Q8_0 (block 32) or exclude it"
         check_divisible(shape, sizes.block, scheme, hint)
-        return {"blocks": TensorSpec.dense("blocks", "U8", (shape[0], shape[1] // sizes.block * sizes.n_bytes))}
+        return {"blocks": TensorSpec.dense("blocks", "U8", (math.prod(shape[:-1]), shape[-1] // sizes.block * sizes.n_bytes))}
 
     def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
         """The grid that ggml's search finds for ``W`` [out, in]; ``importance`` [in] weighs it as llama.cpp's imatrix does."""
@@ -65,13 +67,13 @@ class BlockType:
         return QuantizedTensor(scheme, tuple(codes.shape), {"blocks": blocks})
 
     def unpack(self, tensor: QuantizedTensor) -> Tensor:
-        """The weights [out, in] float32 that ggml's dequantizer computes."""
-        return dequantize_blocks(tensor.parts["blocks"], self.kind, tensor.shape[-1])
+        """The weights [..., out, in] float32 that ggml's dequantizer computes."""
+        return dequantize_blocks(tensor.parts["blocks"], self.kind, tensor.shape[-1]).view(tensor.shape)
 
     def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
-        """``W`` [out, in], any float dtype, as the very bytes of ``ggml_quantize_chunk``: its codes are not always the grid's nearest."""
+        """``W`` [..., out, in], any float dtype, as the very bytes of ``ggml_quantize_chunk``: not always the grid's nearest codes."""
         self.layout(tuple(W.shape), scheme)
-        blocks = quantize_blocks(W, self.kind, importance)
+        blocks = quantize_blocks(W.flatten(0, -2), self.kind, importance)
         self._check_finite(W, self._halves(blocks))
         return QuantizedTensor(scheme, tuple(W.shape), {"blocks": blocks})
 

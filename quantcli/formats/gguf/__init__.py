@@ -11,20 +11,20 @@ import torch
 from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 from torch import Tensor
 
-from quantcli.archs import Architecture
+from quantcli.archs import Architecture, StoredNames
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError
-from quantcli.formats.gguf import filetypes, rope
+from quantcli.formats.gguf import filetypes, rope, splits
 from quantcli.formats.gguf import metadata as keyed
-from quantcli.formats.gguf.container import MAGIC, Field, header, read_header, tensor_spec
+from quantcli.formats.gguf.container import MAGIC, Field, tensor_spec
 from quantcli.formats.gguf.filetypes import mix
 from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.formats.gguf.tokenizer import add_tokenizer
 from quantcli.ops.blocks import KINDS
-from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
-from quantcli.writer import FileLayout, Slot, Writer
+from quantcli.tensors import DTYPE_NAMES, DTYPES, QuantizedTensor, Scheme, TensorSpec
+from quantcli.writer import Writer
 
-__all__ = ["USUAL_SCHEME", "Context", "context", "detect", "mix", "outputs", "parts", "read", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "Context", "context", "detect", "mix", "native", "outputs", "parts", "read", "supports", "writer"]
 
 USUAL_SCHEME = "q8_0"
 """What ``export`` codes to where the source's own codes do not fit."""
@@ -35,7 +35,8 @@ NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quant
 
 @dataclass(frozen=True)
 class Context:
-    """What one output file needs to know. ``names``: HF → GGUF name in file order; ``extras``: tensors no checkpoint stores."""
+    """What one output needs to know. ``names``: the source's → GGUF name in file order; ``extras``: tensors no checkpoint stores;
+    ``split_bytes``: how much tensor data a file may hold before another is begun, None for any."""
 
     arch: Architecture
     config: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Context:
     names: Mapping[str, str]
     fields: Mapping[str, Field]
     extras: Mapping[str, Tensor]
+    split_bytes: int | None = None
 
 
 def detect(path: Path, config: dict | None) -> bool:
@@ -63,29 +65,46 @@ def read(path: Path) -> GgufCheckpoint:
     return GgufCheckpoint(path)
 
 
+def native(source: Checkpoint) -> Checkpoint:
+    """``source`` as this format itself stores it: a GGUF file goes to a GGUF file tensor by tensor, with all its metadata, as
+    llama-quantize takes it, and by way of no other names."""
+    if not isinstance(source, GgufCheckpoint) or source.is_stored:
+        return source
+    stored = GgufCheckpoint(source.path, as_stored=True)
+    stored.source = source.source
+    return stored
+
+
 def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], **options: Any) -> Context:
     """Everything but the tensors' data of a GGUF file made from ``source``.
 
     ``schemes``: as :func:`mix` chose them; ``metadata``: written as ``quantcli.<key>``; ``options``: :class:`filetypes.Options`, of which
-    ``pre_tokenizer`` counts here. A GGUF source hands on its own metadata.
+    ``pre_tokenizer`` and ``split_max_size`` count here. A GGUF source hands on its own metadata.
     """
     config = source.config
     arch = filetypes.architecture(config)
     table = filetypes.gguf_names(source.specs, config)
-    check_complete(source, table.values())
-    extras = extra_tensors(config)
-    pre_tokenizer = filetypes.Options.of(options).pre_tokenizer
-    if source.kind == "gguf":
-        fields = inherited(source, pre_tokenizer)
+    chosen = filetypes.Options.of(options)
+    split_bytes = None if chosen.split_max_size is None else splits.parse_size(chosen.split_max_size)
+    if isinstance(source, GgufCheckpoint):
+        fields, extras = inherited(source, chosen.pre_tokenizer), source.unnamed()
     else:
+        check_complete(source, table.values())
+        extras = extra_tensors(config)
         n_params = sum(source.specs[name].n_elements for name in table) + sum(extra.numel() for extra in extras.values())
-        fields = describe(source, arch, n_params, pre_tokenizer)
+        fields = describe(source, arch, n_params, chosen.pre_tokenizer)
     fields["general.quantization_version"] = Field(GGUFValueType.UINT32, GGML_QUANT_VERSION)
-    asked = (metadata.get("recipe") or {}).get("mix")
-    kind = filetypes.closest(schemes, source.specs, config, asked=asked)
-    fields["general.file_type"] = Field(GGUFValueType.UINT32, int(kind.number))
+    fields["general.file_type"] = file_type(source, schemes, (metadata.get("recipe") or {}).get("mix"))
     fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in metadata.items()}
-    return Context(arch, config, schemes, table, fields, extras)
+    return Context(arch, config, schemes, table, fields, extras, split_bytes)
+
+
+def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], asked: str | None) -> Field:
+    """general.file_type: that of a GGUF source whose tensors are handed on, else of the mix that ``schemes`` are nearest to."""
+    if asked is None and isinstance(source, GgufCheckpoint) and (stated := source.container.fields.get("general.file_type")):
+        return stated
+    kind = filetypes.closest(schemes, source.specs, source.config, asked=asked)
+    return Field(GGUFValueType.UINT32, int(kind.number))
 
 
 def check_complete(source: Checkpoint, gguf_names: Collection[str]) -> None:
@@ -107,9 +126,9 @@ def describe(source: Checkpoint, arch: Architecture, n_params: int, pre_tokenize
     return keyed.fields_of(keys)
 
 
-def inherited(source: Checkpoint, pre_tokenizer: str | None) -> dict[str, Field]:
+def inherited(source: GgufCheckpoint, pre_tokenizer: str | None) -> dict[str, Field]:
     """The metadata of a GGUF source, without what says how that file was made."""
-    fields = {key: field for key, field in read_header(source.path).fields.items() if not key.startswith(NOT_INHERITED)}
+    fields = {key: field for key, field in source.container.fields.items() if not key.startswith(NOT_INHERITED)}
     if pre_tokenizer is not None:
         fields["tokenizer.ggml.pre"] = Field(GGUFValueType.STRING, pre_tokenizer)
     return fields
@@ -126,12 +145,14 @@ def extra_tensors(config: Mapping) -> dict[str, Tensor]:
 def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
     """The file's tensor for a logical one: ``scheme``'s type, F32 for norms and biases, and the stored type for a matrix left alone."""
     target = context.names.get(spec.name)
-    return [] if target is None else [tensor_spec(target, stored_type(target, spec, scheme), spec.shape)]
+    return [] if target is None else [tensor_spec(target, stored_type(target, spec, scheme, context), spec.shape)]
 
 
-def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None) -> str:
+def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None, context: Context) -> str:
     if scheme is not None:
         return scheme.qtype.upper()
+    if isinstance(context.arch, StoredNames):
+        return spec.dtype
     return spec.dtype if filetypes.is_quantizable(target, spec) and spec.dtype in filetypes.DENSE else "F32"
 
 
@@ -152,8 +173,8 @@ def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict
 
 def dense(name: str, target: str, tensor: Tensor, context: Context) -> Tensor:
     """``tensor`` in the type :func:`outputs` announced; :class:`NumericsError` when a weight is too large for float16."""
-    spec = TensorSpec.dense(name, DTYPE_WORDS.get(tensor.dtype, "F32"), tuple(tensor.shape))
-    dtype = DTYPES[stored_type(target, spec, context.schemes.get(name))]
+    spec = TensorSpec.dense(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+    dtype = DTYPES[stored_type(target, spec, context.schemes.get(name), context)]
     if target.endswith("_norm.weight"):
         tensor = tensor.float() + context.arch.norm_offset
     data = tensor.to(dtype)
@@ -162,18 +183,15 @@ def dense(name: str, target: str, tensor: Tensor, context: Context) -> Tensor:
     return data
 
 
-DTYPE_WORDS = {DTYPES[word]: word for word in filetypes.DENSE}
-
-
 def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
-    """A declared writer of the file at ``path``: tensors in llama-quantize's order, the computed ones already put."""
+    """A declared writer of the file at ``path``, or of llama.cpp's shards beside it: tensors in llama-quantize's order, the computed ones
+    already put."""
     extras = [tensor_spec(name, "F32", tuple(tensor.shape)) for name, tensor in context.extras.items()]
     specs = sorted([*outputs, *extras], key=lambda spec: filetypes.file_order(spec.name))
-    head, offsets, size = header(context.fields, specs)
-    layout = FileLayout(path.name, head, size, {spec.name: Slot(spec, offsets[spec.name]) for spec in specs})
-    out = Writer(path, overwrite=overwrite, folder=False)
+    files = splits.layouts(path, context.fields, specs, context.split_bytes)
+    out = Writer(path.with_name(files[0].name), overwrite=overwrite, folder=False)
     try:
-        out.declare([layout])
+        out.declare(files)
         for name, tensor in context.extras.items():
             out.put(name, tensor)
     except BaseException:

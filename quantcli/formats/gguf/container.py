@@ -24,6 +24,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.json_files import shown
+from quantcli.locations import Location
 from quantcli.tensors import TensorSpec
 
 MAGIC = b"GGUF"
@@ -68,17 +69,24 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A parsed header. ``specs``: by GGUF name, in file order, shapes as PyTorch has them; ``offsets`` are absolute in the file."""
+    """A parsed header. ``specs``: by GGUF name, in file order, shapes as PyTorch has them; ``offsets`` are absolute in the
+    tensor's file, one of ``paths``: a model may lie in several. ``path``, ``version`` and ``fields`` are the first one's.
+    """
 
     path: Path
     version: int
     fields: dict[str, Field]
     specs: dict[str, TensorSpec]
     offsets: dict[str, int]
+    paths: dict[str, Path]
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of metadata ``key``."""
         return self.fields[key].value if key in self.fields else default
+
+    def location(self, name: str) -> Location:
+        """Where tensor ``name`` lies."""
+        return Location(self.paths[name], self.specs[name], self.offsets[name])
 
 
 def row_bytes(ggml_type: str, in_features: int) -> int:
@@ -126,7 +134,7 @@ class _HeaderReader:
         start = -(-self.at // alignment) * alignment
         offsets = {name: start + offset for name, offset in relative.items()}
         self.check_places(specs, offsets, alignment, start)
-        return Container(self.path, version, fields, specs, offsets)
+        return Container(self.path, version, fields, specs, offsets, dict.fromkeys(specs, self.path))
 
     def preamble(self) -> tuple[int, int, int]:
         """Version, number of tensors, number of fields: each within what the file can hold."""
@@ -276,12 +284,13 @@ def header(fields: Mapping[str, Field], specs: Sequence[TensorSpec]) -> tuple[by
         dims = spec.shape[::-1]
         out += _pack_string(spec.name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
         out += struct.pack("<IQ", GGMLQuantizationType[spec.dtype], data_size)
-        data_size += _aligned(spec.nbytes)
-    out += bytes(_aligned(len(out)) - len(out))
+        data_size += aligned(spec.nbytes)
+    out += bytes(aligned(len(out)) - len(out))
     return bytes(out), {name: len(out) + offset for name, offset in relative.items()}, len(out) + data_size
 
 
-def _aligned(n: int) -> int:
+def aligned(n: int) -> int:
+    """``n`` bytes with the padding that follows them."""
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 

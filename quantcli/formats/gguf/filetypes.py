@@ -69,7 +69,8 @@ FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 class Options:
     """What a user may say of a GGUF file, under llama-quantize's names; a recipe's ``format_options``.
 
-    ``tensor_type``: "REGEX=TYPE" on GGUF names, the first match wins; ``pre_tokenizer``: replaces the name found from tokenizer.json.
+    ``tensor_type``: "REGEX=TYPE" on GGUF names, the first match wins; ``pre_tokenizer``: replaces the name found from tokenizer.json;
+    ``split_max_size``: of the files, when there may be several.
     """
 
     pure: bool = False
@@ -78,6 +79,7 @@ class Options:
     token_embedding_type: str | None = None
     leave_output_tensor: bool = False
     pre_tokenizer: str | None = None
+    split_max_size: str | None = None
 
     @classmethod
     def of(cls, words: Mapping[str, Any]) -> Options:
@@ -111,6 +113,8 @@ def architecture(config: Mapping) -> Architecture:
     """The architecture of ``config``, or :class:`UnsupportedError`; :class:`CheckpointError` when the config does not say its sizes."""
     if (arch := archs.of(config)) is None:
         raise UnsupportedError(f"model_type '{config.get('model_type')}' cannot be written as GGUF yet; use --format hf or gptq")
+    if isinstance(arch, archs.StoredNames):
+        return arch  # whose config says what the file says
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(f"config.json: {key} is {config.get(key)!r}, expected a positive integer")

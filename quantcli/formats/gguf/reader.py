@@ -1,10 +1,13 @@
-"""A GGUF file as a checkpoint: Hugging Face's tensor names, row order and config, whoever wrote the file."""
+"""A GGUF file as a checkpoint, whoever wrote it: under Hugging Face's names, row order and config, or taken as it is."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +16,9 @@ from quantcli.archs import Architecture
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import rope
-from quantcli.formats.gguf.container import Container, read_header, row_bytes
+from quantcli.formats.gguf.container import Container, row_bytes
 from quantcli.formats.gguf.metadata import config_of
+from quantcli.formats.gguf.splits import read_model
 from quantcli.json_files import shown
 from quantcli.locations import Location, read_tensor
 from quantcli.registry import names
@@ -22,32 +26,37 @@ from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 
 class GgufCheckpoint(Checkpoint):
-    """``specs``: under HF names, dtype as stored (Q4_K, BF16); ``schemes``: the block types among them that quantcli can decode."""
+    """``specs``: dtype as stored (Q4_K, BF16); ``schemes``: the block types among them that quantcli can decode.
 
-    def __init__(self, path: Path) -> None:
-        container = read_header(path)
-        if str(n_files := container.get("split.count", 1)) != "1":
-            raise UnsupportedError(f"{path}: one of {shown(n_files)} parts of a split model; join them with llama-gguf-split --merge first")
-        arch = architecture(container)
-        self.container, self.arch = container, arch
-        self.gguf_names = {hf_name(container, arch, name): name for name in container.specs if name != rope.TENSOR}
-        specs = {hf: renamed(container.specs[name], hf) for hf, name in self.gguf_names.items()}
+    Names, row order and config are Hugging Face's where ``archs/`` knows the architecture whole. Otherwise, or when asked (``as_stored``),
+    they are the file's own: enough to inspect it and to make another GGUF file of it, as llama-quantize does, of whatever architecture.
+    """
+
+    def __init__(self, path: Path, *, as_stored: bool = False) -> None:
+        container = read_model(path)
+        view = stored_view(container) if as_stored else view_of(container)
+        self.container, self.arch, self.gguf_names = container, view.arch, view.names
+        specs = {name: renamed(container.specs[stored], name) for name, stored in view.names.items()}
         known = names("qtypes")
-        schemes = {hf: Scheme.of(s.dtype.lower()) for hf, s in specs.items() if s.dtype not in DTYPES and s.dtype.lower() in known}
-        config = config_of(container, arch)
-        check_tensors(container, arch, config)
+        schemes = {name: Scheme.of(s.dtype.lower()) for name, s in specs.items() if s.dtype not in DTYPES and s.dtype.lower() in known}
         super().__init__(
             path,
             kind="gguf",
-            config=config,
+            config=view.config,
             specs=dict(sorted(specs.items(), key=lambda item: natural(item[0]))),
             schemes=schemes,
             quantization=summary(container),
+            notes=view.notes,
         )
-        if rope.TENSOR in container.specs:
+        if rope.TENSOR in container.specs and not self.is_stored:
             if container.specs[rope.TENSOR].dtype != "F32":
                 raise CheckpointError(f"{path}: tensor '{rope.TENSOR}' is {container.specs[rope.TENSOR].dtype}, expected F32")
-            self.config["rope_parameters"] = rope.llama3_parameters(self._raw(rope.TENSOR), config["rope_parameters"]["rope_theta"])
+            self.config["rope_parameters"] = rope.llama3_parameters(self._raw(rope.TENSOR), self.config["rope_parameters"]["rope_theta"])
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether names, rows and config are the file's own."""
+        return isinstance(self.arch, archs.StoredNames)
 
     def load(self, name: str) -> Tensor:
         if self.specs[name].dtype not in DTYPES:
@@ -58,7 +67,12 @@ class GgufCheckpoint(Checkpoint):
         return QuantizedTensor(self.schemes[name], self.specs[name].shape, {"blocks": self._in_order(name)})
 
     def locations(self) -> list[Location]:
-        return [Location(self.path, spec, self.container.offsets[name]) for name, spec in self.container.specs.items()]
+        return [self.container.location(name) for name in self.container.specs]
+
+    def unnamed(self) -> dict[str, Tensor]:
+        """The stored tensors that ``specs`` has no name for, because the config says what they hold: by GGUF name."""
+        named = set(self.gguf_names.values())
+        return {name: self._raw(name) for name in self.container.specs if name not in named}
 
     def _in_order(self, name: str) -> Tensor:
         """The stored tensor with its rows where HF has them: GGUF's row ``r`` is HF's row ``order[r]``."""
@@ -72,26 +86,79 @@ class GgufCheckpoint(Checkpoint):
 
     def _raw(self, gguf_name: str) -> Tensor:
         """As stored: the dense tensor, or its blocks U8 [out, row_bytes]."""
-        spec = self.container.specs[gguf_name]
+        location = self.container.location(gguf_name)
+        spec = location.spec
         if spec.dtype not in DTYPES:
             shape = (spec.n_elements // spec.shape[-1], row_bytes(spec.dtype, spec.shape[-1]))
-            spec = TensorSpec(spec.name, "U8", shape, spec.nbytes)
-        return read_tensor(Location(self.path, spec, self.container.offsets[gguf_name]))
+            location = replace(location, spec=TensorSpec(spec.name, "U8", shape, spec.nbytes))
+        return read_tensor(location)
 
 
-def architecture(container: Container) -> Architecture:
+@dataclass(frozen=True)
+class View:
+    """How a file's tensors are called and what its config says. ``names``: name in ``specs`` → GGUF name."""
+
+    arch: Architecture
+    names: dict[str, str]
+    config: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def view_of(container: Container) -> View:
+    """Hugging Face's view where ``archs/`` has a name for every tensor and a config for the metadata, else the file's own."""
+    name = architecture_name(container)
+    arch = archs.of_gguf(name)
+    if arch is None:
+        return stored_view(container, f"architecture '{name}' has no Hugging Face names here")
+    table = {arch.hf_name(stored) or "": stored for stored in container.specs if stored != rope.TENSOR}
+    if "" in table:
+        return stored_view(container, f"'{table['']}' has no Hugging Face name in architecture '{name}' here")
+    try:
+        config = config_of(container, arch)
+    except UnsupportedError as error:
+        return stored_view(container, str(error))
+    check_tensors(container, arch, config)
+    return View(arch, table, config)
+
+
+def stored_view(container: Container, reason: str | None = None) -> View:
+    """The file's own names; ``reason``: why not Hugging Face's."""
+    name = architecture_name(container)
+    note = f"{reason}: the file is taken as it is, under GGUF's names, and serves as a source of other GGUF files"
+    return View(
+        archs.as_stored(name), {stored: stored for stored in container.specs}, stored_config(container, name), (note,) if reason else ()
+    )
+
+
+STORED_KEYS = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "num_local_experts": "expert_count",
+}
+"""What a mix of types goes by: HF's word → GGUF's key."""
+
+
+def stored_config(container: Container, gguf_arch: str) -> dict[str, Any]:
+    """The metadata, and Hugging Face's words for what llama-quantize goes by: 0 where nothing is said, of values by layer the first."""
+    config: dict[str, Any] = {"architectures": [gguf_arch], "gguf_architecture": gguf_arch, "gguf_metadata": container.fields}
+    for word, key in STORED_KEYS.items():
+        value = container.get(f"{gguf_arch}.{key}", 0)
+        value = value[0].item() if isinstance(value, np.ndarray) and value.size else value
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise CheckpointError(f"{container.path}: metadata key '{gguf_arch}.{key}' is {shown(value)}, expected an integer")
+        config[word] = value
+    if f"{gguf_arch}.attention.head_count_kv" not in container.fields:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    return config
+
+
+def architecture_name(container: Container) -> str:
     name = container.get("general.architecture")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise CheckpointError(f"{container.path}: no general.architecture in the metadata; the file is no model")
-    if (arch := archs.of_gguf(name)) is None:
-        raise UnsupportedError(f"{container.path}: architecture '{name}' cannot be read from GGUF yet; give the Hugging Face folder")
-    return arch
-
-
-def hf_name(container: Container, arch: Architecture, name: str) -> str:
-    if (hf := arch.hf_name(name)) is None:
-        raise UnsupportedError(f"{container.path}: {name} is no tensor of the {arch.gguf_arch} architecture that quantcli knows")
-    return hf
+    return name
 
 
 def renamed(spec: TensorSpec, name: str) -> TensorSpec:
