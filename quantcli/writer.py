@@ -84,10 +84,8 @@ class Writer:
         """
         if self._layouts or self._done:
             raise ValueError("declare may be called once")
-        if not files or (not self.folder and (files[0].name != self.target.name or sidecars)):
-            raise ValueError(
-                f"{self.target}: a target that is a file takes no sidecars, and its layout or the first of several has its name"
-            )
+        if not files or (not self.folder and (sidecars or (len(files) > 1 and files[0].name != self.target.name))):
+            raise ValueError(f"{self.target}: a target that is a file takes no sidecars, and the first of several files has its name")
         check_layouts(files)
         self._beside = () if self.folder else tuple(self.target.with_name(relative(layout.name).name) for layout in files[1:])
         for path in self._beside:

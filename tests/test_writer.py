@@ -353,3 +353,62 @@ def test_a_link_is_followed_so_that_the_rename_stays_on_its_disk(tmp_path: Path)
     write(tmp_path / "out")
     assert leftovers(tmp_path / "far") == ["real"]
     assert (tmp_path / "out").is_symlink()
+
+
+def beside(n: int = 3) -> list[FileLayout]:
+    return [a_layout(f"m-{i}", [f"{i}a", f"{i}b"]) for i in range(n)]
+
+
+def put_all(out: Writer, files: list[FileLayout]) -> None:
+    for layout in files:
+        for name in layout.slots:
+            out.put(name, value(7))
+
+
+def test_several_files_come_to_stand_beside_each_other(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    with Writer(tmp_path / "m-0", folder=False) as out:
+        out.declare(beside())
+        assert out.files == tuple(tmp_path / f"m-{i}" for i in range(3))
+        put_all(out, beside())
+        assert not (tmp_path / "m-1").exists()
+        out.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m-0", "m-1", "m-2", "mine.txt"]
+    assert (tmp_path / "m-2").read_bytes() == (tmp_path / "m-0").read_bytes()
+
+
+def test_any_of_several_files_that_stands_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "m-2").write_bytes(b"old")
+    with Writer(tmp_path / "m-0", folder=False) as out, pytest.raises(RecipeError, match="m-2: already exists"):
+        out.declare(beside())
+    with Writer(tmp_path / "m-0", folder=False, overwrite=True) as out:
+        out.declare(beside())
+        put_all(out, beside())
+        assert (tmp_path / "m-2").read_bytes() == b"old"
+        out.commit()
+    assert (tmp_path / "m-2").read_bytes() != b"old"
+
+
+def test_an_old_and_a_new_set_never_have_a_first_file_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        (tmp_path / f"m-{i}").write_bytes(b"old")
+    rename, renamed = os.rename, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        rename(source, target)
+
+    with Writer(tmp_path / "m-0", folder=False, overwrite=True) as out:
+        out.declare(beside())
+        put_all(out, beside())
+        monkeypatch.setattr(os, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            out.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m-1", "m-2"]
+
+
+def test_the_first_of_several_files_has_the_targets_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="first of several"), Writer(tmp_path / "other", folder=False) as out:
+        out.declare(beside())

@@ -145,8 +145,9 @@ def gguf_names(specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, st
 
 
 def is_quantizable(gguf_name: str, spec: TensorSpec) -> bool:
-    """Matrices; never norms and biases, which stay F32."""
-    return len(spec.shape) >= 2 and gguf_name.endswith("weight") and not gguf_name.endswith("_norm.weight")
+    """Matrices; never norms and biases, which stay F32, nor routers and thin convolutions."""
+    kept = gguf_name.endswith(("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight"))
+    return len(spec.shape) >= 2 and gguf_name.endswith("weight") and not kept
 
 
 def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, **options: Any) -> dict[str, Scheme]:
