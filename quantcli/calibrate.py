@@ -20,6 +20,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError
 from quantcli.familiarity import Familiarity
 from quantcli.forward import Forward, LoadedLayer
+from quantcli.outliers import Figures, figures_of
 from quantcli.shards import file_layout
 from quantcli.stats_file import DIAGONAL_PARTS, put_stats, stats_metadata, stats_specs
 from quantcli.tensors import Stats
@@ -58,6 +59,7 @@ class StatsMeter:
         self._n_tokens = 0
         self._H = torch.zeros(in_features, in_features, device=device) if hessian else None
         self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._fourths = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._absmax = torch.zeros(in_features, device=device)
         self._counts = torch.zeros(ranges.N_BINS, dtype=torch.int64, device=device) if histogram else None
@@ -70,8 +72,11 @@ class StatsMeter:
         self._absmax = torch.maximum(self._absmax, torch.maximum(X.amax(0), -X.amin(0)))
         if self._counts is not None:
             self._counts += ranges.count(X)
+        squares = X.square()
         if self._H is None:
-            self._squares += X.square().sum(0)
+            self._squares += squares.sum(0)
+        self._fourths += squares.square_().sum(0)
+        if self._H is None:
             return
         for a in range(0, len(self._H), BLOCK):
             # Not addmm_: its kernel would add every product to the large running sum and lose the small ones.
@@ -89,7 +94,8 @@ class StatsMeter:
         importance = (self._squares / n).float() if H is None else H.diagonal().clone()
         histogram = None if self._counts is None else (self._counts / max(1, int(self._counts.sum()))).float()
         mean = (self._sum / n).float()
-        return Stats(importance=importance, absmax=self._absmax, mean=mean, n_tokens=self._n_tokens, H=H, histogram=histogram)
+        fourth = (self._fourths / n).float()
+        return Stats(importance, self._absmax, mean, self._n_tokens, H, histogram, fourth)
 
 
 class Activations:
@@ -240,6 +246,16 @@ def calibrate(
         few = familiarity.sampled(ids)
         yield familiarity.measure(forward, Activations(ids[few], activations.hidden[few]), ids)
         writer.commit()
+
+
+def figures_by_tap(forward: Forward, ids: Tensor) -> dict[str, Figures]:
+    """The figures of every tap of a model as it is, for token windows ``ids`` [n, T]: one run, without H."""
+    found: dict[str, Figures] = {}
+    activations = Activations.embed(forward, ids)
+    for i in range(len(forward.layers)):
+        with forward.layer(i) as layer:
+            found |= {tap: figures_of(stats) for tap, stats in activations.measure_and_advance(layer, DIAGONALS).items()}
+    return found
 
 
 def measure_head(forward: Forward, activations: Activations, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:

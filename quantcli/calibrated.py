@@ -25,9 +25,11 @@ class Calibrated:
     stats: StatsFile | None = None
 
     def provenance(self) -> dict[str, str]:
-        """What an output says of the text: ``dataset_sha256``, and ``dataset_sketch`` by which another text is compared with it."""
+        """What an output says of the text: ``dataset_sha256``, ``dataset_sketch`` by which another text is compared with
+        it, and ``calibrated_by`` "windows", run behind quantized layers, or "statistics", gathered before on the source."""
         sketch = overlap.sketch(self.windows) if self.windows is not None else self.stats and self.stats.dataset_sketch
-        return {"dataset_sha256": self.dataset_sha256} | ({"dataset_sketch": sketch} if sketch else {})
+        how = "statistics" if self.stats is not None else "windows"
+        return {"dataset_sha256": self.dataset_sha256, "calibrated_by": how} | ({"dataset_sketch": sketch} if sketch else {})
 
 
 def check_stats(plan: Plan, stats: StatsFile) -> None:

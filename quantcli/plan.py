@@ -11,6 +11,7 @@ from typing import Any
 from quantcli import archs, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
+from quantcli.outliers import Protected
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
 from quantcli.tensors import Scheme, TensorSpec
@@ -113,8 +114,16 @@ def declared_taps(source: Checkpoint) -> dict[str, str] | None:
     return found
 
 
-def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadata: Mapping[str, Any] | None = None) -> Plan:
-    """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header.
+def make(
+    source: Checkpoint,
+    recipe: Recipe,
+    taps: Mapping[str, str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    protected: Sequence[Protected] | None = None,
+) -> Plan:
+    """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header;
+    ``protected``: what the recipe's ``protect_outliers`` found in their inputs, None as long as these are not known.
 
     Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that
     the format cannot hold, and for a model in whose layers no linear is found.
@@ -123,6 +132,7 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
     check_format_options(recipe)
     check_passes(recipe)
     schemes = choose_schemes(source, recipe, taps)
+    schemes, spared = protect(recipe, schemes, taps, protected)
     carried = carried_over(source, recipe, schemes)
     if hasattr(fmt, "suited"):
         schemes = {name: s if name in carried else fmt.suited(s, source.config) for name, s in schemes.items()}
@@ -145,7 +155,7 @@ def make(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], *, metadat
         tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in carried)
         planned.setdefault(layer_of(name), []).append(tensor)
     layers = tuple(PlannedLayer(name, tuple(tensors)) for name, tensors in sorted(planned.items(), key=lambda item: _natural(item[0])))
-    notes = (*surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
+    notes = (*spared, *surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
     if dense:
         notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
     return Plan(recipe, layers, context, notes)
@@ -199,6 +209,27 @@ def check_passes(recipe: Recipe) -> None:
     if recipe.changes_basis and recipe.true_sequential:
         names = ", ".join(p.name for p in recipe.passes)
         raise RecipeError(f"recipe '{recipe.name}': {names} works on a whole layer at once; leave true_sequential out")
+
+
+def protect(
+    recipe: Recipe, schemes: Mapping[str, Scheme], taps: Mapping[str, str], protected: Sequence[Protected] | None
+) -> tuple[dict[str, Scheme], tuple[str, ...]]:
+    """``schemes`` with those of ``protected`` replaced by what ``protect_outliers`` says, unless a rule names the tensor; and a note."""
+    if recipe.protect_outliers is None:
+        return dict(schemes), ()
+    scheme, chosen = recipe.protect_outliers.scheme, dict(schemes)
+    if scheme is not None and not find("formats", recipe.format).supports(scheme):
+        raise UnsupportedError(f"protect_outliers: the {recipe.format} format cannot hold {scheme}; choose another, or 'keep'")
+    if protected is None:
+        return chosen, ("protect_outliers: what it protects is known once inputs are measured, or from --stats",)
+    spared = {tap for unit in protected for tap in unit.taps}
+    names = [n for n, tap in taps.items() if tap in spared and is_coded(schemes.get(n)) and not any(r.matches(n) for r in recipe.rules)]
+    for name in names:
+        chosen.pop(name)
+        chosen |= {} if scheme is None else {name: scheme}
+    if not names:
+        return chosen, ("protect_outliers: no inputs go beyond its thresholds",)
+    return chosen, (f"protect_outliers: {len(names)} linears {'stay as they are' if scheme is None else f'in {scheme}'}: {listed(names)}",)
 
 
 def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:

@@ -12,8 +12,9 @@ import yaml
 
 from quantcli import ranges
 from quantcli.errors import RecipeError
+from quantcli.outliers import Protection
 from quantcli.registry import find, names
-from quantcli.tensors import Scheme
+from quantcli.tensors import KEEP, Scheme
 
 CODES = ("anew", "fitting", "kept")
 """What becomes of codes that the source has already: all are chosen anew from the decoded weights; those stay that the recipe's scheme for
@@ -22,14 +23,11 @@ their tensor can hold; or every tensor takes the first scheme of the format that
 MOE = ("routed", "all")
 """What an expert is calibrated on: the tokens that the router sends to it, or every token."""
 
-KEEP = "keep"
-"""The word that leaves a tensor as it is in place of a scheme."""
-
 YAML_TYPES: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for"), (str, "a word")),
     **dict.fromkeys(("moe", "fallback", "input_range"), (str, "a word")),
     **dict.fromkeys(("passes", "rules", "datasets"), (list, "a list")),
-    **dict.fromkeys(("calibration", "format_options"), (Mapping, "a mapping")),
+    **dict.fromkeys(("calibration", "format_options", "protect_outliers"), (Mapping, "a mapping")),
     **dict.fromkeys(("seed", "samples", "seq_len", "min_tokens"), (int, "an integer")),
     "true_sequential": (bool, "true or false"),
 }
@@ -101,7 +99,8 @@ class Calibration:
 class Recipe:
     """Passes, rules and a format. The first rule that matches a tensor wins; ``scheme`` serves the linears of decoder layers that no
     rule names, or ``mix`` lets a GGUF file type choose the type of every tensor. ``codes``: what becomes of those the source has
-    (:data:`CODES`). ``format_options`` are the format's to read."""
+    (:data:`CODES`). ``protect_outliers`` goes after the rules: linears with outlying inputs (:mod:`quantcli.outliers`) get its scheme.
+    ``format_options`` are the format's to read."""
 
     name: str
     format: str
@@ -111,6 +110,7 @@ class Recipe:
     mix: str | None = None
     codes: str = "anew"
     rules: tuple[Rule, ...] = ()
+    protect_outliers: Protection | None = None
     calibration: Calibration = Calibration()
     true_sequential: bool = False
     seed: int = 0
@@ -119,11 +119,13 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that its passes read, and the range of inputs where their scales are found beforehand."""
-        schemes = [self.scheme, *(rule.scheme for rule in self.rules)]
+        """The statistics that its passes read, the range of inputs where their scales are found beforehand, what tells outliers."""
+        protection = self.protect_outliers
+        schemes = [self.scheme, *(rule.scheme for rule in self.rules), None if protection is None else protection.scheme]
         found: set[str] = set()
         if any(scheme is not None and scheme.static_activations for scheme in schemes):
             found = {"absmax"} if self.calibration.input_range == "minmax" else {"absmax", "histogram"}
+        found |= {"fourth"} if protection is not None else set()
         return frozenset(found).union(*(p.needs for p in self.passes))
 
     @property
@@ -160,6 +162,7 @@ class Recipe:
             "mix": self.mix,
             "codes": self.codes,
             "rules": [{"match": r.pattern, "scheme": KEEP if r.scheme is None else str(r.scheme)} for r in self.rules],
+            "protect_outliers": None if self.protect_outliers is None else self.protect_outliers.to_dict(),
             "calibration": {f.name: _plain(getattr(self.calibration, f.name)) for f in fields(Calibration)},
             "true_sequential": self.true_sequential,
             "seed": self.seed,
@@ -238,6 +241,7 @@ def parse(data: Any, name: str) -> Recipe:
         },
         scheme=None if scheme is None else Scheme.parse(scheme),
         rules=_parse_rules(data.get("rules") or (), name),
+        protect_outliers=None if (protect := data.get("protect_outliers")) is None else Protection.parse(protect, name),
         calibration=_parse_calibration(data.get("calibration") or {}, name),
     )
     scaling = [p.name for p in recipe.passes if hasattr(find("passes", p.name), "CHANGES_BASIS")]

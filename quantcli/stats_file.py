@@ -1,9 +1,9 @@
 """The file of statistics: what ``calibrate`` measured of each tap, by whose weights and on which text, read tap by tap.
 
-A safetensors file. Of each tap ``.importance``, ``.absmax``, ``.mean`` [in], ``.n_tokens`` [1] and, unless left out, ``.H`` [in, in]; when
-asked for, ``.histogram`` (:mod:`quantcli.ranges`); in the header's metadata ``source`` (what the user named), ``source_fingerprint``
-(:meth:`Checkpoint.fingerprint`, which tells two fine-tunes of one shape apart), ``dataset_sha256``, ``dataset_sketch`` (of overlap.py),
-``n_samples``, ``seq_len`` and ``n_tokens``.
+A safetensors file. Of each tap ``.importance``, ``.absmax``, ``.mean``, ``.fourth`` (not in old files) [in], ``.n_tokens`` [1] and, unless
+left out, ``.H`` [in, in]; when asked for, ``.histogram`` (:mod:`quantcli.ranges`); in the header's metadata ``source`` (what the user
+named), ``source_fingerprint`` (:meth:`Checkpoint.fingerprint`, which tells two fine-tunes of one shape apart), ``dataset_sha256``,
+``dataset_sketch`` (of overlap.py), ``n_samples``, ``seq_len`` and ``n_tokens``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def stats_specs(widths: Mapping[str, int], *, hessian: bool, histograms: bool = 
     """The tensors of the file. ``widths``: tap → in_features."""
     specs: list[TensorSpec] = []
     for tap, n in widths.items():
-        specs += [TensorSpec.dense(f"{tap}.{part}", "F32", (n,)) for part in DIAGONAL_PARTS]
+        specs += [TensorSpec.dense(f"{tap}.{part}", "F32", (n,)) for part in (*DIAGONAL_PARTS, "fourth")]
         specs.append(TensorSpec.dense(f"{tap}.n_tokens", "I64", (1,)))
         if histograms:
             specs.append(TensorSpec.dense(f"{tap}.histogram", "F32", (N_BINS,)))
@@ -62,7 +62,7 @@ def stats_metadata(source: Checkpoint, ids: Tensor) -> dict[str, str]:
 def put_stats(writer: Writer, stats: Mapping[str, Stats]) -> None:
     """Write the statistics of some taps."""
     for tap, s in stats.items():
-        for part in DIAGONAL_PARTS:
+        for part in (*DIAGONAL_PARTS, "fourth"):
             writer.put(f"{tap}.{part}", getattr(s, part).cpu())
         writer.put(f"{tap}.n_tokens", torch.tensor([s.n_tokens]))
         if s.histogram is not None:
@@ -121,6 +121,8 @@ class StatsFile(Mapping[str, Stats]):
             )
         if "H" in needs and not self.has_hessian(tap):
             raise RecipeError(f"{self.path} has no H of tap '{tap}', which the recipe needs; calibrate without --no-hessian")
+        if "fourth" in needs and f"{tap}.fourth" not in self._locations:
+            raise RecipeError(f"{self.path} is older than fourth moments, which protect_outliers needs; run `quantcli calibrate` again")
         if "histogram" in needs and not self.has_histogram(tap):
             raise RecipeError(f"{self.path} has no histogram of tap '{tap}', which input_range needs; calibrate with --histograms")
 
@@ -141,8 +143,8 @@ class StatsFile(Mapping[str, Stats]):
             raise KeyError(tap)
         importance, absmax, mean = (self._read(f"{tap}.{part}") for part in DIAGONAL_PARTS)
         histogram = self._read(f"{tap}.histogram") if self.has_histogram(tap) else None
-        n_tokens = int(self._read(f"{tap}.n_tokens"))
-        return Stats(importance=importance, absmax=absmax, mean=mean, n_tokens=n_tokens, histogram=histogram)
+        fourth = self._read(f"{tap}.fourth") if f"{tap}.fourth" in self._locations else None
+        return Stats(importance, absmax, mean, int(self._read(f"{tap}.n_tokens")), None, histogram, fourth)
 
     def __getitem__(self, tap: str) -> Stats:
         stats = self.diagonals(tap)
@@ -162,6 +164,8 @@ class StatsFile(Mapping[str, Stats]):
         n = self.in_features(tap) if f"{tap}.importance" in self._locations else 0
         expected: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(DIAGONAL_PARTS, ("F32", (n,)))
         expected |= {"n_tokens": ("I64", (1,))}
+        if f"{tap}.fourth" in self._locations:
+            expected["fourth"] = ("F32", (n,))
         if self.has_histogram(tap):
             expected["histogram"] = ("F32", (N_BINS,))
         if self.has_hessian(tap):

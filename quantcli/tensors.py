@@ -80,6 +80,9 @@ NUMBERED = {"g": "group_size", "b": "block_size"}
 ALWAYS_NAMED = ("group_size", "block_size", "strategy", "sym")
 """Options that a scheme's name tells even when they have the qtype's default value."""
 
+KEEP = "keep"
+"""The word that leaves a tensor as it is in place of a scheme."""
+
 ACTIVATIONS = ("int8-token", "fp8-token", "int8-tensor", "fp8-tensor", "fp8-g128", "mxfp4-g32", "mxfp8-g32", "nvfp4-g16")
 """How an engine may quantize what a linear reads: each token for itself, groups of it, or by one scale found beforehand (``-tensor``)."""
 
@@ -223,8 +226,9 @@ class QuantizedTensor:
 class Stats:
     """What a tap's inputs X [n_tokens, in] were like, all per token and in float32 or better.
 
-    ``H``: [in, in] mean of x·xᵀ, or None when only diagonals were gathered; ``importance``: [in] mean of x²;
-    ``absmax``: [in]; ``mean``: [in]; ``histogram``: [ranges.N_BINS] share of all inputs in each bin of |x|, gathered only when asked for.
+    ``H``: [in, in] mean of x·xᵀ, or None when only diagonals were gathered; ``importance``: [in] mean of x²; ``fourth``: [in] mean of
+    x⁴, None in an old file; ``absmax``: [in]; ``mean``: [in]; ``histogram``: [ranges.N_BINS] share of all inputs in each bin of |x|,
+    gathered only when asked for.
     """
 
     importance: Tensor
@@ -233,6 +237,7 @@ class Stats:
     n_tokens: int
     H: Tensor | None = None
     histogram: Tensor | None = None
+    fourth: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

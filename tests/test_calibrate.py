@@ -48,6 +48,8 @@ def check(stats: Stats, X: Tensor, *, hessian: bool = True, times: int = 1) -> N
     torch.testing.assert_close(stats.mean.double(), X.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stats.absmax.double(), X.abs().amax(0), rtol=1e-5, atol=0)
     torch.testing.assert_close(stats.importance.double(), X.square().mean(0), rtol=1e-4, atol=1e-9)
+    assert stats.fourth is not None
+    torch.testing.assert_close(stats.fourth.double(), X.pow(4).mean(0), rtol=1e-4, atol=1e-9)
     if not hessian:
         assert stats.H is None
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,18 @@ from conftest import TinyLlama
 from quantcli.cli import main
 from quantcli.cli.console import Console
 from quantcli.cli.inputs import describe_tap, render_stats
+from quantcli.outliers import Figures
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Stats
 
-KEYS = {"tap", "in_features", "n_tokens", "absmax", "rms", "absmax_over_rms", "outlier_channels", "energy_top1pct", "dead", "warnings"}
+KEYS = {f.name for f in fields(Figures)} | {"tap", "warnings"}
 
 
 def stats_of(X: torch.Tensor) -> Stats:
     """What calibration gathers of X [n_tokens, in]."""
-    return Stats(importance=X.square().mean(0), absmax=X.abs().amax(0), mean=X.mean(0), n_tokens=len(X))
+    return Stats(
+        importance=X.square().mean(0), absmax=X.abs().amax(0), mean=X.mean(0), n_tokens=len(X), fourth=X.double().pow(4).mean(0).float()
+    )
 
 
 def inputs() -> torch.Tensor:
@@ -44,6 +48,10 @@ def test_a_tap_is_described_by_what_its_inputs_were() -> None:
     assert row["absmax"] == float(X.abs().max())
     assert row["rms"] == pytest.approx(rms, rel=1e-5)
     assert row["absmax_over_rms"] == pytest.approx(float(X.abs().max()) / rms, rel=1e-5)
+    assert row["kurtosis"] == pytest.approx(float(X.double().pow(4).mean()) / rms**4, rel=1e-4)
+    assert row["outlier_share"] == 3 / 300
+    assert row["coverage"] == pytest.approx(299 / 300)
+    assert row["tokens_per_input"] == pytest.approx(500 / 300)
     energy = X.double().square().sum(0)
     top = energy[[20, 30]].sum() + energy[[c for c in range(300) if c not in (20, 30)]].max()  # 1 % of 300 channels
     assert row["energy_top1pct"] == pytest.approx(float(top / energy.sum()), rel=1e-5)
@@ -61,7 +69,7 @@ def test_fewer_tokens_than_inputs_are_warned_of_since_h_is_singular_then() -> No
 
 def test_a_tap_that_no_token_reached_is_warned_of_and_has_no_nan() -> None:
     zeros = torch.zeros(4)
-    row = describe_tap("t", Stats(importance=zeros, absmax=zeros, mean=zeros, n_tokens=0))
+    row = describe_tap("t", Stats(importance=zeros, absmax=zeros, mean=zeros, n_tokens=0, fourth=zeros))
     assert (row["rms"], row["absmax_over_rms"], row["energy_top1pct"], row["dead"]) == (0, 0, 0, 4)
     assert row["warnings"] == ["no token reached it: calibrate on more text, or on text of its domain"]
 

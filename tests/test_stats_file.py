@@ -28,8 +28,9 @@ SMALL = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "vocab": 300
 
 def stats_of(tap: str, *, hessian: bool) -> Stats:
     n = WIDTHS[tap]
-    parts = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
-    return Stats(importance=parts[0], absmax=parts[1], mean=parts[2], n_tokens=60, H=torch.ones(n, n) if hessian else None)
+    parts = torch.randn(4, n, generator=torch.Generator().manual_seed(n))
+    H = torch.ones(n, n) if hessian else None
+    return Stats(importance=parts[0], absmax=parts[1], mean=parts[2], n_tokens=60, H=H, fourth=parts[3])
 
 
 def write(source: Path, target: Path, *, hessian: bool = True) -> StatsFile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.console import Console
@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from quantcli.stats_file import StatsFile
     from quantcli.tensors import Stats
 
-TOP_SHARE = 0.01
-"""The share of channels whose energy is told."""
-
 
 def describe_stats(stats: StatsFile) -> list[dict[str, Any]]:
     """A row for each tap, in the order of the file; H is not read."""
@@ -21,27 +18,10 @@ def describe_stats(stats: StatsFile) -> list[dict[str, Any]]:
 
 
 def describe_tap(tap: str, stats: Stats) -> dict[str, Any]:
-    """``outlier_channels``: those that reach 6.0, LLM.int8's threshold. ``absmax_over_rms`` stands in for kurtosis, whose fourth moment is
-    not gathered: how far the range that a single scale must span exceeds the typical input. ``dead``: channels that were always zero."""
-    from quantcli.ops.activations import OUTLIER
+    """The figures of :mod:`quantcli.outliers`, and what they warn of."""
+    from quantcli.outliers import figures_of
 
-    n = len(stats.importance)
-    energy = stats.importance.double().sort(descending=True).values
-    total = float(energy.sum())
-    rms = math.sqrt(total / n)
-    absmax = float(stats.absmax.max())
-    n_top = math.ceil(TOP_SHARE * n)
-    row = {
-        "tap": tap,
-        "in_features": n,
-        "n_tokens": stats.n_tokens,
-        "absmax": absmax,
-        "rms": rms,
-        "absmax_over_rms": absmax / rms if rms else 0.0,
-        "outlier_channels": int((stats.absmax >= OUTLIER).sum()),
-        "energy_top1pct": float(energy[:n_top].sum()) / total if total else 0.0,
-        "dead": int((stats.absmax == 0).sum()),
-    }
+    row = {"tap": tap, **asdict(figures_of(stats))}
     return {**row, "warnings": warnings(row)}
 
 
@@ -60,7 +40,7 @@ def warnings(row: dict[str, Any]) -> list[str]:
 def render_stats(console: Console, rows: list[dict[str, Any]]) -> list[str]:
     """The taps as a table, those with the widest range for their size first."""
     worst_first = sorted(rows, key=lambda row: row["absmax_over_rms"], reverse=True)
-    headers = ["tap", "inputs", "tokens", "absmax", "rms", "absmax/rms", ">= 6.0", "top 1 %", "dead"]
+    headers = ["tap", "inputs", "tokens", "absmax", "rms", "absmax/rms", "kurtosis", ">= 6.0", "top 1 %", "dead"]
     cells = [
         [
             row["tap"],
@@ -69,6 +49,7 @@ def render_stats(console: Console, rows: list[dict[str, Any]]) -> list[str]:
             f"{row['absmax']:.4g}",
             f"{row['rms']:.4g}",
             f"{row['absmax_over_rms']:.1f}",
+            "-" if row["kurtosis"] is None else f"{row['kurtosis']:.1f}",
             str(row["outlier_channels"]),
             f"{row['energy_top1pct']:.1%}",
             str(row["dead"]),

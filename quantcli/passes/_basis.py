@@ -90,7 +90,8 @@ def rescaled(stats: Stats, s: Tensor) -> Stats:
     """The statistics of inputs divided by ``s`` [in]."""
     s = s.to(stats.importance.device, torch.float32)
     H = None if stats.H is None else stats.H / s / s[:, None]
-    return replace(stats, importance=stats.importance / s.square(), absmax=stats.absmax / s, mean=stats.mean / s, H=H)
+    fourth = None if stats.fourth is None else stats.fourth / s.square().square()
+    return replace(stats, importance=stats.importance / s.square(), absmax=stats.absmax / s, mean=stats.mean / s, H=H, fourth=fourth)
 
 
 def on(stats: Stats, device: torch.device) -> Stats:
