@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
@@ -15,13 +16,18 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats.gguf import pretokenizers
+from quantcli.formats.gguf.expressions import canonical
+from quantcli.formats.gguf.merges import merge_text
 from quantcli.formats.gguf.metadata import fields_of
+from quantcli.formats.gguf.pretokenizers import FAMILIES, PUNCTUATION, PUNCTUATION_RUNS, Family
+from quantcli.formats.gguf.recognition import PROBE
 from quantcli.formats.gguf.spm import read_sentencepiece
-from quantcli.formats.gguf.tokenizer import add_tokenizer, merge_text
+from quantcli.formats.gguf.tokenizer import add_tokenizer
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+CHAMELEON = ("<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", r"([\t\n]|    |  )")
 
 
 def byte_level(folder: Path, *, pre: object = None, ignore_merges: bool = False, **settings: object) -> Path:
@@ -38,8 +44,8 @@ def byte_level(folder: Path, *, pre: object = None, ignore_merges: bool = False,
     return folder
 
 
-def tokenizer_keys(folder: Path, vocab_size: int, pre: str | None = None) -> dict:
-    keys = GGUFWriter(None, "llama")
+def tokenizer_keys(folder: Path, vocab_size: int, pre: str | None = None, *, arch: str = "llama") -> dict:
+    keys = GGUFWriter(None, arch)
     add_tokenizer(keys, folder, vocab_size, pre)
     return {key.removeprefix("tokenizer.").removeprefix("ggml."): field.value for key, field in fields_of(keys).items()}
 
@@ -91,52 +97,137 @@ def test_whether_bos_is_added_comes_from_the_post_processor(tmp_path: Path) -> N
     assert tokenizer_keys(tmp_path, 260)["add_bos_token"] is True
 
 
-def split(*expressions: str) -> pre_tokenizers.PreTokenizer:
-    cuts = [pre_tokenizers.Split(Regex(e), "isolated") for e in expressions]
-    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+IN_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+STEPS: dict[str, Callable[[], list]] = {
+    "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": lambda: [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "viking": lambda: [pre_tokenizers.Split(Regex(BLOOM), "isolated"), pre_tokenizers.Digits(True), IN_BYTES],
+    "falcon": lambda: [
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Digits(False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ],
+    "chameleon": lambda: [
+        *(pre_tokenizers.Split(Regex(cut), "isolated") for cut in CHAMELEON),
+        pre_tokenizers.Digits(True),
+        pre_tokenizers.Punctuation("isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+}
+"""Families whose tokenizer.json has other steps than Split."""
 
 
-PRE_TOKENIZERS: dict[str, tuple[Callable[[], object], bool]] = {
-    "gpt-2": (lambda: pre_tokenizers.ByteLevel(add_prefix_space=False), False),
-    "llama-bpe": (lambda: split(LLAMA3), True),
-    "smaug-bpe": (lambda: split(LLAMA3), False),
-    "qwen2": (lambda: split(QWEN2), False),
-    "smollm": (lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]), False),
-    "falcon": (
-        lambda: pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Punctuation("contiguous"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-                pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
-            ]
-        ),
-        False,
-    ),
+def split(*expressions: str, behavior: str = "isolated", invert: bool = False) -> pre_tokenizers.PreTokenizer:
+    cuts = [pre_tokenizers.Split(Regex(e), behavior, invert) for e in expressions]
+    return pre_tokenizers.Sequence([*cuts, IN_BYTES])
+
+
+def pre_tokenizer_of(family: Family) -> pre_tokenizers.PreTokenizer:
+    """A family's pre-tokenizer as its models publish it."""
+    steps = STEPS.get(next(iter(family.names)))
+    return pre_tokenizers.Sequence(steps()) if steps else split(*family.cuts)
+
+
+def named(folder: Path, pre: object, **more: object) -> str:
+    return tokenizer_keys(byte_level(folder, pre=pre, **more), 260)["pre"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: next(iter(family.names)))
+def test_the_pre_tokenizer_is_named_from_its_steps_and_expressions(family: Family, tmp_path: Path) -> None:
+    name = next(iter(family.names))
+    assert named(tmp_path, pre_tokenizer_of(family), ignore_merges=family.ignores_merges) == name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: next(iter(family.names)))
+def test_an_expression_in_its_one_spelling_cuts_as_before(family: Family) -> None:
+    for cut in family.cuts:
+        if cut in (PUNCTUATION, PUNCTUATION_RUNS):
+            continue
+        before, after = (pre_tokenizers.Split(Regex(e), "isolated").pre_tokenize_str(PROBE) for e in (cut, canonical(cut)))
+        assert before == after
+        assert canonical(canonical(cut)) == canonical(cut)
+
+
+def test_no_two_families_are_one() -> None:
+    keys = [(tuple(map(canonical, family.cuts)), family.ignores_merges) for family in FAMILIES]
+    assert len(set(keys)) == len(FAMILIES)
+    names = [name for family in FAMILIES for name in family.names]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        QWEN2.replace(r"\r", "\r").replace(r"\n", "\n"),
+        QWEN2.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"),
+        QWEN2.replace(r"[^\s\p{L}\p{N}]", r"[^\p{N}\p{L}\s]"),
+        QWEN2.replace(r"|\p{N}|", r"|[\p{N}]{1}|"),
+        QWEN2.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)|", r"(?i:\'s|\'t|\'re|\x27ve|\u0027m|'ll|'d)|"),
+    ],
+    ids=["line breaks", "cases", "order in a class", "counts", "escapes"],
+)
+def test_another_spelling_of_an_expression_is_the_same(spelling: str, tmp_path: Path) -> None:
+    assert spelling != QWEN2
+    assert named(tmp_path, split(spelling)) == "qwen2"
+
+
+def test_what_matches_kept_alone_is_what_matches_isolated(tmp_path: Path) -> None:
+    assert named(tmp_path, split(LLAMA3, behavior="removed", invert=True), ignore_merges=True) == "llama-bpe"
+
+
+@pytest.mark.parametrize(("arch", "name"), [("llama", "qwen2"), ("stablelm", "stablelm2"), ("grok", "grok-2")])
+def test_one_pre_tokenizer_of_several_names_gets_the_one_of_its_architecture(arch: str, name: str, tmp_path: Path) -> None:
+    assert tokenizer_keys(byte_level(tmp_path, pre=split(QWEN2)), 260, arch=arch)["pre"] == name
+
+
+UNKNOWN = {
+    "more digits": lambda: split(LLAMA3.replace("{1,3}", "{1,7}")),
+    "joined to what precedes": lambda: split(LLAMA3, behavior="merged_with_previous"),
+    "a space in front": lambda: pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "no cut at all": lambda: IN_BYTES,
+    "no bytes": lambda: pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
 }
 
 
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_the_pre_tokenizer_is_named_from_its_expressions(name: str, tmp_path: Path) -> None:
-    make, ignore_merges = PRE_TOKENIZERS[name]
-    assert tokenizer_keys(byte_level(tmp_path, pre=make(), ignore_merges=ignore_merges), 260)["pre"] == name
-
-
-@pytest.mark.parametrize(("expressions", "ignore_merges"), pretokenizers.NAMES)
-def test_every_expression_of_the_table_is_one_the_tokenizers_library_takes(expressions: tuple[str, ...], ignore_merges: bool) -> None:
-    for expression in expressions:
-        pre_tokenizers.Split(Regex(expression), "isolated").pre_tokenize_str("Hello, wörld 12345\n")
-
-
-def test_a_line_break_in_an_expression_may_be_written_either_way(tmp_path: Path) -> None:
-    literal = QWEN2.replace(r"\r", "\r").replace(r"\n", "\n")
-    assert tokenizer_keys(byte_level(tmp_path, pre=split(literal)), 260)["pre"] == "qwen2"
-
-
-def test_an_unknown_pre_tokenizer_names_its_nearest_and_the_option(tmp_path: Path) -> None:
-    byte_level(tmp_path, pre=split(LLAMA3.replace("{1,3}", "{1,7}")), ignore_merges=True)
-    with pytest.raises(UnsupportedError, match=r"nearest: .*llama-bpe.*--pre-tokenizer"):
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_an_unknown_pre_tokenizer_names_its_nearest_and_the_option(what: str, tmp_path: Path) -> None:
+    byte_level(tmp_path, pre=UNKNOWN[what](), ignore_merges=True)
+    with pytest.raises(UnsupportedError, match=r"nearest: [a-z0-9-]+ \(\d+% of .*--pre-tokenizer"):
         tokenizer_keys(tmp_path, 260)
     assert tokenizer_keys(tmp_path, 260, "deepseek-llm")["pre"] == "deepseek-llm"
+
+
+def test_the_nearest_pre_tokenizer_is_the_one_that_cuts_alike(tmp_path: Path) -> None:
+    byte_level(tmp_path, pre=split(LLAMA3.replace("{1,3}", "{1,7}")), ignore_merges=True)
+    with pytest.raises(UnsupportedError, match=r"nearest: llama-bpe \(9\d% of a test text's cuts\)"):
+        tokenizer_keys(tmp_path, 260)
+
+
+def test_a_normalizer_that_llama_cpp_does_not_apply_is_refused_and_nfc_is_not(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    for normalizer, fits in ((normalizers.NFC(), True), (normalizers.Sequence([]), True), (normalizers.NFKC(), False)):
+        bpe = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        bpe.normalizer = normalizer
+        bpe.save(str(tmp_path / "tokenizer.json"))
+        if fits:
+            assert tokenizer_keys(tmp_path, 260)["pre"] == "gpt-2"
+    with pytest.raises(UnsupportedError, match=r"NFKC.*--pre-tokenizer"):
+        tokenizer_keys(tmp_path, 260)
+
+
+def test_a_name_unknown_to_quantcli_is_taken_with_a_note(tmp_path: Path) -> None:
+    notes = add_tokenizer(GGUFWriter(None, "llama"), byte_level(tmp_path), 260, "qwen-2")
+    assert len(notes) == 1
+    assert re.search(r"qwen-2 .*did you mean qwen2", notes[0])
+
+
+def test_a_name_that_begins_texts_is_told_when_the_tokenizer_does_not(tmp_path: Path) -> None:
+    """llama.cpp begins a text with the bos token for the name llama-bpe alone."""
+    assert tokenizer_keys(byte_level(tmp_path, pre=split(LLAMA3), ignore_merges=True), 260)["add_bos_token"] is False
+    (tmp_path / "q").mkdir()
+    assert "add_bos_token" not in tokenizer_keys(byte_level(tmp_path / "q", pre=split(QWEN2)), 260)
 
 
 def sentences() -> list[str]:
@@ -258,6 +349,215 @@ def test_a_unigram_in_tokenizer_json_is_t5_without_t5s_end(tmp_path: Path) -> No
 def test_a_tiktoken_file_called_tokenizer_model_gives_way_to_tokenizer_json(tmp_path: Path) -> None:
     (byte_level(tmp_path) / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert tokenizer_keys(tmp_path, 260)["model"] == "gpt2"
+
+
+def test_added_tokens_beyond_the_embedding_are_left_out_with_a_note(spm: Callable[[str], Path], tmp_path: Path) -> None:
+    """As llama.cpp's converter does: many fine-tunes add a padding token that has no row."""
+    (tmp_path / "tokenizer.model").write_bytes((spm("bpe") / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text('{"[PAD]": 400}')
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"401": {"content": "<more>"}}}')
+    keys = GGUFWriter(None, "llama")
+    notes = add_tokenizer(keys, tmp_path, 400)
+    assert len(keys.kv_data[0]["tokenizer.ggml.tokens"].value) == 400
+    assert len(notes) == 1
+    assert "[PAD], <more>" in notes[0]
+
+
+def test_a_token_that_stands_twice_is_a_checkpoint_error(tmp_path: Path) -> None:
+    byte_level(tmp_path, added_tokens_decoder={"259": {"content": "<tool>"}})
+    with pytest.raises(CheckpointError, match=r"'<tool>' twice, as 258 and 259"):
+        tokenizer_keys(tmp_path, 260)
+
+
+def wordpiece(folder: Path, **normalizer: object) -> Path:
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##able", "##a", "b", "!"])}
+    bert = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    bert.normalizer = normalizers.BertNormalizer(**normalizer)
+    bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bert.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    bert.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    bert.save(str(folder / "tokenizer.json"))
+    words = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    return folder
+
+
+def test_a_wordpiece_marks_the_pieces_that_begin_a_word(tmp_path: Path) -> None:
+    keys = tokenizer_keys(wordpiece(tmp_path, lowercase=True), 11, arch="bert")
+    assert keys["model"] == "bert"
+    assert keys["tokens"] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁un", "able", "a", "▁b", "▁!", "▁[PAD10]"]
+    assert keys["token_type"] == [TokenType.CONTROL] * 5 + [TokenType.NORMAL] * 5 + [TokenType.UNUSED]
+    ids = {role: keys[f"{role}_token_id"] for role in ("padding", "unknown", "bos", "eos", "seperator", "mask")}
+    assert ids == {"padding": 0, "unknown": 1, "bos": 2, "eos": 3, "seperator": 3, "mask": 4}
+    assert (keys["add_bos_token"], keys["add_eos_token"], keys["add_sep_token"]) == (True, True, True)
+
+
+@pytest.mark.parametrize(("lowercase", "strip_accents"), [(True, None), (False, None), (True, False)])
+def test_a_wordpiece_says_what_becomes_of_capitals_and_accents(lowercase: bool, strip_accents: bool | None, tmp_path: Path) -> None:
+    keys = tokenizer_keys(wordpiece(tmp_path, lowercase=lowercase, strip_accents=strip_accents), 10, arch="bert")
+    assert keys["normalizer.lowercase"] is lowercase
+    assert keys.get("normalizer.strip_accents") is strip_accents
+
+
+def test_merges_over_characters_that_no_scores_can_say_stay_merges(tmp_path: Path) -> None:
+    """``abc`` is made of ``a`` and ``bc`` alone: SentencePiece would also make it of ``ab`` and ``c``."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "<0x0A>", "▁", "a", "b", "c", "ab", "bc", "abc"])}
+    bpe = Tokenizer(models.BPE(vocab, [("b", "c"), ("a", "b"), ("a", "bc")], unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    keys = tokenizer_keys(tmp_path, 9)
+    assert (keys["model"], keys["pre"], keys["merges"]) == ("gpt2", "sarvam-moe", ["b c", "a b", "a bc"])
+    assert keys["token_type"][:3] == [TokenType.UNKNOWN, TokenType.BYTE, TokenType.NORMAL]
+    assert "scores" not in keys
+
+
+def test_words_that_whitespace_ends_have_a_tokenizer_of_their_own(tmp_path: Path) -> None:
+    bpe = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    keys = tokenizer_keys(tmp_path, 3)
+    assert (keys["model"], keys["pre"], keys["merges"], keys["normalizer.lowercase"]) == ("whitespace", "whitespace", ["a b"], True)
+
+
+def with_tokens(folder: Path, *tokens: str, **settings: object) -> Path:
+    """:func:`byte_level` with more special tokens, from id 260 on."""
+    byte_level(folder, **settings)
+    bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bpe.add_special_tokens(list(tokens))
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_generation_ends_where_the_models_own_does(tmp_path: Path) -> None:
+    """llama.cpp stops at <|im_end|> by its text; <stop> and <halt> it must be told."""
+    with_tokens(tmp_path, "<|im_end|>", "<stop>", "<halt>", "<third>")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [257, 260, 261, 262, 263, 9999]}')
+    keys = tokenizer_keys(tmp_path, 270)
+    assert (keys["eos_token_id"], keys["eom_token_id"], keys["eot_token_id"]) == (257, 261, 262)
+
+
+def test_a_single_end_needs_no_further_roles(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 257}')
+    assert not {"eot_token_id", "eom_token_id"} & set(tokenizer_keys(tmp_path, 260))
+
+
+def test_roles_that_the_tokenizer_leaves_open_come_from_the_config(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"text_config": {"bos_token_id": 256, "eos_token_id": [257, 258], "pad_token_id": 9999}}')
+    keys = tokenizer_keys(tmp_path, 260)
+    assert (keys["bos_token_id"], keys["eos_token_id"]) == (256, 257)
+    assert "padding_token_id" not in keys
+
+
+def test_glm_gets_the_roles_that_only_its_texts_tell(tmp_path: Path) -> None:
+    with_tokens(tmp_path, "<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>", eos_token="<|endoftext|>")
+    keys = tokenizer_keys(tmp_path, 270, arch="glm4moe")
+    roles = {role: keys[f"{role}_token_id"] for role in ("eos", "bos", "eot", "unknown", "eom")}
+    assert roles == {"eos": 260, "bos": 261, "eot": 262, "unknown": 260, "eom": 263}
+    assert tokenizer_keys(tmp_path, 270, arch="glm4")["bos_token_id"] == 260
+
+
+def test_fill_in_the_middle_tokens_unknown_to_llama_cpp_are_named(tmp_path: Path) -> None:
+    keys = tokenizer_keys(with_tokens(tmp_path, "[PREFIX]", "[SUFFIX]", "[MIDDLE]"), 270)
+    assert [keys[f"fim_{part}_token_id"] for part in ("pre", "suf", "mid")] == [260, 261, 262]
+
+
+def test_fill_in_the_middle_tokens_that_llama_cpp_finds_need_no_names(tmp_path: Path) -> None:
+    keys = tokenizer_keys(with_tokens(tmp_path, "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), 270)
+    assert not [key for key in keys if key.startswith("fim")]
+
+
+def template(single: str, pair: str | None = None) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=[("<|end|>", 257), ("<|im_start|>", 259)])
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "adds"),
+    [
+        (None, {}),
+        (processors.ByteLevel(), {"bos": False, "eos": False}),
+        (template("$A"), {}),
+        (template("<|im_start|> $A"), {"bos": True}),
+        (template("$A <|end|>"), {"eos": True}),
+        (template("<|im_start|> $A <|end|>"), {"bos": True, "eos": True}),
+        (template("<|im_start|> $A", "<|im_start|> $A <|end|> $B:1"), {"bos": True, "sep": True}),
+        (processors.RobertaProcessing(("<|end|>", 257), ("<|im_start|>", 259)), {"bos": True, "eos": True, "sep": True}),
+        (processors.Sequence([processors.ByteLevel(), template("<|im_start|> $A")]), {"bos": True, "eos": False}),
+    ],
+    ids=["none", "bytes", "nothing", "begin", "end", "both", "pair", "roberta", "sequence"],
+)
+def test_what_is_put_around_a_text_comes_from_the_post_processor(post_processor: object, adds: dict, tmp_path: Path) -> None:
+    byte_level(tmp_path, bos_token="<|im_start|>")
+    bpe = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if post_processor is not None:
+        bpe.post_processor = post_processor
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    keys = tokenizer_keys(tmp_path, 260)
+    assert {role: keys[f"add_{role}_token"] for role in ("bos", "eos", "sep") if f"add_{role}_token" in keys} == adds
+
+
+def test_an_end_that_is_not_eos_becomes_it_and_eos_the_end_of_turn(tmp_path: Path) -> None:
+    byte_level(tmp_path, eos_token="he")
+    bpe = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    bpe.post_processor = template("$A <|end|>")
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    keys = tokenizer_keys(tmp_path, 260)
+    assert (keys["eos_token_id"], keys["eot_token_id"]) == (257, 256)
+
+
+def test_the_configs_word_counts_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    keys = tokenizer_keys(byte_level(tmp_path, add_bos_token=True, add_eos_token=False), 260)
+    assert (keys["add_bos_token"], keys["add_eos_token"]) == (True, False)
+
+
+def test_special_tokens_of_the_older_files_are_control_tokens(tmp_path: Path) -> None:
+    byte_level(tmp_path, additional_special_tokens=["<tool>"])
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "he"}}')
+    keys = tokenizer_keys(tmp_path, 260)
+    assert keys["padding_token_id"] == 256
+    assert keys["token_type"][256] == keys["token_type"][258] == TokenType.CONTROL
+
+
+def test_several_chat_templates_have_a_name_each(tmp_path: Path) -> None:
+    templates = [{"name": name, "template": f"{{{{ {name} }}}}"} for name in ("tool_use", "default", "rag-x")]
+    keys = tokenizer_keys(byte_level(tmp_path, chat_template=templates), 260)
+    assert keys["chat_template"] == "{{ default }}"
+    assert keys["chat_templates"] == ["rag_x", "tool_use"]
+    assert (keys["chat_template.tool_use"], keys["chat_template.rag_x"]) == ("{{ tool_use }}", "{{ rag-x }}")
+
+
+def test_template_files_come_before_the_setting_as_in_transformers(tmp_path: Path) -> None:
+    byte_level(tmp_path, chat_template="{{ stale }}")
+    (tmp_path / "chat_template.jinja").write_text("{{ fresh }}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    keys = tokenizer_keys(tmp_path, 260)
+    assert (keys["chat_template"], keys["chat_templates"], keys["chat_template.tool_use"]) == ("{{ fresh }}", ["tool_use"], "{{ tools }}")
+
+
+def test_a_template_in_the_processors_file_is_found(tmp_path: Path) -> None:
+    (byte_level(tmp_path) / "chat_template.json").write_text('{"chat_template": "{{ z }}"}')
+    assert tokenizer_keys(tmp_path, 260)["chat_template"] == "{{ z }}"
+
+
+def test_a_template_that_is_no_text_is_a_checkpoint_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="chat_template is neither"):
+        tokenizer_keys(byte_level(tmp_path, chat_template=7), 260)
+
+
+def test_t5s_own_file_name_is_read_where_there_is_no_other(spm: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes((spm("unigram") / "tokenizer.model").read_bytes())
+    assert tokenizer_keys(tmp_path, 400)["model"] == "t5"
+
+
+def test_a_bpe_without_bytes_is_noted(tmp_path: Path) -> None:
+    bpe = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "a": 2, "▁a": 3}, [("▁", "a")], unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    notes = add_tokenizer(GGUFWriter(None, "llama"), tmp_path, 4)
+    assert ["no byte tokens" in note for note in notes] == [True]
 
 
 def damage_no_files(folder: Path) -> None:

@@ -5,29 +5,22 @@ Needs a built llama.cpp source tree at QUANTCLI_LLAMA_CPP.
 
 from __future__ import annotations
 
-import ast
-import io
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 from gguf_export import LLAMA3, edit_config, export
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quantcli import pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
-from quantcli.formats.gguf import pretokenizers
 from quantcli.formats.gguf.container import Container, Field, read_header
 from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.recipe import PassSpec, Recipe
@@ -51,18 +44,6 @@ if pre:
 sys.argv = ["convert", model, "--outfile", out, "--outtype", "bf16"]
 runpy.run_path(root + "/convert_hf_to_gguf.py", run_name="__main__")
 """
-NASTY = (
-    "Hello, world! It's 12345 o'clock; we'LL see THEM'd I'm.  Two  spaces\t\ttabs\n\n\nlines \r\n crlf   \n end ",
-    "naïve café Ünïcödé ÀÉÎ İstanbul ß ﬁ ½ ²³ ٣٤٥ १२३ Ⅷ",
-    "日本語のテスト、中文测试。한국어 테스트! ไทย ភាសាខ្មែរ हिन्दी العربية עברית",
-    "🚀🦙👩‍👩‍👧 🏳️‍🌈 e\u0301 a\u0308 \u200d\u200b\ufeff zero\u00a0nbsp\u3000wide",
-    "def f(x):\n    return x**2 # 3.14 + 1e-5 != 0x7f\n\tif a&&b||c: {}[]()<>;:'\"\\/`~@#$%^",
-    "HTTPServer camelCase snake_case ALLCAPS123abc 1,234,567.89 2024-01-02",
-    "   leading and trailing   ",
-    "don’t ‘quote’ “double” — em–en … ！？、。「」ﾊﾝｶｸ ９９９ Ωmega ſ K",
-    "\x01\x7f control ᾳ ǅ ﷺ 𝔘𝔫𝔦 𐍈 Ёжик",
-)
-SPECIAL = "<|begin_of_text|>special<|eot|> and <tool> <s> </s> <unk>"
 
 
 def run(program: str, *arguments: str | Path) -> str:
@@ -215,94 +196,3 @@ def test_llama_cpp_loads_what_a_recipe_writes_and_finds_the_decoded_weights_perp
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
     theirs = perplexity_in_llama_cpp(decoded, text)
     assert perplexity_in_llama_cpp(tmp_path / "ours.gguf", text) == pytest.approx(theirs, rel=0.01)
-
-
-def ids_of_llama_cpp(path: Path, text: str, folder: Path) -> list[int]:
-    prompt = folder / "prompt.txt"
-    prompt.write_bytes(text.encode())
-    out = run("llama-tokenize", "-m", path, "-f", prompt, "--ids", "--log-disable", "--no-escape")
-    return ast.literal_eval(out.strip().splitlines()[-1])
-
-
-def trained(expressions: tuple[str, ...], ignore_merges: bool) -> Tokenizer:
-    """A byte-level BPE of 480 tokens that cuts text by ``expressions`` and begins each text with its first token."""
-    bpe = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    cuts: list[Any] = [pre_tokenizers.Split(Regex(e), "isolated") for e in expressions]
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|begin_of_text|>", "<|end_of_text|>"]
-    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([*(text[:2000] for text in topics.topics.values()), *NASTY * 3], trainer)
-    bpe.add_special_tokens([AddedToken("<|eot|>", special=True)])
-    bpe.add_tokens([AddedToken("<tool>", special=False)])
-    bpe.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
-    return bpe
-
-
-NAMED = {name: key for key, name in pretokenizers.NAMES.items() if name != "falcon"}
-"""All but Falcon's, whose Punctuation step is no expression; it has a test of its name."""
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_a_named_pre_tokenizer_gives_the_ids_of_the_tokenizers_library(name: str, tiny_llama: Any, tmp_path: Path) -> None:
-    folder = tiny_llama(hidden=64, intermediate=64, layers=1)
-    bpe = trained(*NAMED[name])
-    bpe.save(str(folder / "tokenizer.json"))
-    with Checkpoint.open(str(folder)) as source:
-        path = export(source, tmp_path / "m.gguf", "F16")
-    assert read_header(path).get("tokenizer.ggml.pre") == name
-    for text in (*NASTY, SPECIAL):
-        assert ids_of_llama_cpp(path, text, tmp_path) == bpe.encode(text).ids, text
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_sentencepiece_model_gives_the_ids_of_its_library(kind: str, tiny_llama: Any, tmp_path: Path) -> None:
-    folder = edit_config(tiny_llama(hidden=64, intermediate=64, layers=1, vocab=700), bos_token_id=1, eos_token_id=2)
-    trained_model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in topics.topics.values() for line in text.splitlines() if line.strip()][:4000]),
-        model_writer=trained_model,
-        vocab_size=700,
-        model_type=kind,
-        byte_fallback=kind == "bpe",
-        normalization_rule_name="identity" if kind == "bpe" else "nmt_nfkc",
-        remove_extra_whitespaces=kind == "unigram",
-        allow_whitespace_only_pieces=kind == "bpe",
-        split_digits=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        minloglevel=2,
-        num_threads=1,
-    )
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(trained_model.getvalue())
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with Checkpoint.open(str(folder)) as source:
-        path = export(source, tmp_path / "m.gguf", "F16")
-    library = sentencepiece.SentencePieceProcessor(model_proto=trained_model.getvalue())
-    for text in NASTY:
-        assert ids_of_llama_cpp(path, text, tmp_path) == [1, *library.encode(text)], text
-
-
-@pytest.fixture
-def converted_pieces(tiny_llama: Any, tmp_path: Path) -> Callable[[Path], None]:
-    """Checks a folder's tokenizer keys against convert_hf_to_gguf's."""
-
-    def check(folder: Path) -> None:
-        theirs = read_header(convert(folder, tmp_path / "theirs.gguf", "llama-bpe"))
-        with Checkpoint.open(str(folder)) as source:
-            ours = read_header(export(source, tmp_path / "ours.gguf", "BF16"))
-        for key, field in theirs.fields.items():
-            assert plain(ours.fields[key]) == plain(field), key
-        assert {key for key in ours.fields if not key.startswith("quantcli.")} == set(theirs.fields)
-
-    return check
-
-
-def test_tokenizer_metadata_equals_converts_with_special_tokens_and_a_template(tiny_llama: Any, converted_pieces: Callable) -> None:
-    folder = tiny_llama(hidden=64, intermediate=64, layers=1)
-    trained(*NAMED["llama-bpe"]).save(str(folder / "tokenizer.json"))
-    converted_pieces(folder)

@@ -36,7 +36,8 @@ NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quant
 @dataclass(frozen=True)
 class Context:
     """What one output needs to know. ``names``: the source's → GGUF name in file order; ``extras``: tensors no checkpoint stores;
-    ``split_bytes``: how much tensor data a file may hold before another is begun, None for any."""
+    ``split_bytes``: how much tensor data a file may hold before another is begun, None for any; ``notes``: what a user should know.
+    """
 
     arch: Architecture
     config: Mapping[str, Any]
@@ -45,6 +46,7 @@ class Context:
     fields: Mapping[str, Field]
     extras: Mapping[str, Tensor]
     split_bytes: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def detect(path: Path, config: dict | None) -> bool:
@@ -86,17 +88,18 @@ def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping
     table = filetypes.gguf_names(source.specs, config)
     chosen = filetypes.Options.of(options)
     split_bytes = None if chosen.split_max_size is None else splits.parse_size(chosen.split_max_size)
+    notes: tuple[str, ...] = ()
     if isinstance(source, GgufCheckpoint):
         fields, extras = inherited(source, chosen.pre_tokenizer), source.unnamed()
     else:
         check_complete(source, table.values())
         extras = extra_tensors(config)
         n_params = sum(source.specs[name].n_elements for name in table) + sum(extra.numel() for extra in extras.values())
-        fields = describe(source, arch, n_params, chosen.pre_tokenizer)
+        fields, notes = describe(source, arch, n_params, chosen.pre_tokenizer)
     fields["general.quantization_version"] = Field(GGUFValueType.UINT32, GGML_QUANT_VERSION)
     fields["general.file_type"] = file_type(source, schemes, (metadata.get("recipe") or {}).get("mix"))
     fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in metadata.items()}
-    return Context(arch, config, schemes, table, fields, extras, split_bytes)
+    return Context(arch, config, schemes, table, fields, extras, split_bytes, notes)
 
 
 def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], asked: str | None) -> Field:
@@ -116,14 +119,14 @@ def check_complete(source: Checkpoint, gguf_names: Collection[str]) -> None:
             raise CheckpointError(f"{source.source}: no tensor gives GGUF's {name}{hint}")
 
 
-def describe(source: Checkpoint, arch: Architecture, n_params: int, pre_tokenizer: str | None) -> dict[str, Field]:
-    """The metadata convert_hf_to_gguf writes for a Hugging Face folder, in its order."""
+def describe(source: Checkpoint, arch: Architecture, n_params: int, pre_tokenizer: str | None) -> tuple[dict[str, Field], tuple[str, ...]]:
+    """The metadata convert_hf_to_gguf writes for a Hugging Face folder, in its order, and notes on it."""
     keys = GGUFWriter(None, arch.gguf_arch)
     hub_id = None if Path(source.source).expanduser().exists() else source.source.partition("@")[0]
     keyed.general(keys, source.path, source.config, n_params, name=hub_id)
     keyed.hyperparameters(keys, source.config)
-    add_tokenizer(keys, source.path, source.config["vocab_size"], pre_tokenizer)
-    return keyed.fields_of(keys)
+    notes = add_tokenizer(keys, source.path, source.config["vocab_size"], pre_tokenizer)
+    return keyed.fields_of(keys), notes
 
 
 def inherited(source: GgufCheckpoint, pre_tokenizer: str | None) -> dict[str, Field]:

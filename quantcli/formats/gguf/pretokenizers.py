@@ -1,22 +1,27 @@
-"""Names for a byte-level BPE's pre-tokenizer: tokenizer.json has regular expressions, llama.cpp the name of a model that uses them."""
+"""llama.cpp's names for pre-tokenizers: the regular expressions that cut a text before its merges, by the family that brought them."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from quantcli.errors import UnsupportedError
+from quantcli.formats.gguf.expressions import canonical
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TAIL_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+TAIL = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
+TAIL_SLASH = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*")
-DIGITS3 = r"\p{N}{1,3}"
-DIGIT = r"\p{N}"
-PUNCTUATION = "punctuation"
+CASED_CONTRACTED = f"{CASED[0]}{CONTRACTIONS}?|{CASED[1]}{CONTRACTIONS}?"
+DIGIT, DIGITS, DIGITS3, DIGITS3_FROM_RIGHT = r"\p{N}", r"\p{N}+", r"\p{N}{1,3}", r"\d{1,3}(?=(?:\d{3})*\b)"
+PUNCTUATION_RUNS, PUNCTUATION = "runs of punctuation", "punctuation"
+LINES = r"[^\n]+|[\n]+"
+LLAMA3 = f"{CONTRACTIONS}|{WORDS}|{DIGITS3}|{TAIL}"
+QWEN2 = f"{CONTRACTIONS}|{WORDS}|{DIGIT}|{TAIL}"
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 CJK_KANA = "[一-龥\u3040-ゟ゠-ヿ]+"
 CJK_WIDE = "[一-龥ࠀ-一가-\ud7ff]+"
 LATIN_GREEK_CYRILLIC = (
@@ -30,73 +35,136 @@ LATIN_GREEK_CYRILLIC = (
     "\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
     "\U0001e900-\U0001e943"
 )
-PUNCTUATED_WORDS = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SCRIPTS_WITHOUT_SPACES = (
+    "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff"
+    "\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
+)
+YOUTU_SCRIPTS = "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，\u3001-\u303f\ufe30-\ufe4f]+|[ㄅ-ㄯ]+|" + CJK_KANA
+ASCII_PUNCTUATED = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"""
+PUNCTUATED_WORDS = rf"{ASCII_PUNCTUATED}[\r\n]*|{SPACES}"
+HALVED_SPACES = "|".join(rf"\s{{{n}}}(?!\S)" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
+NOT_HAN = (f"{UPPER[:-1]}&&[^\\p{{Han}}]]", f"{LOWER[:-1]}&&[^\\p{{Han}}]]")
+KIMI = (
+    rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{NOT_HAN[0]}*{NOT_HAN[1]}+{CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{NOT_HAN[0]}+{NOT_HAN[1]}*{CONTRACTIONS}?|{DIGITS3}|{TAIL}"
 )
 
-NAMES: dict[tuple[tuple[str, ...], bool], str] = {
-    ((GPT2,), False): "gpt-2",
-    ((DIGIT, GPT2), False): "smollm",
-    ((rf"{CONTRACTIONS}|{WORDS}|{DIGITS3}|{TAIL}",), True): "llama-bpe",
-    ((rf"{CONTRACTIONS}|{WORDS}|{DIGITS3}|{TAIL}",), False): "smaug-bpe",
-    ((rf"{CONTRACTIONS}|{WORDS}|{DIGIT}|{TAIL}",), False): "qwen2",
-    (
-        (rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|{DIGIT}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",),
-        False,
-    ): ("qwen35"),
-    ((f"{WORDS}|{DIGIT}|{TAIL}",), False): "ufakzeka",
-    ((rf"{CONTRACTIONS}|{WORDS}|{DIGIT}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",), False): "seed-coder",
-    ((f"{CASED[0]}|{CASED[1]}|{DIGIT}|{TAIL_SLASH}",), True): "tekken",
-    ((f"{CASED[0]}{CONTRACTIONS}?|{CASED[1]}{CONTRACTIONS}?|{DIGITS3}|{TAIL_SLASH}",), False): "gpt-4o",
-    ((DIGITS3, CJK_KANA, PUNCTUATED_WORDS), False): "deepseek-v3",
-    ((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK_WIDE, DIGIT), False): "deepseek-coder",
-    ((r"[\r\n]", rf"\s?[{LATIN_GREEK_CYRILLIC}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK_WIDE, DIGIT), False): "deepseek-llm",
-    ((DIGITS3, rf"{CONTRACTIONS}|{WORDS}|\p{{N}}+|{TAIL}"), True): "minicpm5",
-    ((PUNCTUATION, GPT2, "[0-9][0-9][0-9]"), False): "falcon",
-    ((r" ?[^(\s|[.,!?…。，、।۔،])]+",), False): "bloom",
-    ((r" ?[^(\s|[.,!?…。，、।۔،])]+", DIGIT), False): "viking",
-}
-"""(regular expressions in the order they cut the text, model.ignore_merges) → the name in llama.cpp's src/llama-vocab.cpp.
 
-Where several names mean the same there, the table has the one of the family's best known model. ``ignore_merges`` counts, because
-llama.cpp derives it from the name: Llama 3 and Smaug share an expression and differ in it.
-"""
+@dataclass(frozen=True)
+class Family:
+    """Pre-tokenizers that are one in llama.cpp.
 
-
-def name_of(tokenizer: Mapping) -> str:
-    """llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json with a byte-level BPE.
-
-    Raises :class:`UnsupportedError` with the nearest known names when there is none.
+    ``names``: its name for them → the GGUF architectures whose models carry that name; a model of another architecture gets the first.
+    ``cuts``: the expressions, in the order they cut the text. ``ignores_merges``: a piece that is a token stays whole, whatever the
+    merges (tokenizer.json's ``model.ignore_merges``), which llama.cpp derives from the name: Llama 3 and Smaug differ in it alone.
+    ``begins``: llama.cpp puts the first token before a text unless the file says otherwise.
     """
-    expressions = tuple(_expressions(tokenizer.get("pre_tokenizer") or {}))
-    ignores_merges = bool(tokenizer["model"].get("ignore_merges"))
-    if (name := NAMES.get((expressions, ignores_merges))) is not None:
-        return name
-    raise UnsupportedError(
-        f"tokenizer.json: llama.cpp has no name for the pre-tokenizer {' then '.join(expressions) or 'that does nothing'} "
-        f"(ignore_merges {str(ignores_merges).lower()}); nearest: {', '.join(_nearest(expressions))}; choose one with --pre-tokenizer NAME"
-    )
+
+    names: Mapping[str, str]
+    cuts: tuple[str, ...]
+    ignores_merges: bool = False
+    begins: bool = False
 
 
-def _expressions(step: Mapping) -> list[str]:
-    """The cuts of a pre-tokenizer in order, each as the expression of what it isolates."""
-    kind = step.get("type")
-    if kind == "Sequence":
-        return [expression for part in step["pretokenizers"] for expression in _expressions(part)]
-    if kind == "Split":
-        pattern = step["pattern"]
-        return [pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n") if "Regex" in pattern else repr(pattern["String"])]
-    if kind == "Digits":
-        return [DIGIT if step.get("individual_digits") else r"\p{N}+"]
-    if kind == "ByteLevel":
-        return [GPT2] if step.get("use_regex", True) else []
-    if kind == "Punctuation":
-        return [PUNCTUATION]
-    return [str(kind)]
+def _names(words: str) -> dict[str, str]:
+    """``name:arch+arch name``: names, some with the architectures they are for."""
+    return {name: archs for name, _, archs in (word.partition(":") for word in words.split())}
 
 
-def _nearest(expressions: tuple[str, ...]) -> list[str]:
-    text = "\n".join(expressions)
-    likeness = {name: difflib.SequenceMatcher(None, text, "\n".join(known)).ratio() for (known, _), name in NAMES.items()}
-    return sorted(likeness, key=lambda name: -likeness[name])[:3]
+FAMILIES = (
+    Family(
+        _names(
+            "gpt-2 phi-2:phi2 mpt:mpt+gptneox olmo:olmo+olmoe jais:jais exaone4:exaone4 modern-bert:modern-bert mellum gigachat a.x-4.0"
+            " trillion granite-docling jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe"
+        ),
+        (GPT2,),
+    ),
+    Family(
+        _names(
+            "smollm starcoder:starcoder+starcoder2 refact:refact+granite+granitemoe command-r:command-r+cohere2 codeshell:codeshell"
+            " exaone:exaone minerva-7b mellum2:mellum"
+        ),
+        (DIGIT, GPT2),
+    ),
+    Family(
+        _names("llama-bpe glm4:glm4+glm4moe+chatglm+deepseek2 glm5:glm-dsa falcon-h1:falcon-h1 lfm2:lfm2+lfm2moe falcon3 pixtral midm-2.0")
+        | _names("jina-v5-nano:eurobert llama3 llama-v3"),
+        (LLAMA3,),
+        ignores_merges=True,
+        begins=True,
+    ),
+    Family(_names("smaug-bpe dbrx:dbrx+olmo2+phi3 chatglm-bpe:chatglm+glm4+glm4moe"), (LLAMA3,)),
+    Family(
+        _names("qwen2 stablelm2:stablelm hunyuan:hunyuan-moe grok-2:grok solar-open deepseek-r1-qwen kormo f2llmv2 megrez"),
+        (QWEN2,),
+    ),
+    Family(
+        _names("qwen35"),
+        (rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|{DIGIT}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}",),
+    ),
+    Family(_names("laguna"), (LINES, QWEN2)),
+    Family(_names("ufakzeka"), (f"{WORDS}|{DIGIT}|{TAIL}",)),
+    Family(_names("jais-2"), (rf"{CONTRACTIONS}|{WORDS}|{DIGITS3}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{HALVED_SPACES}|\s{{1}}",)),
+    Family(_names("minicpm5"), (DIGITS3, f"{CONTRACTIONS}|{WORDS}|{DIGITS}|{TAIL}"), ignores_merges=True),
+    Family(
+        _names("bailingmoe bailingmoe2:bailingmoe2 llada-moe:llada-moe"),
+        (rf"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?+\p{{L}}+|{DIGIT}| ?[^\s\p{{L}}\p{{N}}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",),
+    ),
+    Family(_names("seed-coder"), (rf"{CONTRACTIONS}|{WORDS}|{DIGIT}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}",)),
+    Family(
+        _names("exaone-moe"),
+        (
+            rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|{DIGIT}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+        ),
+    ),
+    Family(_names("tekken"), (f"{CASED[0]}|{CASED[1]}|{DIGIT}|{TAIL_SLASH}",), ignores_merges=True, begins=True),
+    Family(_names("gpt-4o llama4:llama4 minimax-m2:minimax-m2 kanana2 talkie"), (f"{CASED_CONTRACTED}|{DIGITS3}|{TAIL_SLASH}",)),
+    Family(_names("granite-embed-multi-97m"), (f"{CASED_CONTRACTED}|{DIGITS3}|{TAIL_SLASH}",), ignores_merges=True),
+    Family(_names("tiny_aya cohere2moe:cohere2moe"), (DIGITS3_FROM_RIGHT, f"{CASED_CONTRACTED}|{DIGITS3}|{TAIL_SLASH}")),
+    Family(_names("youtu"), (YOUTU_SCRIPTS, f"{CASED_CONTRACTED}|{DIGIT}|{TAIL_SLASH}"), ignores_merges=True),
+    Family(_names("kimi-k2"), (KIMI,)),
+    Family(_names("deepseek-v3 hunyuan-dense:hunyuan-dense joyai-llm hy_v4"), (DIGITS3, CJK_KANA, PUNCTUATED_WORDS)),
+    Family(_names("spark2_5"), (DIGITS3, CJK_KANA, rf"{ASCII_PUNCTUATED}|[\r\n]|\s+(?!\S)|\s+", DIGIT)),
+    Family(_names("afmoe"), (DIGITS3_FROM_RIGHT, SCRIPTS_WITHOUT_SPACES, PUNCTUATED_WORDS)),
+    Family(_names("deepseek-coder"), (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK_WIDE, DIGIT)),
+    Family(
+        _names("deepseek-llm"),
+        (r"[\r\n]", rf"\s?[{LATIN_GREEK_CYRILLIC}]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", CJK_WIDE, DIGIT),
+    ),
+    Family(_names("falcon"), (PUNCTUATION_RUNS, GPT2, DIGITS, "[0-9][0-9][0-9]")),
+    Family(_names("bloom poro-chat gpt3-finnish"), (BLOOM,)),
+    Family(_names("viking"), (BLOOM, DIGIT)),
+    Family(_names("superbpe"), (DIGITS, r"(?=(\d{3})+(?!\d))")),
+    Family(
+        _names("chameleon"),
+        ("<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", r"([\t\n]|    |  )", DIGIT, PUNCTUATION, GPT2),
+        begins=True,
+    ),
+)
+"""All of llama.cpp's src/llama-vocab.cpp whose text is cut before it is turned into bytes. The expressions are the models' own, from
+their tokenizer.json; llama.cpp's are sometimes near ones, in what its regular expressions can say."""
+
+WITHOUT_BYTES = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace")
+"""Its names for merges over characters instead of bytes; ``default`` is what it does where a file names none."""
+
+KNOWN_NAMES = frozenset(name for family in FAMILIES for name in family.names) | {*WITHOUT_BYTES, "default"}
+
+_BY_CUTS: dict[tuple[tuple[str, ...], bool], Family] = {}
+
+
+def family_of(cuts: tuple[str, ...], *, ignores_merges: bool) -> Family | None:
+    """The family that cuts a text by ``cuts``, however those are spelled."""
+    if not _BY_CUTS:
+        _BY_CUTS.update({(tuple(map(canonical, family.cuts)), family.ignores_merges): family for family in FAMILIES})
+    return _BY_CUTS.get((tuple(map(canonical, cuts)), ignores_merges))
+
+
+def name_for(family: Family, gguf_arch: str) -> str:
+    """The family's name for models of ``gguf_arch``."""
+    return next((name for name, archs in family.names.items() if gguf_arch in archs.split("+")), next(iter(family.names)))
+
+
+def begins_text(name: str) -> bool:
+    """Does llama.cpp put the first token before a text for the pre-tokenizer's name alone?"""
+    return any(family.begins for family in FAMILIES if name in family.names)

@@ -1,64 +1,39 @@
-"""A model folder's tokenizer as GGUF metadata: byte-level BPE, SentencePiece, and tokenizer.json's forms of SentencePiece."""
+"""A model folder's tokenizer as GGUF metadata, from tokenizer.json or tokenizer.model: BPE, SentencePiece, Unigram, WordPiece."""
 
 from __future__ import annotations
 
 import base64
+import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 from gguf import GGUFWriter, TokenType
 
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats.gguf import pretokenizers
+from quantcli.formats.gguf.merges import is_scored, merge_text, ranks_of
 from quantcli.formats.gguf.metadata import read_object
+from quantcli.formats.gguf.pretokenizers import KNOWN_NAMES, begins_text, name_for
+from quantcli.formats.gguf.recognition import drops_spaces, marks_spaces, prepends_space, recognise, removes_spaces, steps
+from quantcli.formats.gguf.roles import Roles, integers
 from quantcli.formats.gguf.spm import SentencePiece, read_sentencepiece
+from quantcli.formats.gguf.templates import chat_templates, write_templates
+from quantcli.formats.gguf.vocabulary import ADDED_SCORE, SPACE, Vocabulary
 
-SPACE = "\u2581"
-SPACE_BYTE = "\u0120"
-ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0
-SPECIAL_LOOKS = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
-SPECIAL_WORDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONVERTED_AS_LLAMA = frozenset({"llama", "granite", "granitemoe", "smollm3", "arcee", "apertus"})
+"""GGUF architectures for which convert_hf_to_gguf writes ``add_space_prefix`` whatever the kind of tokenizer."""
 
+OVER_CHARACTERS = "sarvam-moe"
+"""llama.cpp's name for merges over characters, not bytes, with spaces as ▁ and nothing put before the text."""
 
-@dataclass
-class Vocabulary:
-    """Pieces by id, as llama.cpp wants them. Ids that the tokenizer leaves out are unused ``[PAD<id>]`` pieces."""
-
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] = field(default_factory=list)
-
-    @classmethod
-    def empty(cls, size: int) -> Vocabulary:
-        return cls([f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size, [PAD_SCORE] * size)
-
-    def set(self, id: int, token: str, kind: TokenType, score: float) -> None:
-        if not 0 <= id < len(self.tokens):
-            raise CheckpointError(
-                f"the tokenizer's {token!r} has id {id}, but config.json's vocab_size is {len(self.tokens)}; they do not match"
-            )
-        self.tokens[id], self.types[id], self.scores[id] = token, kind, score
-
-    def add(self, id: int, token: str, *, special: bool) -> None:
-        """An added token: matched as it is before anything else, and never printed when ``special``."""
-        if special or looks_special(token):
-            self.set(id, token, TokenType.CONTROL, ADDED_SCORE)
-        else:
-            self.set(id, token.replace(SPACE, " "), TokenType.USER_DEFINED, ADDED_SCORE)
-
-
-def looks_special(token: str) -> bool:
-    """Control tokens that some models publish as ordinary ones."""
-    bracketed = any(token.startswith(a) and token.endswith(b) for a, b in (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">")))
-    return bracketed or token in SPECIAL_LOOKS
+WORDS_ALONE = "whitespace"
+"""Its tokenizer, and pre-tokenizer, of words that whitespace ends."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """A tokenizer's files: tokenizer_config.json and tokenizer.json, parsed ({} where there is none)."""
+    """A tokenizer's files, parsed ({} where there is none). ``settings``: tokenizer_config.json over special_tokens_map.json."""
 
     folder: Path
     settings: Mapping
@@ -66,18 +41,27 @@ class Files:
 
     @classmethod
     def of(cls, folder: Path) -> Files:
-        return cls(folder, read_object(folder / "tokenizer_config.json"), read_object(folder / "tokenizer.json"))
+        settings = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
+        return cls(folder, settings, read_object(folder / "tokenizer.json"))
+
+    def added(self) -> dict[int, Mapping]:
+        """tokenizer.json's added tokens by id."""
+        return {token["id"]: token for token in self.parsed.get("added_tokens", [])}
+
+    def configured(self) -> dict[int, Mapping]:
+        """tokenizer_config.json's."""
+        return {int(id): token for id, token in (self.settings.get("added_tokens_decoder") or {}).items()}
 
 
-def add_tokenizer(keys: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizer: str | None = None) -> None:
-    """tokenizer.*: everything llama.cpp needs to turn text into the ids of the tokenizer in ``folder``.
+def add_tokenizer(keys: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizer: str | None = None) -> tuple[str, ...]:
+    """tokenizer.*: everything llama.cpp needs to turn text into the ids of the tokenizer in ``folder``; returns what a user should know.
 
     ``pre_tokenizer`` overrides the name found from tokenizer.json. Raises :class:`CheckpointError` when there is no tokenizer or it
     does not fit ``vocab_size``, :class:`UnsupportedError` when llama.cpp has no such tokenizer.
     """
     files = Files.of(folder)
     try:
-        _add(keys, files, vocab_size, pre_tokenizer)
+        return tuple(_add(keys, files, vocab_size, pre_tokenizer))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
@@ -85,92 +69,194 @@ def add_tokenizer(keys: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizer
         ) from error
 
 
-def _add(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> None:
-    if (prefix := files.settings.get("add_prefix_space")) is not None:
-        keys.add_add_space_prefix(bool(prefix))
-    if model := read_sentencepiece(files.folder / "tokenizer.model", required=not files.parsed):
-        add_sentencepiece(keys, model, files, vocab_size)
-    elif not files.parsed:
+def _add(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> list[str]:
+    notes = []
+    if pre_tokenizer is not None and pre_tokenizer not in KNOWN_NAMES:
+        near = difflib.get_close_matches(pre_tokenizer, sorted(KNOWN_NAMES), 3, 0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        notes.append(
+            f"pre-tokenizer {pre_tokenizer} is no name that quantcli knows of llama.cpp, which loads no file with one unknown to it{hint}"
+        )
+    if model := _sentencepiece(files):
+        vocabulary = add_sentencepiece(keys, model, files, vocab_size)
+    elif files.parsed:
+        vocabulary = add_json(keys, files, vocab_size, pre_tokenizer)
+    else:
         raise CheckpointError(
             f"{files.folder}: no tokenizer.json or tokenizer.model; save the tokenizer there with save_pretrained and try again"
         )
-    else:
-        add_json(keys, files, vocab_size, pre_tokenizer)
+    if vocabulary.left_out:
+        notes.append(f"added tokens beyond the embedding's {vocab_size} rows are left out: {', '.join(vocabulary.left_out[:5])}")
+    write_templates(keys, chat_templates(files.folder, files.settings))
+    return notes + notes_on_unknown(keys, vocabulary)
 
 
-def add_json(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> None:
+def _sentencepiece(files: Files) -> SentencePiece | None:
+    """tokenizer.model; where there is no tokenizer.json, also under the name that T5 gives it."""
+    if model := read_sentencepiece(files.folder / "tokenizer.model", required=not files.parsed):
+        return model
+    return None if files.parsed else read_sentencepiece(files.folder / "spiece.model", required=True)
+
+
+def notes_on_unknown(keys: GGUFWriter, vocabulary: Vocabulary) -> list[str]:
+    """A warning where llama.cpp has no token for a character that the vocabulary lacks, and ends with an exception."""
+    is_spm = keys.kv_data[0]["tokenizer.ggml.model"].value == "llama"
+    if is_spm and TokenType.BYTE not in vocabulary.types:
+        return ["the vocabulary has no byte tokens: llama.cpp fails on text with characters that it lacks, where transformers gives <unk>"]
+    return []
+
+
+def add_json(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> Vocabulary:
     model = files.parsed.get("model", {})
     kind = model.get("type")
     if kind == "Unigram":
-        add_unigram_json(keys, files, vocab_size)
-    elif kind == "BPE" and model.get("byte_fallback"):
-        add_byte_fallback_bpe(keys, files, vocab_size)
-    elif kind == "BPE":
-        add_byte_level_bpe(keys, files, vocab_size, pre_tokenizer)
-    else:
+        return add_unigram_json(keys, files, vocab_size)
+    if kind == "WordPiece":
+        return add_wordpiece(keys, files, vocab_size)
+    if kind != "BPE":
         where = files.folder / "tokenizer.json"
-        raise UnsupportedError(f"{where}: a {kind} tokenizer; quantcli writes BPE, SentencePiece and Unigram ones as GGUF")
+        raise UnsupportedError(f"{where}: a {kind} tokenizer; quantcli writes BPE, SentencePiece, Unigram and WordPiece ones as GGUF")
+    if model.get("byte_fallback") or marks_spaces(files.parsed):
+        return add_character_bpe(keys, files, vocab_size)
+    if drops_spaces(files.parsed):
+        return add_word_bpe(keys, files, vocab_size)
+    return add_byte_level_bpe(keys, files, vocab_size, pre_tokenizer)
 
 
-def add_byte_level_bpe(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> None:
+def add_byte_level_bpe(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | None) -> Vocabulary:
     """GPT-2's kind, Llama 3's too: tokens over an alphabet of bytes, and merges by rank."""
+    vocabulary = pieces_of(files, vocab_size)
+    if pre_tokenizer is None:
+        found = recognise(files.parsed)
+        name, begins = name_for(found, keys.arch), found.begins
+    else:
+        name, begins = pre_tokenizer, begins_text(pre_tokenizer)
+    if keys.arch in CONVERTED_AS_LLAMA and (prefix := files.settings.get("add_prefix_space")) is not None:
+        keys.add_add_space_prefix(bool(prefix))
+    write_merges(keys, "gpt2", vocabulary, files, name)
+    roles = write_roles(keys, vocabulary, files)
+    if begins and "bos" not in roles.adds:
+        keys.add_add_bos_token(False)  # no file says that a text begins with a token, but llama.cpp takes the name to say so
+    return vocabulary
+
+
+def pieces_of(files: Files, vocab_size: int, scores: Mapping[str, float] | None = None, *, over_bytes: bool = True) -> Vocabulary:
+    """A BPE's or WordPiece's pieces and what was added to them; ``over_bytes``: none is a byte or unknown by its looks."""
+    model = files.parsed["model"]
     vocabulary = Vocabulary.empty(vocab_size)
-    for token, id in files.parsed["model"]["vocab"].items():
-        vocabulary.set(id, token, TokenType.NORMAL, 0.0)
+    for token, id in model["vocab"].items():
+        kind = TokenType.NORMAL if over_bytes else piece_type(token, model.get("unk_token"))
+        vocabulary.set(id, token, kind, (scores or {}).get(token, 0.0))
     add_added_tokens(vocabulary, files)
-    keys.add_tokenizer_model("gpt2")
-    keys.add_tokenizer_pre(pre_tokenizer or pretokenizers.name_of(files.parsed))
+    return vocabulary
+
+
+def write_merges(keys: GGUFWriter, model: str, vocabulary: Vocabulary, files: Files, pre_tokenizer: str) -> None:
+    keys.add_tokenizer_model(model)
+    keys.add_tokenizer_pre(pre_tokenizer)
     keys.add_token_list(vocabulary.tokens)
     keys.add_token_types(vocabulary.types)
     keys.add_token_merges([merge_text(merge) for merge in files.parsed["model"]["merges"]])
-    add_special(keys, vocabulary, files)
 
 
-def merge_text(merge: str | Sequence[str]) -> str:
-    """A merge as GGUF has it, "left right", from either form of tokenizer.json; a space inside a half is written as the byte alphabet's."""
-    if isinstance(merge, str):
-        return merge
-    left, right = merge
-    return f"{left.replace(' ', SPACE_BYTE)} {right.replace(' ', SPACE_BYTE)}"
+def add_word_bpe(keys: GGUFWriter, files: Files, vocab_size: int) -> Vocabulary:
+    """A BPE over the characters of words, whitespace between them dropped."""
+    vocabulary = pieces_of(files, vocab_size, over_bytes=False)
+    write_merges(keys, WORDS_ALONE, vocabulary, files, WORDS_ALONE)
+    write_normalizer(keys, files)
+    write_roles(keys, vocabulary, files)
+    return vocabulary
 
 
-def add_byte_fallback_bpe(keys: GGUFWriter, files: Files, vocab_size: int) -> None:
-    """A SentencePiece BPE that came as tokenizer.json alone. SentencePiece merges by the score of the outcome, so a piece's score is
-    minus the rank of the merge that makes it: exactly what transformers made the merges from.
+def add_character_bpe(keys: GGUFWriter, files: Files, vocab_size: int) -> Vocabulary:
+    """A BPE over characters, with ▁ for spaces. From SentencePiece, it merges by the score of the outcome: minus the rank of the merge
+    that makes it, as transformers made the merges from the scores. Merges that were trained as such keep their own order.
     """
-    model = files.parsed["model"]
-    vocabulary = Vocabulary.empty(vocab_size)
-    rank: dict[str, int] = {}
-    for i, merge in enumerate(model["merges"]):
-        rank.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), i)
-    for token, id in model["vocab"].items():
-        vocabulary.set(id, token, piece_type(token, model.get("unk_token")), -float(rank.get(token, len(rank))))
-    add_added_tokens(vocabulary, files)
-    if files.settings.get("add_prefix_space") is None and not prepends_space(files.parsed):
-        keys.add_add_space_prefix(False)
-    add_pieces(keys, "llama", vocabulary)
-    add_special(keys, vocabulary, files)
+    ranks = ranks_of(files.parsed["model"])
+    prepends = prepends_space(files.parsed)
+    if not prepends and not is_scored(files.parsed["model"], ranks, {token["content"] for token in files.added().values()}):
+        vocabulary = pieces_of(files, vocab_size, over_bytes=False)
+        write_merges(keys, "gpt2", vocabulary, files, OVER_CHARACTERS)
+        write_roles(keys, vocabulary, files)
+        return vocabulary
+    lowest = float(len(files.parsed["model"]["merges"]))
+    scores = {token: -float(ranks[token][0]) if token in ranks else -lowest for token in files.parsed["model"]["vocab"]}
+    vocabulary = pieces_of(files, vocab_size, scores, over_bytes=False)
+    write_space_prefix(keys, files, prepends, usual=True)
+    write_scored(keys, "llama", vocabulary)
+    write_roles(keys, vocabulary, files)
+    return vocabulary
 
 
-def add_unigram_json(keys: GGUFWriter, files: Files, vocab_size: int) -> None:
+def add_unigram_json(keys: GGUFWriter, files: Files, vocab_size: int) -> Vocabulary:
     """A Unigram model in tokenizer.json: pieces by log probability; llama.cpp calls it t5."""
     vocabulary = Vocabulary.empty(vocab_size)
     pieces, unknown = files.parsed["model"]["vocab"], files.parsed["model"].get("unk_id")
     for id, (token, score) in enumerate(pieces):
         vocabulary.set(id, token, TokenType.UNKNOWN if id == unknown else piece_type(token, None), score)
     add_added_tokens(vocabulary, files)
-    steps = list(flat(files.parsed.get("normalizer"), "normalizers"))
-    if files.settings.get("add_prefix_space") is None:
-        keys.add_add_space_prefix(prepends_space(files.parsed))
-    keys.add_remove_extra_whitespaces(any(step.get("pattern") == {"Regex": " {2,}"} for step in steps))
-    if charsmap := next((step.get("precompiled_charsmap") for step in steps if step["type"] == "Precompiled"), None):
-        keys.add_precompiled_charsmap(base64.b64decode(charsmap))
-    add_pieces(keys, "t5", vocabulary)
+    write_space_prefix(keys, files, prepends_space(files.parsed), usual=None)
+    keys.add_remove_extra_whitespaces(removes_spaces(files.parsed))
+    for step in steps(files.parsed.get("normalizer"), "normalizers"):
+        if step["type"] == "Precompiled" and step.get("precompiled_charsmap"):
+            keys.add_precompiled_charsmap(base64.b64decode(step["precompiled_charsmap"]))
+    write_scored(keys, "t5", vocabulary)
     # llama.cpp would end every text with T5's end token unless told otherwise
-    add_special(keys, vocabulary, files, roles={} if unknown is None else {"unk": unknown}, adds={"bos": False, "eos": False})
+    write_roles(keys, vocabulary, files, known={} if unknown is None else {"unk": unknown}, adds={"bos": False, "eos": False})
+    return vocabulary
 
 
-def add_pieces(keys: GGUFWriter, model: str, vocabulary: Vocabulary) -> None:
+def add_wordpiece(keys: GGUFWriter, files: Files, vocab_size: int) -> Vocabulary:
+    """BERT's kind. In GGUF a word's first piece begins with ▁ and the others have no ##, so that one search serves for both."""
+    model = files.parsed["model"]
+    if (mark := model.get("continuing_subword_prefix", "##")) != "##":
+        raise UnsupportedError(f"{files.folder / 'tokenizer.json'}: WordPiece whose pieces go on with {mark!r}; llama.cpp knows ## alone")
+    vocabulary = pieces_of(files, vocab_size)
+    for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        if kind != TokenType.CONTROL:
+            vocabulary.tokens[id] = token[2:] if token.startswith("##") else SPACE + token
+    keys.add_tokenizer_model("bert")
+    keys.add_tokenizer_pre("default")
+    keys.add_token_list(vocabulary.tokens)
+    keys.add_token_types(vocabulary.types)
+    write_normalizer(keys, files)
+    write_roles(keys, vocabulary, files)
+    return vocabulary
+
+
+def write_normalizer(keys: GGUFWriter, files: Files) -> None:
+    """Whether letters are made small and lose their accents, where tokenizer.json says so."""
+    for step in steps(files.parsed.get("normalizer"), "normalizers"):
+        flags = {"Lowercase": {"lowercase": True}, "StripAccents": {"strip_accents": True}, "BertNormalizer": step}.get(step["type"], {})
+        for flag in ("lowercase", "strip_accents"):
+            if flags.get(flag) is not None:
+                keys.add_bool(f"tokenizer.ggml.normalizer.{flag}", flags[flag])
+
+
+def add_sentencepiece(keys: GGUFWriter, model: SentencePiece, files: Files, vocab_size: int) -> Vocabulary:
+    """Pieces, scores and types from tokenizer.model; added tokens from the files beside it."""
+    vocabulary = Vocabulary.empty(vocab_size)
+    for id, (piece, score, kind) in enumerate(model.pieces):
+        vocabulary.set(id, piece, kind, score)
+    for token, id in read_object(files.folder / "added_tokens.json").items():
+        if id >= vocab_size:
+            vocabulary.left_out.append(token)
+            continue
+        vocabulary.set(id, token, TokenType.USER_DEFINED, ADDED_SCORE)
+    vocabulary.add_within({id: token for id, token in files.added().items() if id >= len(model.pieces)})
+    vocabulary.add_within(files.configured())
+    usual = None if model.is_unigram else True
+    write_space_prefix(keys, files, model.adds_prefix, usual=usual)
+    if model.is_unigram:
+        keys.add_remove_extra_whitespaces(model.merges_spaces)
+        if model.charsmap:
+            keys.add_precompiled_charsmap(model.charsmap)
+    write_scored(keys, "t5" if model.is_unigram else "llama", vocabulary)
+    write_roles(keys, vocabulary, files, known=model.roles, adds={"bos": True, "eos": False} if model.is_unigram else {})
+    return vocabulary
+
+
+def write_scored(keys: GGUFWriter, model: str, vocabulary: Vocabulary) -> None:
     keys.add_tokenizer_model(model)
     keys.add_tokenizer_pre("default")
     keys.add_token_list(vocabulary.tokens)
@@ -178,33 +264,36 @@ def add_pieces(keys: GGUFWriter, model: str, vocabulary: Vocabulary) -> None:
     keys.add_token_types(vocabulary.types)
 
 
-def add_special(
+def write_space_prefix(keys: GGUFWriter, files: Files, prepends: bool, *, usual: bool | None) -> None:
+    """Is a space put before a text? tokenizer_config.json's word, else the tokenizer's, which need not be written where it is the
+    ``usual`` thing for its kind.
+    """
+    if (configured := files.settings.get("add_prefix_space")) is not None:
+        keys.add_add_space_prefix(bool(configured))
+    elif prepends is not usual:
+        keys.add_add_space_prefix(prepends)
+
+
+def write_roles(
     keys: GGUFWriter,
     vocabulary: Vocabulary,
     files: Files,
     *,
-    roles: Mapping[str, int] | None = None,
+    known: Mapping[str, int] | None = None,
     adds: Mapping[str, bool] | None = None,
-) -> None:
-    """Ids of the special roles, whether bos and eos are added, and the chat template.
+) -> Roles:
+    """Ids of the special roles, and which of them are added to a text.
 
-    The ids are those of the tokens tokenizer_config.json names; else config.json's; else ``roles``, what the tokenizer's model says.
-    ``adds``: role → is it added to a text, where no file says so.
+    ``known``: role → id as the tokenizer's model says, where no file does; ``adds``: role → is it added, likewise.
     """
-    special = gguf.SpecialVocab(files.folder, n_vocab=len(vocabulary.tokens))
-    ids = {token: id for id, token in enumerate(vocabulary.tokens)}
-    named = {word.removesuffix("_token"): ids.get(content_of(files.settings.get(word))) for word in SPECIAL_WORDS}
-    known = {role: id for role, id in named.items() if id is not None}
-    special.special_token_ids = {**(roles or {}), **special.special_token_ids, **known}
-    special.add_special_token = {**(adds or {}), **special.add_special_token}
-    special.add_to_gguf(keys, quiet=True)
-
-
-def content_of(token: object) -> str:
-    """The text of a special token, whether tokenizer_config.json has it as text or as an object; empty when it has none."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""
+    config, generation = read_object(files.folder / "config.json"), read_object(files.folder / "generation_config.json")
+    config = {**(config.get("text_config") or {}), **config}
+    roles = Roles.of(files.settings, files.parsed)
+    roles.adds = {**(adds or {}), **roles.adds}
+    roles.find(vocabulary.ids(), config, keys.arch, known or {})
+    roles.stop_at([*integers(generation.get("eos_token_id")), *integers(config.get("eos_token_id"))], vocabulary.tokens)
+    roles.write(keys)
+    return roles
 
 
 def piece_type(token: str, unknown: str | None) -> TokenType:
@@ -215,59 +304,6 @@ def piece_type(token: str, unknown: str | None) -> TokenType:
 
 def add_added_tokens(vocabulary: Vocabulary, files: Files) -> None:
     """Tokens beside the model: tokenizer.json's, tokenizer_config.json's, and those a special role names."""
-    for token in files.parsed.get("added_tokens", []):
-        vocabulary.add(token["id"], token["content"], special=bool(token.get("special")))
-    add_configured_tokens(vocabulary, files.settings)
-    extra = files.settings.get("extra_special_tokens") or []
-    roles = [files.settings.get(word) for word in SPECIAL_WORDS] + list(extra.values() if isinstance(extra, dict) else extra)
-    contents = {content_of(role) for role in roles} - {""}
-    for id, token in enumerate(vocabulary.tokens):
-        if token in contents and vocabulary.types[id] in (TokenType.NORMAL, TokenType.USER_DEFINED):
-            vocabulary.types[id] = TokenType.CONTROL
-
-
-def add_configured_tokens(vocabulary: Vocabulary, settings: Mapping) -> None:
-    """tokenizer_config.json's added_tokens_decoder: id → content and whether it is special."""
-    for id, token in (settings.get("added_tokens_decoder") or {}).items():
-        vocabulary.add(int(id), token["content"], special=bool(token.get("special")))
-
-
-def flat(step: Mapping | None, key: str) -> Iterator[Mapping]:
-    """A normalizer or pre-tokenizer as its plain steps."""
-    if step is None:
-        return
-    if step.get("type") != "Sequence":
-        yield step
-        return
-    for part in step[key]:
-        yield from flat(part, key)
-
-
-def prepends_space(parsed: Mapping) -> bool:
-    """Does a space stand before the first word of a text?"""
-    steps = [*flat(parsed.get("normalizer"), "normalizers"), *flat(parsed.get("pre_tokenizer"), "pretokenizers")]
-    prepends = any(step["type"] == "Prepend" for step in steps)
-    return prepends or any(step["type"] == "Metaspace" and metaspace_prepends(step) for step in steps)
-
-
-def metaspace_prepends(step: Mapping) -> bool:
-    """Metaspace before and after tokenizers 0.15: a flag, then a scheme (always, first, never)."""
-    return step["prepend_scheme"] != "never" if "prepend_scheme" in step else bool(step.get("add_prefix_space", True))
-
-
-def add_sentencepiece(keys: GGUFWriter, model: SentencePiece, files: Files, vocab_size: int) -> None:
-    """Pieces, scores and types from tokenizer.model; added tokens from added_tokens.json and tokenizer_config.json."""
-    vocabulary = Vocabulary.empty(vocab_size)
-    for id, (piece, score, kind) in enumerate(model.pieces):
-        vocabulary.set(id, piece, kind, score)
-    for token, id in read_object(files.folder / "added_tokens.json").items():
-        vocabulary.set(id, token, TokenType.USER_DEFINED, ADDED_SCORE)
-    add_configured_tokens(vocabulary, files.settings)
-    if files.settings.get("add_prefix_space") is None and (model.is_unigram or not model.adds_prefix):
-        keys.add_add_space_prefix(model.adds_prefix)
-    if model.is_unigram:
-        keys.add_remove_extra_whitespaces(model.merges_spaces)
-    if model.is_unigram and model.charsmap:
-        keys.add_precompiled_charsmap(model.charsmap)
-    add_pieces(keys, "t5" if model.is_unigram else "llama", vocabulary)
-    add_special(keys, vocabulary, files, roles=model.roles, adds={"bos": True, "eos": False} if model.is_unigram else {})
+    vocabulary.add_all(files.added())
+    vocabulary.add_all(files.configured())
+    vocabulary.name_specials(files.settings)
