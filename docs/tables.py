@@ -13,6 +13,7 @@ import ast
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from quantcli import errors, recipe, regrid
@@ -169,18 +170,24 @@ def read(page: Path) -> str:
     return page.read_text("utf8")
 
 
+@cache
+def content(name: str) -> str:
+    """The table ``name`` as it should be."""
+    return TABLES[name][1]()
+
+
 def stale(text_of: Callable[[Path], str] = read) -> list[str]:
     """Names of the tables that their pages do not have as they should be."""
-    pages = {name: (text_of(page), make) for name, (page, make) in TABLES.items()}
-    return [name for name, (text, make) in pages.items() if filled(text, name, make()) != text]
+    texts = {name: text_of(page) for name, (page, _) in TABLES.items()}
+    return [name for name, text in texts.items() if filled(text, name, content(name)) != text]
 
 
 def main(arguments: list[str]) -> int:
     names_ = stale()
     if "--write" in arguments:
         for name in names_:
-            page, make = TABLES[name]
-            page.write_text(filled(read(page), name, make()), "utf8")
+            page, _ = TABLES[name]
+            page.write_text(filled(read(page), name, content(name)), "utf8")
         return 0
     lines = [f"{TABLES[name][0].name}: the table '{name}' is out of date: python docs/tables.py --write\n" for name in names_]
     sys.stdout.write("".join(lines))
