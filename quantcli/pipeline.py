@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -173,25 +172,24 @@ def _open_forward(source: Checkpoint, device: str, recipe: Recipe) -> Forward:
 
 
 def _each_tensor(run: Coding) -> Iterator[LayerDone]:
-    """No statistics: every tensor for itself, a few at a time, written as they come."""
-
-    pending: deque[Future[list[TensorReport]]] = deque()
+    """No statistics: every tensor for itself, a few at a time, written as they come. Embedding and head, the largest, go first: at the
+    end one thread would work on them alone."""
     layers = [[(layer.name, unit) for unit in units(layer)] for layer in run.plan.layers]
-    todo = deque(unit for layer in layers for unit in layer)
+    todo = sorted((unit for layer in layers for unit in layer), key=lambda unit: unit[0] != unit[1][0].name)
     n_threads = torch.get_num_threads()
     n_at_once = min(n_threads + 1, MAX_TENSORS_AT_ONCE)  # one more than there are threads: it waits for the disk
     with ThreadPoolExecutor(n_at_once) as pool:
+        futures: dict[str, Future[list[TensorReport]]] = {}
         try:
             ops.set_threads(max(1, n_threads // n_at_once))
+            futures = {unit[0].name: pool.submit(run.code, layer, unit, {}) for layer, unit in todo}
             for layer in timed(run.plan):
-                for _ in layers[layer.index]:
-                    while todo and len(pending) < n_at_once:
-                        pending.append(pool.submit(run.code, *todo.popleft(), {}))
-                    layer.reports += pending.popleft().result()
+                for _, unit in layers[layer.index]:
+                    layer.reports += futures.pop(unit[0].name).result()
                 yield layer.done()
         finally:
             ops.set_threads(n_threads)
-            for future in pending:
+            for future in futures.values():
                 future.cancel()
 
 

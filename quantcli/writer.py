@@ -6,7 +6,7 @@ rename. Whatever happens before that rename leaves the target as it was; an exce
 its ``.part`` behind, which the next run replaces; the ``.part`` of a process that still lives is locked, and a second run refuses to touch
 it. Files side by side are moved one by one, and the first, by which an engine is told of them, after the others.
 
-Memory: one tensor at a time, and 8 MiB while checking.
+Memory: one tensor at a time, and 16 MiB while checking.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -25,6 +26,9 @@ from torch import Tensor
 from quantcli import disk
 from quantcli.errors import CheckpointError, RecipeError
 from quantcli.tensors import DTYPE_NAMES, DTYPES, TensorSpec
+
+N_CHECKERS = 2
+"""Threads that read an output back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,7 @@ class Writer:
         with disk.wording_errors(self.target), self._path(self._files[name]).open("r+b", buffering=0) as file:
             file.seek(slot.offset)
             disk.write_all(file.fileno(), data)
+            disk.start_flushing(file.fileno(), slot.offset, len(data))
         self._sums[name] = zlib.crc32(data)
 
     def add_sidecar(self, name: str, data: bytes | Path) -> None:
@@ -217,18 +222,20 @@ class Writer:
 
     def _verify(self) -> None:
         """Read every byte back and compare: headers as they are, tensors and sidecars by the checksum taken while writing."""
+        parts: list[tuple[str, str, int, int, int]] = []  # file, name, offset, size, checksum
         for layout in self._layouts.values():
             with self._path(layout.name).open("rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size != layout.size or file.read(len(layout.header)) != layout.header:
                     raise CheckpointError(
                         f"{self._path(layout.name)}: the header or size read back differs from what was written; the disk may be failing"
                     )
-                for slot in sorted(layout.slots.values(), key=lambda s: s.offset):
-                    file.seek(slot.offset)
-                    self._compare(layout.name, slot.spec.name, disk.checksum(file.fileno(), slot.spec.nbytes), self._sums[slot.spec.name])
-        for name, (size, crc) in self._sidecars.items():
-            with (self.part / name).open("rb", buffering=0) as file:
-                self._compare(name, name, disk.checksum(file.fileno(), size), crc)
+            slots = sorted(layout.slots.values(), key=lambda s: s.offset)
+            parts += [(layout.name, s.spec.name, s.offset, s.spec.nbytes, self._sums[s.spec.name]) for s in slots]
+        parts += [(name, name, 0, size, crc) for name, (size, crc) in self._sidecars.items()]
+        with ThreadPoolExecutor(N_CHECKERS) as pool:
+            found = pool.map(lambda part: disk.checksum(self._path(part[0]), *part[2:4]), parts)
+            for part, got in zip(parts, found, strict=True):
+                self._compare(part[0], part[1], got, part[4])
 
     def _compare(self, file: str, name: str, got: int | None, expected: int) -> None:
         if got != expected:

@@ -20,22 +20,24 @@ def a_folder(path: Path, text: str) -> Path:
 
 
 def test_a_system_that_takes_and_gives_a_few_bytes_at_once_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, read = os.write, os.read
+    write, read, pread = os.write, os.read, os.pread
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
     monkeypatch.setattr(os, "read", lambda fd, n: read(fd, min(n, 5)))
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 5), at))
     data = os.urandom(100)
     with (tmp_path / "x").open("wb", buffering=0) as file:
         disk.write_all(file.fileno(), memoryview(data))
     with (tmp_path / "x").open("rb", buffering=0) as file:
         assert disk.read_exactly(file.fileno(), 60) == data[:60]
-        assert disk.checksum(file.fileno(), 40) == zlib.crc32(data[60:])
+    assert disk.checksum(tmp_path / "x", 60, 40) == zlib.crc32(data[60:])
 
 
 def test_a_file_that_ends_too_soon_is_none_and_no_shorter_answer(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"four")
-    for ask in (disk.read_exactly, disk.checksum):
-        with (tmp_path / "x").open("rb", buffering=0) as file:
-            assert ask(file.fileno(), 5) is None
+    with (tmp_path / "x").open("rb", buffering=0) as file:
+        assert disk.read_exactly(file.fileno(), 5) is None
+    assert disk.checksum(tmp_path / "x", 0, 5) is None
+    assert disk.checksum(tmp_path / "x", 3, 2) is None
 
 
 def test_a_lock_keeps_another_holder_out_until_it_is_let_go(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import struct
 import time
 import tracemalloc
@@ -14,7 +13,7 @@ from gguf import GGUFReader
 from gguf import GGUFValueType as T
 
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats.gguf.container import BLOCKS, Field, header, read_header, tensor_spec
+from quantcli.formats.gguf.container import Field, header, read_header, tensor_spec
 
 FIELDS = {
     "general.architecture": Field(T.STRING, "llama"),
@@ -175,42 +174,18 @@ def test_a_file_full_of_strings_is_refused_before_they_fill_memory(tmp_path: Pat
         read_header(path)
 
 
-def mutate(data: bytes, header_size: int, rng: random.Random) -> bytes:
-    """One to four changes: a byte, a 64-bit field, a cut, an insertion, a removal."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(min(header_size, len(out)) or 1)
-        match rng.randrange(5):
-            case 0:
-                out[at : at + 1] = bytes([rng.randrange(256)])
-            case 1:
-                out[at : at + 8] = struct.pack(
-                    "<Q", rng.choice([0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, rng.getrandbits(64), rng.getrandbits(10)])
-                )
-            case 2:
-                del out[rng.randrange(len(out) + 1) :]
-            case 3:
-                out[at:at] = rng.randbytes(rng.randrange(1, 16))
-            case 4:
-                del out[at : at + rng.randrange(1, 16)]
-    return bytes(out)
-
-
-def test_no_mutation_of_a_file_does_more_than_raise(tmp_path: Path) -> None:
-    """3000 damaged files: each is read into sane specs, or refused by one of our errors."""
-    rng = random.Random(0)
-    head, _, size = header(FIELDS, SPECS)
-    whole = head + bytes(size - len(head))
-    path = tmp_path / "fuzz.gguf"
-    refused = 0
-    for _ in range(3000):
-        path.write_bytes(mutate(whole, len(head), rng))
-        try:
-            container = read_header(path)
-        except (CheckpointError, UnsupportedError):
-            refused += 1
-            continue
-        for name, spec in container.specs.items():
-            assert spec.shape[-1] % BLOCKS[spec.dtype][0] == 0
-            assert container.offsets[name] + spec.nbytes <= path.stat().st_size
-    assert refused > 1500
+def test_strings_and_tensors_take_little_more_memory_than_they_take_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "many.gguf"
+    count, n_tensors = 1 << 20, 1 << 12
+    words = b"".join(string(b"%02d" % (i % 100)) for i in range(count))
+    tensors = b"".join(tensor(b"t%d" % i, offset=32 * i) for i in range(n_tensors))
+    key = string(b"k") + struct.pack("<IIQ", T.ARRAY, T.STRING, count) + words
+    path.write_bytes(raw(key, tensors, n_fields=1, n_tensors=n_tensors, data=bytes(32 * n_tensors)))
+    del words, tensors, key
+    tracemalloc.start()
+    container = read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size + (6 << 20)
+    assert container.get("k")[:3] == ["00", "01", "02"]
+    assert len(container.get("k")) == count

@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import eq
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
@@ -33,7 +34,7 @@ ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_NAME_BYTES = 65535
 MAX_FIELDS = 1 << 14
-MAX_TENSORS = 1 << 16
+MAX_TENSORS = 1 << 14
 MAX_STRINGS = 1 << 21
 """Bounds on what a header may ask of us: far above any real model (vocabulary and merges: under a million strings), and soon parsed."""
 
@@ -53,6 +54,38 @@ _SCALARS: dict[GGUFValueType, np.dtype] = {
     GGUFValueType.FLOAT64: np.dtype("<f8"),
     GGUFValueType.BOOL: np.dtype("?"),
 }
+
+
+class Strings(Sequence[str]):
+    """An array of strings as it lies in the file, read when it is asked for: as objects a vocabulary takes five times the room."""
+
+    def __init__(self, packed: bytes, count: int) -> None:
+        self.packed, self._count = packed, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        at = 0
+        while at < len(self.packed):
+            end = at + 8 + _LENGTH.unpack_from(self.packed, at)[0]
+            yield self.packed[at + 8 : end].decode("utf-8", "surrogateescape")
+            at = end
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return list(self)[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,20 +197,19 @@ class _HeaderReader:
     def integer(self, form: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
-    def strings(self, count: int) -> list[str]:
+    def strings(self, count: int) -> Strings:
         """The next ``count`` strings. A vocabulary has hundreds of thousands, so this loop is spelled out."""
         self.n_strings += count
         if self.n_strings > MAX_STRINGS or count > (self.size - self.at) // 8:
             raise self.error(f"promises {count} strings, more than {self.size - self.at} bytes can hold or a model has")
-        data, at, size, length_at = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
-        out = []
+        data, start, size, length_at = self.data, self.at, self.size, _LENGTH.unpack_from
+        at = start
         for _ in range(count):
             if size - at < 8 or (length := length_at(data, at)[0]) > size - at - 8:
                 raise self.error(f"has a string at offset {at} that would end after the file, at {size}")
             at += 8 + length
-            out.append(data[at - length : at].decode("utf-8", "surrogateescape"))
         self.at = at
-        return out
+        return Strings(data[start:at], count)
 
     def name(self) -> str:
         length = self.integer("<Q")
@@ -300,6 +332,8 @@ def _pack_string(text: str) -> bytes:
 
 
 def _pack_values(kind: GGUFValueType, values: Sequence[Any] | np.ndarray) -> bytes:
+    if isinstance(values, Strings):
+        return values.packed
     if kind == GGUFValueType.STRING:
         return b"".join(_pack_string(text) for text in values)
     return np.asarray(values).astype(_SCALARS[kind]).tobytes()

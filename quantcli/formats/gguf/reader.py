@@ -21,7 +21,7 @@ from quantcli.formats.gguf.metadata import config_of
 from quantcli.formats.gguf.splits import read_model
 from quantcli.json_files import shown
 from quantcli.locations import Location, read_tensor
-from quantcli.registry import names
+from quantcli.ops.blocks import KINDS
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 
@@ -37,8 +37,7 @@ class GgufCheckpoint(Checkpoint):
         view = stored_view(container) if as_stored else view_of(container)
         self.container, self.arch, self.gguf_names = container, view.arch, view.names
         specs = {name: renamed(container.specs[stored], name) for name, stored in view.names.items()}
-        known = names("qtypes")
-        schemes = {name: Scheme.of(s.dtype.lower()) for name, s in specs.items() if s.dtype not in DTYPES and s.dtype.lower() in known}
+        schemes = {name: Scheme.of(s.dtype.lower()) for name, s in specs.items() if s.dtype.lower() in KINDS}
         super().__init__(
             path,
             kind="gguf",
