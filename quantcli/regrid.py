@@ -12,6 +12,7 @@ Formats without a table here pass on to themselves alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,8 @@ def exactness(source: Scheme, target: Scheme, in_features: int) -> str | None:
     if source.qtype == target.qtype == "nf4" or source.qtype == target.qtype == "fp4":
         same_blocks = source.option("block_size") == target.option("block_size")
         return EXACT if same_blocks and not target.option("double_quant") else None
+    if source.qtype == "hqq":
+        return hqq_exactness(source, target, in_features)
     have = affine_of(source)
     if have is None:
         return None
@@ -118,6 +121,9 @@ def regrid(tensor: QuantizedTensor, target: Scheme) -> tuple[QuantizedTensor, bo
         out = spread_fp8(tensor, target)
     elif source.qtype in ("nf4", "fp4"):
         out = QuantizedTensor(target, tensor.shape, {"packed": tensor.parts["packed"], "absmax": scales_of(tensor.parts)})
+    elif source.qtype == "hqq":
+        scale, zeros = (tensor.parts[name].view(tensor.shape[0], -1) for name in ("scale", "zero"))
+        out = packed(tensor.parts["codes"], scale, -(scale.float() * zeros.float()), target)
     else:
         k, scale, zero, g_idx = integers_of(tensor)
         out = as_integers(k, scale, zero, g_idx, target) if target.qtype == "int" else as_blocks(k, scale, zero, target)
@@ -184,6 +190,14 @@ def block_exactness(source: Scheme, have: Affine, target: Scheme, in_features: i
     return EXACT if have.scale_dtype == "F16" else CODES
 
 
+def hqq_exactness(source: Scheme, target: Scheme, in_features: int) -> str | None:
+    """HQQ's zero points are no integers: of all formats here ggml's types with a minimum alone have a place for them."""
+    group_size = source.option("group_size")
+    along_inputs = source.option("axis") == 1 and in_features % group_size == 0 and group_size % BLOCK == 0
+    fits = target.qtype in MINIMUM_BLOCKS and math.ceil(2 ** source.option("bits")) - 1 <= MINIMUM_BLOCKS[target.qtype]
+    return CODES if along_inputs and fits else None
+
+
 def fp8_exactness(source: Scheme, target: Scheme) -> str | None:
     have, want = source.option("strategy"), target.option("strategy")
     if source.option("dtype") != target.option("dtype") or (have != want and (have, want) not in FP8_HOLDS):
@@ -225,15 +239,21 @@ def as_integers(k: Tensor, scale: Tensor, zero: Tensor | None, g_idx: Tensor | N
 
 def as_blocks(k: Tensor, scale: Tensor, zero: Tensor | None, target: Scheme) -> QuantizedTensor:
     """One of ggml's types of 32 weights; ``zero`` goes into the minimum of those that have one: m = −scale·zero."""
-    n_blocks = k.shape[1] // BLOCK
-    spread = n_blocks // scale.shape[1]
+    if target.qtype not in MINIMUM_BLOCKS:
+        return packed(k, scale, None, target)
+    assert zero is not None
+    codes = k + zero.repeat_interleave(k.shape[1] // zero.shape[1], 1)
+    return packed(codes, scale, -(scale.float() * zero), target)
+
+
+def packed(codes: Tensor, scale: Tensor, minimum: Tensor | None, target: Scheme) -> QuantizedTensor:
+    """Blocks of 32 weights of ``codes`` [out, in]; ``scale`` and ``minimum`` [out, n_groups] are repeated in the blocks of a group."""
+    spread = codes.shape[1] // BLOCK // scale.shape[1]
     params = {"d": stored(scale, "F16").repeat_interleave(spread, 1)}
-    if target.qtype in MINIMUM_BLOCKS:
-        assert zero is not None
-        params["m"] = stored(-(scale.float() * zero), "F16").repeat_interleave(spread, 1)
-        k = k + zero.repeat_interleave(k.shape[1] // zero.shape[1], 1)
-    blocks = pack_blocks(k.to(torch.int8).contiguous(), params, target.qtype)
-    return QuantizedTensor(target, tuple(k.shape), {"blocks": blocks})
+    if minimum is not None:
+        params["m"] = stored(minimum, "F16").repeat_interleave(spread, 1)
+    blocks = pack_blocks(codes.to(torch.int8).contiguous(), params, target.qtype)
+    return QuantizedTensor(target, tuple(codes.shape), {"blocks": blocks})
 
 
 def spread_fp8(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:

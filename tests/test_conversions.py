@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from quantcli import pipeline, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.cli.inspect import describe
-from quantcli.pipeline import Finished, LayerDone
+from quantcli.events import Finished, LayerDone, Planned
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
 from quantcli.tensors import Scheme
@@ -109,3 +111,48 @@ def test_a_dense_export_in_float32_keeps_every_bit(coded: Callable[[str, str], P
         assert finished.lossless
         with Checkpoint.open(str(finished.output)) as result:
             assert all(torch.equal(result.read(name), source.read(name)) for name in source.schemes)
+
+
+@pytest.fixture(scope="module")
+def hqq_folder(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model as hqq saves one of 4 bits in groups of 64 inputs."""
+    dense, folder = tiny_llama(layers=1, tied=True), tmp_path_factory.mktemp("hqq") / "model"
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    with Checkpoint.open(str(dense)) as source:
+        for name in source.specs:
+            W = source.read(name)
+            tensors |= as_hqq(name.removesuffix(".weight"), W) if "_proj" in name else {name: W}
+        for file, path in source.sidecars().items():
+            (folder / file).write_bytes(path.read_bytes())
+        words = {"quant_method": "hqq", "quant_config": {}, "skip_modules": []}
+        (folder / "config.json").write_text(json.dumps(source.config | {"quantization_config": words}))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def as_hqq(module: str, W: torch.Tensor) -> dict[str, torch.Tensor]:
+    V = W.float().view(-1, 64)
+    low, high = V.amin(1, keepdim=True), V.amax(1, keepdim=True)
+    scale = ((high - low) / 15).half()
+    zero = (-low / scale).half()
+    codes = (V / scale + zero).round().clamp(0, 15).to(torch.uint8)
+    half = codes.shape[0] // 2
+    settings = {"shape": torch.tensor(W.shape), "nbits": torch.tensor(4), "group_size": torch.tensor(64), "axis": torch.tensor(1)}
+    settings["packing"] = torch.tensor(list(b"4bit_u8"), dtype=torch.uint8)
+    made = {"W_q": codes[:half] << 4 | codes[half:], "scale": scale, "zero": zero, **settings}
+    return {f"{module}.{part}": tensor for part, tensor in made.items()}
+
+
+def test_hqqs_codes_go_to_gguf_and_the_result_says_so(hqq_folder: Path, tmp_path: Path) -> None:
+    with Checkpoint.open(str(hqq_folder)) as source:
+        recipe = recipe_that_keeps(source, "gguf")
+        events = list(pipeline.quantize(source, tmp_path / "out.gguf", recipe))
+        assert isinstance(events[0], Planned)
+        assert isinstance(events[-1], Finished)
+        with Checkpoint.open(str(events[-1].output)) as result:
+            assert {str(result.schemes[name]) for name in source.schemes} == {"q4_1"}
+            W, W_hat = source.read(DOWN), result.read(DOWN)
+    assert not events[-1].lossless
+    assert float((W - W_hat).square().sum() / W.square().sum()) < 1e-5  # the minima in float16, and hqq's own rounding
+    assert any("keep their codes, and a scale or minimum is rounded to what q4_1 stores" in note for note in events[0].plan.notes)

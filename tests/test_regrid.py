@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from quantcli import regrid
 from quantcli.errors import NumericsError, UnsupportedError
+from quantcli.ops.blocks import unpack_blocks
 from quantcli.passes import rtn
 from quantcli.registry import names
 from quantcli.tensors import QuantizedTensor, Scheme
@@ -138,3 +140,34 @@ def test_candidates_begin_with_the_source_itself_and_prefer_small_types() -> Non
     assert order.index("q4_1") < order.index("q5_0") < order.index("q8_0")
     without_activations = next(s for s in regrid.candidates(known("int8-channel-sym+int8-token")) if not s.get("act"))
     assert str(without_activations) == "int8-channel-sym"
+
+
+def hqq_coded(bits: float, group_size: int, axis: int = 1) -> QuantizedTensor:
+    """Random codes with zero points that are no integers."""
+    random = torch.Generator().manual_seed(3)
+    n_groups = 24 * IN_FEATURES // group_size
+    codes = torch.randint(0, math.ceil(2**bits), (24, IN_FEATURES), generator=random, dtype=torch.uint8)
+    scale = (0.01 + 0.02 * torch.rand(n_groups, generator=random)).half()
+    zero = (2**bits * torch.rand(n_groups, generator=random)).half()
+    scheme = Scheme.of("hqq", bits=bits, group_size=group_size, axis=axis, scale_dtype="F16")
+    return QuantizedTensor(scheme, (24, IN_FEATURES), {"codes": codes, "scale": scale, "zero": zero})
+
+
+@pytest.mark.parametrize(("bits", "target"), [(1.58, "q4_1"), (2, "q4_1"), (3, "q4_1"), (4, "q4_1"), (4, "q5_1"), (5, "q5_1")])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_hqqs_codes_go_over_with_the_zero_point_in_the_minimum(bits: float, target: str, group_size: int) -> None:
+    tensor = hqq_coded(bits, group_size)
+    out, _ = regrid.regrid(tensor, Scheme.of(target))
+    codes, params = unpack_blocks(out.parts["blocks"], target, IN_FEATURES)
+    assert torch.equal(codes.to(torch.uint8), tensor.parts["codes"])
+    assert torch.equal(params["d"], tensor.parts["scale"].view(24, -1).repeat_interleave(group_size // 32, 1))
+    exact = (tensor.parts["codes"].view(-1, group_size) - tensor.parts["zero"].float()[:, None]) * tensor.parts["scale"].float()[:, None]
+    torch.testing.assert_close(regrid.decode(out), exact.view(24, -1), rtol=0, atol=float(exact.abs().max()) * 2**-10)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "axis", "target"),
+    [(5, 64, 1, "q4_1"), (8, 64, 1, "q5_1"), (4, 16, 1, "q4_1"), (4, 64, 0, "q4_1"), (4, 64, 1, "q4_0")],
+)
+def test_hqqs_codes_stay_behind_where_there_is_no_place_for_them(bits: float, group_size: int, axis: int, target: str) -> None:
+    assert regrid.exactness(hqq_coded(bits, group_size, axis).scheme, Scheme.of(target), IN_FEATURES) is None
