@@ -172,17 +172,15 @@ def _open_forward(source: Checkpoint, device: str, recipe: Recipe) -> Forward:
 
 
 def _each_tensor(run: Coding) -> Iterator[LayerDone]:
-    """No statistics: every tensor for itself, a few at a time, written as they come. Embedding and head, the largest, go first: at the
-    end one thread would work on them alone."""
+    """No statistics: every tensor for itself, a few at a time, written as they come."""
     layers = [[(layer.name, unit) for unit in units(layer)] for layer in run.plan.layers]
-    todo = sorted((unit for layer in layers for unit in layer), key=lambda unit: unit[0] != unit[1][0].name)
     n_threads = torch.get_num_threads()
     n_at_once = min(n_threads + 1, MAX_TENSORS_AT_ONCE)  # one more than there are threads: it waits for the disk
     with ThreadPoolExecutor(n_at_once) as pool:
         futures: dict[str, Future[list[TensorReport]]] = {}
         try:
             ops.set_threads(max(1, n_threads // n_at_once))
-            futures = {unit[0].name: pool.submit(run.code, layer, unit, {}) for layer, unit in todo}
+            futures = {unit[0].name: pool.submit(run.code, layer, unit, {}) for layer, unit in spread(layers)}
             for layer in timed(run.plan):
                 for _, unit in layers[layer.index]:
                     layer.reports += futures.pop(unit[0].name).result()
@@ -191,6 +189,21 @@ def _each_tensor(run: Coding) -> Iterator[LayerDone]:
             ops.set_threads(n_threads)
             for future in futures.values():
                 future.cancel()
+
+
+Unit = tuple[str, list[PlannedTensor]]
+"""What is coded at once, and the layer it belongs to."""
+
+
+def spread(layers: Sequence[Sequence[Unit]]) -> list[Unit]:
+    """The units of all ``layers`` in the order of work: those of decoder layers as they come, and embedding, head and the like evenly among
+    them. These are the largest: two side by side would take the most memory, and the last one would have one thread while others idle."""
+    order = [unit for layer in layers for unit in layer if unit[0] != unit[1][0].name]
+    alone = [unit for layer in layers for unit in layer if unit[0] == unit[1][0].name]
+    step = len(order) // max(1, len(alone))
+    for i in reversed(range(len(alone))):
+        order.insert(i * step, alone[i])
+    return order
 
 
 def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:

@@ -16,6 +16,7 @@ from quantcli import ops, pipeline
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_of_type, recipe_that_keeps
 from quantcli.cli.inspect import describe
+from quantcli.cli.memory import estimate
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.events import Finished, Planned
 from quantcli.formats import gguf
@@ -197,3 +198,16 @@ def test_an_output_does_not_replace_the_source(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "llama")
     with pytest.raises(RecipeError, match="replace the model"):
         go(path, path, recipe_of_type("gguf", "Q8_0"))
+
+
+@pytest.mark.parametrize("format_", ["hf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8"])
+def test_a_file_taken_as_it_is_becomes_no_folder(tmp_path: Path, format_: str) -> None:
+    path = write_model(tmp_path / "m.gguf", "starcoder2")
+    with Checkpoint.open(str(path)) as source, pytest.raises(UnsupportedError):
+        list(pipeline.quantize(source, tmp_path / "out", recipe_that_keeps(source, format_)))
+
+
+def test_its_memory_is_estimated(tmp_path: Path) -> None:
+    with Checkpoint.open(str(write_model(tmp_path / "m.gguf", "mixtral"))) as source:
+        rows = {row["recipe"]: row["bpw"] for row in estimate(source, 512)["recipes"]}
+    assert rows["q4_k_m"] < rows["q8_0"] < rows["bf16"]

@@ -22,9 +22,10 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.evaluate import compare
 from quantcli.pipeline import Calibrated, Finished, LayerDone, Planned
-from quantcli.plan import is_coded
+from quantcli.plan import PlannedTensor, is_coded
 from quantcli.regrid import grid_of
 from quantcli.stats_file import StatsFile
+from quantcli.tensors import TensorSpec
 
 TinyLlama = Callable[..., Path]
 
@@ -306,3 +307,15 @@ def test_progress_events_carry_what_a_user_wants_to_see(tiny_llama: TinyLlama, t
     assert 4 < layer.bpw < 5
     assert 0 < sum(e.seconds for e in events) < time.perf_counter() - start
     assert events[0].relative_error is None
+
+
+def test_the_largest_tensors_are_spread_among_the_layers() -> None:
+    def unit(layer: str, name: str) -> pipeline.Unit:
+        spec = TensorSpec.dense(name, "F32", (1,))
+        return layer, [PlannedTensor(spec, None, None, (spec,))]
+
+    ends = [[unit(name, name)] for name in ("embed", "head", "norm")]
+    layers = [[unit(f"l.{i}", f"l.{i}.{k}") for k in range(2)] for i in range(3)]
+    order = [tensors[0].name for _, tensors in pipeline.spread([ends[0], *layers, *ends[1:]])]
+    assert order == ["embed", "l.0.0", "l.0.1", "head", "l.1.0", "l.1.1", "norm", "l.2.0", "l.2.1"]
+    assert pipeline.spread(ends) == [unit for end in ends for unit in end]

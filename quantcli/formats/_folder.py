@@ -121,7 +121,8 @@ def dense_dtypes(source: Checkpoint) -> dict[str, str]:
 def sidecar_files(source: Checkpoint, words: Mapping[str, Any], **more: bytes) -> dict[str, bytes | Path]:
     """Everything that lies beside the weights, config.json with ``words`` as its ``quantization_config`` first of all."""
     config = {**source.config, "quantization_config": dict(words)}
-    return {"config.json": as_json(config), **more, **source.sidecars()}
+    carried = source.sidecars()  # first: a single file has none, nor a config.json that anybody could use
+    return {"config.json": as_json(config), **more, **carried}
 
 
 def is_dense(scheme: Scheme | None) -> bool:
