@@ -12,7 +12,11 @@ constexpr Status kOk = 0;
 enum class Float : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 /// ggml's block types: the name that Python uses, and the text in blocks/ (which blocks/kinds.h includes).
-#define QC_KINDS(X) X(q8_0, Q8_0) X(q4_0, Q4_0) X(q4_1, Q4_1) X(q5_0, Q5_0) X(q5_1, Q5_1) X(q4_k, Q4_K) X(q5_k, Q5_K) X(q6_k, Q6_K)
+// clang-format off
+#define QC_KINDS(X) \
+    X(q8_0, Q8_0) X(q4_0, Q4_0) X(q4_1, Q4_1) X(q5_0, Q5_0) X(q5_1, Q5_1) X(q4_k, Q4_K) X(q5_k, Q5_K) X(q6_k, Q6_K) \
+    X(iq3_s, IQ3_S) X(iq3_xxs, IQ3_XXS) X(iq2_xs, IQ2_XS) X(iq2_xxs, IQ2_XXS) X(iq2_s, IQ2_S)
+// clang-format on
 
 #define QC_NAME(kind, text) kind,
 enum class Kind : int { QC_KINDS(QC_NAME) };
@@ -22,7 +26,7 @@ enum class Kind : int { QC_KINDS(QC_NAME) };
 struct KindInfo {
     const char* name;
     int block, bytes, sub;
-    bool has_scales, has_min, has_offset;
+    bool has_scales, has_min, has_offset, needs_importance;
 };
 
 /// A weight matrix [rows, cols], contiguous, any of the three float types.

@@ -89,6 +89,7 @@ uint8_t* blocks_of(const Target& target, const Array& blocks, const Array& like)
 template <class Run>
 void search(const char* op, const Target& target, const Array& W, const std::optional<Array>& importance, const Run& run) {
     check("W", W, {kF32, kBf16, kF16}, {target.rows, target.cols});
+    if (!importance && target.info->needs_importance) throw KernelFault(std::string(target.info->name) + " needs importance, got none");
     if (importance) check("importance", *importance, {kF32}, {target.cols}, &W);
     const Float dtype = W.dtype() == kF32 ? Float::f32 : W.dtype() == kBf16 ? Float::bf16 : Float::f16;
     const Weights weights = {W.data(), dtype, target.rows, target.cols};

@@ -42,6 +42,7 @@ using Mask = bool;
 
 QC_FN F splat(float x) { return x; }
 QC_FN I splat_int(int32_t x) { return x; }
+QC_FN Mask splat_mask(bool x) { return x; }
 QC_FN I bits(F x) { return __float_as_int(x); }
 QC_FN F from_bits(I x) { return __int_as_float(x); }
 QC_FN F to_float(I x) { return static_cast<float>(x); }
@@ -62,6 +63,7 @@ using Mask = I;
 
 QC_FN F splat(float x) { return x - F{}; }  // not +, which would lose the sign of −0
 QC_FN I splat_int(int32_t x) { return x - I{}; }
+QC_FN Mask splat_mask(bool x) { return splat_int(-static_cast<int32_t>(x)); }
 QC_FN I bits(F x) { return (I)x; }
 QC_FN F from_bits(I x) { return (F)x; }
 QC_FN F to_float(I x) { return __builtin_convertvector(x, F); }
@@ -106,6 +108,18 @@ QC_FN I truncate(F x) {
 #endif
 }
 
+#endif
+
+/// One lane of a value, for what lanes cannot do side by side.
+#ifdef __CUDACC__
+QC_FN float lane_of(F x, int) { return x; }
+QC_FN int32_t lane_of(I x, int) { return x; }
+QC_FN void set_lane(I& x, int, int32_t value) { x = value; }
+QC_FN void set_lane(Mask& x, int, int32_t value) { x = value != 0; }
+#else
+QC_FN float lane_of(const F& x, int lane) { return x[lane]; }
+QC_FN int32_t lane_of(const I& x, int lane) { return x[lane]; }
+QC_FN void set_lane(I& x, int lane, int32_t value) { x[lane] = value; }
 #endif
 
 QC_FN F select(Mask m, F a, F b) { return m ? a : b; }

@@ -17,7 +17,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.forward import Forward
 from quantcli.plan import Plan
-from quantcli.recipe import Recipe, Rule
+from quantcli.recipe import PassSpec, Recipe, Rule
 
 TinyLlama = Callable[..., Path]
 
@@ -93,6 +93,25 @@ def test_a_group_that_does_not_divide_is_found_before_any_weight_is_read(tiny_ll
 def test_a_scheme_the_format_cannot_hold_is_unsupported(tiny_llama: TinyLlama) -> None:
     with pytest.raises(UnsupportedError, match="gptq format cannot hold q4_k"):
         make(tiny_llama(), with_rules("gptq-int4", ("down_proj", "q4_k")))
+
+
+@pytest.mark.parametrize("name", ["gptq", "hqq"])
+def test_a_code_book_has_no_grid_for_passes_that_need_one(tiny_llama: TinyLlama, name: str) -> None:
+    recipe = replace(with_rules("q8_0", ("down_proj", "iq3_s")), passes=(PassSpec(name),))
+    with pytest.raises(
+        RecipeError, match=rf"mlp.down_proj.weight: the pass {name} needs a grid, and iq3_s takes 4 weights at once.*use rtn"
+    ):
+        make(tiny_llama(), recipe)
+
+
+def test_a_type_that_needs_importance_is_refused_before_any_weight_is_read(tiny_llama: TinyLlama) -> None:
+    folder, rules = tiny_llama(), (("down_proj", "iq2_xs"),)
+    with pytest.raises(RecipeError, match=r"mlp.down_proj.weight: iq2_xs needs importance, and recipe 'q8_0' measures none; use iq3_xxs"):
+        make(folder, with_rules("q8_0", *rules))
+    measured = replace(with_rules("q8_0", *rules), passes=(PassSpec("awq"),))
+    assert schemes(make(folder, measured))["model.layers.0.mlp.down_proj.weight"] == "iq2_xs"
+    with pytest.raises(RecipeError, match=r"embed_tokens.weight: iq2_xs needs importance, and what this tensor reads is not measured"):
+        make(folder, replace(measured, rules=(Rule.parse("embed_tokens", "iq2_xs"),)))
 
 
 def test_a_mix_needs_a_format_that_has_mixes(tiny_llama: TinyLlama) -> None:

@@ -8,12 +8,22 @@ from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import NumericsError, RecipeError, UnsupportedError
+from quantcli.ops.blocks import KINDS
 from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 BITS_PER_WEIGHT = {"q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q5_1": 6.0, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
+BITS_PER_WEIGHT |= {"iq3_s": 3.4375, "iq3_xxs": 3.0625, "iq2_xs": 2.3125, "iq2_xxs": 2.0625, "iq2_s": 2.5625}
 BLOCK_TYPES = tuple(BITS_PER_WEIGHT)
-SEARCHED = BLOCK_TYPES[1:]
+GRIDS = tuple(name for name in BLOCK_TYPES if not KINDS[name].has_book)
+BOOKS = tuple(name for name in BLOCK_TYPES if KINDS[name].has_book)
+NEEDY = tuple(name for name in BOOKS if KINDS[name].needs_importance)
+SEARCHED = tuple(name for name in BLOCK_TYPES if KINDS[name].is_weighted and name not in NEEDY)
+
+
+def needed(name: str, n: int) -> Tensor | None:
+    """Importance [n] for a type that needs it."""
+    return torch.ones(n) if name in NEEDY else None
 
 
 @pytest.fixture
@@ -25,7 +35,7 @@ def W() -> Tensor:
 def test_layout_is_the_shape_of_what_encode_stores(name: str, W: Tensor) -> None:
     qtype, scheme = find("qtypes", name), Scheme.parse(name)
     (spec,) = qtype.layout(tuple(W.shape), scheme).values()
-    (blocks,) = qtype.encode(W, scheme).parts.values()
+    (blocks,) = qtype.encode(W, scheme, needed(name, 512)).parts.values()
     assert (spec.name, spec.dtype, spec.shape, spec.nbytes) == ("blocks", "U8", tuple(blocks.shape), blocks.numel())
     assert 8 * spec.nbytes / W.numel() == BITS_PER_WEIGHT[name]
 
@@ -38,7 +48,7 @@ def test_encode_stores_ggmls_bytes(name: str, W: Tensor) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", GRIDS)
 def test_the_grid_decodes_to_what_ggml_decodes_from_the_packed_bytes(name: str, weighted: bool, W: Tensor) -> None:
     qtype, scheme = find("qtypes", name), Scheme.parse(name)
     W[0, :64] = 0  # a sub-block whose scale is zero
@@ -49,7 +59,7 @@ def test_the_grid_decodes_to_what_ggml_decodes_from_the_packed_bytes(name: str, 
     assert tuple(tensor.shape) == tuple(W.shape)
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", GRIDS)
 def test_the_grids_nearest_codes_are_as_good_as_ggmls(name: str, W: Tensor) -> None:
     qtype, scheme = find("qtypes", name), Scheme.parse(name)
     grid = qtype.fit(W, scheme)
@@ -71,7 +81,8 @@ def test_importance_lowers_the_weighted_error(name: str, W: Tensor) -> None:
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_a_row_that_is_no_whole_number_of_blocks_is_a_recipe_error(name: str) -> None:
-    block, hint = (256, "Q8_0") if name.endswith("_k") else (32, "F16")
+    block = KINDS[name].block
+    hint = "F16" if block == 32 else "Q8_0"
     with pytest.raises(RecipeError, match=f"in_features 2888 is not a multiple of the {name} block {block}; use {hint}"):
         find("qtypes", name).layout((4, 2888), Scheme.parse(name))
 
@@ -93,9 +104,28 @@ def test_an_offset_beyond_float16_is_an_error_too(name: str, W: Tensor) -> None:
 def test_a_scale_beyond_float16_is_an_error_with_the_largest_weight(name: str, W: Tensor) -> None:
     W[3, 300] = 1e9
     qtype, scheme = find("qtypes", name), Scheme.parse(name)
-    for run in (qtype.encode, qtype.fit):
+    for run in (qtype.encode, qtype.fit) if name in GRIDS else (qtype.encode,):
         with pytest.raises(NumericsError, match=f"a scale or offset of {name} does not fit float16 \\(largest .w. is 1e.09\\)"):
-            run(W, scheme)
+            run(W, scheme, needed(name, 512))
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_weights_for_which_ggml_aborts_are_an_error(name: str, W: Tensor) -> None:
+    W[3] = 3.4e38 * W[3].sign() if name == "iq2_xxs" else 3e37 * W[3]  # their squares are infinite, and so is every distance
+    with pytest.raises(NumericsError, match=f"a scale or offset of {name} does not fit float16"):
+        find("qtypes", name).encode(W, Scheme.parse(name), needed(name, 512))
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_a_code_book_has_no_grid_for_single_weights(name: str, W: Tensor) -> None:
+    with pytest.raises(RecipeError, match=f"{name} takes {8 if name.startswith('iq2') else 4} weights at once from a code book"):
+        find("qtypes", name).fit(W, Scheme.parse(name))
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_a_type_that_needs_importance_says_so(name: str, W: Tensor) -> None:
+    with pytest.raises(RecipeError, match=f"{name} needs importance: quantize with statistics"):
+        find("qtypes", name).encode(W, Scheme.parse(name))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)])

@@ -91,8 +91,8 @@ struct AffineK : Text {
         }
         search_subs(x, w, -0.9f, 0.05f, 36, found, scale, min);
         F d, dmin;
-        search_scales(scale, total, found.params.scale, d);
-        search_scales(min, total, found.params.min, dmin);
+        search_scales<kSubs, 63>(scale, total, found.params.scale, d);
+        search_scales<kSubs, 63>(min, total, found.params.min, dmin);
         found.params.d = to_half(d);
         found.params.dmin = to_half(dmin);
         if (kMax == 31) {  // ggml clips here for Q5_K alone

@@ -3,6 +3,8 @@
 
 #include "../api.h"
 #include "affine32.h"
+#include "iq2.h"
+#include "iq3.h"
 #include "q4_k.h"
 #include "q5_k.h"
 #include "q6_k.h"
@@ -13,7 +15,7 @@ namespace quantcli::QC_ISA {
 
 template <class T>
 constexpr KindInfo info_of(const char* name) {
-    return {name, T::kBlock, T::kBytes, T::kSub, T::kHasScales, T::kHasMin, T::kHasOffset};
+    return {name, T::kBlock, T::kBytes, T::kSub, T::kHasScales, T::kHasMin, T::kHasOffset, T::kNeedsImportance};
 }
 
 #define QC_INFO(kind, text) info_of<text>(#kind),

@@ -20,19 +20,23 @@ struct Found {
     F inverse[16];
     F origin[8];
     bool is_weighted;
+    I point[64];  // code books: the point of each run of weights
+    I sign[8];    // and the weights' signs, a bit each
 };
 
 /// What most texts are; one that differs says so. A text has besides: kBlock and kSub (weights of a block, of a sub-block), kBytes,
 /// search, encode, pack, unpack, decode. `search` takes kAbreast blocks, one after another in x, importance (null without), power (the mean
 /// square of each one's whole row, if the text asks for it) and found; the others one block.
 struct Text {
-    static constexpr int kHead = 0, kTail = 0;  // bytes of f16 (d) before and after the block's 32-bit words
-    static constexpr bool kHasScales = false;   // a scale for each sub-block
-    static constexpr bool kHasMin = false;      // dmin, and a minimum for each sub-block
-    static constexpr bool kHasOffset = false;   // m
-    static constexpr bool kWeighted = true;     // the search uses importance
-    static constexpr bool kRowPower = false;    // and the mean square of a block's whole row with it
-    static constexpr int kAbreast = 1;          // blocks that a lane searches side by side
+    static constexpr int kHead = 0, kTail = 0;       // bytes of f16 (d) before and after the block's 32-bit words
+    static constexpr bool kHasScales = false;        // a scale for each sub-block
+    static constexpr bool kHasMin = false;           // dmin, and a minimum for each sub-block
+    static constexpr bool kHasOffset = false;        // m
+    static constexpr bool kWeighted = true;          // the search uses importance
+    static constexpr bool kNeedsImportance = false;  // and cannot do without
+    static constexpr bool kHasGrid = false;          // magnitudes come from a code book: kGrid
+    static constexpr bool kRowPower = false;         // and the mean square of a block's whole row with it
+    static constexpr int kAbreast = 1;               // blocks that a lane searches side by side
 };
 
 /// 32-bit words of a block.

@@ -231,9 +231,9 @@ QC_CALL void search_ray(const F* x, const F* w, Ray& found) {
 
 // -- the scales of the scales ---------------------------------------------------------------------------------------------------------
 
-/// make_qp_quants with 8 values and codes 0 … 63: the super-scale of non-negative `x`, weights `w`; codes as ggml's bytes (low 8 bits).
+/// make_qp_quants: the scale of non-negative `x`, weights `w`, for codes 0 … kMax; codes as ggml's bytes (low 8 bits).
+template <int n, int kMax>
 QC_CALL void search_scales(const F* x, const F* w, I* codes, F& scale_of_scales) {
-    constexpr int n = 8, kMax = 63;
     F peak = splat(0.0f);
     for (int i = 0; i < n; ++i) peak = max(peak, x[i]);
     const Mask tiny = peak < kTiny;
@@ -267,8 +267,9 @@ QC_CALL void search_scales(const F* x, const F* w, I* codes, F& scale_of_scales)
         sum_lx += w[i] * x[i] * to_float(l);
         sum_l2 += w[i] * to_float(l) * to_float(l);
     }
-    // Five rounds of coordinate descent. ggml stops after a round without a change; another such round changes nothing either.
+    // Five rounds of coordinate descent, or fewer: a round without a change is the last.
     for (int round = 0; round < 5; ++round) {
+        Mask changed = splat_mask(false);
         for (int i = 0; i < n; ++i) {
             const F l = to_float(codes[i]);
             F lx = sum_lx - w[i] * x[i] * l;
@@ -282,7 +283,9 @@ QC_CALL void search_scales(const F* x, const F* w, I* codes, F& scale_of_scales)
             codes[i] = select(better, moved & 255, codes[i]);
             sum_lx = select(better, lx, sum_lx);
             sum_l2 = select(better, l2, sum_l2);
+            changed = changed | better;
         }
+        if (!any(changed)) break;
     }
     for (int i = 0; i < n; ++i) codes[i] = select(tiny, splat_int(0), codes[i]);
     scale_of_scales = select(tiny, splat(0.0f), select(sum_l2 > 0.0f, sum_lx / sum_l2, splat(0.0f)));

@@ -1,6 +1,8 @@
 // Drivers of the block types: a thread is a block (256 weights for the k-quants) and runs the same text as a lane of the CPU.
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #include "../blocks/kinds.h"
 
 namespace quantcli::cuda {
@@ -136,6 +138,52 @@ __global__ void unpack_kernel(const uint8_t* blocks, int64_t n_blocks, int8_t* c
     for (int i = 0; i < T::kBlock; ++i) codes[block * T::kBlock + i] = static_cast<int8_t>(lane[i]);
 }
 
+// -- code books ---------------------------------------------------------------------------------------------------------------------
+
+/// Puts a copy of array [n] on the device in its place.
+template <class E>
+Status move_to_device(const E*& array, size_t n) {
+    void* copy = nullptr;
+    Status status = cudaMalloc(&copy, n * sizeof(E));
+    if (status == cudaSuccess) status = cudaMemcpy(copy, array, n * sizeof(E), cudaMemcpyHostToDevice);
+    array = static_cast<const E*>(copy);
+    return status;
+}
+
+/// Gives the current device the tables of a code book, once; they stay for as long as the process lives.
+Status provide_grid(Grid grid) {
+    constexpr int kMaxDevices = 64;
+    static std::mutex lock;
+    static bool is_there[kMaxDevices][kGrids];
+    int device = 0;
+    Status status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+    const int number = static_cast<int>(grid);
+    const std::lock_guard<std::mutex> guard(lock);
+    if (is_there[device][number]) return kOk;
+    GridTable table = grid_table(grid);
+    status = move_to_device(table.points, table.n_points);
+    if (status == cudaSuccess) status = move_to_device(table.index, table.n_cells);
+    if (status == cudaSuccess) status = move_to_device(table.lists, 2 * table.n_cells);
+    if (status == cudaSuccess) status = move_to_device(table.candidates, table.n_candidates);
+    if (status == cudaSuccess) status = cudaMemcpyToSymbol(device_grids, &table, sizeof table, sizeof table * number);
+    if (status == cudaSuccess) status = cudaDeviceSynchronize();
+    is_there[device][number] = status == cudaSuccess;
+    return status;
+}
+
+/// body(T{}) for the text of `kind`, with the tables it needs on the device.
+template <class Body>
+Status with_tables(Kind kind, const Body& body) {
+    return with_text(kind, [&](auto text) -> Status {
+        if constexpr (decltype(text)::kHasGrid) {
+            if (const Status status = provide_grid(decltype(text)::kGrid); status != kOk) return status;
+        }
+        return body(text);
+    });
+}
+
 unsigned grid_for(int64_t n) { return static_cast<unsigned>((n + kThreads - 1) / kThreads); }
 
 template <class T>
@@ -157,18 +205,18 @@ Status search_all(Weights W, const float* importance, uint8_t* blocks, BlockPara
 }
 
 Status quantize(Kind kind, Weights W, const float* importance, uint8_t* blocks, void* stream) {
-    return with_text(kind, [&](auto text) {
+    return with_tables(kind, [&](auto text) {
         return search_all<decltype(text)>(W, importance, blocks, BlockParams{}, static_cast<cudaStream_t>(stream));
     });
 }
 
 Status fit(Kind kind, Weights W, const float* importance, BlockParams out, void* stream) {
-    return with_text(kind,
-                     [&](auto text) { return search_all<decltype(text)>(W, importance, nullptr, out, static_cast<cudaStream_t>(stream)); });
+    return with_tables(
+        kind, [&](auto text) { return search_all<decltype(text)>(W, importance, nullptr, out, static_cast<cudaStream_t>(stream)); });
 }
 
 Status dequantize(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, float* W, void* handle) {
-    return with_text(kind, [&](auto text) -> Status {
+    return with_tables(kind, [&](auto text) -> Status {
         using T = decltype(text);
         const int64_t n = rows * (cols / T::kBlock);
         if (n) dequantize_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(blocks, n, W);
@@ -177,7 +225,7 @@ Status dequantize(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, 
 }
 
 Status pack(Kind kind, const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks, void* handle) {
-    return with_text(kind, [&](auto text) -> Status {
+    return with_tables(kind, [&](auto text) -> Status {
         using T = decltype(text);
         const int64_t n = rows * (cols / T::kBlock);
         if (n) pack_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(codes, in, n, blocks);
@@ -186,7 +234,7 @@ Status pack(Kind kind, const int8_t* codes, BlockParams in, int64_t rows, int64_
 }
 
 Status unpack(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out, void* handle) {
-    return with_text(kind, [&](auto text) -> Status {
+    return with_tables(kind, [&](auto text) -> Status {
         using T = decltype(text);
         const int64_t n = rows * (cols / T::kBlock);
         if (n) unpack_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(blocks, n, codes, out);

@@ -63,7 +63,7 @@ class AffineK:
 
     @classmethod
     def _store_weighted(cls, scale: Tensor, minimum: Tensor, weight: Tensor) -> Params:
-        (scales, d), (minima, dmin) = search_scales(scale, weight), search_scales(minimum, weight)
+        (scales, d), (minima, dmin) = search_scales(scale, weight, 63), search_scales(minimum, weight, 63)
         top = 63 if cls.kind.hi == 31 else 255  # ggml clips here for Q5_K alone
         return Params(to_half(d), scales.clamp(max=top), to_half(dmin), minima.clamp(max=top))
 

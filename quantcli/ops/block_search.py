@@ -30,12 +30,14 @@ class Params:
 
 @dataclass(slots=True)
 class Found:
-    """What a search leaves: the parameters, and per sub-block how it coded, ``round(inverse · (x − origin))``, each [n_sub, n]."""
+    """What a search leaves: the parameters, and per sub-block how it coded, ``round(inverse · (x − origin))``, each [n_sub, n]; or, where
+    it chooses from a code book, the ``codes`` themselves [block, n]."""
 
     params: Params
     inverse: Tensor
     origin: Tensor
     is_weighted: bool = False
+    codes: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Kind:
     ``block``, ``n_bytes``: weights and bytes of a block; ``sub``: weights of a sub-block; ``lo`` … ``hi``: the codes; ``scale``: dtype of
     the sub-blocks' scales; ``has_min``: ``dmin`` and a minimum for each sub-block; ``has_offset``: ``m``, the offset of the block;
     ``d_at``: the byte of ``d``, which ``dmin`` or ``m`` follow; ``is_weighted``: the search uses importance; ``row_power``: and the mean
-    square of the block's whole row with it.
+    square of the block's whole row with it; ``needs_importance``: and cannot do without; ``has_book``: magnitudes come from a code book.
     """
 
     block: int
@@ -59,6 +61,8 @@ class Kind:
     d_at: int = 0
     is_weighted: bool = True
     row_power: bool = False
+    needs_importance: bool = False
+    has_book: bool = False
 
 
 class Text(Protocol):
@@ -233,9 +237,8 @@ def ray_code(inverse: Tensor, x: Tensor, n_max: int) -> Tensor:
     return torch.where(inverse == 0, -n_max, nearest_int(inverse * x).clamp(-n_max, n_max - 1))
 
 
-def search_scales(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """make_qp_quants: codes 0 … 63 of non-negative ``x`` [8, n] and their scale [n]; codes as ggml's bytes (low 8 bits)."""
-    n_max = 63
+def search_scales(x: Tensor, w: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
+    """make_qp_quants: codes 0 … n_max of non-negative ``x`` [k, n] and their scale [n]; codes as ggml's bytes (low 8 bits)."""
     peak = torch.zeros_like(x[0])
     for row in x:
         peak = torch.where(peak > row, peak, row)

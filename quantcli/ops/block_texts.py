@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quantcli.ops.block_grid import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from quantcli.ops.block_k import Q4_K, Q5_K, Q6_K
 from quantcli.ops.block_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from quantcli.ops.block_search import Kind, Text
@@ -15,6 +16,11 @@ TEXTS: dict[str, Text] = {
     "q4_k": Q4_K(),
     "q5_k": Q5_K(),
     "q6_k": Q6_K(),
+    "iq3_s": IQ3_S(),
+    "iq3_xxs": IQ3_XXS(),
+    "iq2_xs": IQ2_XS(),
+    "iq2_xxs": IQ2_XXS(),
+    "iq2_s": IQ2_S(),
 }
 
 KINDS: dict[str, Kind] = {name: text.kind for name, text in TEXTS.items()}

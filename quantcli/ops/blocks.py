@@ -40,14 +40,17 @@ def _empty_params(kind: Kind, rows: int, in_features: int, device: torch.device)
     return params
 
 
-def _on(W: Tensor, importance: Tensor | None) -> Tensor | None:
-    return None if importance is None else importance.to(W.device, torch.float32).contiguous()
-
-
 def _ready(W: Tensor) -> tuple[Tensor, ModuleType | None]:
     """``W`` contiguous, and the kernels for it."""
     W = W.detach().contiguous()
     return W, kernel(W)
+
+
+def _importance(W: Tensor, kind: str, importance: Tensor | None) -> Tensor | None:
+    """``importance`` where ``W`` is; :class:`KernelError` where the type needs it and there is none."""
+    if importance is None and KINDS[kind].needs_importance:
+        raise KernelError(f"{kind} needs importance, got none")
+    return None if importance is None else importance.to(W.device, torch.float32).contiguous()
 
 
 def quantize_blocks(W: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
@@ -58,7 +61,7 @@ def quantize_blocks(W: Tensor, kind: str, importance: Tensor | None = None) -> T
     """
     sizes = _kind(kind, W.shape[-1])
     W, kernels = _ready(W)
-    importance = _on(W, importance)
+    importance = _importance(W, kind, importance)
     if kernels is None:
         return reference.quantize(W, kind, importance)
     blocks = torch.empty(W.shape[0], W.shape[1] // sizes.block * sizes.n_bytes, dtype=torch.uint8, device=W.device)
@@ -81,7 +84,7 @@ def fit_blocks(W: Tensor, kind: str, importance: Tensor | None = None) -> Params
     """ggml's search alone: the parameters it stores for ``W`` (arguments as :func:`quantize_blocks`)."""
     sizes = _kind(kind, W.shape[-1])
     W, kernels = _ready(W)
-    importance = _on(W, importance)
+    importance = _importance(W, kind, importance)
     if kernels is None:
         return reference.fit(W, kind, importance)
     params = _empty_params(sizes, W.shape[0], W.shape[1], W.device)

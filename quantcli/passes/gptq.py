@@ -41,6 +41,9 @@ NEEDS: frozenset[str] = frozenset({"H"})
 DAMP_LADDER: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
 """Multiples of ``damp_ratio`` that are tried in turn when H is not positive definite."""
 
+NEEDS_GRID = True
+"""Codes are chosen one by one: a qtype that takes several weights at once cannot be solved for."""
+
 PANEL = 128
 """Columns of H that are factorized at once."""
 

@@ -38,6 +38,9 @@ from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats
 
 NEEDS: frozenset[str] = frozenset()
 
+NEEDS_GRID = True
+"""It moves the scales of a grid."""
+
 CHUNK_ELEMENTS = 1 << 17
 """Weights solved at once: what a core's cache likes."""
 

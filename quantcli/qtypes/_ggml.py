@@ -73,6 +73,8 @@ class BlockType:
     def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
         """``W`` [..., out, in], any float dtype, as the very bytes of ``ggml_quantize_chunk``: not always the grid's nearest codes."""
         self.layout(tuple(W.shape), scheme)
+        if importance is None and KINDS[self.kind].needs_importance:
+            raise RecipeError(f"{self.kind} needs importance: quantize with statistics of what this tensor reads, or use iq3_xxs")
         blocks = quantize_blocks(W.flatten(0, -2), self.kind, importance)
         self._check_finite(W, self._halves(blocks))
         return QuantizedTensor(scheme, tuple(W.shape), {"blocks": blocks})
@@ -91,3 +93,18 @@ class BlockType:
         raise NumericsError(
             f"a scale or offset of {self.kind} does not fit float16 (largest |w| is {largest:.3g}); keep this tensor in F32 or BF16"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class BookType(BlockType):
+    """A block type whose magnitudes are points of a code book, several weights at once: it has no grid for one weight."""
+
+    @property
+    def no_grid(self) -> str:
+        """Why a pass that chooses the codes one by one cannot use this type, and what to do."""
+        run = 8 if self.kind.startswith("iq2") else 4
+        return f"{self.kind} takes {run} weights at once from a code book, so codes cannot be chosen one by one; use rtn, or a k-quant"
+
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
+        """Raises :class:`RecipeError`: there is no such grid."""
+        raise RecipeError(self.no_grid)

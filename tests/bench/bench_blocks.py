@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ggml_peer import Ggml
-from test_ops_blocks import KINDS, importance
+from test_ops_blocks import KINDS, weightings
 
 from quantcli import ops
 
@@ -36,7 +36,7 @@ def main(library: str, sets: list[str]) -> None:
     W = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
     print(f"{'kind':6} {'importance':10} {'ggml Mw/s':>10}" + "".join(f" {name + ' Mw/s':>14} {'ratio':>6}" for name in sets))  # noqa: T201
     for kind in KINDS:
-        for weights in (None, importance(W.shape[1])):
+        for weights, _ in weightings(kind, W.shape[1]):
             peer = best_seconds(lambda kind=kind, weights=weights: ggml.quantize(W, kind, weights))
             line = f"{kind:6} {'none' if weights is None else 'weighted':10} {W.numel() / peer / 1e6:10.1f}"
             for name in sets:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ggml_peer import Ggml
-from test_ops_blocks import GOLDEN, INPUTS, KINDS, importance
+from test_ops_blocks import GOLDEN, INPUTS, KINDS, gaussian, weightings
 
 
 def main(library: str, kinds: list[str]) -> None:
@@ -25,9 +25,10 @@ def main(library: str, kinds: list[str]) -> None:
         blocks = {}
         for case in INPUTS:
             W = inputs[f"{case}/W"]
-            blocks[f"{case}/{kind}"] = ggml.quantize(W, kind)
-            blocks[f"{case}/{kind}/weighted"] = ggml.quantize(W, kind, importance(W.shape[1]))
-        blocks[f"decoded/{kind}"] = ggml.dequantize(blocks[f"gaussian/{kind}"], kind, 512)
+            for weights, suffix in weightings(kind, W.shape[1]):
+                if (made := ggml.quantize_if_it_can(W, kind, weights)) is not None:
+                    blocks[f"{case}/{kind}{suffix}"] = made
+        blocks[f"decoded/{kind}"] = ggml.dequantize(gaussian(blocks, kind), kind, 512)
         save_file(blocks, GOLDEN / f"{kind}.safetensors")
 
 

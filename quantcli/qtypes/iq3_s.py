@@ -1,0 +1,24 @@
+"""IQ3_S: runs of 4 magnitudes from a code book of 512 points of 8 levels, all signs stored, 3.4375 bpw.
+
+``w = ±d·(2·scale + 1)·magnitude``, 8 sub-blocks of 32 with 4-bit scales; 110 bytes for 256 weights, drawn in ``kernels/blocks/iq3.h``.
+Each sub-block's scale is the best of 19, refined once; a run takes the nearest point of those that ggml lists for it.
+The search is llama.cpp's (ggml-quants.c), bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantcli.qtypes._ggml import BookType
+
+OPTIONS: dict[str, Any] = {}
+
+_TYPE = BookType("iq3_s")
+
+NO_GRID = _TYPE.no_grid
+
+layout = _TYPE.layout
+fit = _TYPE.fit
+pack = _TYPE.pack
+unpack = _TYPE.unpack
+encode = _TYPE.encode
