@@ -7,23 +7,27 @@ Needs a built llama.cpp source tree at QUANTCLI_LLAMA_CPP. Its ``models/ggml-voc
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pydoc_data import topics
 
 import pytest
-from gguf import GGUFWriter
-from test_gguf_tokenizer import pre_tokenizer_of
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+import sentencepiece
+from converted_tokenizers import GOLDEN, converted, family_named, pre_tokenizer_of, save, write
+from gguf import TokenType
+from gguf_export import export
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from quantcli.formats.gguf.container import read_header
+from quantcli.checkpoint import Checkpoint
+from quantcli.formats.gguf.container import Container, read_header
 from quantcli.formats.gguf.pretokenizers import FAMILIES, KNOWN_NAMES, Family
-from quantcli.formats.gguf.tokenizer import add_tokenizer
+from quantcli.formats.gguf.spm import read_sentencepiece
 
 pytestmark = pytest.mark.peer
 
@@ -51,16 +55,6 @@ def run(program: str, *arguments: str | Path) -> tuple[str, str]:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, done.stderr
-
-
-def write(folder: Path, path: Path, vocab_size: int, arch: str = "llama", pre: str | None = None) -> Path:
-    """A GGUF file of nothing but the tokenizer of ``folder``."""
-    keys = GGUFWriter(path, arch)
-    add_tokenizer(keys, folder, vocab_size, pre)
-    keys.write_header_to_file()
-    keys.write_kv_data_to_file()
-    keys.close()
-    return path
 
 
 def ids_of_llama_cpp(path: Path, text: str, folder: Path, *options: str) -> list[int]:
@@ -96,14 +90,6 @@ def trained(pre_tokenizer: PreTokenizer, ignore_merges: bool) -> Tokenizer:
     return bpe
 
 
-def save(bpe: Tokenizer, folder: Path, **settings: object) -> Path:
-    folder.mkdir(exist_ok=True)
-    bpe.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
 def test_every_pre_tokenizer_name_of_llama_cpp_is_known() -> None:
     source = (LLAMA_CPP / "src/llama-vocab.cpp").read_text()
     assert set(re.findall(r'tokenizer_pre == "([^"]+)"', source)) == KNOWN_NAMES
@@ -125,3 +111,273 @@ def test_a_pre_tokenizer_gives_the_ids_of_the_tokenizers_library(family: Family,
     assert read_header(path).get("tokenizer.ggml.pre") == name
     different = {what for what, text in NASTY.items() if ids_of_llama_cpp(path, text, tmp_path) != bpe.encode(text).ids}
     assert different == DIFFERENT.get(name, frozenset())
+
+
+def trained_pieces(folder: Path, kind: str, **options: object) -> sentencepiece.SentencePieceProcessor:
+    """tokenizer.model of 700 pieces in ``folder``, SentencePiece's ``bpe`` or ``unigram``."""
+    folder.mkdir(exist_ok=True)
+    model = io.BytesIO()
+    usual = {
+        "byte_fallback": kind == "bpe",
+        "normalization_rule_name": "identity" if kind == "bpe" else "nmt_nfkc",
+        "remove_extra_whitespaces": kind == "unigram",
+        "allow_whitespace_only_pieces": kind == "bpe",
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines()),
+        model_writer=model,
+        vocab_size=700,
+        model_type=kind,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
+        num_threads=1,
+        **(usual | options),
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "config.json").write_text("{}")
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def byte_level(folder: Path, pre: str, *tokens: str, **settings: object) -> Path:
+    """A byte-level BPE as the family ``pre`` cuts, with special ``tokens`` besides."""
+    family = family_named(pre)
+    bpe = trained(pre_tokenizer_of(family), family.ignores_merges)
+    bpe.add_special_tokens(list(tokens))
+    words = {"eos_token": "<|end_of_text|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return save(bpe, folder, **(words | settings))
+
+
+def bert(folder: Path, **normalizer: bool) -> Path:
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(**normalizer), pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces.train_from_iterator(corpus(), trainers.WordPieceTrainer(vocab_size=1500, special_tokens=special, show_progress=False))
+    pieces.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    words = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")}
+    return save(pieces, folder, tokenizer_class="BertTokenizer", **words)
+
+
+def saved(folder: Path, parsed: Mapping) -> Tokenizer:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(parsed))
+    (folder / "config.json").write_text("{}")
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_the_golden_keys_are_what_convert_writes_today(tmp_path: Path) -> None:
+    assert converted(LLAMA_CPP, tmp_path) == json.loads(GOLDEN.read_text())
+
+
+def check_ids(path: Path, folder: Path, encode: Callable[[str], list[int]], *, but: frozenset[str] = frozenset()) -> None:
+    """llama.cpp's ids on ``path`` are those of ``encode`` for every text, except in the texts of ``but``."""
+    different = {what for what, text in NASTY.items() if ids_of_llama_cpp(path, text, folder) != encode(text)}
+    assert different == but
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_gives_the_ids_of_its_library(kind: str, tmp_path: Path) -> None:
+    library = trained_pieces(tmp_path / "m", kind)
+    words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}
+    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(words))
+    # the library takes <s>, </s> and <unk> in a text for text
+    check_ids(
+        write(tmp_path / "m", tmp_path / "m.gguf", 700), tmp_path, lambda text: [1, *library.encode(text)], but=frozenset({"special"})
+    )
+
+
+def test_a_sentencepiece_bpe_without_bytes_gives_the_ids_of_its_library_for_what_it_knows(tmp_path: Path) -> None:
+    library = trained_pieces(tmp_path / "m", "bpe", byte_fallback=False)
+    path = write(tmp_path / "m", tmp_path / "m.gguf", 700)
+    known = [text for text in NASTY.values() if library.unk_id() not in library.encode(text) and "<" not in text]
+    assert known
+    for text in known:
+        assert ids_of_llama_cpp(path, text, tmp_path) == [1, *library.encode(text)]
+
+
+def merges_of(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
+    """A SentencePiece model's merges as transformers makes them: every way to make a piece, best piece first."""
+    known = {text for text, _ in pieces}
+    return [(t[:k], t[k:]) for t, _ in sorted(pieces, key=lambda p: -p[1]) for k in range(1, len(t)) if t[:k] in known and t[k:] in known]
+
+
+def character_bpe(tokens: list[str], merges: list, added: list[Mapping], normalizer: Mapping, **model: object) -> dict:
+    """A BPE over characters as a tokenizer.json."""
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "decoder": {"type": "ByteFallback"},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: id for id, token in enumerate(tokens)},
+            "merges": merges,
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            **model,
+        },
+    }
+
+
+SPACES_MARKED = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SPACES_MARKED_AND_PREFIXED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, SPACES_MARKED]}
+
+
+def special(id: int, content: str, **more: bool) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": content, "special": True, **flags, **more}
+
+
+def test_merges_made_of_scores_become_scores_again(tmp_path: Path) -> None:
+    library = trained_pieces(tmp_path / "m", "bpe")
+    (tmp_path / "m/tokenizer.model").unlink()
+    pieces = [(library.id_to_piece(i), library.get_score(i)) for i in range(700)]
+    added = [special(i, token) for i, token in enumerate(("<unk>", "<s>", "</s>"))]
+    made = merges_of([p for p in pieces if not re.fullmatch("<.*>", p[0])])
+    bpe = saved(tmp_path / "m", character_bpe([text for text, _ in pieces], made, added, SPACES_MARKED_AND_PREFIXED))
+    path = write(tmp_path / "m", tmp_path / "m.gguf", 700)
+    assert read_header(path).get("tokenizer.ggml.model") == "llama"
+    check_ids(path, tmp_path, lambda text: [1, *bpe.encode(text).ids])
+
+
+def test_merges_over_characters_trained_as_such_give_the_ids_of_the_tokenizers_library(tmp_path: Path) -> None:
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.pre_tokenizer = pre_tokenizers.Split(Regex("\n+"), "isolated")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=tokens, show_progress=False, limit_alphabet=300, max_token_length=12)
+    bpe.train_from_iterator(lines(), trainer)
+    parsed = json.loads(bpe.to_str())
+    parsed["added_tokens"], parsed["pre_tokenizer"] = parsed["added_tokens"][:3], None
+    bpe = saved(tmp_path / "m", parsed)
+    path = write(tmp_path / "m", tmp_path / "m.gguf", 1500)
+    assert read_header(path).get("tokenizer.ggml.pre") == "sarvam-moe"
+    check_ids(path, tmp_path, lambda text: bpe.encode(text).ids)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_a_wordpiece_gives_the_ids_of_the_tokenizers_library(lowercase: bool, tmp_path: Path) -> None:
+    folder = bert(tmp_path / "m", lowercase=lowercase)
+    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # with the accents llama.cpp also drops vowel signs that stand beside their letter, and Hangul's vowels
+    but = frozenset({"scripts"} if lowercase else ())
+    check_ids(
+        write(folder, tmp_path / "m.gguf", 1500, "bert"),
+        tmp_path,
+        lambda text: library.encode(text).ids,
+        but=but,
+    )
+
+
+def test_a_unigram_in_tokenizer_json_gives_the_ids_of_the_tokenizers_library(tmp_path: Path) -> None:
+    """As transformers turns T5's and XLM-R's models into one."""
+    trained_pieces(tmp_path / "m", "unigram")
+    model = read_sentencepiece(tmp_path / "m/tokenizer.model", required=True)
+    assert model is not None
+    (tmp_path / "m/tokenizer.model").unlink()
+    unigram = Tokenizer(models.Unigram([(text, score) for text, score, _ in model.pieces], unk_id=0))
+    unigram.normalizer = normalizers.Sequence([normalizers.Precompiled(model.charsmap), normalizers.Replace(Regex(" {2,}"), " ")])
+    unigram.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    unigram.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    unigram.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder = save(unigram, tmp_path / "m", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    check_ids(write(folder, tmp_path / "m.gguf", 700, "t5"), tmp_path, lambda text: unigram.encode(text).ids)
+
+
+PUBLISHED = ["gpt-2", "mpt", "starcoder", "refact", "command-r", "falcon", "deepseek-coder", "deepseek-llm", "llama-bpe", "qwen2", "qwen35"]
+
+
+def real(name: str) -> tuple[Container, list[tuple[str, list[int]]]]:
+    """A published model's vocabulary, and texts with the ids that transformers gives them."""
+    path = LLAMA_CPP / f"models/ggml-vocab-{name}.gguf"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    texts, ids = path.with_name(path.name + ".inp"), path.with_name(path.name + ".out")
+    if not texts.is_file():
+        return read_header(path), []
+    pairs = zip(texts.read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n"), ids.read_text().split("\n"), strict=False)
+    return read_header(path), [(text, [int(id) for id in line.split()]) for text, line in pairs]
+
+
+def added_of(tokens: list[str], types: list[int]) -> list[dict]:
+    kinds = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    return [special(id, token, special=kinds[kind]) for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in kinds]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_byte_level_vocabulary_is_recognised_and_read_alike(name: str, tmp_path: Path) -> None:
+    theirs, texts = real(name)
+    family = family_named(theirs.get("tokenizer.ggml.pre"))
+    tokens, types = theirs.get("tokenizer.ggml.tokens"), [int(kind) for kind in theirs.get("tokenizer.ggml.token_type")]
+    merges = theirs.get("tokenizer.ggml.merges")
+    bpe = Tokenizer(models.BPE(ignore_merges=family.ignores_merges))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizer_of(family), decoders.ByteLevel()
+    parsed = json.loads(bpe.to_str())
+    n_own = max(id for id, kind in enumerate(types) if kind == TokenType.NORMAL) + 1
+    vocab = {token: id for id, token in enumerate(tokens[:n_own])}
+    parsed["model"] |= {"vocab": vocab, "merges": [merge.split(" ", 1) for merge in merges]}
+    parsed["added_tokens"] = added_of(tokens, types)
+    library = saved(tmp_path / "m", parsed)
+    path = write(tmp_path / "m", tmp_path / "m.gguf", len(tokens))
+    ours = read_header(path)
+    assert ours.get("tokenizer.ggml.pre") in family.names
+    assert list(ours.get("tokenizer.ggml.tokens")) == list(tokens)
+    assert list(ours.get("tokenizer.ggml.merges")) == list(merges)
+    for text, ids in texts:
+        assert library.encode(text).ids == ids, text
+    # llama.cpp takes </s> for special even where it is an ordinary token, as in Qwen's
+    text = "\n".join([*(text for text, _ in texts), *(text for what, text in NASTY.items() if what != "special")])
+    assert ids_of_llama_cpp(path, text, tmp_path, "--no-bos") == library.encode(text).ids
+
+
+@pytest.mark.parametrize("name", ["llama-spm", "phi-3"])
+def test_a_published_sentencepiece_vocabulary_is_read_alike_from_merges(name: str, tmp_path: Path) -> None:
+    theirs, texts = real(name)
+    tokens, types = list(theirs.get("tokenizer.ggml.tokens")), [int(kind) for kind in theirs.get("tokenizer.ggml.token_type")]
+    scores = theirs.get("tokenizer.ggml.scores")
+    normal = [(token, float(scores[id])) for id, token in enumerate(tokens) if types[id] == TokenType.NORMAL]
+    added = [special(0, "<unk>"), *added_of(tokens, types)]
+    library = saved(tmp_path / "m", character_bpe(tokens, merges_of(normal), added, SPACES_MARKED_AND_PREFIXED))
+    path = write(tmp_path / "m", tmp_path / "m.gguf", len(tokens))
+    assert read_header(path).get("tokenizer.ggml.model") == "llama"
+    for text, ids in texts:
+        assert library.encode(text).ids == ids, text
+    text = "\n".join([*(text for text, _ in texts if "<" not in text), *list(NASTY.values())[:-1]])
+    assert ids_of_llama_cpp(path, text, tmp_path, "--no-bos") == library.encode(text).ids
+
+
+def test_a_published_wordpiece_vocabulary_is_read_alike(tmp_path: Path) -> None:
+    theirs, texts = real("bert-bge")
+    tokens, types = theirs.get("tokenizer.ggml.tokens"), [int(kind) for kind in theirs.get("tokenizer.ggml.token_type")]
+    plain_tokens = [
+        token if kind == TokenType.CONTROL else token[1:] if token.startswith("▁") else f"##{token}"
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    bert = Tokenizer(models.WordPiece({token: id for id, token in enumerate(plain_tokens)}, unk_token="[UNK]"))
+    bert.normalizer, bert.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    bert.add_special_tokens([token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL])
+    words = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    path = write(save(bert, tmp_path / "m", **words), tmp_path / "m.gguf", len(tokens), "bert")
+    assert list(read_header(path).get("tokenizer.ggml.tokens")) == list(tokens)
+    for text, ids in texts:
+        assert bert.encode(text).ids == ids, text
+    text = "\n".join(text for text, _ in texts)
+    assert ids_of_llama_cpp(path, text, tmp_path)[1:-1] == bert.encode(text).ids
+
+
+def test_llama_cpp_knows_where_generation_ends_and_what_fills_in(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_llama(hidden=64, intermediate=64, layers=1, vocab=1520)
+    byte_level(folder / "tokenizer", "qwen2", "<|im_end|>", "<stop>", "[PREFIX]", "[SUFFIX]", "[MIDDLE]")
+    for path in (folder / "tokenizer").glob("tokenizer*.json"):
+        path.replace(folder / path.name)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 1502, 1503]}')
+    with Checkpoint.open(str(folder)) as source:
+        path = export(source, tmp_path / "m.gguf", "F16")
+    said = "".join(run("llama-completion", "-m", path, "-p", "x", "-n", "1", "-t", "1", "-no-cnv", "--no-warmup", "-lv", "5"))
+    assert set(re.findall(r"EOG token += (\d+)", said)) == {"1", "1502", "1503"}
+    assert set(re.findall(r"FIM (\w+) token += (\d+)", said)) == {("PRE", "1504"), ("SUF", "1505"), ("MID", "1506")}

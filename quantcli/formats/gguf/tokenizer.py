@@ -33,16 +33,20 @@ WORDS_ALONE = "whitespace"
 
 @dataclass(frozen=True)
 class Files:
-    """A tokenizer's files, parsed ({} where there is none). ``settings``: tokenizer_config.json over special_tokens_map.json."""
+    """A tokenizer's files, parsed ({} where there is none): ``settings`` is tokenizer_config.json over special_tokens_map.json, ``parsed``
+    tokenizer.json, ``config`` config.json with the words of its text model.
+    """
 
     folder: Path
     settings: Mapping
     parsed: Mapping
+    config: Mapping
 
     @classmethod
     def of(cls, folder: Path) -> Files:
         settings = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
-        return cls(folder, settings, read_object(folder / "tokenizer.json"))
+        config = read_object(folder / "config.json")
+        return cls(folder, settings, read_object(folder / "tokenizer.json"), {**(config.get("text_config") or {}), **config})
 
     def added(self) -> dict[int, Mapping]:
         """tokenizer.json's added tokens by id."""
@@ -215,6 +219,7 @@ def add_wordpiece(keys: GGUFWriter, files: Files, vocab_size: int) -> Vocabulary
     for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
         if kind != TokenType.CONTROL:
             vocabulary.tokens[id] = token[2:] if token.startswith("##") else SPACE + token
+    keys.add_token_type_count(files.config.get("type_vocab_size", 1))
     keys.add_tokenizer_model("bert")
     keys.add_tokenizer_pre("default")
     keys.add_token_list(vocabulary.tokens)
@@ -286,12 +291,11 @@ def write_roles(
 
     ``known``: role → id as the tokenizer's model says, where no file does; ``adds``: role → is it added, likewise.
     """
-    config, generation = read_object(files.folder / "config.json"), read_object(files.folder / "generation_config.json")
-    config = {**(config.get("text_config") or {}), **config}
+    generation = read_object(files.folder / "generation_config.json")
     roles = Roles.of(files.settings, files.parsed)
     roles.adds = {**(adds or {}), **roles.adds}
-    roles.find(vocabulary.ids(), config, keys.arch, known or {})
-    roles.stop_at([*integers(generation.get("eos_token_id")), *integers(config.get("eos_token_id"))], vocabulary.tokens)
+    roles.find(vocabulary.ids(), files.config, keys.arch, known or {})
+    roles.stop_at([*integers(generation.get("eos_token_id")), *integers(files.config.get("eos_token_id"))], vocabulary.tokens)
     roles.write(keys)
     return roles
 
