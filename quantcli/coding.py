@@ -172,7 +172,7 @@ class Coding:
                 if tensor.carried:
                     record[tensor.name]["codes_of"] = str(self.source.schemes[tensor.name])
             elif not tensor.outputs:
-                record[tensor.name] = {"dropped": "this format has no place for it"}
+                record[tensor.name] = {"dropped": self.plan.why_dropped(tensor)}
         return record
 
     def _put(self, name: str, tensor: Tensor | QuantizedTensor) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__, ops, outliers
+from quantcli import __version__, archs, cuts, ops, outliers
 from quantcli import plan as planning
 from quantcli.calibrated import Calibrated, check_moe, check_stats
 from quantcli.checkpoint import Checkpoint
@@ -57,12 +57,15 @@ def quantize(
     fmt = find("formats", recipe.format)
     if hasattr(fmt, "native") and not recipe.needs:
         source = fmt.native(source)
-    declared = planning.declared_taps(source)
-    forward = _open_forward(source, device, recipe) if declared is None or recipe.needs else None
-    taps = declared if forward is None else forward.taps  # where the model is built, it knows best
+    is_known = archs.of(source.config) is not None or hasattr(fmt, "arranged")
+    forward = None if is_known and not recipe.needs else _open_forward(source, device, recipe)
+    # in which every expert's linear is a tensor, however they are stored
+    source = cuts.unfused(source) if forward is None else forward.checkpoint
+    if hasattr(fmt, "arranged"):
+        source = fmt.arranged(source)
+    taps = planning.declared_taps(source) if forward is None else forward.taps  # where the model is built, it knows best
     assert taps is not None
-    if forward is not None:
-        source = forward.checkpoint  # in which every expert's linear is a tensor, however they are stored
+    taps = {name: tap for name, tap in taps.items() if name in source.specs}
     made_by = provenance(source, recipe)
     plan = planning.make(source, recipe, taps, metadata=made_by)
     data: Calibrated | None = None

@@ -85,6 +85,11 @@ class Plan:
         """Bits for each parameter of the source, with every scale, zero point and uncoded tensor counted."""
         return 8 * self.n_bytes / sum(t.source.n_elements for t in self.tensors)
 
+    def why_dropped(self, tensor: PlannedTensor) -> str:
+        """Why ``tensor`` has no outputs."""
+        reasons: Mapping[str, str] = getattr(self.context, "dropped", {})
+        return reasons.get(tensor.name, f"the {self.recipe.format} format has no place for it")
+
     def census(self) -> dict[str, int]:
         """How many tensors are quantized, copied and dropped: together every tensor of the source."""
         tensors = self.tensors
@@ -105,13 +110,7 @@ def declared_taps(source: Checkpoint) -> dict[str, str] | None:
         return None
     if isinstance(arch, archs.StoredNames):
         return {name: name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name}
-    prefix = re.escape(arch.layer).replace(r"\{i\}", r"\d+")
-    taps = {linear.name: linear.tap for linear in arch.linears}
-    found = {}
-    for name in source.specs:
-        if (match := re.fullmatch(rf"({prefix}\.)(.+)\.weight", name)) and match[2] in taps:
-            found[name] = match[1] + taps[match[2]]
-    return found
+    return {name: tap for name in source.specs if (tap := arch.tap(name)) is not None}
 
 
 def make(

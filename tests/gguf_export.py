@@ -21,6 +21,7 @@ LLAMA3 |= {"original_max_position_embeddings": 8192}
 
 def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str, Any] | None = None, **options: Any) -> Path:
     """``source`` as a file of ``file_type`` at ``path``."""
+    source = gguf.arranged(source)
     schemes = gguf.mix(file_type, source.specs, source.config, **options)
     context = gguf.context(source, schemes, metadata or {}, **options)
     outputs = [out for name, spec in source.specs.items() for out in gguf.outputs(spec, schemes.get(name), context)]

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from quantcli import archs
+from quantcli.archs import Key
+from quantcli.archs._transformations import CUTS, ROW_ORDERS
 from quantcli.archs.llama import ARCH
+from quantcli.archs.mixtral import ARCH as MIXTRAL
+from quantcli.formats.gguf import metadata, rope
 from quantcli.registry import find, names
 
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -18,9 +22,31 @@ def test_every_architecture_is_consistent(name: str) -> None:
     arch = find("archs", name).ARCH
     linears = {linear.name for linear in arch.linears}
     assert {linear.tap for linear in arch.linears} <= linears
-    assert set(arch.rotary) <= linears
+    assert set(arch.rows) <= linears
     assert len(set(arch.gguf_names.values())) == len(arch.gguf_names)
-    assert all(f"{arch.layer}.{linear}" in arch.gguf_names for linear in linears)
+    assert set(arch.also.values()) <= set(arch.gguf_names)
+    unknown = {linear for linear in linears if f"{arch.layer}.{linear}" not in arch.gguf_names and linear not in arch.cuts}
+    assert not unknown or arch.experts  # llama.cpp may know no dense layers among those with experts
+    assert set(arch.rows.values()) <= set(ROW_ORDERS)
+    assert {cut.how for cut in (*arch.experts.values(), *arch.cuts.values())} <= set(CUTS)
+    assert set(arch.computed) <= set(rope.COMPUTED)
+    assert {key for key in arch.keys if isinstance(key, str)} <= set(metadata.GROUPS)
+    assert {key.computed for key in arch.keys if isinstance(key, Key)} <= {None, *metadata.COMPUTED}
+    for cut in arch.experts.values():
+        assert all(f"{arch.layer}.{name}".removesuffix(".weight").removesuffix(".bias") in arch.gguf_names for name in cut.names)
+
+
+def test_no_model_type_has_two_architectures() -> None:
+    types = [model_type for name in names("archs") for model_type in find("archs", name).ARCH.model_types]
+    assert len(types) == len(set(types))
+
+
+@pytest.mark.parametrize("name", names("archs"))
+def test_every_gguf_name_is_one_of_its_architecture_in_the_gguf_package(name: str) -> None:
+    arch = find("archs", name).ARCH
+    theirs = {word: kind for kind, word in gguf.MODEL_ARCH_NAMES.items()}[arch.gguf_arch]
+    known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "{i}") for tensor in gguf.MODEL_TENSORS[theirs]}
+    assert {target.removesuffix(".weight").removesuffix(".bias") for target in arch.gguf_names.values()} <= known
 
 
 def test_a_model_type_finds_its_architecture_and_an_unknown_one_finds_none() -> None:
@@ -29,6 +55,28 @@ def test_a_model_type_finds_its_architecture_and_an_unknown_one_finds_none() -> 
     assert archs.of({}) is None
     assert archs.of_gguf("llama") is ARCH
     assert archs.of_gguf("bert") is None
+
+
+def test_of_architectures_with_one_gguf_name_the_tensors_tell_which_it_is() -> None:
+    assert archs.of_gguf("llama", ["token_embd.weight", "blk.0.ffn_up.weight"]) is ARCH
+    assert archs.of_gguf("llama", ["token_embd.weight", "blk.0.ffn_up_exps.weight"]) is MIXTRAL
+
+
+def test_a_text_model_inside_a_model_that_sees_has_the_same_names_and_words() -> None:
+    for name in ("model.language_model.layers.3.mlp.up_proj.weight", "language_model.model.layers.3.mlp.up_proj.weight"):
+        assert ARCH.gguf_name(name) == "blk.3.ffn_up.weight"
+        assert ARCH.tap(name) == name.replace("up_proj.weight", "gate_proj")
+    config = {"model_type": "sees", "text_config": {"model_type": "llama", "hidden_size": 8}}
+    assert ARCH.usual(config)["hidden_size"] == 8
+
+
+def test_experts_share_a_gguf_name_and_have_taps_of_their_own() -> None:
+    name = "model.layers.2.block_sparse_moe.experts.5.w3.weight"
+    assert MIXTRAL.gguf_name(name) == "blk.2.ffn_up_exps.weight"
+    assert MIXTRAL.tap(name) == "model.layers.2.block_sparse_moe.experts.5.w1"
+    assert MIXTRAL.hf_name("blk.2.ffn_up_exps.weight") == "model.layers.2.block_sparse_moe.experts.{e}.w3.weight"
+    assert archs.expert_of(name) == 5
+    assert archs.expert_of("model.layers.2.mlp.up_proj.weight") is None
 
 
 def test_names_are_those_of_the_gguf_package() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import gguf as peer
 import numpy as np
 import pytest
@@ -348,3 +349,61 @@ def test_an_extra_tensor_of_the_source_is_an_error(tiny_llama: Any) -> None:
         source.specs["model.layers.0.mlp.router.weight"] = TensorSpec.dense("model.layers.0.mlp.router.weight", "BF16", (8, 256))
         with pytest.raises(UnsupportedError, match="router"):
             gguf.context(source, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (32,), "follow from the config"),
+        ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", (8, 8), "file of its own"),
+        ("model.layers.2.mlp.up_proj.weight", (512, 256), "layer 2 comes after the 2"),
+        ("mtp.layers.0.mlp.up_proj.weight", (512, 256), "predicts further tokens"),
+    ],
+)
+def test_what_a_file_has_no_place_for_is_named_with_the_reason(tiny_llama: Any, name: str, shape: tuple[int, ...], reason: str) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        source.specs[name] = TensorSpec.dense(name, "BF16", shape)
+        context = gguf.context(source, {}, {"seed": 0})
+    assert list(context.dropped) == [name]
+    assert reason in context.dropped[name]
+    assert name in context.fields["quantcli.dropped"].value
+    assert gguf.outputs(source.specs[name], None, context) == []
+
+
+def test_an_unknown_model_is_refused_with_the_way_through_a_gguf_source(tiny_llama: Any) -> None:
+    with Checkpoint.open(str(edit_config(tiny_llama(), model_type="no such model"))) as source:
+        with pytest.raises(UnsupportedError, match=r"'no such model'.*convert_hf_to_gguf.*SOURCE") as caught:
+            gguf.arranged(source)
+        assert caught.value.exit_code == 5
+
+
+def mixture(tmp_path: Path) -> Path:
+    return families.make("mixtral", tmp_path / "mixtral")
+
+
+def test_a_layer_without_one_of_its_experts_is_an_error(tmp_path: Path) -> None:
+    with Checkpoint.open(str(mixture(tmp_path))) as source:
+        del source.specs["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+        with pytest.raises(CheckpointError, match=r"number 2 of the 3 or more that make GGUF's blk\.1\.ffn_up_exps"):
+            gguf.mix("BF16", source.specs, source.config)
+
+
+def test_experts_of_one_layer_that_would_have_two_types_are_refused(tmp_path: Path) -> None:
+    with Checkpoint.open(str(mixture(tmp_path))) as source:
+        schemes = gguf.mix("BF16", source.specs, source.config)
+        schemes["model.layers.1.block_sparse_moe.experts.2.w3.weight"] = Scheme.of("q8_0")
+        context = gguf.context(source, schemes, {})
+        outputs = [out for name, spec in source.specs.items() for out in gguf.outputs(spec, schemes.get(name), context)]
+        with pytest.raises(UnsupportedError, match=r"blk\.1\.ffn_up_exps\.weight: slice 2 would be Q8_0 .*same scheme"):
+            gguf.writer(tmp_path / "m.gguf", outputs, context, overwrite=False)
+
+
+def test_experts_of_every_source_come_out_as_the_same_file(tmp_path: Path) -> None:
+    """One by one or fused, with statistics from calibration or without: slices of one tensor, each by its own expert."""
+    files = []
+    for name in ("qwen3_moe", "qwen3_moe, fused"):
+        with Checkpoint.open(str(families.make(name, tmp_path / name / "tiny"))) as source:
+            files.append(export(source, tmp_path / f"{name}.gguf", "Q8_0", pre_tokenizer="gpt-2"))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    spec = container.read_header(files[0]).specs["blk.1.ffn_up_exps.weight"]
+    assert (spec.dtype, spec.shape, spec.nbytes) == ("Q8_0", (4, 48, 64), 4 * 48 * 2 * 34)

@@ -5,88 +5,27 @@ Needs a built llama.cpp source tree at QUANTCLI_LLAMA_CPP.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
-import numpy as np
 import pytest
 from gguf_export import LLAMA3, edit_config, export
+from llamacpp_peer import assert_same, convert, run
 
 from quantcli import pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
-from quantcli.formats.gguf.container import Container, Field, read_header
+from quantcli.formats.gguf.container import read_header
 from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.tensors import Scheme
 
 pytestmark = pytest.mark.peer
 
-LLAMA_CPP = Path(os.environ.get("QUANTCLI_LLAMA_CPP", "/nowhere"))
-if not (LLAMA_CPP / "build/bin/llama-quantize").is_file():
-    pytest.skip("QUANTCLI_LLAMA_CPP names no built llama.cpp", allow_module_level=True)
-
 PICO = Path(__file__).parent / "data/pico"
-
-CONVERT = """
-import runpy, sys
-root, model, out, pre = sys.argv[1:]
-sys.path[:0] = [root, root + "/gguf-py"]
-from conversion import base
-if pre:
-    base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
-sys.argv = ["convert", model, "--outfile", out, "--outtype", "bf16"]
-runpy.run_path(root + "/convert_hf_to_gguf.py", run_name="__main__")
-"""
-
-
-def run(program: str, *arguments: str | Path) -> str:
-    done = subprocess.run(
-        [LLAMA_CPP / "build/bin" / program, *arguments],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def convert(folder: Path, out: Path, pre: str = "") -> Path:
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT, str(LLAMA_CPP), str(folder), str(out), pre], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out
-
-
-def plain(field: Field) -> tuple:
-    value = field.value.tolist() if isinstance(field.value, np.ndarray) else field.value
-    return field.type, field.element, np.float32(value) if isinstance(value, float) else value
-
-
-def data(container: Container, name: str) -> bytes:
-    start = container.offsets[name]
-    return container.path.read_bytes()[start : start + container.specs[name].nbytes]
-
-
-def assert_same(ours: Path, theirs: Path, but: tuple[str, ...] = ()) -> None:
-    """Every key, type and value (``but`` for the values of some); every tensor's name, place in the order, type, shape and bytes. Ours has
-    quantcli.* keys besides."""
-    a, b = read_header(ours), read_header(theirs)
-    assert [key for key in a.fields if not key.startswith("quantcli.")] == list(b.fields)
-    for key, field in b.fields.items():
-        assert key in but or plain(a.fields[key]) == plain(field), key
-    assert list(a.specs.values()) == list(b.specs.values())
-    for name in a.specs:
-        assert data(a, name) == data(b, name), name
 
 
 @pytest.fixture(scope="module", params=["untied", "tied, llama3 rotary scaling"])

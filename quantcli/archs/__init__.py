@@ -1,21 +1,22 @@
-"""What a model's tensors mean: which linears share an input, what can absorb a scale, GGUF names and row order."""
+"""What a model's tensors mean: which linears share an input, what can absorb a scale, GGUF names, row order and metadata."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from quantcli.archs._transformations import ROW_ORDERS
 from quantcli.registry import find, names
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear of a decoder layer, by module names within the layer.
+    """A linear of a decoder layer, by module names within the layer; ``{e}`` is the number of an expert.
 
     ``tap``: the first linear fed by the same input; ``prev``: the op whose output channels can absorb a scale of that input, or None.
     """
@@ -25,46 +26,131 @@ class Linear:
     prev: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A stored tensor that holds several: ``how`` is a name in ``_transformations.CUTS``, ``names`` the tensors it gives, by whole names
+    within the layer. A name with ``{e}`` stands for a tensor of each expert."""
+
+    how: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of a GGUF file's metadata, ``name`` without the architecture's prefix, and what it holds.
+
+    ``words``: keys of config.json, of which the first that is not null counts. ``kind``: "u32", "f32", "bool" or "str"; an array where the
+    value is a list. ``computed``: a name in ``formats.gguf.metadata.COMPUTED``, config → value, in place of ``words``, which then only say
+    where the value goes when a file is read. ``default``: the value where there is none; None leaves the key out, :data:`REQUIRED` is an
+    error.
+    """
+
+    name: str
+    words: tuple[str, ...] | str = ()
+    kind: str = "u32"
+    computed: str | None = None
+    default: Any = None
+
+    @property
+    def all_words(self) -> tuple[str, ...]:
+        return (self.words,) if isinstance(self.words, str) else self.words
+
+
+REQUIRED = object()
+"""The ``default`` of a :class:`Key` without which there is no model."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What is known of one family of models. A literal: nothing here depends on a checkpoint.
 
-    ``layer``: the module name of decoder layer ``{i}``. ``gguf_names``: HF module → GGUF name, both without ``.weight``/``.bias``.
-    ``rotary``: linears (names within the layer) whose rows GGUF keeps in rotary order → the config key that counts their heads.
-    ``norm_offset``: what GGUF adds to norm weights (Gemma stores w − 1). ``ignored``: name endings of stored tensors that hold nothing.
+    Of the model: ``model_types`` and ``hf_class`` as config.json says them; ``layer``: the module name of decoder layer ``{i}``;
+    ``words``: the family's own words in config.json → the usual ones; ``defaults``: what its config class takes for words that config.json
+    leaves out; ``experts``: tensors of a layer that hold the linears of all experts, and as which tensors everybody publishes these.
+
+    Of its GGUF files: ``gguf_names``: HF module → GGUF name, both without ``.weight``/``.bias`` (or both whole names), where all ``{e}``
+    make one tensor; ``also``: other names that a module has on disk → the one in ``gguf_names``; ``cuts``: tensors of a layer that GGUF
+    alone stores otherwise; ``rows``: linears whose rows it has in another order → a name in ``_transformations.ROW_ORDERS``;
+    ``norm_offset``: what it adds to norm weights (Gemma stores w − 1); ``keys``: its metadata, in the file's order, where a word is a group
+    of keys in ``formats.gguf.metadata.GROUPS``; ``computed``: tensors that no checkpoint stores, names in ``formats.gguf.rope.COMPUTED``;
+    ``dropped``: patterns of tensors that have no place there → the reason.
+
+    For reading GGUF files: ``biases``: config word → the linear that has a bias when it is true; ``fixed``: words that no key tells.
     """
 
     model_types: tuple[str, ...]
+    hf_class: str
     layer: str
     linears: tuple[Linear, ...]
     gguf_arch: str
     gguf_names: Mapping[str, str]
-    rotary: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[Key | str, ...]
+    words: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    experts: Mapping[str, Cut] = field(default_factory=dict)
+    also: Mapping[str, str] = field(default_factory=dict)
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
-    ignored: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def usual(self, config: Mapping) -> dict:
+        """``config`` in the usual words: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
+        flat = {**config, **(config.get("text_config") or {})}
+        renamed = {usual: flat[own] for own, usual in self.words.items() if own in flat and flat.get(usual) is None}
+        given = {word: value for word, value in (flat | renamed).items() if value is not None}
+        return {**flat, **renamed, **self.defaults, **given}
 
     def gguf_name(self, name: str) -> str | None:
         """The GGUF name of the HF tensor ``name``, or None when the architecture has no such tensor."""
-        return _rename(name, self._to_gguf)
+        return _renamed(plain(name), self._to_gguf)
+
+    def published(self, name: str) -> str:
+        """The name that everybody's folders have for the HF tensor ``name``."""
+        return _renamed(plain(name), dict(self.also)) or name
 
     def hf_name(self, name: str) -> str | None:
-        """The HF name of the GGUF tensor ``name``, or None when the architecture has no such tensor."""
-        return _rename(name, self._to_hf)
+        """The HF name of the GGUF tensor ``name``, with ``{e}`` where it holds one of each expert; None when there is no such tensor."""
+        return _renamed(name, self._to_hf)
+
+    def tap(self, name: str) -> str | None:
+        """The tap of the HF weight ``name``: the name of the linear that is first to read its input; None when it is no known linear."""
+        rest = self.rest_of(name)
+        if rest is None or not rest.endswith(".weight"):
+            return None
+        pattern, numbers = _pattern(rest.removesuffix(".weight"), "e")
+        tap = self._taps.get(pattern)
+        return None if tap is None else name.removesuffix(rest) + _filled(tap, numbers)
+
+    def rest_of(self, name: str) -> str | None:
+        """The name within its layer of the HF tensor ``name``; None when it belongs to no layer."""
+        match = self._in_layer.fullmatch(plain(name))
+        return match["rest"] if match else None
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the decoder layer that the HF tensor ``name`` belongs to."""
+        match = self._in_layer.fullmatch(plain(name))
+        return int(match["i"]) if match else None
 
     def row_order(self, name: str, n_rows: int, config: Mapping) -> Tensor | None:
-        """The HF row that each GGUF row of tensor ``name`` holds: [n_rows] int64; None when rows stay as they are.
+        """The HF row that each GGUF row of tensor ``name`` holds: [n_rows] int64; None when rows stay as they are."""
+        how = next((how for linear, how in self.rows.items() if name.rpartition(".")[0].endswith(f".{linear}")), None)
+        return None if how is None else ROW_ORDERS[how](n_rows, config)
 
-        HF rotates the two halves of a head, GGUF's engines rotate neighbours: row ``2j + k`` of a head is HF's row ``k·(head_dim/2) + j``.
-        """
-        key = next((key for linear, key in self.rotary.items() if name.rpartition(".")[0].endswith(f".{linear}")), None)
-        if key is None:
-            return None
-        n_heads = config.get(key) or config["num_attention_heads"]
-        return torch.arange(n_rows).view(n_heads, 2, -1).transpose(1, 2).reshape(-1)
+    @cached_property
+    def _in_layer(self) -> re.Pattern:
+        return re.compile(re.escape(self.layer).replace(r"\{i\}", r"(?P<i>\d+)") + r"\.(?P<rest>.+)")
+
+    @cached_property
+    def _taps(self) -> dict[str, str]:
+        return {linear.name: linear.tap for linear in self.linears}
 
     @cached_property
     def _to_gguf(self) -> dict[str, str]:
-        return dict(self.gguf_names)
+        return {**self.gguf_names, **{other: self.gguf_names[name] for other, name in self.also.items()}}
 
     @cached_property
     def _to_hf(self) -> dict[str, str]:
@@ -84,7 +170,7 @@ class StoredNames(Architecture):
 
 def as_stored(gguf_arch: str) -> StoredNames:
     """What answers to any GGUF architecture, known here or not."""
-    return StoredNames((), "blk.{i}", (), gguf_arch, {})
+    return StoredNames((), "", "blk.{i}", (), gguf_arch, {}, ())
 
 
 def of(config: Mapping) -> Architecture | None:
@@ -94,23 +180,54 @@ def of(config: Mapping) -> Architecture | None:
     return _by_model_type().get(config.get("model_type", ""))
 
 
-def of_gguf(gguf_arch: str) -> Architecture | None:
-    """The architecture whose GGUF files say ``general.architecture = gguf_arch``, or None."""
-    return next((arch for arch in _by_model_type().values() if arch.gguf_arch == gguf_arch), None)
+def of_gguf(gguf_arch: str, tensors: Iterable[str] = ()) -> Architecture | None:
+    """The architecture whose GGUF files say ``general.architecture = gguf_arch``: of several the one that knows most ``tensors``."""
+    tensors = list(tensors)
+    archs = [arch for arch in _by_model_type().values() if arch.gguf_arch == gguf_arch]
+    return max(archs, key=lambda arch: sum(arch.hf_name(name) is not None for name in tensors), default=None)
+
+
+def plain(name: str) -> str:
+    """``name`` as a model of text alone has it: those that also see have their text model under ``language_model``."""
+    return name.replace("language_model.", "", 1)
+
+
+def expert_of(name: str) -> int | None:
+    """Which of its layer's equals tensor ``name`` is: the second number in the name, an expert's."""
+    numbers = _pattern(name, "ie")[1]
+    return int(numbers["e"]) if "e" in numbers else None
 
 
 @cache
 def _by_model_type() -> dict[str, Architecture]:
-    archs = [find("archs", name).ARCH for name in names("archs")]
+    archs = sorted((find("archs", name).ARCH for name in names("archs")), key=lambda arch: arch.model_types[0] != arch.gguf_arch)
     return {model_type: arch for arch in archs for model_type in arch.model_types}
 
 
-def _rename(name: str, table: Mapping[str, str]) -> str | None:
-    """``name`` by a table of module patterns: its layer number and its last word (weight, bias) are kept."""
-    module, _, suffix = name.rpartition(".")
-    match = re.search(r"\.(0|[1-9]\d*)(?=\.)", module)
-    pattern = module if match is None else f"{module[: match.start()]}.{{i}}{module[match.end() :]}"
-    target = table.get(pattern)
-    if target is None or suffix not in ("weight", "bias"):
-        return None
-    return f"{target.replace('{i}', match[1]) if match else target}.{suffix}"
+def _pattern(name: str, letters: str) -> tuple[str, dict[str, str]]:
+    """``name`` with its numbers replaced by ``{letter}``, and the numbers by letter."""
+    numbers: dict[str, str] = {}
+
+    def replaced(match: re.Match) -> str:
+        if len(numbers) == len(letters):
+            return match[0]
+        letter = letters[len(numbers)]
+        numbers[letter] = match[0]
+        return f"{{{letter}}}"
+
+    return re.sub(r"(?<=\.)(0|[1-9]\d*)(?=\.|$)", replaced, name), numbers
+
+
+def _filled(pattern: str, numbers: Mapping[str, str]) -> str:
+    for letter, number in numbers.items():
+        pattern = pattern.replace(f"{{{letter}}}", number)
+    return pattern
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str | None:
+    """``name`` by a table of patterns of modules, where the last word (weight, bias) is kept, or of whole names."""
+    pattern, numbers = _pattern(name, "ie")
+    module, _, suffix = pattern.rpartition(".")
+    if module in table and suffix in ("weight", "bias"):
+        return _filled(f"{table[module]}.{suffix}", numbers)
+    return _filled(table[pattern], numbers) if pattern in table else None

@@ -15,10 +15,12 @@ KV_BYTES = 2
 
 def estimate(checkpoint: Checkpoint, context: int) -> dict[str, Any]:
     """The bytes of each shipped recipe that fits the model, planned and not measured, smallest first; activations are not counted."""
+    from quantcli import cuts
     from quantcli import plan as planning
     from quantcli import recipe as recipes
     from quantcli.errors import RecipeError, UnsupportedError
 
+    checkpoint = cuts.unfused(checkpoint)
     taps = planning.declared_taps(checkpoint)
     if taps is None:
         from quantcli.forward import Forward

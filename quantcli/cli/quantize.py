@@ -176,7 +176,7 @@ def report_plan(console: Console, checkpoint: Checkpoint, plan: Plan) -> None:
         console.note(note)
     for tensor in plan.tensors:
         if not tensor.outputs:
-            console.warn(f"{tensor.name}: dropped, the {plan.recipe.format} format has no place for it")
+            console.warn(f"{tensor.name}: dropped: {plan.why_dropped(tensor)}")
 
 
 def report_layer(console: Console, event: LayerDone) -> None:

@@ -7,17 +7,16 @@ conversion tables, run backwards on stand-ins that carry their own number, say w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantcli import cuts
 from quantcli.checkpoint import Checkpoint
-from quantcli.locations import Location
-from quantcli.tensors import QuantizedTensor, TensorSpec
+from quantcli.tensors import TensorSpec
 
 PROBE_ROWS = 4
 """Rows of an expert's stand-in: it may be cut in two, and both halves must show that their rows are neighbours."""
@@ -33,50 +32,6 @@ class Piece:
     stop: int = 0
 
 
-class Unfused(Checkpoint):
-    """``inner`` under other names: every tensor of ``pieces`` is a part of one of its tensors."""
-
-    def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece]) -> None:
-        self._inner = inner
-        self._pieces = dict(pieces)
-        super().__init__(
-            inner.path,
-            kind=inner.kind,
-            config=inner.config,
-            specs={name: _spec(name, piece, inner.specs[piece.stored]) for name, piece in sorted(pieces.items())},
-            schemes={name: inner.schemes[piece.stored] for name, piece in pieces.items() if piece.stored in inner.schemes},
-            quantization=inner.quantization,
-            notes=inner.notes,
-        )
-        self.source = inner.source
-
-    def load(self, name: str) -> Tensor:
-        piece = self._pieces[name]
-        tensor = self._inner.read(piece.stored)
-        return tensor if piece.expert is None else tensor[piece.expert, piece.start : piece.stop]
-
-    def load_quantized(self, name: str) -> QuantizedTensor:
-        return self._inner.quantized(self._pieces[name].stored)
-
-    def locations(self) -> Iterable[Location]:
-        return self._inner.locations()
-
-    def fingerprint(self) -> str:
-        return self._inner.fingerprint()
-
-    def sidecars(self) -> dict[str, Path]:
-        return self._inner.sidecars()
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-def _spec(name: str, piece: Piece, stored: TensorSpec) -> TensorSpec:
-    if piece.expert is not None:
-        return TensorSpec.dense(name, stored.dtype, (piece.stop - piece.start, stored.shape[2]))
-    return TensorSpec(name, stored.dtype, stored.shape, stored.nbytes)
-
-
 def unfused(checkpoint: Checkpoint, model: Any) -> Checkpoint:
     """``checkpoint`` with each expert's linears as tensors of their own; itself where no experts are stored in one tensor, or where
     transformers knows no names for them one by one."""
@@ -90,7 +45,13 @@ def unfused(checkpoint: Checkpoint, model: Any) -> Checkpoint:
     pieces = _split(checkpoint, stored, model)
     if all(piece.expert is None for piece in pieces.values()):
         return checkpoint
-    return Unfused(checkpoint, pieces)
+    return cuts.View(checkpoint, {name: _taken(piece, checkpoint.specs[piece.stored]) for name, piece in sorted(pieces.items())})
+
+
+def _taken(piece: Piece, stored: TensorSpec) -> cuts.Piece:
+    if piece.expert is None:
+        return cuts.Piece(piece.stored)
+    return cuts.Piece(piece.stored, (piece.stop - piece.start, stored.shape[2]), lambda W: W[piece.expert, piece.start : piece.stop])
 
 
 def _split(checkpoint: Checkpoint, stored: list[str], model: Any) -> dict[str, Piece]:

@@ -7,24 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 from torch import Tensor
 
+from quantcli import cuts
 from quantcli.archs import Architecture, StoredNames
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError
-from quantcli.formats.gguf import filetypes, rope, splits
+from quantcli.formats.gguf import filetypes, naming, rope, splits
 from quantcli.formats.gguf import metadata as keyed
 from quantcli.formats.gguf.container import MAGIC, Field, tensor_spec
 from quantcli.formats.gguf.filetypes import mix
+from quantcli.formats.gguf.naming import architecture
 from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.formats.gguf.tokenizer import add_tokenizer
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import DTYPE_NAMES, DTYPES, QuantizedTensor, Scheme, TensorSpec
 from quantcli.writer import Writer
 
-__all__ = ["USUAL_SCHEME", "Context", "context", "detect", "mix", "native", "outputs", "parts", "read", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "Context", "arranged", "context", "detect", "mix", "native", "outputs", "parts", "read", "supports", "writer"]
 
 USUAL_SCHEME = "q8_0"
 """What ``export`` codes to where the source's own codes do not fit."""
@@ -35,14 +38,15 @@ NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quant
 
 @dataclass(frozen=True)
 class Context:
-    """What one output needs to know. ``names``: the source's → GGUF name in file order; ``extras``: tensors no checkpoint stores;
-    ``split_bytes``: how much tensor data a file may hold before another is begun, None for any; ``notes``: what a user should know.
-    """
+    """What one output needs to know. ``config``: in the usual words; ``names``: the source's → GGUF name in file order; ``dropped``: every
+    other tensor → why; ``extras``: tensors no checkpoint stores; ``split_bytes``: how much tensor data a file may hold before another is
+    begun, None for any; ``notes``: what a user should know."""
 
     arch: Architecture
     config: Mapping[str, Any]
     schemes: Mapping[str, Scheme]
     names: Mapping[str, str]
+    dropped: Mapping[str, str]
     fields: Mapping[str, Field]
     extras: Mapping[str, Tensor]
     split_bytes: int | None = None
@@ -77,29 +81,35 @@ def native(source: Checkpoint) -> Checkpoint:
     return stored
 
 
+def arranged(source: Checkpoint) -> Checkpoint:
+    """``source`` as GGUF cuts it: experts one by one, and what else of its architecture a file stores otherwise than a folder."""
+    arch = architecture(source.config)
+    return cuts.cut(cuts.cut(source, arch.experts), arch.cuts)
+
+
 def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], **options: Any) -> Context:
     """Everything but the tensors' data of a GGUF file made from ``source``.
 
     ``schemes``: as :func:`mix` chose them; ``metadata``: written as ``quantcli.<key>``; ``options``: :class:`filetypes.Options`, of which
     ``pre_tokenizer`` and ``split_max_size`` count here. A GGUF source hands on its own metadata.
     """
-    config = source.config
-    arch = filetypes.architecture(config)
-    table = filetypes.gguf_names(source.specs, config)
+    arch = architecture(source.config)
+    config = arch.usual(source.config)
+    table = naming.naming(source.specs, source.config)
     chosen = filetypes.Options.of(options)
     split_bytes = None if chosen.split_max_size is None else splits.parse_size(chosen.split_max_size)
     notes: tuple[str, ...] = ()
     if isinstance(source, GgufCheckpoint):
         fields, extras = inherited(source, chosen.pre_tokenizer), source.unnamed()
     else:
-        check_complete(source, table.values())
-        extras = extra_tensors(config)
-        n_params = sum(source.specs[name].n_elements for name in table) + sum(extra.numel() for extra in extras.values())
-        fields, notes = describe(source, arch, n_params, chosen.pre_tokenizer)
+        check_complete(source, config, table.names.values())
+        extras = extra_tensors(arch, config)
+        fields, notes = describe(source, arch, config, table.names, extras, chosen.pre_tokenizer)
     fields["general.quantization_version"] = Field(GGUFValueType.UINT32, GGML_QUANT_VERSION)
     fields["general.file_type"] = file_type(source, schemes, (metadata.get("recipe") or {}).get("mix"))
-    fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in metadata.items()}
-    return Context(arch, config, schemes, table, fields, extras, split_bytes, notes)
+    ours = {**metadata, **({"dropped": table.dropped} if table.dropped and metadata else {})}
+    fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in ours.items()}
+    return Context(arch, config, schemes, table.names, table.dropped, fields, extras, split_bytes, notes)
 
 
 def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], asked: str | None) -> Field:
@@ -110,23 +120,39 @@ def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], asked: str | No
     return Field(GGUFValueType.UINT32, int(kind.number))
 
 
-def check_complete(source: Checkpoint, gguf_names: Collection[str]) -> None:
+def check_complete(source: Checkpoint, config: Mapping, gguf_names: Collection[str]) -> None:
     """Raise :class:`CheckpointError` when an embedding or a head that the config speaks of is not there."""
-    needed = ["token_embd.weight"] + ([] if source.config.get("tie_word_embeddings") else ["output.weight"])
+    needed = ["token_embd.weight"] + ([] if config.get("tie_word_embeddings") else ["output.weight"])
     for name in needed:
         if name not in gguf_names:
             hint = "; if the head shares the embedding, config.json must say tie_word_embeddings" if name == "output.weight" else ""
             raise CheckpointError(f"{source.source}: no tensor gives GGUF's {name}{hint}")
 
 
-def describe(source: Checkpoint, arch: Architecture, n_params: int, pre_tokenizer: str | None) -> tuple[dict[str, Field], tuple[str, ...]]:
-    """The metadata convert_hf_to_gguf writes for a Hugging Face folder, in its order, and notes on it."""
+def describe(
+    source: Checkpoint,
+    arch: Architecture,
+    config: Mapping,
+    names: Mapping[str, str],
+    extras: Mapping[str, Tensor],
+    pre_tokenizer: str | None,
+) -> tuple[dict[str, Field], tuple[str, ...]]:
+    """The metadata convert_hf_to_gguf writes for a Hugging Face folder, in its order, and notes on it. ``config``: in the usual words."""
     keys = GGUFWriter(None, arch.gguf_arch)
     hub_id = None if Path(source.source).expanduser().exists() else source.source.partition("@")[0]
-    keyed.general(keys, source.path, source.config, n_params, name=hub_id)
-    keyed.hyperparameters(keys, source.config)
-    notes = add_tokenizer(keys, source.path, source.config["vocab_size"], pre_tokenizer)
+    stored = [TensorSpec.dense(slot(arch, hf, name), "F32", source.specs[hf].shape) for hf, name in names.items()]
+    for spec, _ in naming.whole([*stored, *(TensorSpec.dense(name, "F32", tuple(extra.shape)) for name, extra in extras.items())]):
+        keys.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), spec.nbytes)
+    keyed.general(keys, source.path, name=hub_id)
+    keyed.hyperparameters(keys, arch, config)
+    notes = add_tokenizer(keys, source.path, config["vocab_size"], pre_tokenizer)
     return keyed.fields_of(keys), notes
+
+
+def slot(arch: Architecture, hf_name: str, gguf_name: str) -> str:
+    """What the file's writer calls the place of HF tensor ``hf_name``: the GGUF name, numbered where it is a slice of that."""
+    number = naming.slice_number(arch, hf_name, gguf_name)
+    return gguf_name if number is None else naming.slice_name(gguf_name, number)
 
 
 def inherited(source: GgufCheckpoint, pre_tokenizer: str | None) -> dict[str, Field]:
@@ -137,18 +163,17 @@ def inherited(source: GgufCheckpoint, pre_tokenizer: str | None) -> dict[str, Fi
     return fields
 
 
-def extra_tensors(config: Mapping) -> dict[str, Tensor]:
-    """Tensors that GGUF computes from the config: the factors of Llama 3's rotary scaling."""
-    parameters = keyed.rope_parameters(config)
-    if parameters["rope_type"] != "llama3":
-        return {}
-    return {rope.TENSOR: rope.llama3_factors(parameters, keyed.head_dim(config))}
+def extra_tensors(arch: Architecture, config: Mapping) -> dict[str, Tensor]:
+    """Tensors that GGUF computes from the config, such as the factors of Llama 3's rotary scaling. ``config``: in the usual words."""
+    return {name: tensor for word in arch.computed for name, tensor in rope.COMPUTED[word](config).items()}
 
 
 def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
     """The file's tensor for a logical one: ``scheme``'s type, F32 for norms and biases, and the stored type for a matrix left alone."""
     target = context.names.get(spec.name)
-    return [] if target is None else [tensor_spec(target, stored_type(target, spec, scheme, context), spec.shape)]
+    if target is None:
+        return []
+    return [tensor_spec(slot(context.arch, spec.name, target), stored_type(target, spec, scheme, context), spec.shape)]
 
 
 def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None, context: Context) -> str:
@@ -171,7 +196,7 @@ def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict
     else:
         data = dense(name, target, tensor, context)
     order = context.arch.row_order(name, data.shape[0], context.config)
-    return {target: data if order is None else data[order]}
+    return {slot(context.arch, name, target): data if order is None else data[order]}
 
 
 def dense(name: str, target: str, tensor: Tensor, context: Context) -> Tensor:
@@ -188,10 +213,12 @@ def dense(name: str, target: str, tensor: Tensor, context: Context) -> Tensor:
 
 def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
     """A declared writer of the file at ``path``, or of llama.cpp's shards beside it: tensors in llama-quantize's order, the computed ones
-    already put."""
+    already put. A tensor of several slices has a slot for each, so that experts are written one by one as they come.
+    """
     extras = [tensor_spec(name, "F32", tuple(tensor.shape)) for name, tensor in context.extras.items()]
-    specs = sorted([*outputs, *extras], key=lambda spec: filetypes.file_order(spec.name))
-    files = splits.layouts(path, context.fields, specs, context.split_bytes)
+    tensors = naming.whole([*outputs, *extras])
+    slices = {spec.name: parts_of for spec, parts_of in tensors}
+    files = splits.layouts(path, context.fields, [spec for spec, _ in tensors], context.split_bytes, slices=slices)
     out = Writer(path.with_name(files[0].name), overwrite=overwrite, folder=False)
     try:
         out.declare(files)

@@ -9,10 +9,9 @@ from typing import Any
 
 from gguf import LlamaFileType
 
-from quantcli import archs
-from quantcli.archs import Architecture
-from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
+from quantcli.errors import RecipeError
 from quantcli.formats.gguf.container import BLOCKS
+from quantcli.formats.gguf.naming import gguf_names, usual_config
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import Scheme, TensorSpec
 
@@ -109,41 +108,6 @@ def file_type(name: str) -> FileType:
     return known
 
 
-def architecture(config: Mapping) -> Architecture:
-    """The architecture of ``config``, or :class:`UnsupportedError`; :class:`CheckpointError` when the config does not say its sizes."""
-    if (arch := archs.of(config)) is None:
-        raise UnsupportedError(f"model_type '{config.get('model_type')}' cannot be written as GGUF yet; use --format hf or gptq")
-    if isinstance(arch, archs.StoredNames):
-        return arch  # whose config says what the file says
-    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise CheckpointError(f"config.json: {key} is {config.get(key)!r}, expected a positive integer")
-    return arch
-
-
-def file_order(gguf_name: str) -> tuple[int, str]:
-    """llama-quantize's order of tensors: those outside the layers first, then layer by layer, by name."""
-    match = re.match(r"blk\.(\d+)\.", gguf_name)
-    return (int(match[1]) if match else -1, gguf_name)
-
-
-def gguf_names(specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str]:
-    """HF name → GGUF name of every tensor that a GGUF file holds, in the file's order.
-
-    Left out: tensors that hold nothing, and the head of a model whose config ties it to the embedding.
-    """
-    arch = architecture(config)
-    table: dict[str, str] = {}
-    for name in specs:
-        target = arch.gguf_name(name)
-        if name.endswith(arch.ignored) or (target == "output.weight" and config.get("tie_word_embeddings")):
-            continue
-        if target is None:
-            raise UnsupportedError(f"{name}: {arch.gguf_arch} in GGUF has no such tensor; the model is no plain {config['model_type']}")
-        table[name] = target
-    return dict(sorted(table.items(), key=lambda item: file_order(item[1])))
-
-
 def is_quantizable(gguf_name: str, spec: TensorSpec) -> bool:
     """Matrices; never norms and biases, which stay F32, nor routers and thin convolutions."""
     kept = gguf_name.endswith(("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight"))
@@ -177,8 +141,12 @@ def closest(schemes: Mapping[str, Scheme], specs: Mapping[str, TensorSpec], conf
 def _types(kind: FileType, options: Options, specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str | None]:
     """HF name → ggml type of every matrix, None for one that is to stay as it is."""
     table = gguf_names(specs, config)
-    chooser = _Chooser(kind, options, config, set(table.values()))
-    return {hf: chooser.choose(target, specs[hf].shape[-1]) for hf, target in table.items() if is_quantizable(target, specs[hf])}
+    chooser = _Chooser(kind, options, usual_config(config), set(table.values()))
+    chosen: dict[str, str | None] = {}  # by GGUF name: all experts of a layer are one tensor
+    for hf, target in table.items():
+        if target not in chosen and is_quantizable(target, specs[hf]):
+            chosen[target] = chooser.choose(target, specs[hf].shape[-1])
+    return {hf: chosen[target] for hf, target in table.items() if target in chosen}
 
 
 class _Chooser:

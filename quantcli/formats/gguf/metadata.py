@@ -1,10 +1,10 @@
-"""A model's configuration as GGUF metadata, and back: the keys convert_hf_to_gguf writes for a Llama folder."""
+"""A model's configuration as GGUF metadata, and back: the keys convert_hf_to_gguf writes, as the architecture's literal lists them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from gguf import GGUFValueType, GGUFWriter, RopeScalingType
 
-from quantcli.archs import Architecture
+from quantcli.archs import REQUIRED, Architecture, Key
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.container import Container, Field
 from quantcli.json_files import read_json, shown
@@ -21,10 +21,14 @@ from quantcli.json_files import read_json, shown
 QUANTIZATION_KEYS = ("general.quantization_version", "general.file_type")
 
 
-def general(keys: GGUFWriter, folder: Path, config: Mapping, n_params: int, *, name: str | None) -> None:
-    """general.*: what the model card, generation_config.json and the folder's name tell; ``name`` (a Hub id) replaces a guessed one."""
+def general(keys: GGUFWriter, folder: Path, *, name: str | None) -> None:
+    """general.*: what the model card, generation_config.json and the folder's name tell; ``name`` (a Hub id) replaces a guessed one.
+
+    ``keys`` knows the file's tensors, whose parameters make the size label.
+    """
+    counts = keys.get_total_parameter_count()
     try:
-        card = gguf.Metadata.load(None, folder, name, n_params)
+        card = gguf.Metadata.load(None, folder, name, counts[0])
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError) as error:
         hint = "correct or remove README.md or generation_config.json"
         raise CheckpointError(f"{folder}: the model card cannot be read ({str(error)[:100]}); {hint}") from error
@@ -32,34 +36,51 @@ def general(keys: GGUFWriter, folder: Path, config: Mapping, n_params: int, *, n
     generation = read_object(folder / "generation_config.json")
     if card.sampling_penalty_repeat is None:
         card.sampling_penalty_repeat = generation.get("repetition_penalty")
-    card.size_label = card.size_label or gguf.size_label(n_params, n_params, 0, 0)
+    card.size_label = card.size_label or gguf.size_label(*counts)
     keys.add_type(gguf.GGUFType.MODEL)
     card.set_gguf_meta_model(keys)
 
 
-def hyperparameters(keys: GGUFWriter, config: Mapping) -> None:
-    """llama.*: sizes, rotary embedding, norm epsilon."""
+def hyperparameters(keys: GGUFWriter, arch: Architecture, config: Mapping) -> None:
+    """What ``arch`` says of ``config`` (in the usual words) under the architecture's prefix: sizes, rotary embedding, norm epsilon."""
     try:
-        n_heads = config["num_attention_heads"]
-        keys.add_block_count(config["num_hidden_layers"])
-        keys.add_context_length(config["max_position_embeddings"])
-        keys.add_embedding_length(config["hidden_size"])
-        keys.add_feed_forward_length(config["intermediate_size"])
-        keys.add_head_count(n_heads)
-        keys.add_head_count_kv(config.get("num_key_value_heads") or n_heads)
-        rope_keys(keys, rope_parameters(config))
-        keys.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        if config.get("head_dim") is not None:
-            keys.add_key_length(config["head_dim"])
-            keys.add_value_length(config["head_dim"])
-        keys.add_vocab_size(config["vocab_size"])
-        keys.add_rope_dimension_count(head_dim(config))
+        for key in arch.keys:
+            if isinstance(key, str):
+                GROUPS[key](keys, config)
+                continue
+            if (value := value_of(key, config)) is not None:
+                _add(keys, f"{arch.gguf_arch}.{key.name}", value, KINDS[key.kind])
     except KeyError as error:
         raise CheckpointError(f"config.json has no {error}, which GGUF needs; complete it and try again") from error
 
 
+def value_of(key: Key, config: Mapping) -> Any:
+    """What the file says under ``key``; None when it leaves the key out; KeyError when it must not."""
+    if key.computed is not None:
+        value = COMPUTED[key.computed](config)
+    else:
+        value = next((config[word] for word in key.all_words if config.get(word) is not None), None)
+    if value is None and key.default is REQUIRED:
+        raise KeyError(key.all_words[0])
+    return key.default if value is None else value
+
+
+def _add(keys: GGUFWriter, name: str, value: Any, kind: GGUFValueType) -> None:
+    if isinstance(value, list | tuple):
+        keys.add_key_value(name, list(value), GGUFValueType.ARRAY, kind)
+    else:
+        keys.add_key_value(name, value, kind)
+
+
+KINDS = {"u32": GGUFValueType.UINT32, "f32": GGUFValueType.FLOAT32, "bool": GGUFValueType.BOOL, "str": GGUFValueType.STRING}
+
+
 def head_dim(config: Mapping) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+COMPUTED: dict[str, Callable[[Mapping], Any]] = {"head_dim": head_dim}
+"""Values of keys that stand in no config.json as they are: what an architecture's literal names → config in the usual words → value."""
 
 
 def rope_parameters(config: Mapping) -> dict:
@@ -70,10 +91,11 @@ def rope_parameters(config: Mapping) -> dict:
     return rope
 
 
-def rope_keys(keys: GGUFWriter, rope: Mapping) -> None:
+def rope_keys(keys: GGUFWriter, config: Mapping) -> None:
     """The rotary base and its scaling. Llama 3's scaling has no key: it is the tensor rope_freqs.weight. ``dynamic`` has none
     either, and equals no scaling within the context the model was trained on.
     """
+    rope = rope_parameters(config)
     kind = rope["rope_type"]
     if kind not in ("default", "linear", "yarn", "llama3", "dynamic"):
         raise UnsupportedError(f"config.json: rotary scaling '{kind}' cannot be written as GGUF; known are linear, yarn, llama3, dynamic")
@@ -87,6 +109,9 @@ def rope_keys(keys: GGUFWriter, rope: Mapping) -> None:
                 getattr(keys, add)(rope[word])
     keys.add_rope_freq_base(rope["rope_theta"])
 
+
+GROUPS: dict[str, Callable[[GGUFWriter, Mapping], None]] = {"rope": rope_keys}
+"""Keys that belong together, by the word for them in an architecture's literal."""
 
 YARN_KEYS = {
     "extrapolation_factor": "add_rope_scaling_yarn_ext_factor",
@@ -136,36 +161,44 @@ def plain_field(value: Any) -> Field:
 
 def config_of(container: Container, arch: Architecture) -> dict:
     """HF's config.json rebuilt from the metadata of a GGUF file; llama3's rotary scaling is left to the caller, who can read tensors."""
-    p = arch.gguf_arch
-    specs = container.specs
-    hidden, n_heads = _integer(container, f"{p}.embedding_length"), _integer(container, f"{p}.attention.head_count")
-    config = {
-        "architectures": [f"{arch.model_types[0].capitalize()}ForCausalLM"],
-        "model_type": arch.model_types[0],
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": _integer(container, f"{p}.feed_forward_length"),
-        "num_hidden_layers": _integer(container, f"{p}.block_count"),
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": _integer(container, f"{p}.attention.head_count_kv", n_heads),
-        "head_dim": _integer(container, f"{p}.attention.key_length", hidden // n_heads),
-        "rms_norm_eps": _float(container, f"{p}.attention.layer_norm_rms_epsilon", 1e-6),
+    p, specs = arch.gguf_arch, container.specs
+    config: dict[str, Any] = {"architectures": [arch.hf_class], "model_type": arch.model_types[0], **arch.fixed}
+    for key in arch.keys:
+        if isinstance(key, Key) and key.words:
+            value = _value(container, f"{p}.{key.name}", key)
+            config |= {} if value is None else {key.all_words[0]: value}
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config |= {
         "rope_parameters": _rope(container, p),
-        "max_position_embeddings": _integer(container, f"{p}.context_length"),
         "vocab_size": specs["token_embd.weight"].shape[0] if "token_embd.weight" in specs else 0,
         "tie_word_embeddings": "output.weight" not in specs,
-        "attention_bias": "blk.0.attn_q.bias" in specs,
-        "mlp_bias": "blk.0.ffn_up.bias" in specs,
         "dtype": "float32",
     }
+    for word, linear in arch.biases.items():
+        config[word] = arch.gguf_name(f"{arch.layer}.{linear}.bias".replace("{i}", "0")) in specs
     ids = {word: container.get(f"tokenizer.ggml.{key}_token_id") for word, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
     return config | {f"{word}_token_id": value for word, value in ids.items() if isinstance(value, int)}
 
 
-def _integer(container: Container, key: str, default: int | None = None) -> int:
-    value = container.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{container.path}: metadata key '{key}' is {shown(value)}, expected a positive integer")
+def _value(container: Container, name: str, key: Key) -> Any:
+    """The value of a key, checked; None when the file has none and need not."""
+    if name not in container.fields and key.default is not REQUIRED:
+        return None
+    if key.kind == "f32":
+        return _float(container, name, 1e-6)
+    if key.kind == "u32":
+        return _integer(container, name, least=int(key.default is REQUIRED))
+    value = container.get(name)
+    if not isinstance(value, {"bool": bool, "str": str}[key.kind]):
+        raise CheckpointError(f"{container.path}: metadata key '{name}' is {shown(value)}, expected a {key.kind}")
+    return value
+
+
+def _integer(container: Container, key: str, *, least: int = 1) -> int:
+    value = container.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CheckpointError(f"{container.path}: metadata key '{key}' is {shown(value)}, expected an integer of at least {least}")
     return value
 
 

@@ -17,7 +17,9 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import rope
 from quantcli.formats.gguf.container import Container, row_bytes
+from quantcli.formats.gguf.expected import check_tensors
 from quantcli.formats.gguf.metadata import config_of
+from quantcli.formats.gguf.naming import slice_number
 from quantcli.formats.gguf.splits import read_model
 from quantcli.json_files import shown
 from quantcli.locations import Location, read_tensor
@@ -36,7 +38,7 @@ class GgufCheckpoint(Checkpoint):
         container = read_model(path)
         view = stored_view(container) if as_stored else view_of(container)
         self.container, self.arch, self.gguf_names = container, view.arch, view.names
-        specs = {name: renamed(container.specs[stored], name) for name, stored in view.names.items()}
+        specs = {name: spec_of(container, view.arch, stored, name) for name, stored in view.names.items()}
         schemes = {name: Scheme.of(s.dtype.lower()) for name, s in specs.items() if s.dtype.lower() in KINDS}
         super().__init__(
             path,
@@ -50,7 +52,8 @@ class GgufCheckpoint(Checkpoint):
         if rope.TENSOR in container.specs and not self.is_stored:
             if container.specs[rope.TENSOR].dtype != "F32":
                 raise CheckpointError(f"{path}: tensor '{rope.TENSOR}' is {container.specs[rope.TENSOR].dtype}, expected F32")
-            self.config["rope_parameters"] = rope.llama3_parameters(self._raw(rope.TENSOR), self.config["rope_parameters"]["rope_theta"])
+            theta = self.config["rope_parameters"]["rope_theta"]
+            self.config["rope_parameters"] = rope.llama3_parameters(self._raw(rope.TENSOR, container.specs[rope.TENSOR]), theta)
 
     @property
     def is_stored(self) -> bool:
@@ -71,11 +74,13 @@ class GgufCheckpoint(Checkpoint):
     def unnamed(self) -> dict[str, Tensor]:
         """The stored tensors that ``specs`` has no name for, because the config says what they hold: by GGUF name."""
         named = set(self.gguf_names.values())
-        return {name: self._raw(name) for name in self.container.specs if name not in named}
+        return {name: self._raw(name, spec) for name, spec in self.container.specs.items() if name not in named}
 
     def _in_order(self, name: str) -> Tensor:
         """The stored tensor with its rows where HF has them: GGUF's row ``r`` is HF's row ``order[r]``."""
-        stored = self._raw(self.gguf_names[name])
+        stored = self._raw(self.gguf_names[name], self.specs[name])
+        if self.arch.norm_offset and self.gguf_names[name].endswith("_norm.weight"):
+            stored = stored - self.arch.norm_offset
         order = self.arch.row_order(name, stored.shape[0], self.config)
         if order is None:
             return stored
@@ -83,14 +88,14 @@ class GgufCheckpoint(Checkpoint):
         rows[order] = stored
         return rows
 
-    def _raw(self, gguf_name: str) -> Tensor:
-        """As stored: the dense tensor, or its blocks U8 [out, row_bytes]."""
+    def _raw(self, gguf_name: str, spec: TensorSpec) -> Tensor:
+        """As stored: the dense tensor, or its blocks U8 [out, row_bytes]. ``spec``: of the whole, or of a slice under its HF name."""
         location = self.container.location(gguf_name)
-        spec = location.spec
+        number = slice_number(self.arch, spec.name, gguf_name) or 0
         if spec.dtype not in DTYPES:
             shape = (spec.n_elements // spec.shape[-1], row_bytes(spec.dtype, spec.shape[-1]))
-            location = replace(location, spec=TensorSpec(spec.name, "U8", shape, spec.nbytes))
-        return read_tensor(location)
+            spec = TensorSpec(spec.name, "U8", shape, spec.nbytes)
+        return read_tensor(replace(location, spec=spec, offset=location.offset + number * spec.nbytes))
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,10 @@ class View:
 def view_of(container: Container) -> View:
     """Hugging Face's view where ``archs/`` has a name for every tensor and a config for the metadata, else the file's own."""
     name = architecture_name(container)
-    arch = archs.of_gguf(name)
+    arch = archs.of_gguf(name, container.specs)
     if arch is None:
         return stored_view(container, f"architecture '{name}' has no Hugging Face names here")
-    table = {arch.hf_name(stored) or "": stored for stored in container.specs if stored != rope.TENSOR}
+    table = {hf: stored for stored in container.specs if stored != rope.TENSOR for hf in hf_names(container, arch, stored)}
     if "" in table:
         return stored_view(container, f"'{table['']}' has no Hugging Face name in architecture '{name}' here")
     try:
@@ -160,8 +165,20 @@ def architecture_name(container: Container) -> str:
     return name
 
 
-def renamed(spec: TensorSpec, name: str) -> TensorSpec:
-    return TensorSpec(name, spec.dtype, spec.shape, spec.nbytes)
+def hf_names(container: Container, arch: Architecture, gguf_name: str) -> list[str]:
+    """What a stored tensor is in Hugging Face's words: one tensor, or one for each of its slices; [""] when ``arch`` has no name for it."""
+    name = arch.hf_name(gguf_name) or ""
+    return [name.replace("{e}", str(e)) for e in range(container.specs[gguf_name].shape[0])] if "{e}" in name else [name]
+
+
+def spec_of(container: Container, arch: Architecture, gguf_name: str, name: str) -> TensorSpec:
+    """The spec of the stored tensor, or of its slice, that is called ``name``."""
+    spec = container.specs[gguf_name]
+    if slice_number(arch, name, gguf_name) is None:
+        return TensorSpec(name, spec.dtype, spec.shape, spec.nbytes)
+    if len(spec.shape) < 2:
+        raise CheckpointError(f"{container.path}: tensor '{gguf_name}' is {list(spec.shape)}, expected a slice for each expert")
+    return TensorSpec(name, spec.dtype, spec.shape[1:], spec.nbytes // spec.shape[0])
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -173,21 +190,3 @@ def summary(container: Container) -> dict:
     """What the file says of its making."""
     keys = ("general.file_type", "general.quantization_version", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre")
     return {"version": container.version} | {key: container.get(key) for key in keys if key in container.fields}
-
-
-def check_tensors(container: Container, arch: Architecture, config: dict) -> None:
-    """Raise :class:`CheckpointError` unless every tensor of every layer is there, in the shape the metadata implies."""
-    n_layers, specs = config["num_hidden_layers"], container.specs
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    q, kv = (config["head_dim"] * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
-    shapes: dict[str, tuple[int, ...]] = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    shapes |= {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide), "norm": (hidden,)}
-    if n_layers > len(specs):
-        raise CheckpointError(f"{container.path}: {len(specs)} tensors cannot make the {n_layers} layers the metadata promises")
-    for module, pattern in arch.gguf_names.items():
-        shape = next((shape for ending, shape in shapes.items() if module.endswith(ending)), (config["vocab_size"], hidden))
-        for name in dict.fromkeys(f"{pattern.replace('{i}', str(i))}.weight" for i in range(n_layers)):
-            if name not in specs and name != "output.weight":
-                raise CheckpointError(f"{container.path}: tensor '{name}' is missing, and the metadata promises {n_layers} layers")
-            if name in specs and specs[name].shape != shape:
-                raise CheckpointError(f"{container.path}: tensor '{name}' is {list(specs[name].shape)}, the metadata says {list(shape)}")

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import UnsupportedError
+from quantcli.formats.gguf.metadata import head_dim, rope_parameters
 
 TENSOR = "rope_freqs.weight"
 
 PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 """(factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of Llama 3.1 and of 3.2."""
 TOLERANCE = 1e-5
+
+
+def llama3_tensors(config: Mapping) -> dict[str, Tensor]:
+    """The table of a model with Llama 3's scaling, none for others. ``config``: in the usual words."""
+    rope = rope_parameters(config)
+    return {TENSOR: llama3_factors(rope, head_dim(config))} if rope["rope_type"] == "llama3" else {}
 
 
 def llama3_factors(rope: Mapping, head_dim: int) -> Tensor:
@@ -63,3 +70,7 @@ def _solve(factors: Tensor, theta: float, head_dim: int) -> list[tuple[float, fl
         return []
     high = round(1 - 1 / intercept, 4)
     return [(factor, 1.0, high, round(slope * 2 * math.pi * (high - 1)))]
+
+
+COMPUTED: dict[str, Callable[[Mapping], dict[str, Tensor]]] = {"llama3": llama3_tensors}
+"""What an architecture's literal names → config in the usual words → the tensors, by GGUF name, that follow from it."""

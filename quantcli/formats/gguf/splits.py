@@ -105,15 +105,25 @@ def cut(specs: Sequence[TensorSpec], max_bytes: int | None) -> list[list[TensorS
     return shares
 
 
-def layouts(path: Path, fields: Mapping[str, Field], specs: Sequence[TensorSpec], max_bytes: int | None = None) -> list[FileLayout]:
-    """The files of a model: one named as ``path``, or shards beside it where ``specs`` take more than ``max_bytes``."""
+def layouts(
+    path: Path,
+    fields: Mapping[str, Field],
+    specs: Sequence[TensorSpec],
+    max_bytes: int | None = None,
+    *,
+    slices: Mapping[str, Sequence[TensorSpec]] = {},
+) -> list[FileLayout]:
+    """The files of a model: one named as ``path``, or shards beside it where ``specs`` take more than ``max_bytes``.
+
+    ``slices``: tensor → the specs by which it is written, one after the other, where that is not by its own.
+    """
     shares = cut(specs, max_bytes)
     if len(shares) == 1:
-        return [file_layout(path.name, fields, specs)]
+        return [file_layout(path.name, fields, specs, slices)]
     count = len(shares)
     names = [shard.name for shard in shard_paths(path, count)]
     return [
-        file_layout(name, (dict(fields) if i == 0 else {}) | split_fields(i, count, len(specs)), share)
+        file_layout(name, (dict(fields) if i == 0 else {}) | split_fields(i, count, len(specs)), share, slices)
         for i, (name, share) in enumerate(zip(names, shares, strict=True))
     ]
 
@@ -127,6 +137,12 @@ def split_fields(number: int, count: int, n_tensors: int) -> dict[str, Field]:
     }
 
 
-def file_layout(name: str, fields: Mapping[str, Field], specs: Sequence[TensorSpec]) -> FileLayout:
+def file_layout(
+    name: str, fields: Mapping[str, Field], specs: Sequence[TensorSpec], slices: Mapping[str, Sequence[TensorSpec]] = {}
+) -> FileLayout:
     head, offsets, size = header(fields, specs)
-    return FileLayout(name, head, size, {spec.name: Slot(spec, offsets[spec.name]) for spec in specs})
+    slots: dict[str, Slot] = {}
+    for spec in specs:
+        for k, part in enumerate(slices.get(spec.name, (spec,))):
+            slots[part.name] = Slot(part, offsets[spec.name] + k * part.nbytes)
+    return FileLayout(name, head, size, slots)

@@ -1,0 +1,139 @@
+"""Which tensor of a GGUF file each tensor of a model is, or is a slice of; and which have no place there, with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from quantcli import archs
+from quantcli.archs import Architecture, StoredNames
+from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.tensors import TensorSpec
+
+OTHER_PARTS = re.compile(r"(^|\.)(vision_\w+|visual|multi_modal_projector|audio_\w+|connector)\.")
+"""In the names of what a model sees or hears with: llama.cpp keeps that in a file of its own, mmproj."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """``names``: HF → GGUF name of every tensor of the file, in the file's order; ``dropped``: every other tensor → why it is left out."""
+
+    names: Mapping[str, str]
+    dropped: Mapping[str, str]
+
+
+def architecture(config: Mapping) -> Architecture:
+    """The architecture of ``config``, or :class:`UnsupportedError`; :class:`CheckpointError` when the config does not say its sizes."""
+    if (arch := archs.of(config)) is None:
+        raise UnsupportedError(
+            f"model_type '{config.get('model_type')}' is not known to quantcli as GGUF; where llama.cpp knows it, "
+            "convert_hf_to_gguf.py --outtype bf16 makes a .gguf that quantcli quantizes as its SOURCE"
+        )
+    if isinstance(arch, StoredNames):
+        return arch  # whose config says what the file says
+    usual = arch.usual(config)
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if type(usual.get(key)) is not int or usual[key] < 1:
+            raise CheckpointError(f"config.json: {key} is {usual.get(key)!r}, expected a positive integer")
+    return arch
+
+
+def usual_config(config: Mapping) -> dict:
+    """``config`` in the words that every family shares, its family's defaults filled in."""
+    return architecture(config).usual(config)
+
+
+def file_order(gguf_name: str) -> tuple[int, str]:
+    """llama-quantize's order of tensors: those outside the layers first, then layer by layer, by name."""
+    match = re.match(r"blk\.(\d+)\.", gguf_name)
+    return (int(match[1]) if match else -1, gguf_name)
+
+
+def gguf_names(specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str]:
+    """HF name → GGUF name of every tensor that a GGUF file holds, in the file's order. Experts' tensors of a layer share a name: they are
+    its slices, in the order of their numbers."""
+    return dict(naming(specs, config).names)
+
+
+def naming(specs: Mapping[str, TensorSpec], config: Mapping) -> Naming:
+    """Where every tensor goes; :class:`UnsupportedError` for one that the architecture does not know."""
+    arch = architecture(config)
+    usual = arch.usual(config)
+    table: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    for name in specs:
+        target = arch.gguf_name(name)
+        if (reason := why_dropped(name, target, arch, usual)) is not None:
+            dropped[name] = reason
+        elif target is not None:
+            table[name] = target
+        else:
+            raise UnsupportedError(f"{name}: {arch.gguf_arch} in GGUF has no such tensor; the model is no plain {config['model_type']}")
+    check_slices(arch, table)
+    names = dict(sorted(table.items(), key=lambda item: (file_order(item[1]), slice_number(arch, *item) or 0)))
+    return Naming(names, dropped)
+
+
+def why_dropped(name: str, target: str | None, arch: Architecture, config: Mapping) -> str | None:
+    """The reason why GGUF has no place for tensor ``name``; None when it may have one. ``config``: in the usual words."""
+    if isinstance(arch, StoredNames):
+        return None
+    if target == "output.weight" and config.get("tie_word_embeddings"):
+        return "config.json ties the head to the embedding"
+    if (reason := next((why for pattern, why in arch.dropped.items() if re.search(pattern, name)), None)) is not None:
+        return reason
+    if (layer := arch.layer_of(name)) is not None and layer >= config["num_hidden_layers"]:
+        return f"layer {layer} comes after the {config['num_hidden_layers']} of config.json: it predicts further tokens"
+    if target is None and name.startswith(("mtp.", "model.mtp.")):
+        return "a head that predicts further tokens"
+    return "what a model sees or hears with goes to a file of its own" if target is None and OTHER_PARTS.search(name) else None
+
+
+def check_slices(arch: Architecture, table: Mapping[str, str]) -> None:
+    """Raise :class:`CheckpointError` unless the slices of every GGUF tensor are numbered from 0 without a gap."""
+    slices: dict[str, list[str]] = {}
+    for name, target in table.items():
+        slices.setdefault(target, []).append(name)
+    for target, parts in slices.items():
+        numbers = sorted(slice_number(arch, name, target) or 0 for name in parts)
+        if numbers != list(range(len(parts))):
+            missing = next(k for k in range(len(parts)) if numbers[k] != k)
+            if missing > numbers[missing]:
+                raise CheckpointError(f"{parts[0]}: several tensors would be GGUF's {target}: {', '.join(parts[:3])}")
+            raise CheckpointError(f"{parts[0]}: number {missing} of the {len(parts)} or more that make GGUF's {target} is missing")
+
+
+def slice_number(arch: Architecture, name: str, gguf_name: str) -> int | None:
+    """Which slice of ``gguf_name`` the tensor ``name`` is; None when it is the whole."""
+    return archs.expert_of(name) if "{e}" in (arch.hf_name(gguf_name) or "") else None
+
+
+def slice_name(gguf_name: str, number: int) -> str:
+    """What slice ``number`` of a tensor is called until the file's header names the whole."""
+    return f"{gguf_name}[{number}]"
+
+
+def whole(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, list[TensorSpec]]]:
+    """The tensors that ``specs`` make: each with its slices by number, or with itself alone. In the file's order."""
+    groups: dict[str, dict[int, TensorSpec]] = {}
+    alone: list[tuple[TensorSpec, list[TensorSpec]]] = []
+    for spec in specs:
+        if (match := re.fullmatch(r"(.*)\[(\d+)\]", spec.name)) is None:
+            alone.append((spec, [spec]))
+        else:
+            groups.setdefault(match[1], {})[int(match[2])] = spec
+    stacked = [(stack(name, slices), [slices[k] for k in sorted(slices)]) for name, slices in groups.items()]
+    return sorted([*alone, *stacked], key=lambda item: file_order(item[0].name))
+
+
+def stack(name: str, slices: Mapping[int, TensorSpec]) -> TensorSpec:
+    """The spec of the tensor ``name`` made of ``slices``; :class:`UnsupportedError` when these differ in type or shape."""
+    first = slices[0]
+    for k, spec in slices.items():
+        if (spec.dtype, spec.shape) != (first.dtype, first.shape):
+            raise UnsupportedError(
+                f"{name}: slice {k} would be {spec.dtype} {list(spec.shape)}, slice 0 {first.dtype} {list(first.shape)}; "
+                "in GGUF the experts of a layer are one tensor of one type: give them all the same scheme"
+            )
+    return TensorSpec(name, first.dtype, (len(slices), *first.shape), len(slices) * first.nbytes)
