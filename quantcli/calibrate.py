@@ -21,6 +21,7 @@ from quantcli.errors import NumericsError
 from quantcli.familiarity import Familiarity
 from quantcli.forward import Forward, LoadedLayer
 from quantcli.outliers import Figures, figures_of
+from quantcli.readahead import reading_ahead
 from quantcli.shards import file_layout
 from quantcli.stats_file import DIAGONAL_PARTS, put_stats, stats_metadata, stats_specs
 from quantcli.tensors import Stats
@@ -230,7 +231,7 @@ def calibrate(
         writer.declare([file_layout(target.name, specs, stats_metadata(checkpoint, ids) | experts)])
         activations = Activations.embed(forward, ids)
         n_layers = len(forward.layers) + head
-        for i, name in enumerate(forward.layers):
+        for i, name in enumerate(reading_ahead(forward.layers, forward.layers, forward.checkpoint.locations())):
             started = time.perf_counter()
             with forward.layer(i) as layer:
                 *first, last = shares(sorted(layer.tap_widths), layer.tap_widths, needs) or [[]]

@@ -22,9 +22,11 @@ from quantcli.errors import RecipeError
 from quantcli.events import Event, Finished, LayerDone, Planned, timed
 from quantcli.outliers import Protected
 from quantcli.plan import Plan, PlannedLayer, PlannedTensor
+from quantcli.readahead import reading_ahead
 from quantcli.recipe import Recipe
 from quantcli.registry import find
-from quantcli.tensors import DTYPES, Prev, Stats, TensorReport
+from quantcli.stats_file import StatsFile
+from quantcli.tensors import DTYPES, Prev, TensorReport
 from quantcli.writer import Writer
 
 if TYPE_CHECKING:
@@ -218,10 +220,11 @@ def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
     return list(groups.values())
 
 
-def _each_layer(run: Coding, stats: Mapping[str, Stats], forward: Forward | None) -> Iterator[LayerDone]:
+def _each_layer(run: Coding, stats: StatsFile, forward: Forward | None) -> Iterator[LayerDone]:
     """Statistics from a file: layer by layer, no error propagation, no forward pass but the trials of a change of basis."""
+    names = [layer.name for layer in run.plan.layers]
     absorbers = _absorbers(run, forward)
-    for layer in timed(run.plan):
+    for layer in reading_ahead(timed(run.plan), names, (*run.source.locations(), *stats.locations())):
         name = layer.planned.name
         prevs = absorbers(name) if absorbers else None
         layer.reports += run.code(name, layer.planned.tensors, stats, None, prevs)
@@ -241,7 +244,7 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
     absorbers = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
-    for layer in timed(run.plan):
+    for layer in reading_ahead(timed(run.plan), [layer.name for layer in run.plan.layers], run.source.locations()):
         name = layer.planned.name
         if name not in index:
             layer.reports += run.code(name, layer.planned.tensors, {})

@@ -8,7 +8,7 @@ named), ``source_fingerprint`` (:meth:`Checkpoint.fingerprint`, which tells two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +95,10 @@ class StatsFile(Mapping[str, Stats]):
     def dataset_sketch(self) -> str | None:
         """What tells another text's overlap with the one measured on; None in an old file."""
         return self.metadata.get("dataset_sketch")
+
+    def locations(self) -> Iterable[Location]:
+        """Where the tensors of the file lie."""
+        return self._locations.values()
 
     def has_hessian(self, tap: str) -> bool:
         """Whether H of ``tap`` was gathered."""

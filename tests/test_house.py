@@ -21,7 +21,7 @@ FLOORS = [
     {"plan", "calibrate", "familiarity"},
     {"forward"},
     {"formats", "passes"},
-    {"checkpoint", "cuts", "recipe", "regrid", "ranges", "outliers", "stats_file"}
+    {"checkpoint", "cuts", "recipe", "regrid", "ranges", "outliers", "readahead", "stats_file"}
     | {"writer", "shards", "locations", "json_files", "texts", "documents", "overlap"},
     {"archs", "qtypes"},
     {"ops"},

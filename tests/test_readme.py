@@ -81,9 +81,10 @@ def test_the_readme_shows_every_verb() -> None:
     assert {line.split()[1] for line in COMMANDS} == {command.name for command in app.registered_commands}
 
 
-def test_the_recipe_of_the_readme_loads() -> None:
-    (text,) = [text for language, text in BLOCKS if language == "yaml"]
-    assert recipe.parse(yaml.safe_load(text), "readme").rules
+def test_the_recipes_of_the_readme_load() -> None:
+    first, second = (recipe.parse(yaml.safe_load(text), "readme") for language, text in BLOCKS if language == "yaml")
+    assert first.rules
+    assert second.protect_outliers
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:
