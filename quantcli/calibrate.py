@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +29,9 @@ from quantcli.shards import file_layout
 from quantcli.stats_file import DIAGONAL_PARTS, put_stats, stats_metadata, stats_specs
 from quantcli.tensors import Stats
 from quantcli.writer import Writer
+
+if TYPE_CHECKING:
+    from quantcli.original import Original
 
 BATCH_TOKENS = 2048
 """Tokens that a layer runs at once (at least one window): enough to keep a GEMM busy, few enough for the activations to stay small."""
@@ -56,7 +62,9 @@ class StatsMeter:
     multiplications.
     """
 
-    def __init__(self, in_features: int, hessian: bool, device: torch.device | str = "cpu", *, histogram: bool = False) -> None:
+    def __init__(
+        self, in_features: int, hessian: bool, device: torch.device | str = "cpu", *, histogram: bool = False, drift: bool = False
+    ) -> None:
         self._n_tokens = 0
         self._H = torch.zeros(in_features, in_features, device=device) if hessian else None
         self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
@@ -64,6 +72,7 @@ class StatsMeter:
         self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._absmax = torch.zeros(in_features, device=device)
         self._counts = torch.zeros(ranges.N_BINS, dtype=torch.int64, device=device) if histogram else None
+        self._dXXT = torch.zeros(in_features, in_features, device=device) if drift else None
 
     def add(self, X: Tensor) -> None:
         """X: [n_tokens, in], any float dtype."""
@@ -83,10 +92,20 @@ class StatsMeter:
             # Not addmm_: its kernel would add every product to the large running sum and lose the small ones.
             self._H[a : a + BLOCK, a:] += X[:, a : a + BLOCK].T @ X[:, a:]
 
+    @property
+    def has_drift(self) -> bool:
+        return self._dXXT is not None
+
+    def add_drift(self, X: Tensor, X0: Tensor) -> None:
+        """``X``: [n_tokens, in] as it was added, ``X0``: the same tokens' in the model before it was quantized."""
+        assert self._dXXT is not None
+        self._dXXT += (X0.float() - X.float()).T @ X.float()
+
     def stats(self) -> Stats:
         """The means so far. The meter's H is handed over: it cannot gather more."""
         n = max(1, self._n_tokens)
         H, self._H = self._H, None
+        dXXT = None if self._dXXT is None else self._dXXT.div_(n)
         if H is not None:
             for a in range(0, len(H), BLOCK):
                 H[a : a + BLOCK, a : a + BLOCK].triu_()
@@ -96,14 +115,17 @@ class StatsMeter:
         histogram = None if self._counts is None else (self._counts / max(1, int(self._counts.sum()))).float()
         mean = (self._sum / n).float()
         fourth = (self._fourths / n).float()
-        return Stats(importance, self._absmax, mean, self._n_tokens, H, histogram, fourth)
+        return Stats(importance, self._absmax, mean, self._n_tokens, H, histogram, fourth, dXXT)
 
 
 class Activations:
     """The hidden states that all windows bring to the next layer.
 
-    ``ids``: [n, T] int64; ``hidden``: [n, T, hidden] float32, replaced in place as the layers advance.
+    ``ids``: [n, T] int64; ``hidden``: [n, T, hidden] float32, replaced in place as the layers advance; ``original``: the same windows in
+    the model before it was quantized, where dXXT is to be measured.
     """
+
+    original: Original | None = None
 
     def __init__(self, ids: Tensor, hidden: Tensor) -> None:
         self.ids = ids
@@ -132,14 +154,20 @@ class Activations:
         for hidden, ids in self.batches():
             hidden.copy_(layer(hidden, ids))
 
-    def measure(self, layer: LoadedLayer, taps: Sequence[str] | None = None, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
-        """Stats of ``taps`` (None: all of the layer's) for the windows as they stand; H only where ``needs`` has it.
+    def beside(self, index: int) -> AbstractContextManager[None]:
+        """While it lasts layer ``index`` of the original, if there is one, can be measured; then its windows have gone through it."""
+        return nullcontext() if self.original is None else self.original.layer(index)
 
-        The tap of an expert that no token was routed to has zeros, of no tokens.
+    def measure(self, layer: LoadedLayer, taps: Sequence[str] | None = None, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
+        """Stats of ``taps`` (None: all of the layer's) for the windows as they stand; H and dXXT only where ``needs`` has them.
+
+        The tap of an expert that no token was routed to has zeros, of no tokens; one whose tokens the router chooses has no dXXT.
         """
         meters = _meters(layer, needs, taps)
-        for hidden, ids in self.batches():
-            layer.inputs(hidden, ids, partial(_gather, meters), meters)
+        drifting = [tap for tap, meter in meters.items() if meter.has_drift]
+        originals = self.original.inputs(drifting) if self.original and drifting else repeat({})
+        for (hidden, ids), X0 in zip(self.batches(), originals, strict=False):
+            layer.inputs(hidden, ids, partial(_gather, meters, X0), meters)
         return _finished(meters)
 
     def measure_and_advance(
@@ -148,15 +176,17 @@ class Activations:
         """Stats of ``taps`` (None: all) of ``layer`` while going through it: one run instead of two."""
         meters = _meters(layer, needs, taps)
         for hidden, ids in self.batches():
-            hidden.copy_(layer.observe(hidden, ids, partial(_gather, meters), meters))
+            hidden.copy_(layer.observe(hidden, ids, partial(_gather, meters, {}), meters))
         return _finished(meters)
 
 
 def _meters(layer: LoadedLayer, needs: frozenset[str], taps: Sequence[str] | None = None) -> dict[str, StatsMeter]:
     """A meter for each of ``taps``, or of all the layer's."""
-    widths = layer.tap_widths
-    wanted = sorted(widths if taps is None else taps)
-    return {tap: StatsMeter(widths[tap], "H" in needs, layer.device, histogram="histogram" in needs) for tap in wanted}
+    widths, meters = layer.tap_widths, {}
+    for tap in sorted(widths if taps is None else taps):
+        drift = "dXXT" in needs and (layer.shows_all_tokens or not EXPERT.match(tap))
+        meters[tap] = StatsMeter(widths[tap], "H" in needs, layer.device, histogram="histogram" in needs, drift=drift)
+    return meters
 
 
 def shares(taps: Iterable[str], widths: Mapping[str, int], needs: frozenset[str]) -> list[list[str]]:
@@ -172,7 +202,7 @@ def shares(taps: Iterable[str], widths: Mapping[str, int], needs: frozenset[str]
     parts: list[list[str]] = [[]]
     room = MAX_HESSIAN_BYTES
     for group in groups.values():
-        n_bytes = sum(4 * widths[tap] ** 2 for tap in group) if "H" in needs else 0
+        n_bytes = sum(4 * widths[tap] ** 2 for tap in group) * len(needs & {"H", "dXXT"})
         if n_bytes > room and parts[-1]:
             parts.append([])
             room = MAX_HESSIAN_BYTES
@@ -263,13 +293,15 @@ def measure_head(forward: Forward, activations: Activations, needs: frozenset[st
     """Stats of what the output embedding reads, for windows that have gone through all layers."""
     meters = {HEAD: StatsMeter(forward.head_in_features, "H" in needs, forward.device, histogram="histogram" in needs)}
     for hidden, _ in activations.batches():
-        forward.observe_head(hidden, partial(_gather, meters, HEAD))
+        forward.observe_head(hidden, partial(_gather, meters, {}, HEAD))
     return _finished(meters)
 
 
-def _gather(meters: Mapping[str, StatsMeter], tap: str, X: Tensor) -> None:
-    """Add X [n_tokens, in] to the meter of ``tap``."""
+def _gather(meters: Mapping[str, StatsMeter], originals: Mapping[str, list[Tensor]], tap: str, X: Tensor) -> None:
+    """Add X [n_tokens, in] to the meter of ``tap``, with what the model before it was quantized has in its place, if that is known."""
     meters[tap].add(X)
+    if tap in originals:
+        meters[tap].add_drift(X, originals[tap].pop(0))
 
 
 def tap_widths(forward: Forward, *, head: bool) -> dict[str, int]:

@@ -34,6 +34,11 @@ class Calibrated:
 
 def check_stats(plan: Plan, stats: StatsFile) -> None:
     """Raise :class:`RecipeError` where statistics are missing or do not fit, before any work is done."""
+    if "dXXT" in plan.recipe.needs:
+        raise RecipeError(
+            f"{stats.path}: asymmetric calibration compares what a layer reads with what it read before quantization, which no statistics "
+            "gathered beforehand can tell; give --dataset in place of --stats, or leave gptaq_alpha out"
+        )
     for tensor in plan.tensors:
         if tensor.is_solved:
             assert tensor.tap is not None

@@ -234,12 +234,15 @@ def _each_layer(run: Coding, stats: StatsFile, forward: Forward | None) -> Itera
 def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, Familiarity]:
     """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next.
 
-    A few windows go through the layers as they came, to tell how well the source knows the text.
+    A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares.
     """
     from quantcli import familiarity
     from quantcli.calibrate import Activations
+    from quantcli.original import Original
 
     activations = Activations.embed(forward, windows)
+    if "dXXT" in run.plan.recipe.needs:
+        activations.original = Original(forward, windows)
     untouched = Activations.embed(forward, windows[familiarity.sampled(windows)])
     absorbers = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
@@ -250,7 +253,7 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
             layer.reports += run.code(name, layer.planned.tensors, {})
         else:
             prevs = absorbers(name) if absorbers else None
-            with forward.layer(index[name]) as loaded:
+            with forward.layer(index[name]) as loaded, activations.beside(index[name]):
                 untouched.advance(loaded)
                 layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps, prevs)
                 if index[name] + 1 < len(forward.layers):

@@ -62,8 +62,9 @@ class PassSpec:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which statistics the pass reads: some of H, importance, absmax, mean."""
-        return find("passes", self.name).NEEDS
+        """Which statistics the pass reads with its options: some of H, importance, absmax, mean, dXXT."""
+        module = find("passes", self.name)
+        return module.needs(self.build_options()) if hasattr(module, "needs") else module.NEEDS
 
     def build_options(self) -> Any:
         """The pass's ``Options`` with ours in it; an unknown option is a :class:`RecipeError`."""

@@ -228,7 +228,8 @@ class Stats:
 
     ``H``: [in, in] mean of x·xᵀ, or None when only diagonals were gathered; ``importance``: [in] mean of x²; ``fourth``: [in] mean of
     x⁴, None in an old file; ``absmax``: [in]; ``mean``: [in]; ``histogram``: [ranges.N_BINS] share of all inputs in each bin of |x|,
-    gathered only when asked for.
+    gathered only when asked for; ``dXXT``: [in, in] mean of (x₀ − x)·xᵀ, x₀ being what the tap reads of the same token in the model before
+    any of it was quantized.
     """
 
     importance: Tensor
@@ -238,6 +239,7 @@ class Stats:
     H: Tensor | None = None
     histogram: Tensor | None = None
     fourth: Tensor | None = None
+    dXXT: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,27 @@ def obq(W: Tensor, H: Tensor, encode_decode: Callable[[int, Tensor], Tensor], or
     return W
 
 
+def gptaq(W: Tensor, H: Tensor, dXXT: Tensor, alpha: float, encode_decode: Callable[[int, Tensor], Tensor], order: Sequence[int]) -> Tensor:
+    """:func:`obq` with asymmetric calibration (arXiv 2504.02692), for ``dXXT`` [in, in], mean of (x₀ − x)·xᵀ.
+
+    In every row, when w_q has been quantized, the weights still to come, F, also move by α·w_q·M_q,F·(H_FF)⁻¹: the least squares answer to
+    the output w_q·(x₀ − x)_q that is missing. Each (H_FF)⁻¹ is inverted anew.
+    """
+    W, H, M = W.double().clone(), H.double(), dXXT.double()
+    todo = list(order)
+    while todo:
+        left = torch.linalg.inv(H[todo][:, todo])
+        q = todo.pop(0)
+        rounded = encode_decode(q, W[:, q].clone()).double()
+        missing = W[:, q]
+        error = missing - rounded
+        if todo:
+            step = alpha * M[q, todo] @ torch.linalg.inv(H[todo][:, todo])
+            W[:, todo] += torch.outer(missing, step) - torch.outer(error, left[0, 1:] / left[0, 0])
+        W[:, q] = rounded
+    return W
+
+
 def affine_error(w: np.ndarray, h: np.ndarray, scale: float, zero: int, levels: int) -> float:
     """Σ h·(w − ŵ)² of one group, each weight given the better of all codes 0 … levels."""
     total = 0.0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from oracles import obq
+from oracles import gptaq, obq
 from torch import Tensor
 
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.passes import gptq, rtn
+from quantcli.recipe import PassSpec
 from quantcli.registry import find
 from quantcli.tensors import Layer, Scheme, Stats, relative_error
 
@@ -57,6 +60,58 @@ def test_gptq_equals_obq_with_an_explicit_inverse(scheme: str, act_order: bool, 
     order = H.diagonal().argsort(descending=True, stable=True).tolist() if act_order else range(W.shape[1])
     truth = obq(W, damped, encode_decode, list(order))
     torch.testing.assert_close(W_hat.double(), truth, rtol=0, atol=1e-5)
+
+
+def drifted(n_in: int = 64, seed: int = 0, size: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
+    """W [24, in], inputs X [n_tokens, in], and X₀, which X was before something moved it by about ``size`` of itself, not at random."""
+    W, _ = problem(n_in=n_in, seed=seed)
+    g = torch.Generator().manual_seed(seed + 100)
+    X0 = torch.randn(512, n_in, generator=g) @ (torch.randn(n_in, n_in, generator=g) / n_in**0.5)
+    return W, X0 + size * X0 @ (torch.randn(n_in, n_in, generator=g) / n_in**0.5), X0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_asymmetric_calibration_equals_its_update_with_explicit_inverses(scheme: str, act_order: bool, alpha: float) -> None:
+    W, X, X0 = drifted()
+    H, dXXT = X.T @ X / len(X), (X0 - X).T @ X / len(X)
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
+    grid = find("qtypes", "int").fit(W, Scheme.parse(scheme), damped.diagonal())
+    scale, offset = grid.columns(torch.arange(W.shape[1]))
+
+    def encode_decode(q: int, w: Tensor) -> Tensor:
+        o = 0.0 if offset is None else offset[:, q].double()
+        return ((w - o) / scale[:, q].double()).round().clamp(grid.lo, grid.hi) * scale[:, q].double() + o
+
+    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(H))
+    truth = gptaq(W, damped, dXXT, alpha, encode_decode, order.tolist())
+    factor = gptq.asymmetric(gptq.factorize(H, damp_ratio=0.01, act_order=act_order), dXXT, alpha)
+    torch.testing.assert_close(decode(gptq.quantize(W, Scheme.parse(scheme), H, factor)).double(), truth, rtol=0, atol=1e-5)
+
+
+def test_asymmetric_calibration_brings_the_output_nearer_to_that_of_the_original_inputs() -> None:
+    W, X, X0 = drifted(n_in=128)
+    stats = replace(stats_of(X.T @ X / len(X)), dXXT=(X0 - X).T @ X / len(X))
+    errors = []
+    for alpha in (0.0, 0.25, 1.0):
+        layer = Layer("l", {"a": W}, {"a": Scheme.parse("int4-g32-sym")}, {"a": "tap"})
+        gptq.run(layer, {"tap": stats}, gptq.Options(gptaq_alpha=alpha))
+        errors.append(float((X @ decode(layer.quantized["a"]).T - X0 @ W.T).square().sum()))
+    assert errors[2] < 0.9 * errors[1] < 0.9 * errors[0]
+
+
+def test_without_a_difference_asymmetric_calibration_is_gptq() -> None:
+    W, H = problem()
+    factor = gptq.factorize(H, damp_ratio=0.01)
+    asymmetric = gptq.asymmetric(factor, torch.zeros_like(H), 1.0)
+    scheme = Scheme.parse("int4-g32-sym")
+    assert torch.equal(decode(gptq.quantize(W, scheme, H, asymmetric)), decode(gptq.quantize(W, scheme, H, factor)))
+
+
+def test_only_asymmetric_calibration_needs_a_second_walk() -> None:
+    assert PassSpec("gptq").needs == {"H"}
+    assert PassSpec("gptq", {"gptaq_alpha": 0.25}).needs == {"H", "dXXT"}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32, 64, 1000])
@@ -185,7 +240,7 @@ def test_statistics_of_another_width_are_those_of_another_model() -> None:
         gptq.run(layer, {"tap": stats_of(H[:32, :32])})
 
 
-@pytest.mark.parametrize("options", [{"damp_ratio": 0}, {"damp_ratio": 2}, {"chunk": 0}])
+@pytest.mark.parametrize("options", [{"damp_ratio": 0}, {"damp_ratio": 2}, {"chunk": 0}, {"gptaq_alpha": -0.1}, {"gptaq_alpha": 2.0}])
 def test_senseless_options_are_refused(options: dict) -> None:
     with pytest.raises(RecipeError):
         gptq.Options(**options)

@@ -55,6 +55,11 @@ class LoadedLayer:
         return self._forward.device
 
     @property
+    def shows_all_tokens(self) -> bool:
+        """Whether observed experts are shown every token, rather than those routed to them."""
+        return self._forward.all_tokens
+
+    @property
     def tensors(self) -> Mapping[str, Tensor]:
         """Made on each call: kept, it would tie the layer into a cycle, and its weights would outlive it."""
         return _Tensors(self._sources, self.get)

@@ -89,9 +89,10 @@ def _scaled(layer: Layer, name: str, tensor: Tensor, factor: Tensor, offset: flo
 def rescaled(stats: Stats, s: Tensor) -> Stats:
     """The statistics of inputs divided by ``s`` [in]."""
     s = s.to(stats.importance.device, torch.float32)
-    H = None if stats.H is None else stats.H / s / s[:, None]
+    H, dXXT = (None if M is None else M / s / s[:, None] for M in (stats.H, stats.dXXT))
     fourth = None if stats.fourth is None else stats.fourth / s.square().square()
-    return replace(stats, importance=stats.importance / s.square(), absmax=stats.absmax / s, mean=stats.mean / s, H=H, fourth=fourth)
+    diagonals = {"importance": stats.importance / s.square(), "absmax": stats.absmax / s, "mean": stats.mean / s, "fourth": fourth}
+    return replace(stats, **diagonals, H=H, dXXT=dXXT)
 
 
 def on(stats: Stats, device: torch.device) -> Stats:

@@ -19,7 +19,18 @@ Where we differ:
 - An input that calibration never excited has a zero row in H: it takes no part in the compensation, and its weights are rounded to
   nearest rather than zeroed, for they may matter on other text.
 
-Time O(out·in²) + O(in³/3) for each tap, memory 3·in² + 3·out·in float32.
+Asymmetric calibration (``gptaq_alpha`` above 0): Li, Yin, Lee, Xiao, Panda, "GPTAQ: Efficient Finetuning-Free Quantization for
+Asymmetric Calibration", arXiv 2504.02692. The layers before have been quantized, so a tap reads x where the model as it was read x₀, and
+it is W·x₀ that Ŵ·x should be. Once a column is settled, those to come make up for its share w_j·(x₀ − x)_j of the difference, too::
+
+    P = α · striu(M·Uᵀ)·U,  M = mean of (x₀ − x)·xᵀ,  striu: what is above the diagonal
+    W_:,k ← W_:,k − e_j · U_jk + w_j · P_jk   for k > j,  w_j as it is when its turn comes
+
+That is GPTQ with other inputs, and so the same kernel: the w_j are the columns of (W − E·striu(U))·(I − P)⁻¹, so the solver is given
+W·T and diag(U) + striu(U)·T with T = (I − P)⁻¹, which is upper triangular with ones on its diagonal. α = 1 is the equation as derived,
+0.25 what its authors run: M is of the calibration text alone, and all of it overfits.
+
+Time O(out·in²) + O(in³/3) for each tap, memory 3·in² + 3·out·in float32; asymmetric 2·in³ more and a second walk of the model.
 """
 
 from __future__ import annotations
@@ -51,17 +62,26 @@ PANEL = 128
 @dataclass(frozen=True, slots=True)
 class Options:
     """``damp_ratio``: λ added to the diagonal of H, as a share of its mean. ``act_order``: solve columns in order of falling H_jj
-    rather than from left to right. ``chunk``: columns solved between two updates of the rest; it changes the speed and nothing else."""
+    rather than from left to right. ``chunk``: columns solved between two updates of the rest; it changes the speed and nothing else.
+    ``gptaq_alpha``: the share α of asymmetric calibration, 0 for none."""
 
     damp_ratio: float = 0.01
     act_order: bool = True
     chunk: int = 128
+    gptaq_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.damp_ratio <= 1:
             raise RecipeError(f"gptq: damp_ratio is a share of the mean of diag(H), in (0, 1], not {self.damp_ratio}")
         if self.chunk < 1:
             raise RecipeError(f"gptq: chunk is a number of columns, not {self.chunk}")
+        if not 0 <= self.gptaq_alpha <= 1:
+            raise RecipeError(f"gptq: gptaq_alpha is a share in [0, 1], not {self.gptaq_alpha}")
+
+
+def needs(options: Options) -> frozenset[str]:
+    """The statistics that :func:`run` reads with ``options``."""
+    return NEEDS | {"dXXT"} if options.gptaq_alpha else NEEDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +89,15 @@ class Factor:
     """The solving order of a tap and what its solver needs.
 
     ``order``: [in] int64, column solved at each step; ``U``: [in, in] float32 upper factor of H⁻¹ in that order;
-    ``damp_ratio``: the one that worked; ``n_dead``: inputs that calibration never excited.
+    ``damp_ratio``: the one that worked; ``n_dead``: inputs that calibration never excited; ``T``: [in, in] float32 upper, by which
+    asymmetric calibration multiplies the weights in that order before they are solved with its own ``U``.
     """
 
     order: Tensor
     U: Tensor
     damp_ratio: float
     n_dead: int
+    T: Tensor | None = None
 
 
 def upper_factor(H: Tensor, order: Tensor, damp: float) -> Tensor | None:
@@ -133,12 +155,27 @@ def factorize(H: Tensor, *, damp_ratio: float, act_order: bool = True) -> Factor
     raise NumericsError(f"the Hessian is not positive definite even with damp_ratio {damp_used:g}; calibrate with more or other text")
 
 
+def asymmetric(factor: Factor, dXXT: Tensor, alpha: float) -> Factor:
+    """``factor`` for asymmetric calibration with ``dXXT``: [in, in], mean of (x₀ − x)·xᵀ in the inputs' own order.
+
+    :class:`NumericsError` when (I − P)⁻¹ is beyond float32: x has little to do with x₀.
+    """
+    U, M = factor.U, dXXT.to(factor.U.dtype)[factor.order][:, factor.order]
+    P = alpha * (M @ U.T).triu_(1) @ U
+    eye = torch.eye(len(U), dtype=U.dtype, device=U.device)
+    T = torch.linalg.solve_triangular(eye - P, eye, upper=True, unitriangular=True)
+    if not bool(torch.isfinite(T).all()):
+        raise NumericsError(f"asymmetric calibration diverges with gptaq_alpha {alpha:g}; take a smaller one, or 0")
+    return replace(factor, U=U.diagonal().diag() + U.triu(1) @ T, T=T)
+
+
 def solve(W: Tensor, grid: Grid, factor: Factor, *, chunk: int = 128) -> Tensor:
     """Codes [out, in] (int8, or uint8 where ``grid.hi`` > 127) of ``W``: [out, in] float32 by GPTQ on ``grid``.
 
     The groups of ``grid`` are those of W's own column order. ``chunk`` changes the speed, and the result by rounding only.
     """
     W = W[:, factor.order]  # a copy: it takes the errors
+    W = W if factor.T is None else W @ factor.T
     group = (factor.order // grid.group_size).int()
     codes = torch.empty(W.shape, dtype=torch.uint8 if grid.hi > 127 else torch.int8, device=W.device)
     for start in range(0, W.shape[1], chunk):
@@ -205,6 +242,9 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
         notes.append(f"damping raised to {factor.damp_ratio:g}: H was not positive definite at {options.damp_ratio:g}")
     if factor.n_dead:
         notes.append(f"{factor.n_dead} of {len(H)} inputs were never active: rounded to nearest")
+    if options.gptaq_alpha:
+        factor, note = _asymmetric(tap, factor, stats, options)
+        notes += note
     reports, shared = [], fused_parts(layer)
     for name in members:
         W = layer.tensors[name].float()
@@ -219,3 +259,11 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
         layer.quantized[name] = tensor
         reports.append(TensorReport(name, error, tuple(notes)))
     return reports
+
+
+def _asymmetric(tap: str, factor: Factor, stats: Stats, options: Options) -> tuple[Factor, list[str]]:
+    """``factor`` with what ``stats`` tell of the model before it was quantized, or as it is and a note where they do not."""
+    if stats.dXXT is None:
+        return factor, ["plain GPTQ: its tokens are the router's choice, which is not the same before and after quantization"]
+    with about(tap):
+        return asymmetric(factor, stats.dXXT.to(factor.U.device), options.gptaq_alpha), []

@@ -1,0 +1,45 @@
+"""The model as it was, walked beside the one that is being quantized: what its taps read of the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor
+
+from quantcli.calibrate import Activations
+from quantcli.forward import Forward, LoadedLayer
+
+
+class Original:
+    """A second walk of the windows, through layers that nobody changes: what asymmetric calibration compares with.
+
+    Memory: one more layer, and the hidden states of all windows once more.
+    """
+
+    def __init__(self, like: Forward, ids: Tensor) -> None:
+        """Of the checkpoint of ``like``, run as that runs it; ``ids``: [n, T] int64."""
+        self._forward = Forward(like.checkpoint, dtype=like.dtype, device=like.device, all_tokens=like.all_tokens)
+        self._layer: LoadedLayer | None = None
+        self.activations = Activations.embed(self._forward, ids)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[None]:
+        """Layer ``index`` is in memory, and at the end the windows have gone through it."""
+        with self._forward.layer(index) as self._layer:
+            yield
+            self.activations.advance(self._layer)
+        self._layer = None
+
+    def inputs(self, taps: Collection[str]) -> Iterator[dict[str, list[Tensor]]]:
+        """What ``taps`` of the layer in memory read, a batch of windows at a time: tap → X₀ [n_tokens, in] of each time it is read."""
+        assert self._layer is not None
+        for hidden, ids in self.activations.batches():
+            seen: dict[str, list[Tensor]] = {tap: [] for tap in taps}
+            self._layer.inputs(hidden, ids, partial(_keep, seen), taps)
+            yield seen
+
+
+def _keep(seen: dict[str, list[Tensor]], tap: str, X: Tensor) -> None:
+    seen[tap].append(X.clone())  # which is the layer's own again when it goes on

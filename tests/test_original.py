@@ -1,0 +1,139 @@
+"""The model as it was, beside the one being quantized: dXXT is of the same tokens in both, whatever was coded on the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TinyLlama
+from torch import Tensor, nn
+
+from quantcli import calibrate, pipeline, recipe
+from quantcli.calibrate import Activations, StatsMeter
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError
+from quantcli.forward import Forward
+from quantcli.original import Original
+from quantcli.passes import _basis
+from quantcli.pipeline import Calibrated, LayerDone
+from quantcli.stats_file import StatsFile
+
+IDS = torch.randint(2, 512, (11, 40), generator=torch.Generator().manual_seed(3))
+NEEDS = frozenset({"H", "dXXT"})
+
+
+def inputs_of(model: nn.Module) -> dict[str, Tensor]:
+    """What every linear of the whole ``model`` reads for IDS, [n_tokens, in] float64."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _m, args, name=name: found.update({name: args[0].flatten(0, 1).double()}))
+    with torch.no_grad():
+        model(input_ids=IDS)
+    return found
+
+
+def rough(W: Tensor) -> Tensor:
+    """``W`` with a third of an octave of precision: as damaged as by quantization, or worse."""
+    return W.float().mul(8 / W.float().abs().max()).round().mul(W.float().abs().max() / 8)
+
+
+def test_drift_equals_that_of_two_whole_models(tiny_llama: TinyLlama) -> None:
+    folder = tiny_llama(hidden=64, intermediate=320, layers=2, dtype="float32")
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    after = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    damaged = [name for name, _ in after.named_parameters() if "layers.0" in name and "proj" in name]
+    damaged += [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkv"]
+    for name in damaged:
+        after.get_parameter(name).data = rough(after.get_parameter(name).data)
+    X0, X = inputs_of(before), inputs_of(after)
+
+    with Checkpoint.open(str(folder)) as source:
+        forward = Forward(source)
+        activations = Activations.embed(forward, IDS)
+        activations.original = Original(forward, IDS)
+        with forward.layer(0) as layer, activations.beside(0):
+            assert all(not s.dXXT.any() for s in activations.measure(layer, needs=NEEDS).values())
+            for name in damaged[:7]:
+                layer.set(name, rough(layer.tensors[name]))
+            activations.advance(layer)
+        with forward.layer(1) as layer, activations.beside(1):
+            for name in damaged[7:]:
+                layer.set(name, rough(layer.tensors[name]))
+            stats = activations.measure(layer, needs=NEEDS)  # as true_sequential has it: q, k and v are coded, o_proj reads what they make
+    for tap in (f"model.layers.1.{x}" for x in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")):
+        expected = (X0[tap] - X[tap]).T @ X[tap] / len(X[tap])
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(stats[tap].dXXT.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def quantize(folder: Path, target: Path, how: recipe.Recipe, **options: object) -> list[pipeline.Event]:
+    with Checkpoint.open(str(folder)) as source:
+        return list(pipeline.quantize(source, target, how, **{"calibrate": lambda: Calibrated("of a test", windows=IDS), **options}))
+
+
+def test_asymmetric_calibration_changes_what_comes_after_the_first_layer(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama()
+    for name in ("gptq-int4", "gptaq-int4"):
+        quantize(folder, tmp_path / name, recipe.load(name))
+    with Checkpoint.open(str(tmp_path / "gptq-int4")) as plain, Checkpoint.open(str(tmp_path / "gptaq-int4")) as asymmetric:
+        differ = {name: not torch.equal(plain.read(name), asymmetric.read(name)) for name in plain.schemes}
+    assert differ == {name: ".1." in name for name in differ}
+
+
+def test_statistics_from_a_file_cannot_tell_how_inputs_move(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    folder = tiny_llama(layers=1)
+    with Checkpoint.open(str(folder)) as source:
+        list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors"))
+    stats = StatsFile(tmp_path / "stats.safetensors")
+    with pytest.raises(RecipeError, match="give --dataset in place of --stats"):
+        quantize(folder, tmp_path / "out", recipe.load("gptaq-int4"), calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_change_of_basis_moves_the_difference_with_the_inputs() -> None:
+    """As it does H: awq before gptq divides both x and x₀."""
+    g = torch.Generator().manual_seed(0)
+    X, X0, s = torch.randn(100, 8, generator=g), torch.randn(100, 8, generator=g), torch.rand(8, generator=g) + 0.5
+    meters = []
+    for inputs, originals in ((X, X0), (X / s, X0 / s)):
+        meters.append(StatsMeter(8, True, drift=True))
+        meters[-1].add(inputs)
+        meters[-1].add_drift(inputs, originals)
+    before, after = (meter.stats() for meter in meters)
+    for part in ("H", "dXXT"):
+        torch.testing.assert_close(getattr(_basis.rescaled(before, s), part), getattr(after, part), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_are_asymmetric_where_all_tokens_calibrate_them(save_mixtral: object, tmp_path: Path, fused: bool) -> None:
+    folder = save_mixtral(fused)  # type: ignore[operator]
+    how = recipe.load("gptaq-int4")
+    scheme = how.with_scheme(group_size=32).scheme
+    notes = {}
+    for moe in ("routed", "all"):
+        chosen = replace(how, scheme=scheme, calibration=replace(how.calibration, moe=moe, min_tokens=1))
+        events = quantize(folder, tmp_path / moe, chosen)
+        reports = [report for e in events if isinstance(e, LayerDone) for report in e.tensors]
+        notes[moe] = {r.name for r in reports if any("router's choice" in note for note in r.notes)}
+    assert notes["all"] == set()
+    assert notes["routed"]
+    assert all(".experts." in name for name in notes["routed"])
+
+
+@pytest.fixture
+def save_mixtral(tmp_path: Path) -> object:
+    """``save_mixtral(fused) -> folder``: a random Mixtral of two layers and four experts, in one tensor or one by one."""
+
+    def save(fused: bool) -> Path:
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = transformers.MixtralConfig(**sizes, vocab_size=512, num_local_experts=4, num_experts_per_tok=2)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.save_pretrained(tmp_path / "mixtral", save_original_format=not fused)
+        return tmp_path / "mixtral"
+
+    return save
