@@ -283,7 +283,10 @@ def test_damaged_folders_are_an_error_or_read(tiny_llama: TinyLlama, tmp_path: P
     ("schemes", "message"),
     [
         ({"": "int4-g32-sym", "down": "int4-channel-sym"}, "AWQ has one group size for the whole model"),
-        ({"": "int4-g32-sym", "k_proj": None}, r"k_proj\.weight stays dense, and engines join it with .*q_proj"),
+        (
+            {"": "int4-g32-sym", "k_proj": None},
+            r"k_proj\.weight is dense and .*q_proj\.weight is int4.*run these as one",
+        ),
         ({"": "int4-g32-sym", "lm_head": "int4-g32-sym"}, r"lm_head\.weight: AWQ's readers expect .* --format gptq"),
         ({"": None}, "nothing to write as AWQ"),
     ],

@@ -195,20 +195,6 @@ def test_rules_reach_the_modules_on_disk_and_the_ones_that_engines_join(tiny_lla
         assert back.notes == ()
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_linears_that_engines_join_and_that_differ_are_told(tiny_llama: TinyLlama, keep: bool) -> None:
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
-        schemes = dict.fromkeys(linears(source), Scheme.parse("int4-g32-sym"))
-        if keep:
-            del schemes["model.layers.1.self_attn.v_proj.weight"]
-        else:
-            schemes["model.layers.1.self_attn.v_proj.weight"] = Scheme.parse("int4-g32-asym")
-        notes = gptq.context(source, schemes, {}).notes
-    assert len(notes) == 1
-    assert "model.layers.1.self_attn.v_proj.weight" in notes[0]
-    assert "vLLM and SGLang join them" in notes[0]
-
-
 def test_ten_thousand_exact_rules_are_read_in_a_moment() -> None:
     """An expert each; a regular expression for every pair of module and rule would take minutes."""
     modules = [f"model.layers.{i}.mlp.experts.{j}.down_proj" for i in range(50) for j in range(200)]

@@ -16,23 +16,23 @@ ENGINE_NAMES = {"q_proj+k_proj+v_proj": "qkv_proj", "gate_proj+up_proj": "gate_u
 """What they call it, where every model's code does."""
 
 
-def check_fused(matrices: Iterable[str], schemes: Mapping[str, Scheme]) -> None:
+def check_fused(matrices: Iterable[str], schemes: Mapping[str, Scheme], told: Callable[[Scheme], Hashable] = str) -> None:
     """Raise :class:`RecipeError` when linears that engines join have different schemes, or some have codes and others have none.
 
-    ``matrices``: names of all weights on disk; ``schemes``: of those that are not copied. The experts of a layer count as one, too.
+    ``matrices``: names of all weights on disk; ``schemes``: of those that are not copied; ``told``: what of a scheme the engine is told,
+    where that is not all of it. The experts of a layer count as one, too.
     """
-    members: dict[str, dict[str, str]] = {}
+    members: dict[str, dict[Hashable, str]] = {}
     for name in matrices:
         if key := joined(module_of(name)):
             scheme = schemes.get(name)
-            members.setdefault(key, {}).setdefault("dense" if scheme is None or is_dense(scheme) else str(scheme), name)
-    for by_scheme in members.values():
-        if len(by_scheme) > 1:
-            (one, first), (other, second), *_ = by_scheme.items()
-            raise RecipeError(
-                f"{first} is {one} and {second} is {other}: engines run these linears as one matrix and load it only "
-                "when they are alike; let one rule cover both"
-            )
+            members.setdefault(key, {}).setdefault(None if scheme is None or is_dense(scheme) else told(scheme), name)
+    for first, second, *_ in (list(alike.values()) for alike in members.values() if len(alike) > 1):
+        one, other = (str(schemes.get(name, "dense")) for name in (first, second))
+        raise RecipeError(
+            f"{first} is {one} and {second} is {other}: vLLM and SGLang run these as one matrix and load it only when they are alike; "
+            "let one rule cover both"
+        )
 
 
 def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
@@ -43,15 +43,6 @@ def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
             parent, _, last = key.rpartition(".")
             groups.setdefault(f"{parent}.{ENGINE_NAMES.get(last, last)}", []).append(name)
     return {key: members for key, members in groups.items() if len(members) > 1}
-
-
-def mixed(names: Iterable[str], choice: Callable[[str], Hashable]) -> list[tuple[str, str]]:
-    """For each group whose members differ in ``choice``, two that do."""
-    pairs = []
-    for first, *others in fused_groups(names).values():
-        if different := [name for name in others if choice(name) != choice(first)]:
-            pairs.append((first, different[0]))
-    return pairs
 
 
 def joined(module: str) -> str | None:

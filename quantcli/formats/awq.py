@@ -43,7 +43,7 @@ from quantcli.formats._folder import (
     split_block,
     writer,
 )
-from quantcli.formats._fused import mixed
+from quantcli.formats._fused import check_fused
 from quantcli.formats._packed_int import Packed, find_modules, is_symmetric, looks_symmetric, measure, pack_interleaved, unpacked
 from quantcli.json_files import read_json, shown
 from quantcli.qtypes import int as int_qtype
@@ -196,10 +196,8 @@ def context(
     if len(sizes) > 1:
         (one, first), (two, second), *_ = sizes.items()
         raise RecipeError(f"{first} has groups of {one}, {second} of {two}: AWQ has one group size for the whole model")
+    check_fused(source.specs, coded, lambda scheme: True)  # how groups are coded is the same for all
     left = dense_linears(source, coded)
-    for first, second in mixed([*coded, *left], lambda name: name in coded):
-        quantized, dense = (first, second) if first in coded else (second, first)
-        raise RecipeError(f"{dense} stays dense, and engines join it with {quantized}, which does not: quantize both or neither")
     words = quantization_words(next(iter(sizes)), [module_of(name) for name in left], coded, metadata)
     return Context(dense_dtypes(source), sidecar_files(source, words), max_shard_bytes)
 

@@ -70,16 +70,21 @@ def context(
     for name, scheme in coded.items():
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
         check_scheme(name, scheme)
-    check_fused(source.specs, schemes)
+    check_fused(source.specs, coded, said)
     return Context(dense_dtypes(source), sidecar_files(source, quantization_words(source, coded)), max_shard_bytes)
+
+
+def said(scheme: Scheme) -> str:
+    """What the folder says of ``scheme``; those that differ only in how their codes were chosen are said alike."""
+    return json.dumps(group_words(scheme, []))
 
 
 def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme]) -> dict[str, Any]:
     """``quantization_config``: a config group for each scheme, and every other linear in ``ignore``."""
     matrices = {module_of(name) for name, spec in source.specs.items() if name.endswith(".weight") and len(spec.shape) == 2}
-    alike: dict[str, dict[str, Scheme]] = {}  # schemes that differ only in how their codes were chosen are said alike
+    alike: dict[str, dict[str, Scheme]] = {}
     for name, scheme in coded.items():
-        alike.setdefault(json.dumps(group_words(scheme, [])), {})[module_of(name)] = scheme
+        alike.setdefault(said(scheme), {})[module_of(name)] = scheme
     groups = {}
     for i, members in enumerate(alike.values()):
         targets = ["Linear"] if len(alike) == 1 else targets_of(members, matrices - members.keys())

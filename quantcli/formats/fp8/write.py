@@ -12,6 +12,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import _folder
 from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
+from quantcli.formats._fused import check_fused
 from quantcli.formats.fp8.config import quantization_words
 from quantcli.qtypes import fp8
 from quantcli.shards import MAX_SHARD_BYTES
@@ -66,6 +67,7 @@ def context(
             f"{other[0]} is to be {coded[other[0]]} and {first} {scheme}: the fp8 format has one scheme for all weights; "
             "use --format compressed-tensors"
         )
+    check_fused(source.specs, coded)
     words = quantization_words(source, coded, scheme.get("strategy", "channel"), static=scheme.static_activations)
     notes = cut_blocks(source, coded) if scheme.get("strategy", "channel") == "block" else ()
     sidecars = sidecar_files(source, words)

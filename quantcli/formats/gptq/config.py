@@ -12,7 +12,6 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import UnsupportedError
 from quantcli.formats import _dynamic
 from quantcli.formats._folder import dense_linears, module_of, split_block
-from quantcli.formats._fused import mixed
 from quantcli.formats._packed_folder import Settings
 from quantcli.json_files import read_json, shown
 from quantcli.tensors import Scheme
@@ -87,7 +86,7 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version:
     return words
 
 
-def surprises(source: Checkpoint, coded: Mapping[str, Scheme]) -> tuple[str, ...]:
+def surprises(coded: Mapping[str, Scheme]) -> tuple[str, ...]:
     """What engines make of linears that differ."""
     notes = []
     if len({(scheme.option("bits"), scheme.option("group_size")) for scheme in coded.values()}) > 1:
@@ -95,10 +94,6 @@ def surprises(source: Checkpoint, coded: Mapping[str, Scheme]) -> tuple[str, ...
             "linears differ in bits or group size: vLLM, SGLang and GPTQModel read the rules for that (`dynamic`), and transformers, "
             "which does not, refuses the folder"
         )
-    choices = {**dict.fromkeys(dense_linears(source, coded)), **{name: module_settings(scheme) for name, scheme in coded.items()}}
-    if pairs := mixed(choices, choices.__getitem__):
-        more = f" (and {len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
-        notes.append(f"{pairs[0][0]} and {pairs[0][1]}{more} are quantized differently: vLLM and SGLang join them, and refuse the folder")
     return tuple(notes)
 
 

@@ -13,8 +13,9 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import _folder
 from quantcli.formats._folder import as_json, coded_only, dense_dtypes, is_dense, module_of, sidecar_files, split_block, writer
+from quantcli.formats._fused import check_fused
 from quantcli.formats._packed_int import BITS, natural_groups
-from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, quantization_words, surprises
+from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_settings, quantization_words, surprises
 from quantcli.ops.bits import codes_per_run, pack_bits
 from quantcli.qtypes import int as int_qtype
 from quantcli.shards import MAX_SHARD_BYTES, stored_as
@@ -48,6 +49,7 @@ def context(
     coded = coded_only(source, schemes, "GPTQ")
     for name in coded:
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
+    check_fused(source.specs, coded, module_settings)
     version = V1 if all(scheme.get("sym", True) for scheme in coded.values()) else V2
     words = quantization_words(source, coded, version, metadata)
     sidecars = sidecar_files(source, words, **{LEGACY_CONFIG: as_json(words)})
@@ -56,7 +58,7 @@ def context(
         dtypes=dense_dtypes(source),
         sidecars=sidecars,
         max_shard_bytes=max_shard_bytes,
-        notes=surprises(source, coded),
+        notes=surprises(coded),
     )
 
 

@@ -1,0 +1,76 @@
+"""What engines join must be quantized alike: a mixed choice is refused in the plan, by every format whose engines would refuse it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TinyLlama
+
+from quantcli import pipeline, recipe
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError
+from quantcli.recipe import Rule
+from quantcli.tensors import Scheme
+
+FORMATS = {
+    "gptq": ("int4-g32-sym", "int8-g32-sym"),
+    "awq": ("int4-g32-asym", "keep"),
+    "compressed-tensors": ("int4-g32-sym", "fp8-channel"),
+    "fp8": ("fp8-tensor+fp8-tensor", "keep"),
+}
+"""Format → a scheme and another choice that its folder can hold beside it."""
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(**sizes, vocab_size=512, num_local_experts=4, num_experts_per_tok=2)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, save_original_format=True)
+    return folder
+
+
+def plan(model: Path, format_: str, pattern: str, other: str) -> None:
+    """Plan ``model`` in the format's scheme, what ``pattern`` finds in ``other``."""
+    base = recipe.load("gptq-int4")
+    how = replace(base, format=format_, scheme=Scheme.parse(FORMATS[format_][0]), rules=(Rule.parse(pattern, other),))
+    with Checkpoint.open(str(model)) as source:
+        list(pipeline.quantize(source, Path("nowhere"), how, dry_run=True))
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("pattern", [r"layers\.1\.self_attn\.v_proj", r"layers\.1\.mlp\.up_proj"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_one_of_joined_linears_cannot_differ(tiny_llama: TinyLlama, format_: str, pattern: str, dense: bool) -> None:
+    other = "keep" if dense else FORMATS[format_][1]
+    with pytest.raises(RecipeError, match="vLLM and SGLang run these as one matrix") as error:
+        plan(tiny_llama(hidden=64, intermediate=64), format_, pattern, other)
+    assert pattern.replace("\\", "") in str(error.value)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("pattern", [r"experts\.2\.", r"layers\.0\..*experts\.3\.w2", r"experts\.\d+\.w2"])
+def test_the_experts_of_a_layer_are_one(mixtral: Path, format_: str, pattern: str) -> None:
+    with pytest.raises(RecipeError, match=r"experts\.\d\.w.\.weight is .* vLLM and SGLang run these as one matrix"):
+        plan(mixtral, format_, pattern, FORMATS[format_][1])
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("pattern", ["[qkv]_proj", r"layers\.1\.self_attn", "down_proj", "gate_proj|up_proj", "o_proj"])
+def test_all_of_joined_linears_may_differ_from_the_rest(tiny_llama: TinyLlama, format_: str, pattern: str) -> None:
+    plan(tiny_llama(hidden=64, intermediate=64), format_, pattern, FORMATS[format_][1])
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_the_experts_of_one_layer_may_differ_from_those_of_another(mixtral: Path, format_: str) -> None:
+    plan(mixtral, format_, r"layers\.0\..*experts", FORMATS[format_][1])
+
+
+@pytest.mark.parametrize("format_", ["gptq", "compressed-tensors"])
+def test_what_the_engine_is_not_told_may_differ(tiny_llama: TinyLlama, format_: str) -> None:
+    """How a grid was searched is nothing that a folder says."""
+    plan(tiny_llama(hidden=64, intermediate=64), format_, "v_proj", "int4-g32-sym-minmax")
