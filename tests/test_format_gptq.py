@@ -505,7 +505,7 @@ def test_a_shape_that_readers_refuse_is_refused_when_planning(
 ) -> None:
     scheme = Scheme.of("int", bits=bits, group_size=group_size, sym=True)
     with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
-        context = gptq.context(source, {f"{Q}.weight": scheme}, {})
+        context = gptq.context(source, dict.fromkeys(linears(source), scheme), {})
     with pytest.raises(RecipeError, match=message) as caught:
         gptq.outputs(TensorSpec.dense("model.x.weight", "F16", shape), scheme, context)
     assert "model.x.weight" in str(caught.value)
@@ -524,7 +524,7 @@ def test_other_number_formats_are_refused(tiny_llama: TinyLlama) -> None:
 def test_a_bug_that_would_pass_in_marlin_alone_is_caught(tiny_llama: TinyLlama) -> None:
     scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
     with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
-        context = gptq.context(source, {f"{Q}.weight": scheme}, {})
+        context = gptq.context(source, dict.fromkeys(linears(source), scheme), {})
     tensor = random_codes(scheme, 64, 64)
     tensor.parts["zero"][3, 1] = 7
     with pytest.raises(ValueError, match=f"{Q}.weight: int4-g32-sym is symmetric"):
