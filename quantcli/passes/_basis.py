@@ -91,8 +91,8 @@ def rescaled(stats: Stats, s: Tensor) -> Stats:
     s = s.to(stats.importance.device, torch.float32)
     H, dXXT = (None if M is None else M / s / s[:, None] for M in (stats.H, stats.dXXT))
     fourth = None if stats.fourth is None else stats.fourth / s.square().square()
-    diagonals = {"importance": stats.importance / s.square(), "absmax": stats.absmax / s, "mean": stats.mean / s, "fourth": fourth}
-    return replace(stats, **diagonals, H=H, dXXT=dXXT)
+    scaled = replace(stats, importance=stats.importance / s.square(), absmax=stats.absmax / s, mean=stats.mean / s)
+    return replace(scaled, H=H, fourth=fourth, dXXT=dXXT)
 
 
 def on(stats: Stats, device: torch.device) -> Stats:
