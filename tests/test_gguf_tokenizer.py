@@ -11,7 +11,7 @@ from pydoc_data import topics
 
 import pytest
 import sentencepiece
-from converted_tokenizers import CONVERTED, GOLDEN, OTHERWISE, VOCAB_SIZE, folder_of, manifest, write
+from converted_tokenizers import CONVERTED, GOLDEN, OTHERWISE, VOCAB_SIZE, family_named, folder_of, manifest, write
 from gguf import GGUFWriter, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -20,6 +20,8 @@ from quantcli.formats.gguf.merges import merge_text
 from quantcli.formats.gguf.metadata import fields_of
 from quantcli.formats.gguf.spm import read_sentencepiece
 from quantcli.formats.gguf.tokenizer import add_tokenizer
+
+TEKKEN = family_named("tekken").cuts[0]
 
 
 def byte_level(folder: Path, *, pre: object = None, ignore_merges: bool = False, **settings: object) -> Path:
@@ -424,6 +426,44 @@ def test_a_bpe_without_bytes_is_noted(tmp_path: Path) -> None:
     bpe.save(str(tmp_path / "tokenizer.json"))
     notes = add_tokenizer(GGUFWriter(None, "llama"), tmp_path, 4)
     assert ["no byte tokens" in note for note in notes] == [True]
+
+
+def tekken(folder: Path, *pieces: bytes, pattern: str = TEKKEN) -> Path:
+    """tekken.json: two special tokens of four, the bytes, then ``pieces``."""
+    tokens = [bytes([byte]) for byte in range(256)] + list(pieces)
+    parsed = {
+        "config": {"pattern": pattern, "default_num_special_tokens": 4, "default_vocab_size": 4 + len(tokens)},
+        "special_tokens": [{"rank": 0, "token_str": "<unk>", "is_control": True}, {"rank": 1, "token_str": "<s>", "is_control": True}],
+        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode()} for rank, token in enumerate(tokens)],
+    }
+    (folder / "tekken.json").write_text(json.dumps(parsed))
+    return folder
+
+
+def test_mistrals_own_file_gives_ids_behind_the_special_tokens_and_merges_by_rank(tmp_path: Path) -> None:
+    keys = tokenizer_keys(tekken(tmp_path, b"ab", b"cd", b"abcd", "é".encode(), b"abce"), 265)
+    assert (keys["model"], keys["pre"], keys["add_bos_token"], keys["bos_token_id"], keys["unknown_token_id"]) == (
+        "gpt2",
+        "tekken",
+        True,
+        1,
+        0,
+    )
+    assert keys["tokens"][:4] == ["<unk>", "<s>", "<SPECIAL_2>", "<SPECIAL_3>"]
+    assert keys["token_type"][:5] == [*[TokenType.CONTROL] * 4, TokenType.NORMAL]
+    assert keys["tokens"][4 + 97] == "a"
+    assert keys["tokens"][4 + 32] == "Ġ"
+    assert keys["tokens"][260:] == ["ab", "cd", "abcd", "Ã©", "abce"]
+    assert keys["merges"] == ["a b", "c d", "ab cd", "Ã ©"], "nothing makes abce: ab, c and e never become two"
+
+
+def test_mistrals_own_file_is_cut_at_the_models_size(tmp_path: Path) -> None:
+    assert tokenizer_keys(tekken(tmp_path, b"ab", b"cd"), 261)["tokens"][259:] == ["ÿ", "ab"]
+
+
+def test_mistrals_own_file_with_another_expression_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="nearest: tekken"):
+        tokenizer_keys(tekken(tmp_path, pattern=TEKKEN.replace(r"|\p{N}|", r"|\p{N}{1,2}|")), 260)
 
 
 def damage_no_files(folder: Path) -> None:

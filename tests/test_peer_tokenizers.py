@@ -7,6 +7,7 @@ Needs a built llama.cpp source tree at QUANTCLI_LLAMA_CPP. Its ``models/ggml-voc
 from __future__ import annotations
 
 import ast
+import base64
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.formats.gguf.container import Container, read_header
+from quantcli.formats.gguf.merges import byte_alphabet
 from quantcli.formats.gguf.pretokenizers import FAMILIES, KNOWN_NAMES, Family
 from quantcli.formats.gguf.spm import read_sentencepiece
 
@@ -349,6 +351,52 @@ def test_a_published_sentencepiece_vocabulary_is_read_alike_from_merges(name: st
         assert library.encode(text).ids == ids, text
     text = "\n".join([*(text for text, _ in texts if "<" not in text), *list(NASTY.values())[:-1]])
     assert ids_of_llama_cpp(path, text, tmp_path, "--no-bos") == library.encode(text).ids
+
+
+def test_a_published_vocabulary_of_merges_over_characters_is_read_alike(tmp_path: Path) -> None:
+    theirs, texts = real("gemma-4")
+    tokens, types = list(theirs.get("tokenizer.ggml.tokens")), [int(kind) for kind in theirs.get("tokenizer.ggml.token_type")]
+    merges = [merge.split(" ", 1) for merge in theirs.get("tokenizer.ggml.merges")]
+    library = saved(tmp_path / "m", character_bpe(tokens, merges, added_of(tokens, types), SPACES_MARKED))
+    path = write(tmp_path / "m", tmp_path / "m.gguf", len(tokens))
+    for text, ids in texts:
+        assert library.encode(text).ids == ids, text
+    text = "\n".join([*(text for text, _ in texts), *NASTY.values()])
+    assert ids_of_llama_cpp(path, text, tmp_path, "--no-bos") == library.encode(text).ids
+
+
+def by_rank(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
+    """The ids of a piece of text as tiktoken finds them: whole, or by joining the pair of the lowest rank until there is none."""
+    if piece in ranks:
+        return [ranks[piece]]
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while True:
+        pairs = [(ranks[parts[i] + parts[i + 1]], i) for i in range(len(parts) - 1) if parts[i] + parts[i + 1] in ranks]
+        if not pairs:
+            return [ranks[part] for part in parts]
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_mistrals_own_file_gives_the_ids_of_its_ranks(tmp_path: Path) -> None:
+    cutter = pre_tokenizer_of(family_named("tekken"))
+    alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
+    pieces = sorted(trained(cutter, True).get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    tokens = [bytes(alphabet[char] for char in text) for text, _ in pieces if not text.startswith("<|")]
+    parsed = {
+        "config": {"pattern": family_named("tekken").cuts[0], "default_num_special_tokens": 10},
+        "special_tokens": [{"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(("<unk>", "<s>", "</s>"))],
+        "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode()} for rank, token in enumerate(tokens)],
+    }
+    (tmp_path / "tekken.json").write_text(json.dumps(parsed))
+    path = write(tmp_path, tmp_path / "m.gguf", 10 + len(tokens))
+    ranks = {token: 10 + rank for rank, token in enumerate(tokens)}
+
+    def encode(text: str) -> list[int]:
+        words = (bytes(alphabet[char] for char in word) for word, _ in cutter.pre_tokenize_str(text))
+        return [1, *(id for word in words for id in by_rank(word, ranks))]
+
+    check_ids(path, tmp_path, encode, but=frozenset({"special"}))  # which by_rank takes for text
 
 
 def test_a_published_wordpiece_vocabulary_is_read_alike(tmp_path: Path) -> None:

@@ -7,6 +7,13 @@ from collections.abc import Mapping, Sequence
 SPACE_BYTE = "\u0120"
 
 
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte in a byte-level BPE: printable ones for themselves, the others from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 def merge_text(merge: str | Sequence[str]) -> str:
     """A merge as GGUF has it, "left right", from either form of tokenizer.json; a space inside a half is written as the byte alphabet's."""
     if isinstance(merge, str):

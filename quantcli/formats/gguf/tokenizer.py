@@ -1,4 +1,4 @@
-"""A model folder's tokenizer as GGUF metadata, from tokenizer.json or tokenizer.model: BPE, SentencePiece, Unigram, WordPiece."""
+"""A model folder's tokenizer as GGUF metadata, from any of its files: BPE over bytes or characters, SentencePiece, Unigram, WordPiece."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from quantcli.formats.gguf.pretokenizers import KNOWN_NAMES, begins_text, name_f
 from quantcli.formats.gguf.recognition import drops_spaces, marks_spaces, prepends_space, recognise, removes_spaces, steps
 from quantcli.formats.gguf.roles import Roles, integers
 from quantcli.formats.gguf.spm import SentencePiece, read_sentencepiece
+from quantcli.formats.gguf.tekken import ROLES, as_tokenizer_json
 from quantcli.formats.gguf.templates import chat_templates, write_templates
 from quantcli.formats.gguf.vocabulary import ADDED_SCORE, SPACE, Vocabulary
 
@@ -43,10 +44,15 @@ class Files:
     config: Mapping
 
     @classmethod
-    def of(cls, folder: Path) -> Files:
+    def of(cls, folder: Path, vocab_size: int) -> Files:
         settings = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
+        parsed = read_object(folder / "tokenizer.json")
         config = read_object(folder / "config.json")
-        return cls(folder, settings, read_object(folder / "tokenizer.json"), {**(config.get("text_config") or {}), **config})
+        config = {**(config.get("text_config") or {}), **config}
+        has_tekken = not parsed and not (folder / "tokenizer.model").is_file() and (folder / "tekken.json").is_file()
+        if has_tekken:
+            settings, parsed = ROLES | settings, as_tokenizer_json(read_object(folder / "tekken.json"), vocab_size)
+        return cls(folder, settings, parsed, config)
 
     def added(self) -> dict[int, Mapping]:
         """tokenizer.json's added tokens by id."""
@@ -63,8 +69,8 @@ def add_tokenizer(keys: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizer
     ``pre_tokenizer`` overrides the name found from tokenizer.json. Raises :class:`CheckpointError` when there is no tokenizer or it
     does not fit ``vocab_size``, :class:`UnsupportedError` when llama.cpp has no such tokenizer.
     """
-    files = Files.of(folder)
     try:
+        files = Files.of(folder, vocab_size)
         return tuple(_add(keys, files, vocab_size, pre_tokenizer))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -87,7 +93,7 @@ def _add(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | N
         vocabulary = add_json(keys, files, vocab_size, pre_tokenizer)
     else:
         raise CheckpointError(
-            f"{files.folder}: no tokenizer.json or tokenizer.model; save the tokenizer there with save_pretrained and try again"
+            f"{files.folder}: no tokenizer.json, tokenizer.model or tekken.json; save the tokenizer there with save_pretrained"
         )
     if vocabulary.left_out:
         notes.append(f"added tokens beyond the embedding's {vocab_size} rows are left out: {', '.join(vocabulary.left_out[:5])}")
