@@ -171,9 +171,11 @@ def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
 
 
 def _open_forward(source: Checkpoint, device: str, recipe: Recipe) -> Forward:
+    from quantcli.calibrate import run_dtype
     from quantcli.forward import Forward  # transformers takes seconds to import
 
-    return Forward(source, device=device, all_tokens=recipe.calibration.moe == "all")
+    dtype = run_dtype(source.specs.values(), device)
+    return Forward(source, dtype=dtype, device=device, all_tokens=recipe.calibration.moe == "all")
 
 
 def _each_tensor(run: Coding) -> Iterator[LayerDone]:
@@ -266,7 +268,11 @@ def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[
     """Layer name → its taps' :class:`Prev`, where a pass of the recipe changes the basis."""
     if forward is None or not run.plan.recipe.changes_basis:
         return None
+    from quantcli.forward import Forward
     from quantcli.forward.absorb import Absorbers
+
+    if forward.dtype != torch.float32:  # trials tell what holds from what does not by less than other types can show
+        forward = Forward(run.source, device=forward.device)
 
     found, index = Absorbers(forward), {name: i for i, name in enumerate(forward.layers)}
     return lambda name: found.of(index[name]) if name in index else {}

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantcli import calibrate as calibration
-from quantcli.calibrate import Activations, StatsMeter, calibrate
+from quantcli.calibrate import Activations, calibrate
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.familiarity import Familiarity
 from quantcli.forward import Forward
+from quantcli.meter import StatsMeter
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Stats
 

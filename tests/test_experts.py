@@ -302,8 +302,11 @@ def test_experts_take_turns_together_in_a_sequential_recipe(save_model: SaveMode
 
 
 @pytest.mark.parametrize("moe", recipes.MOE)
-def test_statistics_have_each_experts_tokens_and_know_which_these_were(save_model: SaveModel, tmp_path: Path, moe: str) -> None:
-    folder = save_model("mixtral", unreached=2, num_experts_per_tok=1)
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_statistics_have_each_experts_tokens_and_know_which_these_were(
+    save_model: SaveModel, tmp_path: Path, model_type: str, moe: str
+) -> None:
+    folder = save_model(model_type, unreached=2, num_experts_per_tok=1)
     expected = inputs_by_hand(folder, IDS, every=moe == "all")
     with Checkpoint.open(str(folder)) as checkpoint:
         list(calibrate.calibrate(checkpoint, IDS, tmp_path / "stats.safetensors", moe=moe))

@@ -12,10 +12,11 @@ from conftest import TinyLlama
 from torch import Tensor, nn
 
 from quantcli import calibrate, pipeline, recipe
-from quantcli.calibrate import Activations, StatsMeter
+from quantcli.calibrate import Activations
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
 from quantcli.forward import Forward
+from quantcli.meter import StatsMeter
 from quantcli.original import Original
 from quantcli.passes import _basis
 from quantcli.pipeline import Calibrated, LayerDone

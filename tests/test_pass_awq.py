@@ -14,6 +14,7 @@ from quantcli import pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
+from quantcli.forward import Forward
 from quantcli.passes import _basis, awq, gptq, rtn
 from quantcli.pipeline import Calibrated
 from quantcli.registry import find
@@ -51,8 +52,8 @@ def output_loss(W: Tensor, X: Tensor, s: Tensor, scheme: Scheme) -> float:
     """The paper's: run the module with the scaled, rounded weights on the divided inputs, and compare outputs token by token."""
     W_hat = rtn_of(W * s, scheme, X.square().mean(0) / s.square()).double()
     total = 0.0
-    for x in X.double():
-        total += float((W.double() @ x - W_hat @ (x / s)).square().sum())
+    for x in X.double().split(64):
+        total += float((x @ W.double().T - (x / s) @ W_hat.T).square().sum())
     return total / len(X)
 
 
@@ -65,7 +66,7 @@ def test_the_loss_from_h_is_the_loss_of_the_modules_output(scheme: str) -> None:
     W, X = problem()
     stats, parsed = stats_of(X), Scheme.parse(scheme)
     s = torch.rand(64, generator=torch.Generator().manual_seed(5)) + 0.5
-    loss = _basis.rounding_error({parsed: [W, W[:8]]}, s, stats.importance, stats.H)
+    loss = float(_basis.rounding_error({parsed: [W, W[:8]]}, s, stats.importance, stats.H))
     assert loss == pytest.approx(output_loss(W, X, s, parsed) + output_loss(W[:8], X, s, parsed), rel=1e-4)
 
 
@@ -79,6 +80,27 @@ def test_the_search_finds_the_ratio_that_a_search_on_the_modules_outputs_finds(s
     assert found.ratio > 0
     assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct)
     assert found.loss == pytest.approx(direct[round(found.ratio * 20)] / direct[0], rel=1e-3)
+
+
+def test_on_a_model_the_ratios_are_those_of_a_search_on_what_its_modules_put_out(tiny_llama: TinyLlama) -> None:
+    """Every tap of a layer: all its linears run on the inputs they truly read, scaled, rounded and divided back, ratio by ratio."""
+    ids = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
+    inputs: dict[str, list[Tensor]] = {}
+    with Checkpoint.open(str(tiny_llama(layers=2, hidden=64, intermediate=192))) as source:
+        forward = Forward(source)
+        hidden = forward.embed(ids)
+        for i in range(2):
+            with forward.layer(i) as layer:
+                hidden = layer.observe(hidden, ids, lambda tap, X: inputs.setdefault(tap, []).append(X.clone()))
+        weights = {tap: [source.read(name).float() for name, read in forward.taps.items() if read == tap] for tap in inputs}
+    assert len(weights) == 8
+    for tap, Ws in weights.items():
+        X = torch.cat(inputs[tap])
+        prev = Prev(("",), torch.arange(X.shape[1]))
+        scales = [awq.input_scales(X.square().mean(0), prev, i / 20) for i in range(20)]
+        direct = [sum(output_loss(W, X, s, ASYM) for W in Ws) for s in scales]
+        found = awq.search({ASYM: Ws}, stats_of(X).H, prev)
+        assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct), tap
 
 
 def test_without_scales_and_clipping_awq_is_rtn_bit_for_bit() -> None:

@@ -74,7 +74,7 @@ def test_the_expected_error_of_static_inputs_is_the_error() -> None:
     for seed in range(3):
         W, X = problem(seed)
         for s in (torch.ones(64), smoothquant.input_scales(X.abs().amax(0), W.abs().amax(0), 0.5)):
-            expected = smoothquant.expected_error({STATIC: [W]}, s, stats_of(X))
+            expected = float(smoothquant.expected_error({STATIC: [W]}, s, stats_of(X)))
             assert expected == pytest.approx(true_error(W, X, s, STATIC), rel=0.15)
 
 

@@ -120,17 +120,18 @@ def nearest(W: Tensor, scheme: Scheme, importance: Tensor, fused: Mapping[str, T
     return grid.decode(grid.encode(W))
 
 
-def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Tensor, H: Tensor) -> float:
-    """Mean over tokens of ‖(W − Ŵ·diag(1/s))·x‖² over all ``Ws``, the weights [out, in] of one tap by scheme, coded in the basis ``s``.
+def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Tensor, H: Tensor) -> Tensor:
+    """A number, float64 on the weights' device: the mean over tokens of ‖(W − Ŵ·diag(1/s))·x‖² over all ``Ws``, the weights [out, in] of
+    one tap by scheme, coded in the basis ``s``.
 
     The trace of E·H·Eᵀ: no activation is kept. ``H`` [in, in] (or a diagonal [in]), ``importance`` [in]: as calibration saw them.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=s.device)
     for scheme, weights in Ws.items():
         qtype, scaled = find("qtypes", scheme.qtype), [W * s for W in weights]
         fused = qtype.fused(scaled, scheme) if hasattr(qtype, "fused") else {}
         E = torch.cat([(W - nearest(W, scheme, importance / s.square(), fused)) / s for W in scaled])
-        total += float(((E * H if H.ndim == 1 else E @ H) * E).sum())
+        total += ((E * H if H.ndim == 1 else E @ H) * E).sum()
     return total
 
 

@@ -85,7 +85,8 @@ def search(Ws: Mapping[Scheme, list[Tensor]], H: Tensor, prev: Prev, n_grid: int
     importance = H.diagonal().contiguous()
     measure = left_by_gptq(H) if compensated else H
     ratios = [i / n_grid for i in range(n_grid)]
-    losses = [_basis.rounding_error(Ws, input_scales(importance, prev, ratio), importance, measure) for ratio in ratios]
+    scales = (input_scales(importance, prev, ratio) for ratio in ratios)
+    losses = torch.stack([_basis.rounding_error(Ws, s, importance, measure) for s in scales]).tolist()  # a GPU is waited for once
     best = min(range(n_grid), key=losses.__getitem__)
     share = losses[best] / losses[0] if losses[0] > 0 else 1.0
     return Found(input_scales(importance, prev, ratios[best]), ratios[best], share)

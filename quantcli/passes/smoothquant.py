@@ -62,35 +62,33 @@ def input_scales(absmax: Tensor, largest: Tensor, alpha: float) -> Tensor:
     return torch.where((absmax > 0) & (largest > 0), s, torch.ones_like(s))
 
 
-def step_squared(stats: Stats, s: Tensor, act: str) -> float:
-    """E_t[Δ_t²] of inputs over ``s`` [in] that an engine codes as ``act``; 0 where it does not make integers of them."""
+def step_squared(stats: Stats, s: Tensor, act: str) -> Tensor:
+    """A number, float64: E_t[Δ_t²] of inputs over ``s`` [in] that an engine codes as ``act``; 0 where it does not make integers of them."""
     if not act.startswith("int8"):
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=s.device)
     largest = (stats.absmax / s).square().double()
     if act.endswith("-tensor"):
-        return float(largest.max()) / 127**2
-    return float((stats.importance / s.square() * largest.square()).sum()) ** (1 / 3) / 127.5**2
+        return largest.max() / 127**2
+    return (stats.importance / s.square() * largest.square()).sum() ** (1 / 3) / 127.5**2
 
 
-def expected_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, stats: Stats) -> float:
-    """Mean over tokens of the output error of one tap, weights ``Ws`` [out, in] float32 by scheme and inputs rounded in basis ``s``."""
+def expected_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, stats: Stats) -> Tensor:
+    """A number, float64: the mean over tokens of the output error of one tap, weights ``Ws`` [out, in] float32 by scheme and inputs
+    rounded in basis ``s``."""
     assert stats.H is not None
     total = _basis.rounding_error(Ws, s, stats.importance, stats.H)
     for scheme, weights in Ws.items():
         step = step_squared(stats, s, str(scheme.get("act", "")))
-        total += step / 12 * sum(float((W * s).square().sum()) for W in weights)
+        for W in weights:
+            total += step / 12 * (W * s).square().sum()
     return total
 
 
 def search(Ws: Mapping[Scheme, list[Tensor]], stats: Stats, absmax: Tensor, largest: Tensor) -> tuple[float, Tensor]:
     """The α with the smallest expected error and its scales; 0 and ones where no α does better than the basis as it is."""
-    best = (expected_error(Ws, torch.ones_like(absmax), stats), 0.0, torch.ones_like(absmax))
-    for alpha in ALPHAS:
-        s = input_scales(absmax, largest, alpha)
-        error = expected_error(Ws, s, stats)
-        if error < best[0]:
-            best = (error, alpha, s)
-    return best[1], best[2]
+    candidates = [(0.0, torch.ones_like(absmax)), *((alpha, input_scales(absmax, largest, alpha)) for alpha in ALPHAS)]
+    errors = torch.stack([expected_error(Ws, s, stats) for _, s in candidates]).tolist()  # a GPU is waited for once
+    return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
 def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:

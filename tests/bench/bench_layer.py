@@ -1,0 +1,183 @@
+"""One decoder layer of Llama-3-8B's shape through every stage of the calibrated passes: python tests/bench/bench_layer.py
+
+Prints seconds, operations, bytes and the share of the floor that they set: the longer of operations over the speed of a large product, and
+bytes over the speed of a large copy, both measured here first. ``--device cuda --samples 128 --seq-len 2048`` is the whole measurement;
+on a CPU a few thousand tokens tell the speed of each stage, and ``--hidden 1024 --intermediate 3584`` the same in a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import llama_config, llama_groups, write_shards
+
+from quantcli import ops
+from quantcli.calibrate import EVERYTHING, Activations, run_dtype
+from quantcli.checkpoint import Checkpoint
+from quantcli.forward import Forward, LoadedLayer
+from quantcli.passes import _basis, awq, gptq
+from quantcli.registry import find
+from quantcli.tensors import Layer, Prev, Scheme, Stats
+
+T = TypeVar("T")
+SCHEME = Scheme.parse("int4-g128-asym")
+GROUP = 128
+
+
+@dataclass(slots=True)
+class Machine:
+    """What sets the floor: ``flops`` a second of a product in each dtype, ``bytes`` a second read and written by a copy."""
+
+    device: torch.device
+    flops: dict[torch.dtype, float] = field(default_factory=dict)
+    bytes: float = 0.0
+
+    def measure(self, dtype: torch.dtype) -> None:
+        n = 8192 if self.device.type == "cuda" else 1024
+        for kind in {dtype, torch.float32}:
+            A = torch.randn(n, n, device=self.device).to(kind)
+            self.flops[kind] = 2 * n**3 / self.best(lambda A=A: A @ A)
+        data = torch.zeros((1 << 30 if self.device.type == "cuda" else 1 << 27) // 4, device=self.device)
+        other = torch.empty_like(data)
+        self.bytes = 2 * data.nbytes / self.best(lambda: other.copy_(data))
+
+    def best(self, run: Callable[[], object], repeats: int = 5) -> float:
+        return min(self.time(run)[0] for _ in range(repeats))
+
+    def time(self, run: Callable[[], T]) -> tuple[float, T]:
+        self.wait()
+        start = time.perf_counter()
+        result = run()
+        self.wait()
+        return time.perf_counter() - start, result
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(slots=True)
+class Bench:
+    """Stages as they are run. ``n_tokens`` calibrate the layer."""
+
+    machine: Machine
+    n_tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def stage(self, name: str, run: Callable[[], T], flops: float, n_bytes: float, dtype: torch.dtype = torch.float32) -> T:
+        seconds, result = self.machine.time(run)
+        floor = max(flops / self.machine.flops[dtype], n_bytes / self.machine.bytes)
+        self.seconds[name] = seconds
+        share = f"{floor / seconds:6.1%} of the floor's speed"
+        print(f"{name:<22} {seconds:9.3f} s {flops / 1e9:12.1f} GFLOP {n_bytes / 1e6:10.0f} MB   {share}")  # noqa: T201
+        return result
+
+
+def measured(bench: Bench, layer: LoadedLayer, activations: Activations, dtype: torch.dtype) -> dict[str, Stats]:
+    """The layer run as it is, then again under meters: the difference is what statistics cost."""
+    widths, n = layer.tap_widths, bench.n_tokens
+    n_weights = sum(layer.tensors[name].numel() for name in layer.tensors)
+    seq_len, hidden = activations.hidden.shape[1:]
+    flops = 2 * n * n_weights + 2 * n * seq_len * hidden  # causal attention: half of 4·n·T·hidden
+    bench.stage("forward", lambda: [layer(h, ids) for h, ids in activations.batches()], flops, 4 * n_weights, dtype)
+    gram = sum(n * width**2 for width in widths.values())  # a symmetric product: half of 2·n·in²
+    stats = bench.stage(
+        "forward + statistics", lambda: activations.measure(layer, None, EVERYTHING), flops + gram, 4 * n * sum(widths.values()), dtype
+    )
+    bench.seconds["statistics"] = bench.seconds["forward + statistics"] - bench.seconds["forward"]
+    return stats
+
+
+def solved(bench: Bench, word: str, Ws: list[Tensor], H: Tensor) -> None:
+    """GPTQ on one tap: its factor, then grid and codes of each of its matrices."""
+    n, rows = len(H), sum(len(W) for W in Ws)
+    factor = bench.stage(f"factor {word}", lambda: gptq.factorize(H, damp_ratio=0.01), 2 / 3 * n**3, 12 * n * n)
+    importance, qtype = H.diagonal().contiguous(), find("qtypes", SCHEME.qtype)
+    grids = bench.stage(f"grid {word}", lambda: [qtype.fit(W, SCHEME, importance) for W in Ws], 0, 4 * rows * n)
+    pairs = list(zip(Ws, grids, strict=True))
+    codes = bench.stage(f"solve {word}", lambda: [gptq.solve(W, grid, factor) for W, grid in pairs], rows * n * n, 8 * rows * n)
+    bench.stage(f"pack {word}", lambda: [qtype.pack(c, g, SCHEME) for c, g in zip(codes, grids, strict=True)], 0, 2 * rows * n)
+
+
+def rescaled(bench: Bench, word: str, Ws: list[Tensor], H: Tensor) -> None:
+    """AWQ on one tap: ratios tried on sampled rows, then the clipping of all."""
+    n, rows = len(H), sum(len(W) for W in Ws)
+    names = [f"{i}.weight" for i in range(len(Ws))]
+    few = _basis.sampled(Layer("", dict(zip(names, Ws, strict=True)), dict.fromkeys(names, SCHEME)), names)
+    work = 20 * 2 * sum(len(W) for W in few[SCHEME]) * n * n
+    bench.stage(f"awq ratios {word}", lambda: awq.search(few, H, Prev(("",), torch.arange(n))), work, 20 * 4 * n * n)
+    importance, qtype = H.diagonal().contiguous(), find("qtypes", SCHEME.qtype)
+    pairs = [(W, qtype.fit(W, SCHEME, importance)) for W in Ws]
+    work = (len(awq.CLIP_FACTORS) + 1) * 2 * rows * n * GROUP
+    bench.stage(f"awq clipping {word}", lambda: [awq.clipped(W, grid, SCHEME, H) for W, grid in pairs], work, 4 * rows * n)
+
+
+def run(folder: Path, words: argparse.Namespace) -> dict[str, float]:
+    device = torch.device(words.device)
+    ids = torch.randint(words.vocab, (words.samples, words.seq_len), generator=torch.Generator().manual_seed(0))
+    with Checkpoint.open(str(folder)) as source:
+        dtype = run_dtype(source.specs.values(), device)
+        machine = Machine(device)
+        machine.measure(dtype)
+        speeds = f"{machine.flops[dtype] / 1e9:.0f} GFLOP/s, {machine.bytes / 1e9:.1f} GB/s"
+        print(f"{device}, {torch.get_num_threads()} threads; {dtype}: {speeds}")  # noqa: T201
+        bench, forward = Bench(machine, ids.numel()), Forward(source, dtype=dtype, device=device)
+        activations = Activations.embed(forward, ids)
+        stored = sum(source.specs[name].nbytes for name in forward.layer_tensors(0))
+        bench.stage("read", lambda: forward.layer(0).__enter__(), 0, stored)
+        with forward.layer(0) as layer:
+            stats = measured(bench, layer, activations, dtype)
+            groups: dict[str, list[Tensor]] = {}
+            for name, tap in forward.taps.items():
+                groups.setdefault(tap, []).append(layer.tensors[name].float())
+            for tap, Ws in groups.items():
+                H = stats[tap].H
+                assert H is not None
+                solved(bench, tap.rpartition(".")[2], Ws, H)
+                rescaled(bench, tap.rpartition(".")[2], Ws, H)
+    return bench.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    for name, value in {
+        "hidden": 4096,
+        "intermediate": 14336,
+        "heads": 32,
+        "kv-heads": 8,
+        "samples": 4,
+        "seq-len": 512,
+        "vocab": 512,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    words = parser.parse_args()
+    if words.threads:
+        ops.set_threads(words.threads)
+    config = llama_config(words.hidden, words.intermediate, 1, words.heads, words.kv_heads, words.vocab, "bfloat16", False, False)
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_text(json.dumps(config))
+        write_shards(Path(name), llama_groups(config), torch.bfloat16, 1, 0)
+        seconds = run(Path(name), words)
+    gptq_s = sum(s for stage, s in seconds.items() if stage.split()[0] in ("factor", "grid", "solve", "pack"))
+    awq_s = sum(s for stage, s in seconds.items() if stage.startswith("awq"))
+    walk = seconds["read"] + seconds["forward + statistics"] + seconds["forward"]
+    print(f"a layer by gptq {walk + gptq_s:.1f} s, by awq {walk + awq_s:.1f} s; of which its two runs and statistics {walk:.1f} s")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
