@@ -195,7 +195,7 @@ def manifest(path: Path) -> dict[str, str]:
 
 
 def plain(field: Field) -> str:
-    value = field.value.tolist() if isinstance(field.value, np.ndarray) else field.value
+    value = field.value.tolist() if isinstance(field.value, np.ndarray) else field.value if field.element is None else list(field.value)
     text = json.dumps(value, ensure_ascii=False)
     kind = field.type.name if field.element is None else f"{field.element.name}[{len(value)}]"
     return f"{kind} {text if len(text) < 100 else hashlib.sha256(text.encode()).hexdigest()}"

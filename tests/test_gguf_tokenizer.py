@@ -483,9 +483,32 @@ def damage_layout(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": ["a"]}}')
 
 
+def damage_text(folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"<tool>"', '"\\ud800"'))
+
+
+def damage_expression(folder: Path) -> None:
+    parsed = json.loads((folder / "tokenizer.json").read_text())
+    parsed["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(" * 5000}, "behavior": "Isolated"}
+    (folder / "tokenizer.json").write_text(json.dumps(parsed))
+
+
+def test_an_expression_that_no_one_can_read_is_unknown(tmp_path: Path) -> None:
+    damage_expression(byte_level(tmp_path))
+    with pytest.raises(UnsupportedError, match="nearest"):
+        tokenizer_keys(tmp_path, 260)
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
-    [(damage_no_files, "no tokenizer.json"), (damage_model, "SentencePiece"), (damage_json, "JSON"), (damage_layout, "laid out")],
+    [
+        (damage_text, "surrogates"),
+        (damage_no_files, "no tokenizer.json"),
+        (damage_model, "SentencePiece"),
+        (damage_json, "JSON"),
+        (damage_layout, "laid out"),
+    ],
 )
 def test_a_damaged_tokenizer_is_a_checkpoint_error(damage: Callable[[Path], None], word: str, tmp_path: Path) -> None:
     damage(byte_level(tmp_path))

@@ -315,8 +315,8 @@ def added_of(tokens: list[str], types: list[int]) -> list[dict]:
 def test_a_published_byte_level_vocabulary_is_recognised_and_read_alike(name: str, tmp_path: Path) -> None:
     theirs, texts = real(name)
     family = family_named(theirs.get("tokenizer.ggml.pre"))
-    tokens, types = theirs.get("tokenizer.ggml.tokens"), [int(kind) for kind in theirs.get("tokenizer.ggml.token_type")]
-    merges = theirs.get("tokenizer.ggml.merges")
+    tokens, types = list(theirs.get("tokenizer.ggml.tokens")), [int(kind) for kind in theirs.get("tokenizer.ggml.token_type")]
+    merges = list(theirs.get("tokenizer.ggml.merges"))
     bpe = Tokenizer(models.BPE(ignore_merges=family.ignores_merges))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizer_of(family), decoders.ByteLevel()
     parsed = json.loads(bpe.to_str())
@@ -401,7 +401,7 @@ def test_mistrals_own_file_gives_the_ids_of_its_ranks(tmp_path: Path) -> None:
 
 def test_a_published_wordpiece_vocabulary_is_read_alike(tmp_path: Path) -> None:
     theirs, texts = real("bert-bge")
-    tokens, types = theirs.get("tokenizer.ggml.tokens"), [int(kind) for kind in theirs.get("tokenizer.ggml.token_type")]
+    tokens, types = list(theirs.get("tokenizer.ggml.tokens")), [int(kind) for kind in theirs.get("tokenizer.ggml.token_type")]
     plain_tokens = [
         token if kind == TokenType.CONTROL else token[1:] if token.startswith("▁") else f"##{token}"
         for token, kind in zip(tokens, types, strict=True)

@@ -13,7 +13,7 @@ def canonical(expression: str) -> str:
     reader = _Reader(expression)
     try:
         text = "|".join(reader.alternatives(fold=False))
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, OverflowError, RecursionError):
         return expression
     return text if reader.at == len(expression) else expression
 

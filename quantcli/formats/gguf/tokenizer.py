@@ -98,7 +98,16 @@ def _add(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | N
     if vocabulary.left_out:
         notes.append(f"added tokens beyond the embedding's {vocab_size} rows are left out: {', '.join(vocabulary.left_out[:5])}")
     write_templates(keys, chat_templates(files.folder, files.settings))
+    for entry in keys.kv_data[0].values():
+        check_text(entry.value)
     return notes + notes_on_unknown(keys, vocabulary)
+
+
+def check_text(value: object) -> None:
+    """Raise ValueError for text that UTF-8 cannot hold: JSON's escapes can say half a surrogate pair."""
+    for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+        if isinstance(text, str):
+            text.encode()
 
 
 def _sentencepiece(files: Files) -> SentencePiece | None:
