@@ -1,0 +1,135 @@
+"""A Hugging Face folder of MXFP4 as gpt-oss is published (``quant_method: mxfp4``): the experts of a layer in stacks; read only.
+
+    <experts>.gate_up_proj_blocks   U8 [n_experts, 2·wide, hidden/32, 16]    E2M1, the even input of a pair in the low four bits
+    <experts>.gate_up_proj_scales   U8 [n_experts, 2·wide, hidden/32]        E8M0; rows of gate and up take turns
+    <experts>.down_proj_blocks      U8 [n_experts, hidden, wide/32, 16]
+    <experts>.down_proj_scales      U8 [n_experts, hidden, wide/32]
+
+Everything else is dense, biases of experts too. Every expert's linear is a tensor here, under the name it has in folders that store experts
+one by one, with its own codes: GGUF's MXFP4 takes them as they are. Layout: transformers/integrations/mxfp4.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.formats._folder import dense_outputs as outputs
+from quantcli.formats._folder import dense_parts as parts
+from quantcli.formats._folder import writer
+from quantcli.locations import Location, read_tensor
+from quantcli.qtypes import mxfp4
+from quantcli.shards import Shards, open_folder
+from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+
+__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
+
+STACK = re.compile(r"(?P<experts>.+)\.(?P<linear>gate_up_proj|down_proj)_(?P<part>blocks|scales)")
+
+LINEARS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""A stack → the linears whose rows take turns in it."""
+
+PAIRS = mxfp4.GROUP // 2
+SCHEME = Scheme.of("mxfp4", **mxfp4.OPTIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert's linear: the rows ``first``, ``first + step``, … of its slices of a stack's blocks [rows, n_groups, 16] and scales."""
+
+    spec: TensorSpec
+    blocks: Location
+    scales: Location
+    first: int
+    step: int
+
+
+class Mxfp4Checkpoint(Checkpoint):
+    """A folder of gpt-oss."""
+
+    def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
+        self.shards = shards
+        stacks = [name for name in shards.specs if (match := STACK.fullmatch(name)) and match["part"] == "blocks"]
+        if not stacks:
+            raise CheckpointError(f"{path}: config.json says mxfp4, and no tensor's name ends in _blocks; the folder is dense or damaged")
+        self._experts = {e.spec.name: e for name in stacks for e in experts_of(path, shards, name)}
+        taken = {name for name in shards.specs if STACK.fullmatch(name)}
+        if lone := sorted(taken - {f"{name.removesuffix('blocks')}{part}" for name in stacks for part in ("blocks", "scales")}):
+            raise CheckpointError(f"{path}: {lone[0]} has no blocks beside it; the folder is incomplete")
+        if twice := sorted(self._experts.keys() & shards.specs.keys()):
+            raise CheckpointError(f"{path}: {twice[0]} lies there both dense and quantized")
+        super().__init__(
+            path,
+            kind="mxfp4",
+            config=config,
+            specs={name: spec for name, spec in shards.specs.items() if name not in taken} | {n: e.spec for n, e in self._experts.items()},
+            schemes=dict.fromkeys(self._experts, SCHEME),
+            quantization=config["quantization_config"],
+            notes=shards.notes,
+        )
+
+    def load(self, name: str) -> Tensor:
+        return self.shards.read(name)
+
+    def load_quantized(self, name: str) -> QuantizedTensor:
+        expert = self._experts[name]
+        packed, scale = (read_tensor(place)[expert.first :: expert.step] for place in (expert.blocks, expert.scales))
+        return QuantizedTensor(SCHEME, expert.spec.shape, {"packed": packed.flatten(1).contiguous(), "scale": scale.contiguous()})
+
+
+def experts_of(path: Path, shards: Shards, name: str) -> Iterator[Expert]:
+    """The linears in the stack whose blocks are called ``name``; :class:`CheckpointError` when its shapes do not fit each other."""
+    match = STACK.fullmatch(name)
+    assert match is not None
+    scales_name = f"{name.removesuffix('blocks')}scales"
+    blocks, scales = shards.locations[name], shards.locations.get(scales_name)
+    linears = LINEARS[match["linear"]]
+    if scales is None:
+        raise CheckpointError(f"{path}: {name} has no {scales_name} beside it; the folder is incomplete")
+    shape, n = blocks.spec.shape, len(linears)
+    words = f"{blocks.spec.dtype} {list(shape)} and {scales.spec.dtype} {list(scales.spec.shape)}"
+    fits = len(shape) == 4 and shape[3] == PAIRS and scales.spec.shape == shape[:3] and shape[1] % n == 0 and blocks.spec.n_elements > 0
+    if not fits or (blocks.spec.dtype, scales.spec.dtype) != ("U8", "U8"):
+        raise CheckpointError(
+            f"{path}: {name} and its scales are {words}, expected U8 [experts, rows, groups, {PAIRS}] and the same groups"
+        )
+    dense = (shape[1] // n, shape[2] * mxfp4.GROUP)
+    for e in range(shape[0]):
+        slices = sliced(blocks, e), sliced(scales, e)
+        n_bytes = sum(place.spec.nbytes for place in slices) // n
+        for k, linear in enumerate(linears):
+            yield Expert(TensorSpec(f"{match['experts']}.{e}.{linear}.weight", "BF16", dense, n_bytes), *slices, k, n)
+
+
+def sliced(stack: Location, index: int) -> Location:
+    """Where one expert's slice of a stack lies."""
+    spec = stack.spec
+    n_bytes = spec.nbytes // spec.shape[0]
+    return Location(stack.path, TensorSpec(spec.name, spec.dtype, spec.shape[1:], n_bytes), stack.offset + index * n_bytes)
+
+
+def detect(path: Path, config: dict[str, Any] | None) -> bool:
+    """A folder whose config.json says mxfp4."""
+    words = (config or {}).get("quantization_config")
+    return isinstance(words, dict) and str(words.get("quant_method")).lower() == "mxfp4"
+
+
+def read(path: Path) -> Mxfp4Checkpoint:
+    """The folder at ``path``: headers alone."""
+    return Mxfp4Checkpoint(path, read_config(path), open_folder(path))
+
+
+def supports(scheme: Scheme) -> bool:
+    return False
+
+
+def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any]) -> NoReturn:
+    """Raises :class:`UnsupportedError`: this dialect is read only."""
+    raise UnsupportedError("gpt-oss's own mxfp4 is read and not written; compressed-tensors and gguf hold MXFP4 too")
