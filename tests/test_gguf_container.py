@@ -176,7 +176,7 @@ def test_a_file_full_of_strings_is_refused_before_they_fill_memory(tmp_path: Pat
 
 def test_strings_and_tensors_take_little_more_memory_than_they_take_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "many.gguf"
-    count, n_tensors = 1 << 20, 1 << 12
+    count, n_tensors = 1 << 18, 1 << 12
     words = b"".join(string(b"%02d" % (i % 100)) for i in range(count))
     tensors = b"".join(tensor(b"t%d" % i, offset=32 * i) for i in range(n_tensors))
     key = string(b"k") + struct.pack("<IIQ", T.ARRAY, T.STRING, count) + words
