@@ -9,9 +9,11 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import numpy as np
+import sentencepiece
 import torch
 from conftest import byte_level_bpe, write_tokenizer
 
@@ -29,20 +31,27 @@ SIZES = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-VOCABULARY = 320
+VOCABULARY = 384
 
 
 @dataclass(frozen=True)
 class Case:
     """A model: ``model_type`` with ``config`` beside :data:`SIZES`; ``published``: config.json's words as its publisher has them (None: not
     at all), ``fused``: experts saved as transformers 5 holds them; ``converted_as``: the case whose file ours must equal, where
-    convert_hf_to_gguf cannot convert this one."""
+    convert_hf_to_gguf cannot convert this one; ``unconverted``: why there is no such file at all;
+    ``sentencepiece``: the kind of tokenizer, which decides by what road llama.cpp converts;
+    ``differing``: keys that are not llama.cpp's → why; ``elsewhere``: keys that llama.cpp writes in another place among the others.
+    """
 
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, Any] = field(default_factory=dict)
     fused: bool = False
     converted_as: str = ""
+    unconverted: str = ""
+    sentencepiece: bool = False
+    differing: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
 
 
 MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
@@ -50,6 +59,26 @@ QWEN_MOE = {"moe_intermediate_size": 48, "head_dim": 32, "norm_topk_prob": True,
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 128}
 LLAMA2 = {"rope_parameters": None, "head_dim": None, "num_key_value_heads": None, "rope_theta": None, "attention_bias": None}
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA31 = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+GEMMA3_PUBLISHED = {"rope_parameters": None, "layer_types": None, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+GEMMA3_PUBLISHED |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6, "tie_word_embeddings": None}
+EOT = {"tokenizer.ggml.eot_token_id": "the converter takes 107 for any Gemma 1; ours is the token that has the name"}
+PREFIX = ("tokenizer.ggml.add_space_prefix",)
+GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.3, "logits_scaling": 2.0}
+PHI = {"partial_rotary_factor": 0.75, "num_attention_heads": 4, "original_max_position_embeddings": 256}
+LONGROPE = PHI | {"max_position_embeddings": 512, "partial_rotary_factor": 1.0}
+LONGROPE["rope_parameters"] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "long_factor": [1.0 + k for k in range(8)],
+    "short_factor": [1.0 + k / 8 for k in range(8)],
+    "original_max_position_embeddings": 256,
+}
+
+LOST_NORMS = "its stablelm.py gathers the heads' norms and then returns them from a generator, so that they are lost"
 
 CASES: dict[str, Case] = {
     "llama": Case("llama"),
@@ -62,6 +91,23 @@ CASES: dict[str, Case] = {
     "qwen3": Case("qwen3", {"head_dim": 32}),
     "qwen3_moe": Case("qwen3_moe", QWEN_MOE),
     "qwen3_moe, fused": Case("qwen3_moe", QWEN_MOE, fused=True),
+    "llama, linear": Case("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama, yarn": Case("llama", {"rope_parameters": YARN}),
+    "llama 3.1 as published": Case("llama", {"head_dim": 32}, LLAMA31),
+    "smollm2": Case("llama", {"tie_word_embeddings": True, "num_attention_heads": 8, "num_key_value_heads": 4}),
+    "smollm3": Case("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "gemma": Case("gemma", {"head_dim": 32, "tie_word_embeddings": True}, sentencepiece=True, differing=EOT, elsewhere=PREFIX),
+    "gemma2": Case("gemma2", {**GEMMA, "sliding_window": 16}, sentencepiece=True, elsewhere=PREFIX),
+    "gemma3": Case("gemma3_text", {**GEMMA, "num_hidden_layers": 7, "sliding_window": 16}),
+    "gemma3 as published": Case("gemma3_text", {**GEMMA, "num_hidden_layers": 7, "sliding_window": 16}, GEMMA3_PUBLISHED),
+    "granite": Case("granite", GRANITE),
+    "olmo2": Case("olmo2"),
+    "olmo3": Case("olmo3", {"num_hidden_layers": 4, "sliding_window": 16}),
+    "phi3": Case("phi3", PHI | {"sliding_window": 128}),
+    "phi4": Case("phi3", PHI),
+    "phi3, longrope": Case("phi3", LONGROPE, elsewhere=("phi3.rope.scaling.attn_factor",)),
+    "stablelm": Case("stablelm", {"use_qkv_bias": True}),
+    "stablelm 2 12b": Case("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}, unconverted=LOST_NORMS),
 }
 
 
@@ -80,10 +126,34 @@ def make(name: str, folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder, save_original_format=not case.fused)
     publish(folder / "config.json", case.published)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if case.sentencepiece:
+        write_sentencepiece(folder)
+        return folder
     tokenizer = byte_level_bpe(VOCABULARY - 1)
     tokenizer.add_special_tokens(["<|endoftext|>"])  # which transformers would add to a Qwen that lacks it
     write_tokenizer(folder, tokenizer)
+    if case.model_type == "phi3":
+        publish(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})  # by which llama.cpp tells Phi-4's
     return folder
+
+
+def write_sentencepiece(folder: Path) -> None:
+    """tokenizer.model of at most :data:`VOCABULARY` pieces, with bytes for what it lacks."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in topics.topics.values() for line in text[:2000].splitlines() if line.strip()),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        character_coverage=0.98,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "unk_token": "<unk>"})
+    )
 
 
 def random_like(name: str, p: torch.Tensor, generator: torch.Generator, *, is_offset: bool) -> torch.Tensor:
@@ -101,6 +171,11 @@ def publish(path: Path, words: Mapping[str, Any]) -> None:
         if value is not None:
             config[word] = value
     path.write_text(json.dumps(config, indent=1))
+
+
+def options(name: str) -> dict[str, str]:
+    """What an export of case ``name`` is given: the pre-tokenizer that tests/llamacpp_peer.py gives the converter."""
+    return {} if CASES[name].sentencepiece else {"pre_tokenizer": "gpt-2"}
 
 
 def golden(name: str) -> Path:

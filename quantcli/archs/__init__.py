@@ -75,7 +75,8 @@ class Architecture:
     of keys in ``formats.gguf.metadata.GROUPS``; ``computed``: tensors that no checkpoint stores, names in ``formats.gguf.rope.COMPUTED``;
     ``dropped``: patterns of tensors that have no place there → the reason.
 
-    For reading GGUF files: ``biases``: config word → the linear that has a bias when it is true; ``fixed``: words that no key tells.
+    For reading GGUF files: ``present``: config word → the tensor of a layer that is there when it is true; ``fixed``: words that no key
+    tells; ``restored``: names in ``formats.gguf.metadata.RESTORED``, of words that follow from others.
     """
 
     model_types: tuple[str, ...]
@@ -94,8 +95,9 @@ class Architecture:
     norm_offset: float = 0.0
     computed: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
-    biases: Mapping[str, str] = field(default_factory=dict)
+    present: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    restored: tuple[str, ...] = ()
 
     def usual(self, config: Mapping) -> dict:
         """``config`` in the usual words: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
@@ -180,11 +182,16 @@ def of(config: Mapping) -> Architecture | None:
     return _by_model_type().get(config.get("model_type", ""))
 
 
-def of_gguf(gguf_arch: str, tensors: Iterable[str] = ()) -> Architecture | None:
-    """The architecture whose GGUF files say ``general.architecture = gguf_arch``: of several the one that knows most ``tensors``."""
-    tensors = list(tensors)
-    archs = [arch for arch in _by_model_type().values() if arch.gguf_arch == gguf_arch]
-    return max(archs, key=lambda arch: sum(arch.hf_name(name) is not None for name in tensors), default=None)
+def of_gguf(gguf_arch: str, tensors: Iterable[str] = (), keys: Iterable[str] = ()) -> Architecture | None:
+    """The architecture whose GGUF files say ``general.architecture = gguf_arch``: of several the one that knows most ``tensors`` and
+    ``keys`` of the metadata; or None."""
+    tensors, keys = list(tensors), set(keys)
+
+    def n_known(arch: Architecture) -> int:
+        known = {f"{gguf_arch}.{key.name}" for key in arch.keys if isinstance(key, Key)}
+        return sum(arch.hf_name(name) is not None for name in tensors) + len(known & keys)
+
+    return max((arch for arch in _by_model_type().values() if arch.gguf_arch == gguf_arch), key=n_known, default=None)
 
 
 def plain(name: str) -> str:

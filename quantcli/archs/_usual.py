@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from quantcli.archs import REQUIRED, Key, Linear
 
 ATTENTION = (
@@ -16,7 +19,14 @@ MLP = (
     Linear("mlp.down_proj", tap="mlp.down_proj", prev="mlp.up_proj"),
 )
 
-ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+def after(norm: str | None, linears: Iterable[Linear]) -> tuple[Linear, ...]:
+    """``linears`` that read what ``norm`` makes, where they read another norm's; None: what no norm makes."""
+    return tuple(replace(linear, prev=norm) if (linear.prev or "").endswith("layernorm") else linear for linear in linears)
+
+
+TIED_ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+ENDS = {**TIED_ENDS, "lm_head": "output"}
 ATTENTION_NAMES = {
     "model.layers.{i}.self_attn.q_proj": "blk.{i}.attn_q",
     "model.layers.{i}.self_attn.k_proj": "blk.{i}.attn_k",

@@ -22,6 +22,6 @@ ARCH = Architecture(
     ),
     computed=("llama3",),
     dropped=DROPPED,
-    biases={"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.up_proj"},
+    present={"attention_bias": "self_attn.q_proj.bias", "mlp_bias": "mlp.up_proj.bias"},
     fixed={"hidden_act": "silu"},
 )

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from quantcli.archs import llama
 
-ARCH = replace(llama.ARCH, model_types=("mistral",), hf_class="MistralForCausalLM", biases={})
+ARCH = replace(llama.ARCH, model_types=("mistral",), hf_class="MistralForCausalLM", present={})

@@ -13,6 +13,6 @@ ARCH = Architecture(
     keys=USUAL,
     defaults={"head_dim": 128},
     dropped=DROPPED,
-    biases={"attention_bias": "self_attn.q_proj"},
+    present={"attention_bias": "self_attn.q_proj.bias"},
     fixed={"hidden_act": "silu", "use_sliding_window": False},
 )

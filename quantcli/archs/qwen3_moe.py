@@ -35,6 +35,6 @@ ARCH = Architecture(
     words={"num_experts": "num_local_experts"},
     defaults={"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     dropped=DROPPED,
-    biases={"attention_bias": "self_attn.q_proj"},
+    present={"attention_bias": "self_attn.q_proj.bias"},
     fixed={"hidden_act": "silu", "use_sliding_window": False, "norm_topk_prob": True},
 )

@@ -16,7 +16,8 @@ from llamacpp_peer import convert_all, run
 
 
 def main(asked: list[str]) -> None:
-    cases = [name for name, case in families.CASES.items() if (not asked or name in asked) and not case.converted_as]
+    cases = [name for name, case in families.CASES.items() if not case.converted_as and not case.unconverted]
+    cases = [name for name in cases if not asked or name in asked]
     with tempfile.TemporaryDirectory() as root:
         folders = {name: families.make(name, Path(root, str(k), "tiny")) for k, name in enumerate(cases)}
         convert_all({folder: folder.with_suffix(".gguf") for folder in folders.values()})

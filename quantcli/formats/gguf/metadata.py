@@ -79,16 +79,61 @@ def head_dim(config: Mapping) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-COMPUTED: dict[str, Callable[[Mapping], Any]] = {"head_dim": head_dim}
+def rotary_width(config: Mapping) -> int:
+    """How many dimensions of a head are rotated, where all heads together are as wide as the hidden states."""
+    share = rope_parameters(config).get("partial_rotary_factor", 1.0)
+    return int(share * config["hidden_size"]) // config["num_attention_heads"]
+
+
+def windowed_layers(config: Mapping) -> list[bool]:
+    """Which layers see a window only; where config.json does not say, all but every fourth."""
+    if (kinds := config.get("layer_types")) is not None:
+        return [kind == "sliding_attention" for kind in kinds]
+    return [(i + 1) % 4 != 0 for i in range(config["num_hidden_layers"])]
+
+
+def context_before_longrope(config: Mapping) -> int:
+    return rope_parameters(config).get("original_max_position_embeddings") or config["original_max_position_embeddings"]
+
+
+def longrope_attention_factor(config: Mapping) -> float | None:
+    """What attention is scaled by for the longer context of longrope; None where there is no table of its factors."""
+    rope = rope_parameters(config)
+    if not rope.get("long_factor"):
+        return None
+    before = context_before_longrope(config)
+    stretch = config["max_position_embeddings"] / before
+    if stretch <= 1:
+        return 1.0
+    return 0.1 * math.log(stretch) + 1 if rope["rope_type"] == "yarn" else math.sqrt(1 + math.log(stretch) / math.log(before))
+
+
+COMPUTED: dict[str, Callable[[Mapping], Any]] = {
+    "head_dim": head_dim,
+    "rotary width of equal heads": rotary_width,
+    "rotary base": lambda config: rope_parameters(config)["rope_theta"],
+    "layers with a window, three of four": windowed_layers,
+    "context before longrope": context_before_longrope,
+    "longrope's attention factor": longrope_attention_factor,
+}
 """Values of keys that stand in no config.json as they are: what an architecture's literal names → config in the usual words → value."""
 
 
 def rope_parameters(config: Mapping) -> dict:
-    """HF's rotary parameters in the words of transformers 5, whichever version wrote ``config``."""
+    """HF's rotary parameters in the words of transformers 5, whichever version wrote ``config``: of the layers that see everything."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = dict(rope.get("full_attention", rope))
     rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    for word, default in (("rope_theta", 10000.0), ("partial_rotary_factor", None)):
+        if (value := config.get(word, default)) is not None:
+            rope.setdefault(word, value)
     return rope
+
+
+def window_base(config: Mapping) -> float | None:
+    """The rotary base of the layers that see a window only, where it is told apart."""
+    rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    return rope.get("rope_theta", config.get("rope_local_base_freq"))
 
 
 def rope_keys(keys: GGUFWriter, config: Mapping) -> None:
@@ -108,6 +153,8 @@ def rope_keys(keys: GGUFWriter, config: Mapping) -> None:
             if rope.get(word) is not None:
                 getattr(keys, add)(rope[word])
     keys.add_rope_freq_base(rope["rope_theta"])
+    if (base := window_base(config)) is not None:
+        keys.add_rope_freq_base_swa(base)
 
 
 GROUPS: dict[str, Callable[[GGUFWriter, Mapping], None]] = {"rope": rope_keys}
@@ -166,7 +213,7 @@ def config_of(container: Container, arch: Architecture) -> dict:
     for key in arch.keys:
         if isinstance(key, Key) and key.words:
             value = _value(container, f"{p}.{key.name}", key)
-            config |= {} if value is None else {key.all_words[0]: value}
+            config |= {} if value in (None, key.default) else {key.all_words[0]: value}
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config |= {
@@ -175,8 +222,10 @@ def config_of(container: Container, arch: Architecture) -> dict:
         "tie_word_embeddings": "output.weight" not in specs,
         "dtype": "float32",
     }
-    for word, linear in arch.biases.items():
-        config[word] = arch.gguf_name(f"{arch.layer}.{linear}.bias".replace("{i}", "0")) in specs
+    for word, tensor in arch.present.items():
+        config[word] = arch.gguf_name(f"{arch.layer}.{tensor}".replace("{i}", "0")) in specs
+    for word in arch.restored:
+        config |= RESTORED[word](config)
     ids = {word: container.get(f"tokenizer.ggml.{key}_token_id") for word, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
     return config | {f"{word}_token_id": value for word, value in ids.items() if isinstance(value, int)}
 
@@ -202,8 +251,39 @@ def _integer(container: Container, key: str, *, least: int = 1) -> int:
     return value
 
 
+def gemma2_scale(config: Mapping) -> dict:
+    """llama.cpp knows the 27B, whose queries are scaled by another width than their own, by its layers."""
+    return {"query_pre_attn_scalar": query_width(config, n_layers_27b=46)}
+
+
+def gemma3_scale(config: Mapping) -> dict:
+    return {"query_pre_attn_scalar": query_width(config, n_layers_27b=62)}
+
+
+def query_width(config: Mapping, *, n_layers_27b: int) -> int:
+    is_27b = config["num_hidden_layers"] == n_layers_27b
+    return config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+
+
+RESTORED: dict[str, Callable[[Mapping], dict]] = {"gemma 2's query scale": gemma2_scale, "gemma 3's query scale": gemma3_scale}
+"""Words of a config that llama.cpp knows without a key: what an architecture's literal names → config so far → these words."""
+
+
 def _rope(container: Container, p: str) -> dict:
+    """HF's rotary parameters; where layers with a window have a base of their own, by kind of layer."""
+    rope = _full_rope(container, p)
+    if f"{p}.rope.freq_base_swa" not in container.fields:
+        return rope
+    window = {"rope_type": "default", "rope_theta": _float(container, f"{p}.rope.freq_base_swa", 10000.0)}
+    return {"full_attention": rope, "sliding_attention": window}
+
+
+def _full_rope(container: Container, p: str) -> dict:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _float(container, f"{p}.rope.freq_base", 10000.0)}
+    hidden, heads = (_integer(container, f"{p}.{key}") for key in ("embedding_length", "attention.head_count"))
+    width = container.get(f"{p}.attention.key_length", hidden // heads)
+    if (rotated := container.get(f"{p}.rope.dimension_count", width)) != width:
+        rope["partial_rotary_factor"] = rotated / width
     kind = container.get(f"{p}.rope.scaling.type", "none")
     kind = kind if isinstance(kind, str) else type(kind).__name__
     if kind == "none":

@@ -79,7 +79,7 @@ def why_dropped(name: str, target: str | None, arch: Architecture, config: Mappi
     """The reason why GGUF has no place for tensor ``name``; None when it may have one. ``config``: in the usual words."""
     if isinstance(arch, StoredNames):
         return None
-    if target == "output.weight" and config.get("tie_word_embeddings"):
+    if (target == "output.weight" or name.endswith("lm_head.weight")) and config.get("tie_word_embeddings"):
         return "config.json ties the head to the embedding"
     if (reason := next((why for pattern, why in arch.dropped.items() if re.search(pattern, name)), None)) is not None:
         return reason

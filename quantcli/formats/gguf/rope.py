@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from quantcli.errors import UnsupportedError
-from quantcli.formats.gguf.metadata import head_dim, rope_parameters
+from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.formats.gguf.metadata import head_dim, rope_parameters, rotary_width
 
 TENSOR = "rope_freqs.weight"
 
@@ -72,5 +72,16 @@ def _solve(factors: Tensor, theta: float, head_dim: int) -> list[tuple[float, fl
     return [(factor, 1.0, high, round(slope * 2 * math.pi * (high - 1)))]
 
 
-COMPUTED: dict[str, Callable[[Mapping], dict[str, Tensor]]] = {"llama3": llama3_tensors}
+def longrope_tensors(config: Mapping) -> dict[str, Tensor]:
+    """The two tables of a model with Phi-3's scaling, none for others. ``config``: in the usual words."""
+    rope, width = rope_parameters(config), rotary_width(config)
+    tables = {word: rope.get(f"{word}_factor") for word in ("long", "short")}
+    if not tables["long"]:
+        return {}
+    if any(table is None or len(table) != width / 2 for table in tables.values()):
+        raise CheckpointError(f"config.json: longrope's long_factor and short_factor need {width // 2} numbers each")
+    return {f"rope_factors_{word}.weight": torch.tensor(table, dtype=torch.float32) for word, table in tables.items()}
+
+
+COMPUTED: dict[str, Callable[[Mapping], dict[str, Tensor]]] = {"llama3": llama3_tensors, "longrope": longrope_tensors}
 """What an architecture's literal names → config in the usual words → the tensors, by GGUF name, that follow from it."""
