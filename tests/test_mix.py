@@ -12,7 +12,8 @@ from quantcli.tensors import Scheme, TensorSpec
 
 def config(layers: int = 8, heads: int = 8, kv_heads: int = 8, tied: bool = False) -> dict:
     keys = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return {"model_type": "llama", "tie_word_embeddings": tied, "hidden_size": 256, "vocab_size": 100, **keys}
+    keys |= {"hidden_size": 256, "vocab_size": 100, "intermediate_size": 512, "max_position_embeddings": 64}
+    return {"model_type": "llama", "tie_word_embeddings": tied, "rms_norm_eps": 1e-6, **keys}
 
 
 def specs(layers: int = 8, hidden: int = 256, wide: int = 512, tied: bool = False) -> dict[str, TensorSpec]:
@@ -159,15 +160,15 @@ def test_unknown_file_types_and_architectures_are_refused() -> None:
 
 @pytest.mark.parametrize("name", FILE_TYPES)
 def test_general_file_type_is_found_back_from_the_schemes(name: str) -> None:
-    assert filetypes.closest(mix(name, specs(), config()), specs(), config()) is FILE_TYPES[name]
+    assert filetypes.general_file_type(mix(name, specs(), config()), specs(), config()) is FILE_TYPES[name]
 
 
 def test_of_file_types_that_choose_alike_the_one_asked_for_names_the_file() -> None:
     narrow = specs(hidden=160, wide=352)
     chosen = mix("Q6_K", narrow, config())
     assert chosen == mix("Q8_0", narrow, config())
-    assert filetypes.closest(chosen, narrow, config(), asked="Q6_K") is FILE_TYPES["Q6_K"]
-    assert filetypes.closest(chosen, narrow, config(), asked="Q8_0") is FILE_TYPES["Q8_0"]
+    assert filetypes.general_file_type(chosen, narrow, config(), asked="Q6_K") is FILE_TYPES["Q6_K"]
+    assert filetypes.general_file_type(chosen, narrow, config(), asked="Q8_0") is FILE_TYPES["Q8_0"]
 
 
 def test_tensors_lie_in_llama_quantizes_order() -> None:

@@ -97,6 +97,7 @@ def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping
     config = arch.usual(source.config)
     table = naming.naming(source.specs, source.config)
     chosen = filetypes.Options.of(options)
+    names = filetypes.without_layers(table.names, chosen.prune_layers)
     split_bytes = None if chosen.split_max_size is None else splits.parse_size(chosen.split_max_size)
     notes: tuple[str, ...] = ()
     if isinstance(source, GgufCheckpoint):
@@ -105,18 +106,26 @@ def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping
         check_complete(source, config, table.names.values())
         extras = extra_tensors(arch, config)
         fields, notes = describe(source, arch, config, table.names, extras, chosen.pre_tokenizer)
-    fields["general.quantization_version"] = Field(GGUFValueType.UINT32, GGML_QUANT_VERSION)
-    fields["general.file_type"] = file_type(source, schemes, (metadata.get("recipe") or {}).get("mix"))
-    ours = {**metadata, **({"dropped": table.dropped} if table.dropped and metadata else {})}
+    asked = (metadata.get("recipe") or {}).get("mix")
+    said = {
+        "general.quantization_version": Field(GGUFValueType.UINT32, GGML_QUANT_VERSION),
+        "general.file_type": file_type(source, schemes, asked, options),
+        **chosen.overrides,
+    }
+    if chosen.prune_layers:
+        said[f"{arch.gguf_arch}.block_count"] = Field(GGUFValueType.UINT32, filetypes.n_layers_of(names.values()))
+    fields = {key: field for key, field in fields.items() if key not in said} | said  # behind the others, as llama-quantize's
+    dropped = {**table.dropped, **{name: "its layer is pruned" for name in table.names if name not in names}}
+    ours = {**metadata, **({"dropped": dropped} if dropped and metadata else {})}
     fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in ours.items()}
-    return Context(arch, config, schemes, table.names, table.dropped, fields, extras, split_bytes, notes)
+    return Context(arch, config, schemes, names, dropped, fields, extras, split_bytes, notes)
 
 
-def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], asked: str | None) -> Field:
+def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], asked: str | None, options: Mapping[str, Any]) -> Field:
     """general.file_type: that of a GGUF source whose tensors are handed on, else of the mix that ``schemes`` are nearest to."""
     if asked is None and isinstance(source, GgufCheckpoint) and (stated := source.container.fields.get("general.file_type")):
         return stated
-    kind = filetypes.closest(schemes, source.specs, source.config, asked=asked)
+    kind = filetypes.general_file_type(schemes, source.specs, source.config, asked=asked, **options)
     return Field(GGUFValueType.UINT32, int(kind.number))
 
 
