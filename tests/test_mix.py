@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from quantcli.errors import RecipeError, UnsupportedError
+import pytest
+from mix_models import MODELS, golden
+
+from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats.gguf import filetypes
-from quantcli.formats.gguf.filetypes import FILE_TYPES, mix
+from quantcli.formats.gguf.filetypes import FILE_TYPES, Options, choose_types, mix
+from quantcli.formats.gguf.mixes import TABLE, Model, Place
 from quantcli.tensors import Scheme, TensorSpec
+
+GOLDEN = golden()
 
 
 def config(layers: int = 8, heads: int = 8, kv_heads: int = 8, tied: bool = False) -> dict:
@@ -182,3 +191,74 @@ def test_tensors_lie_in_llama_quantizes_order() -> None:
 
 def test_aliases_mean_what_llama_quantize_means() -> None:
     assert filetypes.file_type("q4_k") is FILE_TYPES["Q4_K_M"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_file_type_chooses_what_llama_quantize_chose(name: str) -> None:
+    model = MODELS[name]
+    facts = Model.of(model.fields, model.shapes)
+    for row, theirs in GOLDEN[name].items():
+        file_type, _, weighed = row.partition(" ")
+        ours = choose_types(TABLE[file_type], Options(imatrix="some" if weighed else None), facts, model.shapes)
+        assert ours == theirs, row
+
+
+def test_the_goldens_hold_every_file_type_and_every_rule_of_the_table() -> None:
+    """A rule that no golden model reaches would be a rule that nothing tests."""
+    assert all({row.partition(" ")[0] for row in rows} == TABLE.keys() - {"F32"} for rows in GOLDEN.values())
+    unused = {(name, role, i) for name, kind in TABLE.items() for role, rules in kind.rules.items() for i in range(len(rules))}
+    for model in MODELS.values():
+        facts = Model.of(model.fields, model.shapes)
+        for name in TABLE:
+            for weighed in (False, True):
+                unused -= {(name, *used) for used in rules_used(name, facts, model.shapes, weighed)}
+    assert unused == set()
+
+
+def rules_used(name: str, facts: Model, shapes: Mapping[str, tuple[int, ...]], weighed: bool) -> set[tuple[str, int]]:
+    """(role, number) of the rules of file type ``name`` that decided a tensor of the model."""
+    kind, used = TABLE[name], set()
+
+    def note(role: str, i: int, at: Place) -> bool:
+        used.add((role, i))
+        return True
+
+    rules = {role: tuple((*rule, partial(note, role, i)) for i, rule in enumerate(rows)) for role, rows in kind.rules.items()}
+    choose_types(replace(kind, rules=rules), Options(imatrix="some" if weighed else None), facts, shapes)
+    return used
+
+
+def test_metadata_without_an_architecture_choose_no_types() -> None:
+    with pytest.raises(CheckpointError, match=r"general\.architecture"):
+        Model.of({}, ())
+
+
+def test_layers_can_be_left_out_and_the_others_close_up() -> None:
+    kept = filetypes.without_layers(filetypes.gguf_names(specs(4), config(4)), [0, 2])
+    assert kept["model.layers.1.self_attn.q_proj.weight"] == "blk.0.attn_q.weight"
+    assert kept["model.layers.3.self_attn.q_proj.weight"] == "blk.1.attn_q.weight"
+    assert not [name for name in kept if ".0." in name or ".2." in name]
+    assert filetypes.n_layers_of(kept.values()) == 2
+    assert not [name for name in mix("Q4_K_M", specs(4), config(4), prune_layers=[0, 2]) if ".0." in name or ".2." in name]
+    with pytest.raises(RecipeError, match=r"--prune-layers 4: the model has layers 0 … 3"):
+        mix("Q4_K_M", specs(4), config(4), prune_layers=[1, 4])
+
+
+def test_overridden_metadata_count_in_the_choice() -> None:
+    chosen = mix("Q4_K_M", specs(), config(), override_kv=["llama.expert_count=int:8"])
+    assert layers_with(chosen, "v_proj.weight", "q8_0") == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a.b=int:-7", 7), ("a.b=float:0.5", 0.5), ("a.b=bool:true", True), ("a.b=bool:false", False), ("a.b=str:x=y:z", "x=y:z")],
+)
+def test_metadata_can_be_overridden_with_a_value_of_a_type(text: str, value: Any) -> None:
+    ((key, given),) = Options(override_kv=[text]).overrides.items()
+    assert (key, given.value) == ("a.b", value)
+
+
+@pytest.mark.parametrize("text", ["a.b", "a.b=7", "a.b=int:seven", "a.b=bool:yes", "a.b=i8:1", "=int:1", "a.b=int:4294967296"])
+def test_an_override_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="expected KEY=TYPE:VALUE"):
+        mix("Q8_0", specs(), config(), override_kv=[text])
