@@ -98,11 +98,13 @@ class Coding:
 
     def unit(self, layer: str, tensors: Sequence[PlannedTensor], loaded: LoadedLayer | None) -> Layer:
         """``tensors`` as the passes see them; weights that are in memory are taken from ``loaded``."""
+        weighed = getattr(self.plan.context, "importance", {})
         return Layer(
             layer,
             {t.name: loaded.tensors[t.name] if loaded else self.source.read(t.name).to(self.device) for t in tensors},
             {t.name: t.scheme for t in tensors if t.scheme},
             {t.name: t.tap for t in tensors if t.tap},
+            importance={t.name: weighed[t.name].to(self.device) for t in tensors if t.name in weighed},
         )
 
     def add_readers(self, unit: Layer, tensors: Sequence[PlannedTensor], prevs: Mapping[str, Prev]) -> None:

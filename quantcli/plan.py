@@ -147,9 +147,13 @@ def make(
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
         with about(name):
             find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
-            if name not in carried:
-                check_codes(recipe, scheme, is_measured=name in taps)
     context = fmt.context(source, schemes, dict(metadata or {}), **recipe.format_options)
+    for name, scheme in schemes.items():
+        if name not in carried:
+            with about(name):
+                check_codes(recipe, scheme, is_measured=name in taps, is_weighed=name in getattr(context, "importance", {}))
+    if hasattr(fmt, "check_importance"):
+        fmt.check_importance(context, recipe.needs)
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
@@ -233,15 +237,16 @@ def protect(
     return chosen, (f"protect_outliers: {len(names)} linears {'stay as they are' if scheme is None else f'in {scheme}'}: {listed(names)}",)
 
 
-def check_codes(recipe: Recipe, scheme: Scheme, *, is_measured: bool) -> None:
-    """Raise :class:`RecipeError` where the recipe's passes cannot choose codes of ``scheme``. ``is_measured``: the tensor has a tap."""
+def check_codes(recipe: Recipe, scheme: Scheme, *, is_measured: bool, is_weighed: bool) -> None:
+    """Raise :class:`RecipeError` where the recipe's passes cannot choose codes of ``scheme``. ``is_measured``: the tensor has a tap;
+    ``is_weighed``: an importance matrix has a row for it."""
     qtype = find("qtypes", scheme.qtype)
     if is_measured and hasattr(qtype, "NO_GRID"):
         for name in (p.name for p in recipe.passes if getattr(find("passes", p.name), "NEEDS_GRID", False)):
             raise RecipeError(f"the pass {name} needs a grid, and {qtype.NO_GRID}")
-    if getattr(qtype, "NEEDS_IMPORTANCE", False) and not (recipe.needs and is_measured):
+    if getattr(qtype, "NEEDS_IMPORTANCE", False) and not (is_weighed or (recipe.needs and is_measured)):
         why = f"recipe '{recipe.name}' measures none" if is_measured else "what this tensor reads is not measured"
-        raise RecipeError(f"{scheme} needs importance, and {why}; use iq3_xxs, or a recipe whose passes read statistics")
+        raise RecipeError(f"{scheme} needs importance, and {why}; give --imatrix FILE, or a recipe whose passes read statistics")
 
 
 def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:

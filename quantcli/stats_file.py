@@ -112,6 +112,10 @@ class StatsFile(Mapping[str, Stats]):
         """How wide the inputs of ``tap`` were. KeyError for a tap that was not measured."""
         return self._locations[f"{tap}.importance"].spec.n_elements
 
+    def n_tokens(self, tap: str) -> int:
+        """How many tokens ``tap`` saw. KeyError for a tap that was not measured."""
+        return int(self._read(f"{tap}.n_tokens"))
+
     def check_tap(self, tap: str, in_features: int, *, needs: frozenset[str]) -> None:
         """Raise :class:`RecipeError` unless ``tap`` was measured, is ``in_features`` wide, and has what ``needs`` names. Reads no data."""
         if tap not in self:
@@ -148,7 +152,7 @@ class StatsFile(Mapping[str, Stats]):
         importance, absmax, mean = (self._read(f"{tap}.{part}") for part in DIAGONAL_PARTS)
         histogram = self._read(f"{tap}.histogram") if self.has_histogram(tap) else None
         fourth = self._read(f"{tap}.fourth") if f"{tap}.fourth" in self._locations else None
-        return Stats(importance, absmax, mean, int(self._read(f"{tap}.n_tokens")), None, histogram, fourth)
+        return Stats(importance, absmax, mean, self.n_tokens(tap), None, histogram, fourth)
 
     def __getitem__(self, tap: str) -> Stats:
         stats = self.diagonals(tap)

@@ -262,6 +262,7 @@ class Layer:
     ``tensors``: dense weights by their name on disk; ``schemes``: the ones to be coded; ``taps``: tensor name → tap. For a pass that
     changes the basis ``prev`` names what can absorb a scale of a tap's inputs; then ``tensors`` holds that too, ``taps`` names every
     tensor that reads the tap, coded or not, and the pass leaves in ``scales`` what it multiplied the weights' columns by: tap → s [in].
+    ``importance``: tensor name → mean square of its inputs [in], where that comes from elsewhere than its tap's statistics.
     """
 
     name: str
@@ -271,6 +272,7 @@ class Layer:
     quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
     prev: dict[str, Prev] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,9 @@ def test_a_code_book_has_no_grid_for_passes_that_need_one(tiny_llama: TinyLlama,
 
 def test_a_type_that_needs_importance_is_refused_before_any_weight_is_read(tiny_llama: TinyLlama) -> None:
     folder, rules = tiny_llama(), (("down_proj", "iq2_xs"),)
-    with pytest.raises(RecipeError, match=r"mlp.down_proj.weight: iq2_xs needs importance, and recipe 'q8_0' measures none; use iq3_xxs"):
+    with pytest.raises(
+        RecipeError, match=r"mlp.down_proj.weight: iq2_xs needs importance, and recipe 'q8_0' measures none; give --imatrix"
+    ):
         make(folder, with_rules("q8_0", *rules))
     measured = replace(with_rules("q8_0", *rules), passes=(PassSpec("awq"),))
     assert schemes(make(folder, measured))["model.layers.0.mlp.down_proj.weight"] == "iq2_xs"

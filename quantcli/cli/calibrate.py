@@ -13,7 +13,9 @@ from quantcli.cli import options
 from quantcli.cli.console import Console, count
 
 if TYPE_CHECKING:
+    from quantcli.checkpoint import Checkpoint
     from quantcli.familiarity import Familiarity
+    from quantcli.stats_file import StatsFile
 
 
 def command(
@@ -23,6 +25,7 @@ def command(
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 2048,
     histograms: Annotated[bool, typer.Option("--histograms", help="Count magnitudes too, which a recipe's input_range needs.")] = False,
+    imatrix: Annotated[Path | None, typer.Option(help="Also write llama.cpp's importance matrix, a GGUF file, for llama-quantize.")] = None,
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Gather H, which gptq needs; the file is tiny without.")] = True,
     moe: options.Moe = None,
     device: options.Device = "auto",
@@ -36,6 +39,7 @@ def command(
     """Run text through a model and keep what its linears read."""
     from quantcli import calibrate, texts
     from quantcli.checkpoint import Checkpoint
+    from quantcli.formats.gguf.naming import architecture
     from quantcli.forward import tokenizer
     from quantcli.stats_file import StatsFile
     from quantcli.writer import check_replaceable
@@ -47,10 +51,14 @@ def command(
     check_replaceable(Path(os.path.realpath(output)), overwrite=overwrite, folder=False)
     if output.is_file():
         StatsFile(output)  # --overwrite replaces statistics, never another file such as a shard of the model
+    if imatrix is not None:
+        check_replaceable(Path(os.path.realpath(imatrix)), overwrite=overwrite, folder=False)
     n_taps = 0
     known: Familiarity | None = None
     with Checkpoint.open(source) as checkpoint:
         options.check_context(console, checkpoint, seq_len)
+        if imatrix is not None:
+            architecture(checkpoint.config)  # names are GGUF's: what has none fails before the work
         windows = texts.windows_of(dataset or [], tokenizer(checkpoint), samples, seq_len, seed, note=console.note)
         events = calibrate.calibrate(
             checkpoint,
@@ -69,10 +77,13 @@ def command(
                     progress.step(event.index, event.n_layers, f"{event.name}  {event.n_taps} taps  {event.seconds:.1f} s")
                 else:
                     known = event
+        if imatrix is not None:
+            write_imatrix(console, imatrix, StatsFile(output), checkpoint, dataset or [], overwrite=overwrite)
     assert known is not None
     report_familiarity(console, known)
     data = {
         "stats": str(output),
+        "imatrix": None if imatrix is None else str(imatrix),
         "n_samples": windows.shape[0],
         "n_tokens": windows.numel(),
         "taps": n_taps,
@@ -80,8 +91,35 @@ def command(
         "calibration_perplexity": known.perplexity,
         "seconds": time.perf_counter() - started,
     }
-    lines = [f"{output}", f"{n_taps} taps measured on {count(windows.numel())} tokens in {data['seconds']:.1f} s"]
+    lines = [
+        f"{output}",
+        *([] if imatrix is None else [f"{imatrix}"]),
+        f"{n_taps} taps measured on {count(windows.numel())} tokens in {data['seconds']:.1f} s",
+    ]
     console.result(data, [*lines, f"perplexity of the text {known.perplexity:.1f}"])
+
+
+def write_imatrix(console: Console, path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets: list[str], *, overwrite: bool) -> None:
+    """The statistics as llama-imatrix would have written them. ``datasets``: the words by which the user named the text."""
+    from quantcli.formats import gguf
+    from quantcli.formats.gguf import imatrix, importance
+    from quantcli.formats.gguf.naming import gguf_names
+    from quantcli.forward import Forward
+
+    arranged = gguf.arranged(checkpoint)
+    names = gguf_names(arranged.specs, checkpoint.config)
+    measured = importance.measured(stats, Forward(checkpoint).taps, names)
+    for target in importance.unmeasured(measured, names, arranged.specs):
+        console.warn(f"{path}: no entry for {target}, whose input was not measured")
+    imatrix.write(
+        path,
+        measured,
+        datasets=datasets,
+        n_chunks=int(stats.metadata["n_samples"]),
+        chunk_size=int(stats.metadata["seq_len"]),
+        said=importance.provenance(stats),
+        overwrite=overwrite,
+    )
 
 
 def report_familiarity(console: Console, known: Familiarity) -> None:

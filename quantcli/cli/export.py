@@ -32,6 +32,11 @@ def command(
     output_tensor_type: Annotated[str | None, typer.Option(help="Type of the output matrix.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="Type of the token embedding.")] = None,
     leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Do not quantize the output matrix.")] = False,
+    imatrix: options.Imatrix = None,
+    prune_layers: Annotated[str | None, typer.Option(metavar="N,N,…", help="Leave these layers out, counted from 0.")] = None,
+    override_kv: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=TYPE:VALUE", help="Set metadata; TYPE is int, float, bool or str.")
+    ] = None,
     split_max_size: Annotated[
         str | None, typer.Option(metavar="300M|2G|16GiB", help="Cut the output into files of at most this much tensor data.")
     ] = None,
@@ -58,6 +63,9 @@ def command(
         "output_tensor_type": output_tensor_type,
         "token_embedding_type": token_embedding_type,
         "leave_output_tensor": leave_output_tensor,
+        "imatrix": None if imatrix is None else str(imatrix),
+        "prune_layers": layer_numbers(prune_layers or ""),
+        "override_kv": tuple(override_kv or ()),
         "split_max_size": split_max_size,
         "pre_tokenizer": pre_tokenizer,
     }
@@ -71,6 +79,14 @@ def command(
 
     console = Console(json, quiet, verbose)
     execute(console, where, output, choose, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """The numbers in ``text``, each once and in order."""
+    words = [word.strip() for word in text.split(",")] if text else []
+    if not all(word.isdecimal() for word in words):
+        raise options.wrong("--prune-layers", f"expected numbers of layers with commas between, not '{text}'")
+    return tuple(sorted(set(map(int, words))))
 
 
 def split_arguments(source: str | None, type_: str | None) -> tuple[str, str | None]:

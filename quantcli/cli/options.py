@@ -38,6 +38,10 @@ Moe = Annotated[
 Rules = Annotated[list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of the tensors REGEX finds; first wins.")]
 Skips = Annotated[list[str] | None, typer.Option("--skip", metavar="REGEX", help="Leave the tensors that REGEX finds as they are.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; <model>-<recipe> in this folder when left out.")]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Importance matrix (llama-imatrix's .gguf or .dat), or statistics of calibrate."),
+]
 PreTokenizer = Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, for GGUF.")]
 
 

@@ -18,7 +18,7 @@ from quantcli import heap
 from quantcli.cli import options
 from quantcli.cli.calibrate import report_familiarity
 from quantcli.cli.console import Console, size
-from quantcli.cli.recipes import choose_recipe, set_calibration, set_rules, set_scheme
+from quantcli.cli.recipes import choose_recipe, set_calibration, set_importance, set_rules, set_scheme
 from quantcli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def command(
     rule: options.Rules = None,
     skip: options.Skips = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics from quantcli calibrate, instead of a dataset.")] = None,
+    imatrix: options.Imatrix = None,
     dataset: options.Dataset = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Windows of text: 128.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a window: 2048.")] = None,
@@ -71,6 +72,7 @@ def command(
     chosen = replace(chosen, true_sequential=true_sequential or chosen.true_sequential, seed=seed)
     if pre_tokenizer is not None:
         chosen = replace(chosen, format_options={**chosen.format_options, "pre_tokenizer": pre_tokenizer})
+    chosen, stats = set_importance(chosen, imatrix, stats)
     chosen = set_calibration(console, chosen, stats, dataset=dataset, samples=samples, seq_len=seq_len)
     options.check_moe(moe)
     chosen = replace(chosen, calibration=replace(chosen.calibration, moe=moe or chosen.calibration.moe))

@@ -97,6 +97,22 @@ def set_rules(recipe: Recipe, rules: list[str], skips: list[str]) -> Recipe:
     return replace(recipe, rules=(*(Rule.parse(*pair) for pair in pairs), *recipe.rules))
 
 
+def set_importance(recipe: Recipe, imatrix: Path | None, stats: Path | None) -> tuple[Recipe, Path | None]:
+    """The recipe that weighs inputs by an importance matrix, and the statistics that its passes read.
+
+    Where a GGUF recipe's passes read none, statistics are an importance matrix too.
+    """
+    if imatrix is not None and recipe.format != "gguf":
+        raise options.wrong("--imatrix", f"belongs to --format gguf, not to {recipe.format}")
+    if imatrix is not None and stats is not None:
+        raise options.wrong("--imatrix", "has no meaning beside --stats; give one of the two")
+    if imatrix is None and recipe.format == "gguf" and not recipe.needs:
+        imatrix, stats = stats, None
+    if imatrix is None:
+        return recipe, stats
+    return replace(recipe, format_options={**recipe.format_options, "imatrix": str(imatrix)}), stats
+
+
 def set_calibration(
     console: Console, recipe: Recipe, stats: Path | None, *, dataset: list[str] | None, samples: int | None, seq_len: int | None
 ) -> Recipe:

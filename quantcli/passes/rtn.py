@@ -78,12 +78,13 @@ def slice_rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTenso
 
 
 def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
-    """Quantize every tensor of ``layer.schemes``; importance is used where ``stats`` has it."""
+    """Quantize every tensor of ``layer.schemes``; importance is used where the layer or ``stats`` has it."""
     reports, shared = [], fused_parts(layer)
     for name, scheme in layer.schemes.items():
         W = layer.tensors[name]
         tap = stats.get(layer.taps.get(name, ""))
+        importance = layer.importance.get(name, None if tap is None else tap.importance)
         with about(name):
-            layer.quantized[name] = quantize(W, scheme, None if tap is None else tap.importance, fused=shared.get(name))
+            layer.quantized[name] = quantize(W, scheme, importance, fused=shared.get(name))
             reports.append(TensorReport(name, weight_error(W, layer.quantized[name])))
     return Report(tuple(reports))

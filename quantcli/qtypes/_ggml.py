@@ -71,11 +71,17 @@ class BlockType:
         return dequantize_blocks(tensor.parts["blocks"], self.kind, tensor.shape[-1]).view(tensor.shape)
 
     def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
-        """``W`` [..., out, in], any float dtype, as the very bytes of ``ggml_quantize_chunk``: not always the grid's nearest codes."""
+        """``W`` [..., out, in], any float dtype, as the very bytes of ``ggml_quantize_chunk``: not always the grid's nearest codes.
+
+        ``importance``: [in], or [n, in] of a stack of n.
+        """
         self.layout(tuple(W.shape), scheme)
         if importance is None and KINDS[self.kind].needs_importance:
             raise RecipeError(f"{self.kind} needs importance: quantize with statistics of what this tensor reads, or use iq3_xxs")
-        blocks = quantize_blocks(W.flatten(0, -2), self.kind, importance)
+        if importance is not None and importance.ndim > 1:  # a row for each matrix of a stack
+            blocks = torch.cat([quantize_blocks(V, self.kind, row) for V, row in zip(W, importance, strict=True)])
+        else:
+            blocks = quantize_blocks(W.flatten(0, -2), self.kind, importance)
         self._check_finite(W, self._halves(blocks))
         return QuantizedTensor(scheme, tuple(W.shape), {"blocks": blocks})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from quantcli import cuts
 from quantcli.archs import Architecture, StoredNames
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import CheckpointError, NumericsError
-from quantcli.formats.gguf import filetypes, naming, rope, splits
+from quantcli.errors import CheckpointError, NumericsError, RecipeError
+from quantcli.formats.gguf import filetypes, importance, naming, rope, splits
 from quantcli.formats.gguf import metadata as keyed
 from quantcli.formats.gguf.container import MAGIC, Field, tensor_spec
 from quantcli.formats.gguf.filetypes import mix
+from quantcli.formats.gguf.importance import Importance
 from quantcli.formats.gguf.naming import architecture
 from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.formats.gguf.tokenizer import add_tokenizer
@@ -27,7 +28,8 @@ from quantcli.ops.blocks import KINDS
 from quantcli.tensors import DTYPE_NAMES, DTYPES, QuantizedTensor, Scheme, TensorSpec
 from quantcli.writer import Writer
 
-__all__ = ["USUAL_SCHEME", "Context", "arranged", "context", "detect", "mix", "native", "outputs", "parts", "read", "supports", "writer"]
+__all__ = ["Context", "context", "detect", "mix", "outputs", "parts", "read", "supports", "writer"]
+__all__ += ["USUAL_SCHEME", "arranged", "check_importance", "native"]
 
 USUAL_SCHEME = "q8_0"
 """What ``export`` codes to where the source's own codes do not fit."""
@@ -40,7 +42,8 @@ NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quant
 class Context:
     """What one output needs to know. ``config``: in the usual words; ``names``: the source's → GGUF name in file order; ``dropped``: every
     other tensor → why; ``extras``: tensors no checkpoint stores; ``split_bytes``: how much tensor data a file may hold before another is
-    begun, None for any; ``notes``: what a user should know."""
+    begun, None for any; ``importance``: the source's name of a weight → the mean squares of its inputs; ``notes``: what a user should know.
+    """
 
     arch: Architecture
     config: Mapping[str, Any]
@@ -50,6 +53,7 @@ class Context:
     fields: Mapping[str, Field]
     extras: Mapping[str, Tensor]
     split_bytes: int | None = None
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -112,13 +116,28 @@ def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping
         "general.file_type": file_type(source, schemes, asked, options),
         **chosen.overrides,
     }
+    weighed = Importance({})
+    if chosen.imatrix is not None:
+        weighed = importance.of_file(Path(chosen.imatrix), source, schemes, {name: table.names[name] for name in names}, arch)
+    said |= weighed.fields
     if chosen.prune_layers:
         said[f"{arch.gguf_arch}.block_count"] = Field(GGUFValueType.UINT32, filetypes.n_layers_of(names.values()))
     fields = {key: field for key, field in fields.items() if key not in said} | said  # behind the others, as llama-quantize's
     dropped = {**table.dropped, **{name: "its layer is pruned" for name in table.names if name not in names}}
     ours = {**metadata, **({"dropped": dropped} if dropped and metadata else {})}
     fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in ours.items()}
-    return Context(arch, config, schemes, names, dropped, fields, extras, split_bytes, notes)
+    return Context(arch, config, schemes, names, dropped, fields, extras, split_bytes, weighed, (*notes, *weighed.notes))
+
+
+def check_importance(context: Context, needs: Collection[str]) -> None:
+    """Raise :class:`RecipeError` where a weight's type demands an importance that is not there, or one is that no pass would read.
+
+    ``needs``: the statistics that the recipe's passes read, which then weigh the inputs themselves.
+    """
+    if needs and context.importance:
+        raise RecipeError("an importance matrix weighs plain rounding; this recipe's passes learn from --dataset or --stats: leave one out")
+    if not needs:
+        importance.check(context.importance, context.schemes, context.names, context.fields["general.file_type"].value)
 
 
 def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], asked: str | None, options: Mapping[str, Any]) -> Field:

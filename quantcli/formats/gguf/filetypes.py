@@ -16,13 +16,12 @@ from quantcli.errors import RecipeError
 from quantcli.formats.gguf import metadata as keyed
 from quantcli.formats.gguf import mixes
 from quantcli.formats.gguf.container import BLOCKS, Field
-from quantcli.formats.gguf.mixes import Chooser, FileType, Model
+from quantcli.formats.gguf.mixes import DENSE, Chooser, FileType, Model
 from quantcli.formats.gguf.naming import architecture, file_order, gguf_names
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import Scheme, TensorSpec
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-DENSE = ("F32", "F16", "BF16")
 WRITABLE = (*DENSE, *(kind.upper() for kind in KINDS))
 """The types of tensors that quantcli writes."""
 

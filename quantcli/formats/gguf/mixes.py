@@ -334,6 +334,9 @@ TABLE: dict[str, FileType] = {
 }
 """Every file type that llama-quantize names, but Q1_0, Q2_0 and IQ1_*."""
 
+DENSE = ("F32", "F16", "BF16")
+"""The types that are no blocks."""
+
 FALLBACKS = {
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
