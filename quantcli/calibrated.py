@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from quantcli import overlap
+from quantcli import outliers, overlap
 from quantcli.errors import RecipeError, about
+from quantcli.outliers import Protected
 from quantcli.plan import Plan
 from quantcli.recipe import Recipe
 from quantcli.stats_file import StatsFile
+
+if TYPE_CHECKING:
+    from quantcli.forward import Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +60,32 @@ def check_moe(recipe: Recipe, stats: StatsFile) -> None:
             f"{stats.path}: experts were measured with moe: {measured}, the recipe says {wanted}; run `quantcli calibrate --moe {wanted}`, "
             f"or say --moe {measured}"
         )
+
+
+def checked(plan: Plan, calibrate: Callable[[], Calibrated] | None) -> Calibrated:
+    """What the passes learn from; :class:`RecipeError` where there is none, or statistics do not fit."""
+    if calibrate is None:
+        raise RecipeError(f"recipe '{plan.recipe.name}' needs calibration data; give a dataset or --stats")
+    data = calibrate()
+    if data.stats is not None:
+        check_stats(plan, data.stats)
+        check_moe(plan.recipe, data.stats)
+    return data
+
+
+def protected_by(plan: Plan, data: Calibrated, forward: Forward | None) -> list[Protected]:
+    """What the recipe's ``protect_outliers`` protects: by statistics gathered before, else by a walk of the windows through the source."""
+    assert plan.recipe.protect_outliers is not None
+    n_weights: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.is_solved and tensor.tap is not None:
+            n_weights[tensor.tap] = n_weights.get(tensor.tap, 0) + tensor.source.n_elements
+    if data.stats is not None:
+        figures = {tap: outliers.figures_of(data.stats.diagonals(tap)) for tap in n_weights}
+    else:
+        from quantcli.calibrate import figures_by_tap
+
+        assert forward is not None
+        assert data.windows is not None
+        figures = {tap: f for tap, f in figures_by_tap(forward, data.windows).items() if tap in n_weights}
+    return outliers.choose(plan.recipe.protect_outliers, figures, n_weights)

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__, archs, cuts, ops, outliers
+from quantcli import __version__, archs, cuts, ops
 from quantcli import plan as planning
-from quantcli.calibrated import Calibrated, check_moe, check_stats
+from quantcli.calibrated import Calibrated, checked, protected_by
 from quantcli.checkpoint import Checkpoint
 from quantcli.coding import Coding
 from quantcli.errors import RecipeError
 from quantcli.events import Event, Finished, LayerDone, Planned, timed
 from quantcli.outliers import Protected
-from quantcli.plan import Plan, PlannedLayer, PlannedTensor
+from quantcli.plan import PlannedLayer, PlannedTensor
 from quantcli.readahead import reading_ahead
 from quantcli.recipe import Recipe
 from quantcli.registry import find
@@ -73,15 +73,15 @@ def quantize(
     data: Calibrated | None = None
     protected: list[Protected] | None = None
     if recipe.protect_outliers is not None:  # whose plan follows from the inputs
-        data = _checked(plan, calibrate)
+        data = checked(plan, calibrate)
         if data.stats is not None or not dry_run:
-            protected = _protected(plan, taps, data, forward)
+            protected = protected_by(plan, data, forward)
             plan = planning.make(source, recipe, taps, metadata=made_by, protected=protected)
     yield Planned(plan)
     if dry_run:
         return
     if recipe.needs:
-        data = data or _checked(plan, calibrate)
+        data = data or checked(plan, calibrate)
         made_by |= data.provenance() | ({} if protected is None else {"protected": [unit.to_dict() for unit in protected]})
         # Again, because a GGUF says in its header which text it was.
         plan = planning.make(source, recipe, taps, metadata=made_by, protected=protected)
@@ -104,35 +104,6 @@ def quantize(
     exact = {report.name for report in run.reports if report.is_exact}
     lossless = all(tensor.name in exact or _is_exact(source, tensor) for tensor in plan.tensors)
     yield Finished(writer.target, plan, lossless, data.dataset_sha256 if data else None, familiarity)
-
-
-def _checked(plan: Plan, calibrate: Callable[[], Calibrated] | None) -> Calibrated:
-    """What the passes learn from; :class:`RecipeError` where there is none, or statistics do not fit."""
-    if calibrate is None:
-        raise RecipeError(f"recipe '{plan.recipe.name}' needs calibration data; give a dataset or --stats")
-    data = calibrate()
-    if data.stats is not None:
-        check_stats(plan, data.stats)
-        check_moe(plan.recipe, data.stats)
-    return data
-
-
-def _protected(plan: Plan, taps: Mapping[str, str], data: Calibrated, forward: Forward | None) -> list[Protected]:
-    """What the recipe's ``protect_outliers`` protects: by statistics gathered before, else by a walk of the windows through the source."""
-    assert plan.recipe.protect_outliers is not None
-    n_weights: dict[str, int] = {}
-    for tensor in plan.tensors:
-        if tensor.is_solved and tensor.tap is not None:
-            n_weights[tensor.tap] = n_weights.get(tensor.tap, 0) + tensor.source.n_elements
-    if data.stats is not None:
-        figures = {tap: outliers.figures_of(data.stats.diagonals(tap)) for tap in n_weights}
-    else:
-        from quantcli.calibrate import figures_by_tap
-
-        assert forward is not None
-        assert data.windows is not None
-        figures = {tap: f for tap, f in figures_by_tap(forward, data.windows).items() if tap in n_weights}
-    return outliers.choose(plan.recipe.protect_outliers, figures, n_weights)
 
 
 def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
