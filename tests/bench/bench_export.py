@@ -2,9 +2,9 @@
 
     QUANTCLI_LLAMA_CPP=… python tests/bench/bench_export.py FOLDER [--layers 16] [--threads 2] [--rounds 1]
 
-The model is made in FOLDER once (2.2 GB). Prints the seconds of each step, the ratio, the most memory that each process held, and whether
-all tensors are equal byte for byte. ``--profile`` runs ours alone and prints where its time goes: how long each kind of work ran in all
-threads together, how busy they were, and how long the end took, when nothing is left to overlap.
+The model is made in FOLDER once (2.2 GB). Prints the seconds of each step, by the clock and of the processors, their ratio, the most memory
+that ours held, and whether all tensors are equal byte for byte. ``--profile`` runs ours alone and prints where its time goes: how long each
+kind of work ran in all threads together, how busy they were, and how long the end took, when nothing is left to overlap.
 """
 
 from __future__ import annotations
@@ -57,23 +57,37 @@ def make(folder: Path, layers: int) -> Path:
     return model
 
 
-def timed(command: list[str | Path], threads: int) -> tuple[float, float, int]:
-    """(wall seconds, cpu seconds, most bytes held) of a program."""
+def timed(command: list[str | Path], threads: int) -> tuple[float, float, bytes]:
+    """(wall seconds, cpu seconds, what it printed) of a program."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    _, errors = process.communicate()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    printed, errors = process.communicate()
     seconds = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         raise SystemExit(errors.decode()[-2000:])
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, cpu, after.ru_maxrss << 10
+    return seconds, cpu, printed
 
 
 def ours(model: Path, out: Path, threads: int) -> list[str | Path]:
-    return [sys.executable, "-m", "quantcli", "export", model, "Q4_K_M", "-o", out, "--threads", str(threads), "--overwrite", "-q"]
+    return [
+        sys.executable,
+        "-m",
+        "quantcli",
+        "export",
+        model,
+        "Q4_K_M",
+        "-o",
+        out,
+        "--threads",
+        str(threads),
+        "--overwrite",
+        "--json",
+        "-q",
+    ]
 
 
 def are_equal(a: Path, b: Path) -> bool:
@@ -91,16 +105,20 @@ def are_equal(a: Path, b: Path) -> bool:
 
 
 def compare(model: Path, folder: Path, threads: int) -> None:
-    fast, cpu, peak = timed(ours(model, folder / "ours.gguf", threads), threads)
-    # children's peak is the largest of all so far: ours runs first, and is the smallest
-    print(f"quantcli export       {fast:7.1f} s  cpu {cpu:6.1f} s  peak {peak / 2**20:7.0f} MiB")  # noqa: T201
     converted, quantized = folder / "theirs-bf16.gguf", folder / "theirs.gguf"
-    first, cpu, peak = timed([sys.executable, "-c", CONVERT, LLAMA_CPP, model, converted], threads)
-    print(f"convert_hf_to_gguf    {first:7.1f} s  cpu {cpu:6.1f} s  peak {peak / 2**20:7.0f} MiB")  # noqa: T201
-    second, cpu, peak = timed([LLAMA_CPP / "build/bin/llama-quantize", converted, quantized, "Q4_K_M", str(threads)], threads)
-    print(f"llama-quantize        {second:7.1f} s  cpu {cpu:6.1f} s  peak {peak / 2**20:7.0f} MiB")  # noqa: T201
+    commands: dict[str, list[str | Path]] = {
+        "quantcli export": ours(model, folder / "ours.gguf", threads),
+        "convert_hf_to_gguf": [sys.executable, "-c", CONVERT, LLAMA_CPP, model, converted],
+        "llama-quantize": [LLAMA_CPP / "build/bin/llama-quantize", converted, quantized, "Q4_K_M", str(threads)],
+    }
+    results = {name: timed(command, threads) for name, command in commands.items()}
+    for name, (wall, cpu, _) in results.items():
+        print(f"{name:<20} {wall:7.1f} s  cpu {cpu:6.1f} s")  # noqa: T201
+    (mine, my_cpu, printed), *others = results.values()
+    wall_ratio, cpu_ratio = sum(wall for wall, _, _ in others) / mine, sum(cpu for _, cpu, _ in others) / my_cpu
+    peak = json.loads(printed)["peak_ram_bytes"] / 2**20
     equal = are_equal(folder / "ours.gguf", quantized)
-    print(f"ratio {(first + second) / fast:5.2f}  tensors equal {equal}")  # noqa: T201
+    print(f"ratio {wall_ratio:.2f}, cpu {cpu_ratio:.2f}  peak memory of ours {peak:.0f} MiB  tensors equal {equal}")  # noqa: T201
 
 
 class Clock:
