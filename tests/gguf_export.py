@@ -13,6 +13,7 @@ from quantcli import ops
 from quantcli.checkpoint import Checkpoint
 from quantcli.formats import gguf
 from quantcli.formats.gguf.filetypes import DENSE
+from quantcli.ops.blocks import KINDS
 from quantcli.tensors import QuantizedTensor, Scheme
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -36,7 +37,8 @@ def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str
 def quantized(tensor: torch.Tensor, scheme: Scheme | None) -> torch.Tensor | QuantizedTensor:
     if scheme is None or scheme.qtype.upper() in DENSE:
         return tensor
-    return QuantizedTensor(scheme, tuple(tensor.shape), {"blocks": ops.quantize_blocks(tensor.float(), scheme.qtype)})
+    importance = torch.ones(tensor.shape[-1]) if KINDS[scheme.qtype].needs_importance else None
+    return QuantizedTensor(scheme, tuple(tensor.shape), {"blocks": ops.quantize_blocks(tensor.float(), scheme.qtype, importance)})
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
