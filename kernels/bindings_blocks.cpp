@@ -70,10 +70,10 @@ BlockParams params_of(const Target& target, const Array& like, const nb::dict& a
         return array.data();
     };
     const BlockParams params = {
-        .d = static_cast<uint16_t*>(take(true, "d", kF16, target.blocks)),
+        .d = static_cast<uint16_t*>(take(info.has_d, "d", kF16, target.blocks)),
         .dmin = static_cast<uint16_t*>(take(info.has_min, "dmin", kF16, target.blocks)),
         .m = static_cast<uint16_t*>(take(info.has_offset, "m", kF16, target.blocks)),
-        .scale = static_cast<uint8_t*>(take(info.has_scales, "scale", info.has_min ? kU8 : kI8, subs)),
+        .scale = static_cast<uint8_t*>(take(info.has_scales, "scale", info.signed_scales ? kI8 : kU8, subs)),
         .min = static_cast<uint8_t*>(take(info.has_min, "min", kU8, subs)),
     };
     if (arrays.size() == n_names) return params;

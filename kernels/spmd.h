@@ -144,6 +144,18 @@ QC_FN I max(I a, I b) { return a > b ? a : b; }
 QC_FN F absolute(F x) { return from_bits(bits(x) & 0x7fffffff); }
 QC_FN F negate(F x) { return from_bits(bits(x) ^ INT32_MIN); }
 
+/// table[index & 7], where there is an instruction for it.
+#if defined(__AVX512DQ__) && QC_LANES == 16
+#define QC_HAS_LOOKUP
+QC_FN F lookup(const float* table, I index) {
+    const __m512 twice = _mm512_broadcast_f32x8(_mm256_loadu_ps(table));
+    return (F)_mm512_permutexvar_ps((__m512i)index, twice);
+}
+#elif defined(__AVX2__) && QC_LANES == 8
+#define QC_HAS_LOOKUP
+QC_FN F lookup(const float* table, I index) { return (F)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index); }
+#endif
+
 /// 1.5 · 2²³: added to |x| ≤ 2²² it leaves round-to-nearest-even(x) in the low bits of the sum.
 constexpr float kRound = 12582912.0f;
 

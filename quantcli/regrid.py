@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quantcli.errors import NumericsError, UnsupportedError
 from quantcli.ops.blocks import pack_blocks, unpack_blocks
+from quantcli.ops.minifloat import pack_fp4, unpack_fp4
 from quantcli.qtypes._float4 import scales_of
 from quantcli.registry import find
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme
@@ -38,6 +39,9 @@ BLOCK = 32
 
 WIDER = {"F16": ("F16", "F32"), "BF16": ("BF16", "F32"), "F32": ("F32",)}
 """A dtype of scales → those that hold all its numbers."""
+
+MXFP4 = {"mxfp4", "ggml_mxfp4"}
+"""The same numbers in two packings."""
 
 COARSE_TO_FINE = ("tensor", "block", "channel")
 FP8_HOLDS = {("tensor", "block"), ("tensor", "channel")}
@@ -59,7 +63,7 @@ def exactness(source: Scheme, target: Scheme, in_features: int) -> str | None:
     """How well ``target`` holds what ``source`` codes in rows of ``in_features``: :data:`EXACT`, :data:`CODES` or None for not at all."""
     if target.static_activations and source.get("act") != target.get("act"):
         return None
-    if grid_of(source) == grid_of(target):
+    if grid_of(source) == grid_of(target) or {source.qtype, target.qtype} == MXFP4:
         return EXACT
     if source.qtype == target.qtype == "fp8":
         return fp8_exactness(source, target)
@@ -81,6 +85,8 @@ def candidates(source: Scheme) -> Iterator[Scheme]:
     yield from variants(source)
     if source.get("act"):
         yield from variants(source.with_options(act=""))
+    if source.qtype in MXFP4:
+        yield Scheme.parse(*(MXFP4 - {source.qtype}))
     yield from (Scheme.of(name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"))
 
 
@@ -119,6 +125,8 @@ def regrid(tensor: QuantizedTensor, target: Scheme) -> tuple[QuantizedTensor, bo
         return QuantizedTensor(target, tensor.shape, kept), True
     if source.qtype == "fp8":
         out = spread_fp8(tensor, target)
+    elif source.qtype in MXFP4:
+        out = repacked_mxfp4(tensor, target)
     elif source.qtype in ("nf4", "fp4"):
         out = QuantizedTensor(target, tensor.shape, {"packed": tensor.parts["packed"], "absmax": scales_of(tensor.parts)})
     elif source.qtype == "hqq":
@@ -254,6 +262,17 @@ def packed(codes: Tensor, scale: Tensor, minimum: Tensor | None, target: Scheme)
         params["m"] = stored(minimum, "F16").repeat_interleave(spread, 1)
     blocks = pack_blocks(codes.to(torch.int8).contiguous(), params, target.qtype)
     return QuantizedTensor(target, tuple(codes.shape), {"blocks": blocks})
+
+
+def repacked_mxfp4(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+    """MXFP4 in the other packing: the same 4 bits and the same exponents."""
+    if target.qtype == "ggml_mxfp4":
+        codes = unpack_fp4(tensor.parts["packed"]).to(torch.int8)
+        parts = {"blocks": pack_blocks(codes, {"scale": tensor.parts["scale"]}, target.qtype)}
+    else:
+        codes, params = unpack_blocks(tensor.parts["blocks"], tensor.scheme.qtype, tensor.shape[-1])
+        parts = {"packed": pack_fp4(codes.to(torch.uint8)), "scale": params["scale"]}
+    return QuantizedTensor(target, tensor.shape, parts)
 
 
 def spread_fp8(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from quantcli.ops.blocks import KINDS
 
-TYPES = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_k": 12, "q5_k": 13, "q6_k": 14}
+TYPES = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14}
 TYPES |= {"iq3_s": 21, "iq3_xxs": 18, "iq2_xs": 17, "iq2_xxs": 16, "iq2_s": 22}
+TYPES |= {"iq4_nl": 20, "iq4_xs": 23, "tq1_0": 34, "tq2_0": 35, "ggml_mxfp4": 39, "ggml_nvfp4": 40}
 """ggml's enum values."""
 
 
@@ -55,7 +56,7 @@ class Ggml:
 
     def dequantize(self, blocks: Tensor, kind: str, in_features: int) -> Tensor:
         W = torch.empty(blocks.shape[0], in_features)
-        decode = getattr(self.library, f"dequantize_row_{kind.replace('_k', '_K')}")
+        decode = getattr(self.library, f"dequantize_row_{kind.removeprefix('ggml_').replace('_k', '_K')}")
         decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         decode(blocks.contiguous().data_ptr(), W.data_ptr(), W.numel())
         return W

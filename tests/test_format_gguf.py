@@ -21,6 +21,7 @@ from quantcli.errors import CheckpointError, NumericsError, QuantcliError, Recip
 from quantcli.formats import gguf
 from quantcli.formats.gguf import container, rope
 from quantcli.formats.gguf.filetypes import FILE_TYPES
+from quantcli.ops.blocks import KINDS
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 
@@ -64,6 +65,21 @@ def test_the_gguf_package_decodes_the_same_weights(tiny_llama: Any, tmp_path: Pa
             order = back.arch.row_order(name, theirs.shape[0], back.config)
             ours = back.read(name).float()
             torch.testing.assert_close(ours if order is None else ours[order], theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_block_type_is_written_under_ggmls_name_and_decodes_in_the_gguf_package(tiny_llama: Any, tmp_path: Path, kind: str) -> None:
+    ggml_type = container.ggml_type_of(kind)
+    assert container.qtype_of(ggml_type) == kind
+    with Checkpoint.open(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "m.gguf", "Q8_0", tensor_type=[f"ffn_up={ggml_type}"])
+    with Checkpoint.open(str(path)) as back:
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert (back.specs[name].dtype, back.schemes[name]) == (ggml_type, Scheme.of(kind))
+        (stored,) = (tensor for tensor in peer.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_up.weight")
+        assert stored.tensor_type.name == ggml_type
+        theirs = torch.from_numpy(peer.dequantize(stored.data, stored.tensor_type).copy())
+        torch.testing.assert_close(back.read(name).float(), theirs, rtol=0, atol=0)
 
 
 def test_config_comes_back(tiny_llama: Any, tmp_path: Path) -> None:
@@ -199,6 +215,15 @@ def test_norms_take_the_architectures_offset(tiny_llama: Any) -> None:
 def test_only_ggml_types_are_supported() -> None:
     assert all(gguf.supports(Scheme.of(qtype)) for qtype in ("q4_k", "q6_k", "q8_0", "f16", "bf16", "f32"))
     assert not gguf.supports(Scheme.parse("int4-g128"))
+
+
+def test_gguf_has_its_own_packing_of_mxfp4_and_nvfp4() -> None:
+    for word in ("mxfp4", "nvfp4"):
+        assert not gguf.supports(Scheme.parse(word))
+        assert gguf.suited(Scheme.parse(word), {}) == Scheme.of(f"ggml_{word}")
+        assert container.ggml_type_of(f"ggml_{word}") == word.upper()
+    rounded = Scheme.parse("mxfp4+mxfp4-g32")
+    assert gguf.suited(rounded, {}) == rounded  # no engine of GGUF rounds a linear's input so
 
 
 def test_a_weight_too_large_for_f16_is_named(tiny_llama: Any) -> None:

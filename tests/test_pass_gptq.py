@@ -120,7 +120,28 @@ def test_the_chunk_size_changes_nothing(chunk: int) -> None:
     assert torch.equal(quantize(W, H, "int4-g32-sym", chunk=chunk), quantize(W, H, "int4-g32-sym", chunk=128))
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES[:4], "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *SCHEMES[:4],
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "q2_k",
+        "q3_k",
+        "iq4_nl",
+        "iq4_xs",
+        "ggml_mxfp4",
+        "ggml_nvfp4",
+        "tq1_0",
+        "tq2_0",
+    ],
+)
 def test_gptq_beats_rounding_to_nearest_on_every_grid(scheme: str) -> None:
     W, H = problem(n_in=256)
     parsed = Scheme.parse(scheme)

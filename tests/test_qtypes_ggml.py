@@ -13,7 +13,9 @@ from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 BITS_PER_WEIGHT = {"q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q5_1": 6.0, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
+BITS_PER_WEIGHT |= {"q2_k": 2.625, "q3_k": 3.4375, "iq4_nl": 4.5, "iq4_xs": 4.25}
 BITS_PER_WEIGHT |= {"iq3_s": 3.4375, "iq3_xxs": 3.0625, "iq2_xs": 2.3125, "iq2_xxs": 2.0625, "iq2_s": 2.5625}
+BITS_PER_WEIGHT |= {"ggml_mxfp4": 4.25, "ggml_nvfp4": 4.5, "tq1_0": 1.6875, "tq2_0": 2.0625}
 BLOCK_TYPES = tuple(BITS_PER_WEIGHT)
 GRIDS = tuple(name for name in BLOCK_TYPES if not KINDS[name].has_book)
 BOOKS = tuple(name for name in BLOCK_TYPES if KINDS[name].has_book)
@@ -100,7 +102,17 @@ def test_an_offset_beyond_float16_is_an_error_too(name: str, W: Tensor) -> None:
         find("qtypes", name).encode(W, Scheme.parse(name))
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_a_weight_beyond_nvfp4s_largest_scale_is_an_error(W: Tensor) -> None:
+    qtype, scheme = find("qtypes", "ggml_nvfp4"), Scheme.parse("ggml_nvfp4")
+    W[3, 300] = 2688
+    assert qtype.unpack(qtype.encode(W, scheme))[3, 300] == 2688
+    W[3, 300] = -2689
+    for run in (qtype.encode, qtype.fit):
+        with pytest.raises(NumericsError, match=r"ggml_nvfp4 holds numbers up to 2688 \(largest .w. is 2.69e\+03\)"):
+            run(W, scheme)
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCK_TYPES if KINDS[name].d_at is not None])
 def test_a_scale_beyond_float16_is_an_error_with_the_largest_weight(name: str, W: Tensor) -> None:
     W[3, 300] = 1e9
     qtype, scheme = find("qtypes", name), Scheme.parse(name)

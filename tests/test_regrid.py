@@ -21,9 +21,20 @@ GROUPS = ("g32", "g128", "channel")
 SCHEMES = [
     *(f"int{bits}-{group}-{sym}" for bits in (2, 3, 4, 8) for group in GROUPS for sym in ("sym", "asym")),
     *("int4-g48-sym-sf32", "int4-g64-sym-sbf16", "int8-channel-sym-sf32+int8-token", "int4-g64-sym-desc", "int4-g64-asym-desc"),
-    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k"),
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0"),
     *("nf4-b64", "nf4-b64-dq", "nf4-b128", "fp4-b64", "fp4-b64-dq", "llm_int8"),
-    *("fp8-tensor", "fp8-channel", "fp8-block", "fp8-channel-sbf16", "fp8-channel-e5m2", "mxfp4", "mxfp8", "nvfp4"),
+    *(
+        "fp8-tensor",
+        "fp8-channel",
+        "fp8-block",
+        "fp8-channel-sbf16",
+        "fp8-channel-e5m2",
+        "mxfp4",
+        "mxfp8",
+        "nvfp4",
+        "ggml_mxfp4",
+        "ggml_nvfp4",
+    ),
 ]
 
 
@@ -94,6 +105,10 @@ def test_an_exact_pair_decodes_bit_for_bit_and_kept_codes_nearly_so(sources: dic
         ("fp8-channel-sbf16", "fp8-channel-sf32", "exact"),
         ("fp8-channel", "fp8-channel-sbf16", "codes"),
         ("int8-channel-sym+int8-token", "int8-channel-sym", "exact"),
+        ("mxfp4", "ggml_mxfp4", "exact"),
+        ("ggml_mxfp4", "mxfp4", "exact"),
+        ("ggml_mxfp4", "mxfp4+mxfp4-g32", "exact"),
+        ("nvfp4", "ggml_nvfp4", None),
         ("int4-g32-sym", "int4-g128-sym", None),
         ("int4-g128-asym", "int4-g128-sym", None),
         ("int4-g128-asym", "q4_0", None),

@@ -10,7 +10,7 @@ namespace quantcli::QC_ISA {
 template <class T>
 struct GridText : Text {
     static constexpr int kBlock = 256, kHead = 2;
-    static constexpr bool kHasScales = true, kHasGrid = true;
+    static constexpr bool kHasScales = true, kSignedScales = true, kHasGrid = true;
 
     QC_FN void search(const F* x, const F* importance, const F*, Found* found) {
         const GridTable& table = table_of(T::kGrid);

@@ -10,15 +10,15 @@ struct Params {
     I d;          // super-scale, IEEE half
     I dmin;       // super-scale of the minima, IEEE half
     I m;          // offset of the whole block, IEEE half
-    I scale[16];  // integer scale of each sub-block
-    I min[8];     // integer minimum of each sub-block
+    I scale[16];  // integer scale of each sub-block, or the bits of a small float
+    I min[16];    // integer minimum of each sub-block
 };
 
 /// What the search found. Where ggml keeps the codes of its search they are round(inverse · (x − origin)): so both are kept here.
 struct Found {
     Params params;
     F inverse[16];
-    F origin[8];
+    F origin[16];
     bool is_weighted;
     I point[64];  // code books: the point of each run of weights
     I sign[8];    // and the weights' signs, a bit each
@@ -28,8 +28,10 @@ struct Found {
 /// search, encode, pack, unpack, decode. `search` takes kAbreast blocks, one after another in x, importance (null without), power (the mean
 /// square of each one's whole row, if the text asks for it) and found; the others one block.
 struct Text {
-    static constexpr int kHead = 0, kTail = 0;       // bytes of f16 (d) before and after the block's 32-bit words
+    static constexpr int kHead = 0, kTail = 0;       // bytes of the outermost scale before and after the block's 32-bit words
+    static constexpr bool kHasD = true;              // d; without it the first sub-block's scale is the outermost
     static constexpr bool kHasScales = false;        // a scale for each sub-block
+    static constexpr bool kSignedScales = false;     // which is an int8
     static constexpr bool kHasMin = false;           // dmin, and a minimum for each sub-block
     static constexpr bool kHasOffset = false;        // m
     static constexpr bool kWeighted = true;          // the search uses importance
@@ -42,6 +44,22 @@ struct Text {
 /// 32-bit words of a block.
 template <class T>
 constexpr int kWords = (T::kBytes - T::kHead - T::kTail) / 4;
+
+/// A sub-block's scale from its byte.
+template <class T>
+QC_FN int32_t scale_from_byte(uint8_t byte) {
+    return T::kSignedScales ? static_cast<int8_t>(byte) : byte;
+}
+
+/// What kHead and kTail store.
+template <class T>
+QC_FN I& outermost(Params& params) {
+    return T::kHasD ? params.d : params.scale[0];
+}
+template <class T>
+QC_FN const I& outermost(const Params& params) {
+    return T::kHasD ? params.d : params.scale[0];
+}
 
 /// Four codes as the bytes of one little-endian word.
 QC_FN I bytes_of(I a, I b, I c, I d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }

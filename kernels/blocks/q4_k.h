@@ -8,11 +8,12 @@
 
 namespace quantcli::QC_ISA {
 
-struct Q4_K : AffineK<15, 20> {
+struct Q4_K : AffineK<15, 20, SixBitScales> {
     static constexpr int kBytes = 144;
 
     QC_FN void pack(const I* codes, const Params& params, I* words) {
-        pack_params(params, words);
+        words[0] = pack_halves(params);
+        SixBitScales::pack(params, words + 1);
         for (int i = 0; i < 32; ++i) {
             const I* pair = codes + 64 * (i / 8) + 4 * (i % 8);
             words[4 + i] = bytes_of(pair[0], pair[1], pair[2], pair[3]) | bytes_of(pair[32], pair[33], pair[34], pair[35]) << 4;
@@ -20,7 +21,8 @@ struct Q4_K : AffineK<15, 20> {
     }
 
     QC_FN void unpack(const I* words, I* codes, Params& params) {
-        unpack_params(words, params);
+        unpack_halves(words[0], params);
+        SixBitScales::unpack(words + 1, params);
         for (int i = 0; i < 128; ++i) {
             I* pair = codes + 64 * (i / 32) + i % 32;
             const I byte = byte_at(words[4 + i / 4], i % 4);

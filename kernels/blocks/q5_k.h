@@ -8,11 +8,12 @@
 
 namespace quantcli::QC_ISA {
 
-struct Q5_K : AffineK<31, 15> {
+struct Q5_K : AffineK<31, 15, SixBitScales> {
     static constexpr int kBytes = 176;
 
     QC_FN void pack(const I* codes, const Params& params, I* words) {
-        pack_params(params, words);
+        words[0] = pack_halves(params);
+        SixBitScales::pack(params, words + 1);
         for (int i = 0; i < 8; ++i) {
             words[4 + i] = splat_int(0);
             for (int j = 0; j < kSubs; ++j) {
@@ -29,7 +30,8 @@ struct Q5_K : AffineK<31, 15> {
     }
 
     QC_FN void unpack(const I* words, I* codes, Params& params) {
-        unpack_params(words, params);
+        unpack_halves(words[0], params);
+        SixBitScales::unpack(words + 1, params);
         for (int i = 0; i < 128; ++i) {
             const int p = i / 32;
             I* pair = codes + 64 * p + i % 32;

@@ -12,7 +12,7 @@ namespace quantcli::QC_ISA {
 struct Q6_K : Text {
     static constexpr int kBlock = 256, kSub = 16, kSubs = 16, kBytes = 210;
     static constexpr int kTail = 2;
-    static constexpr bool kHasScales = true;
+    static constexpr bool kHasScales = true, kSignedScales = true;
 
     QC_FN void search(const F* x, const F* importance, const F*, Found* found) {
         F scale[kSubs];

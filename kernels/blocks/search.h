@@ -63,8 +63,9 @@ QC_CALL void line_codes_exact(const F* x, const F* w, const F& inverse, const F&
     sum = line_codes_as<n, kMax, true>(x, w, inverse, low, codes);
 }
 
-/// error[c] = Σ w·(scale·q + min − x)² of kN groups, one after another in x, w and codes; their sums grow side by side.
-template <int n, int kN>
+/// error[c] = Σ w·(scale·q + min − x)² (kMad: the magnitude, not its square) of kN groups, one after another in x, w and codes; their sums
+/// grow side by side.
+template <int n, int kN, bool kMad>
 QC_FN void line_errors(const F* x, const F* w, const F* scale, const F* min, const F* codes, F* error) {
     for (int c = 0; c < kN; ++c) error[c] = splat(0.0f);
     QC_UNROLL(4)
@@ -72,7 +73,7 @@ QC_FN void line_errors(const F* x, const F* w, const F* scale, const F* min, con
         QC_UNROLL(4)
         for (int c = 0; c < kN; ++c) {
             const F diff = scale[c] * codes[n * c + i] + min[c] - x[n * c + i];
-            error[c] += w[n * c + i] * (diff * diff);
+            error[c] += w[n * c + i] * (kMad ? absolute(diff) : diff * diff);
         }
     }
 }
@@ -119,7 +120,7 @@ QC_FN void start_line(const F* x, const F* w, LineState& s, F* codes) {
 
 /// make_qkx2_quants and make_qkx3_quants (equal but for their constants) of kN groups, one after another in x and w: tries n_steps + 1
 /// spacings, fits scale and min to each.
-template <int n, int kMax, int kN>
+template <int n, int kMax, int kN, bool kMad = false>
 QC_CALL void search_lines(const F* x, const F* w, float first, float step, int n_steps, Line* found) {
     LineState s[kN];
     F codes[kN * n], scale[kN], min[kN], error[kN];
@@ -128,7 +129,7 @@ QC_CALL void search_lines(const F* x, const F* w, float first, float step, int n
         scale[c] = s[c].best.scale;
         min[c] = s[c].low;
     }
-    line_errors<n, kN>(x, w, scale, min, codes, error);
+    line_errors<n, kN, kMad>(x, w, scale, min, codes, error);
     // A flat block takes no trial's result: no error is below −1.
     for (int c = 0; c < kN; ++c) s[c].best_error = select(s[c].flat, splat(-1.0f), error[c]);
 
@@ -147,7 +148,7 @@ QC_CALL void search_lines(const F* x, const F* w, float first, float step, int n
                 min[c] = select(positive, splat(0.0f), min[c]);
             }
         }
-        line_errors<n, kN>(x, w, scale, min, codes, error);
+        line_errors<n, kN, kMad>(x, w, scale, min, codes, error);
         for (int c = 0; c < kN; ++c) {
             const Mask better = (determinant[c] > 0.0f) & (error[c] < s[c].best_error);
             s[c].best_error = select(better, error[c], s[c].best_error);
@@ -170,33 +171,41 @@ QC_CALL void search_lines(const F* x, const F* w, float first, float step, int n
 /// x ≈ scale·q, and the codes of the search: q = round(inverse·x). inverse is 0 where the block counts as all zero.
 struct Ray {
     F scale, inverse;
+    Mask tiny;
 };
 
 struct RaySums {
     F lx, l2;
 };
 
-template <int n, int kMax>
+template <int n, int kMax, bool kExact>
 QC_FN RaySums ray_sums(const F* x, const F* w, const F* wx, F inverse) {
     RaySums sum = {splat(0.0f), splat(0.0f)};
     QC_UNROLL(8)
     for (int i = 0; i < n; ++i) {
-        const F l = code_fast(inverse * x[i], -kMax, kMax - 1);
+        const F v = inverse * x[i];
+        const F l = kExact ? code_exact(v, -kMax, kMax - 1) : code_fast(v, -kMax, kMax - 1);
         sum.lx += wx[i] * l;
         sum.l2 += w[i] * l * l;
     }
     return sum;
 }
 
-/// The code that the search gave x.
+/// The code that the search gave x, where it was `tiny` or not.
 template <int kMax>
-QC_FN I ray_code(F inverse, F x) {
+QC_FN I ray_code(Mask tiny, F inverse, F x) {
     const I code = max(min(nearest_int(inverse * x), splat_int(kMax - 1)), splat_int(-kMax));
-    return select(inverse == 0.0f, splat_int(-kMax), code);
+    return select(tiny, splat_int(-kMax), code);
 }
 
-/// make_qx_quants with rmse_type 1. Needs finite x; then |inverse·x| < kMax + 1, so codes need no exact path.
-template <int n, int kMax>
+/// The same of finite x, whose search leaves 0 as inverse only if tiny.
+template <int kMax>
+QC_FN I ray_code(F inverse, F x) {
+    return ray_code<kMax>(inverse == 0.0f, inverse, x);
+}
+
+/// make_qx_quants with rmse_type 1. Finite x need no exact path, for then |inverse·x| < kMax + 1.
+template <int n, int kMax, bool kExact = false>
 QC_CALL void search_ray(const F* x, const F* w, Ray& found) {
     F peak = splat(0.0f), amax = splat(0.0f);
     F wx[n];
@@ -211,14 +220,15 @@ QC_CALL void search_ray(const F* x, const F* w, Ray& found) {
     peak = select(tiny, splat(1.0f), peak);
 
     Ray best;
+    best.tiny = tiny;
     best.inverse = -static_cast<float>(kMax) / peak;
-    RaySums sum = ray_sums<n, kMax>(x, w, wx, best.inverse);
+    RaySums sum = ray_sums<n, kMax, kExact>(x, w, wx, best.inverse);
     best.scale = select(sum.l2 == 0.0f, splat(0.0f), sum.lx / sum.l2);
     F best_score = best.scale * sum.lx;
     for (int trial = -9; trial <= 9; ++trial) {
         if (trial == 0) continue;
         const F inverse = -(static_cast<float>(kMax) + 0.1f * static_cast<float>(trial)) / peak;
-        sum = ray_sums<n, kMax>(x, w, wx, inverse);
+        sum = ray_sums<n, kMax, kExact>(x, w, wx, inverse);
         const Mask better = (sum.l2 > 0.0f) & (sum.lx * sum.lx > best_score * sum.l2);
         best.scale = select(better, sum.lx / sum.l2, best.scale);
         best.inverse = select(better, inverse, best.inverse);
@@ -231,7 +241,7 @@ QC_CALL void search_ray(const F* x, const F* w, Ray& found) {
 
 // -- the scales of the scales ---------------------------------------------------------------------------------------------------------
 
-/// make_qp_quants: the scale of non-negative `x`, weights `w`, for codes 0 … kMax; codes as ggml's bytes (low 8 bits).
+/// make_qp_quants: the super-scale of non-negative x[n] with weights w, codes 0 … kMax; these as ggml's bytes (low 8 bits).
 template <int n, int kMax>
 QC_CALL void search_scales(const F* x, const F* w, I* codes, F& scale_of_scales) {
     F peak = splat(0.0f);

@@ -125,10 +125,12 @@ void search_all(const S* W, int64_t rows, int64_t cols, const float* importance,
     });
 }
 
-void put_halves(I values, uint8_t* const* at, int n_lanes) {
+/// The low kBytes of each value, little-endian. (x86 and Arm are.)
+template <int kBytes>
+void put_bytes(const I& values, uint8_t* const* at, int n_lanes) {
     for (int lane = 0; lane < n_lanes; ++lane) {
-        const uint16_t half = static_cast<uint16_t>(values[lane]);
-        std::memcpy(at[lane], &half, 2);
+        const int32_t value = values[lane];
+        std::memcpy(at[lane], &value, kBytes);
     }
 }
 
@@ -138,28 +140,27 @@ QC_CALL void store_blocks(const I* codes, const Params& params, const Group& gro
     T::pack(codes, params, words);
     uint8_t* runs[kLanes];
     runs_of(blocks, group, T::kBytes, runs);
-    if constexpr (T::kHead) put_halves(params.d, runs, group.n_lanes);
+    if constexpr (T::kHead) put_bytes<T::kHead>(outermost<T>(params), runs, group.n_lanes);
     for (int lane = 0; lane < kLanes; ++lane) runs[lane] += T::kHead;
     store_runs(words, kWords<T>, runs, group.n_lanes);
     for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 4 * kWords<T>;
-    if constexpr (T::kTail) put_halves(params.d, runs, group.n_lanes);
+    if constexpr (T::kTail) put_bytes<T::kTail>(outermost<T>(params), runs, group.n_lanes);
 }
 
-I get_halves(const uint8_t* const* at) {
-    I values;
+template <int kBytes>
+void get_bytes(const uint8_t* const* at, I& values) {
     for (int lane = 0; lane < kLanes; ++lane) {
-        uint16_t half;
-        std::memcpy(&half, at[lane], 2);
-        values[lane] = half;
+        int32_t value = 0;
+        std::memcpy(&value, at[lane], kBytes);
+        values[lane] = value;
     }
-    return values;
 }
 
 template <class T>
 QC_CALL void load_blocks(const uint8_t* blocks, const Group& group, I* codes, Params& params) {
     const uint8_t* runs[kLanes];
     runs_of(blocks, group, T::kBytes, runs);
-    if constexpr (T::kHead) params.d = get_halves(runs);
+    if constexpr (T::kHead) get_bytes<T::kHead>(runs, outermost<T>(params));
     for (int lane = 0; lane < kLanes; ++lane) runs[lane] += T::kHead;
     I words[kWords<T>];
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -170,7 +171,7 @@ QC_CALL void load_blocks(const uint8_t* blocks, const Group& group, I* codes, Pa
         }
     }
     for (int lane = 0; lane < kLanes; ++lane) runs[lane] += 4 * kWords<T>;
-    if constexpr (T::kTail) params.d = get_halves(runs);
+    if constexpr (T::kTail) get_bytes<T::kTail>(runs, outermost<T>(params));
     T::unpack(words, codes, params);
 }
 
@@ -180,7 +181,7 @@ void put_params(const Params& params, const Group& group, const BlockParams& out
     constexpr int kSubs = T::kBlock / T::kSub;
     for (int lane = 0; lane < group.n_lanes; ++lane) {
         const int64_t block = group.block[lane];
-        out.d[block] = static_cast<uint16_t>(params.d[lane]);
+        if constexpr (T::kHasD) out.d[block] = static_cast<uint16_t>(params.d[lane]);
         if constexpr (T::kHasMin) out.dmin[block] = static_cast<uint16_t>(params.dmin[lane]);
         if constexpr (T::kHasOffset) out.m[block] = static_cast<uint16_t>(params.m[lane]);
         for (int j = 0; T::kHasScales && j < kSubs; ++j) out.scale[block * kSubs + j] = static_cast<uint8_t>(params.scale[j][lane]);
@@ -193,10 +194,10 @@ void get_params(const BlockParams& in, const Group& group, Params& params) {
     constexpr int kSubs = T::kBlock / T::kSub;
     for (int lane = 0; lane < kLanes; ++lane) {
         const int64_t block = group.block[lane];
-        params.d[lane] = in.d[block];
+        if constexpr (T::kHasD) params.d[lane] = in.d[block];
         if constexpr (T::kHasMin) params.dmin[lane] = in.dmin[block];
         if constexpr (T::kHasOffset) params.m[lane] = in.m[block];
-        for (int j = 0; T::kHasScales && j < kSubs; ++j) params.scale[j][lane] = in.scale[block * kSubs + j];
+        for (int j = 0; T::kHasScales && j < kSubs; ++j) params.scale[j][lane] = scale_from_byte<T>(in.scale[block * kSubs + j]);
         for (int j = 0; T::kHasMin && j < kSubs; ++j) params.min[j][lane] = in.min[block * kSubs + j];
     }
 }

@@ -12,37 +12,51 @@ constexpr int kThreads = 64;  // a thread holds a whole block in local memory: s
 
 __device__ int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-/// Blocks start at even addresses only: words go as halves.
-__device__ void put_half(uint8_t* at, I half) { *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(half); }
-__device__ I get_half(const uint8_t* at) { return *reinterpret_cast<const uint16_t*>(at); }
+/// The low kBytes of a value, little-endian. Blocks start at even addresses at best, those of an odd size at any: words go as halves, or as
+/// bytes.
+template <class T, int kBytes>
+__device__ void put_bytes(uint8_t* at, I value) {
+    constexpr int kStep = T::kBytes % 2 ? 1 : 2;
+    for (int i = 0; i < kBytes; i += kStep, value = shift_right_logical(value, 8 * kStep)) {
+        if (kStep == 2)
+            *reinterpret_cast<uint16_t*>(at + i) = static_cast<uint16_t>(value);
+        else
+            at[i] = static_cast<uint8_t>(value);
+    }
+}
+
+template <class T, int kBytes>
+__device__ I get_bytes(const uint8_t* at) {
+    constexpr int kStep = T::kBytes % 2 ? 1 : 2;
+    I value = 0;
+    for (int i = 0; i < kBytes; i += kStep) value |= (kStep == 2 ? *reinterpret_cast<const uint16_t*>(at + i) : at[i]) << (8 * i);
+    return value;
+}
 
 template <class T>
 __device__ void store_block(const I* codes, const Params& params, uint8_t* at) {
     I words[kWords<T>];
     T::pack(codes, params, words);
-    if (T::kHead) put_half(at, params.d);
+    put_bytes<T, T::kHead>(at, outermost<T>(params));
     at += T::kHead;
-    for (int i = 0; i < kWords<T>; ++i, at += 4) {
-        put_half(at, words[i]);
-        put_half(at + 2, shift_right_logical(words[i], 16));
-    }
-    if (T::kTail) put_half(at, params.d);
+    for (int i = 0; i < kWords<T>; ++i, at += 4) put_bytes<T, 4>(at, words[i]);
+    put_bytes<T, T::kTail>(at, outermost<T>(params));
 }
 
 template <class T>
 __device__ void load_block(const uint8_t* at, I* codes, Params& params) {
     I words[kWords<T>];
-    if (T::kHead) params.d = get_half(at);
+    if (T::kHead) outermost<T>(params) = get_bytes<T, T::kHead>(at);
     at += T::kHead;
-    for (int i = 0; i < kWords<T>; ++i, at += 4) words[i] = get_half(at) | get_half(at + 2) << 16;
-    if (T::kTail) params.d = get_half(at);
+    for (int i = 0; i < kWords<T>; ++i, at += 4) words[i] = get_bytes<T, 4>(at);
+    if (T::kTail) outermost<T>(params) = get_bytes<T, T::kTail>(at);
     T::unpack(words, codes, params);
 }
 
 template <class T>
 __device__ void put_params(const Params& params, int64_t block, const BlockParams& out) {
     constexpr int kSubs = T::kBlock / T::kSub;
-    out.d[block] = static_cast<uint16_t>(params.d);
+    if (T::kHasD) out.d[block] = static_cast<uint16_t>(params.d);
     if (T::kHasMin) out.dmin[block] = static_cast<uint16_t>(params.dmin);
     if (T::kHasOffset) out.m[block] = static_cast<uint16_t>(params.m);
     for (int j = 0; T::kHasScales && j < kSubs; ++j) out.scale[block * kSubs + j] = static_cast<uint8_t>(params.scale[j]);
@@ -52,10 +66,10 @@ __device__ void put_params(const Params& params, int64_t block, const BlockParam
 template <class T>
 __device__ void get_params(const BlockParams& in, int64_t block, Params& params) {
     constexpr int kSubs = T::kBlock / T::kSub;
-    params.d = in.d[block];
+    if (T::kHasD) params.d = in.d[block];
     if (T::kHasMin) params.dmin = in.dmin[block];
     if (T::kHasOffset) params.m = in.m[block];
-    for (int j = 0; T::kHasScales && j < kSubs; ++j) params.scale[j] = in.scale[block * kSubs + j];
+    for (int j = 0; T::kHasScales && j < kSubs; ++j) params.scale[j] = scale_from_byte<T>(in.scale[block * kSubs + j]);
     for (int j = 0; T::kHasMin && j < kSubs; ++j) params.min[j] = in.min[block * kSubs + j];
 }
 
@@ -74,7 +88,7 @@ struct Source {
     }
 };
 
-/// Search, and what is wanted of it: the blocks (if not null), the parameters (if out.d is not null).
+/// Search, and what is wanted of it: the blocks (if not null), the parameters (if out has any).
 template <class T>
 __global__ void search_kernel(Source source, uint8_t* blocks, BlockParams out) {
     const int64_t block = thread_index();
@@ -87,7 +101,7 @@ __global__ void search_kernel(Source source, uint8_t* blocks, BlockParams out) {
     Found found;
     static_assert(T::kAbreast == 1, "a thread is one block");
     T::search(x, weighted ? wanted : nullptr, &power, &found);
-    if (out.d) put_params<T>(found.params, block, out);
+    if (out.d || out.scale) put_params<T>(found.params, block, out);
     if (!blocks) return;
     I codes[T::kBlock];
     T::encode(x, found, codes);

@@ -56,7 +56,7 @@ class Q8_0:
     @staticmethod
     def search(x: Tensor, importance: Tensor | None, power: Tensor | None) -> Found:
         d = ratio(x.abs().amax(0), 127)
-        return Found(Params(to_half(d)), inverse_of(d)[None], torch.zeros_like(d)[None])
+        return Found(Params(to_half(d)), inverse_of(d)[None])
 
     @staticmethod
     def encode(x: Tensor, found: Found) -> Tensor:
@@ -86,9 +86,9 @@ class Symmetric:
         n_max = cls.kind.hi + 1
         if importance is not None and power is not None:
             scale, inverse = search_ray(x, importance * square_root(power + x * x), n_max)
-            return Found(Params(to_half(scale)), inverse[None], torch.zeros_like(inverse)[None], is_weighted=True)
+            return Found(Params(to_half(scale)), inverse[None], is_weighted=True)
         d = peak_of(x) / -n_max
-        return Found(Params(to_half(d)), inverse_of(d)[None], torch.zeros_like(d)[None])
+        return Found(Params(to_half(d)), inverse_of(d)[None])
 
     @classmethod
     def encode(cls, x: Tensor, found: Found) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.ops.block_search import Found, Params
+from quantcli.ops.block_search import Found, Kind, Params
 from quantcli.ops.block_texts import KINDS, TEXTS
 
 
@@ -37,13 +37,14 @@ def _search(W: Tensor, kind: str, importance: Tensor | None) -> tuple[Tensor, Fo
     return x, TEXTS[kind].search(x, weights, power)
 
 
-def _to_parts(params: Params, n_rows: int) -> dict[str, Tensor]:
+def _to_parts(params: Params, kind: Kind, n_rows: int) -> dict[str, Tensor]:
     def half(bits: Tensor) -> Tensor:
         return bits.to(torch.int16).view(torch.float16).view(n_rows, -1)
 
-    parts = {"d": half(params.d)}
+    parts = {} if kind.d_at is None else {"d": half(params.d)}
     if params.scale is not None:
-        parts["scale"] = _rows(params.scale, n_rows, torch.int8 if params.min is None else torch.uint8)
+        assert kind.scale is not None
+        parts["scale"] = _rows(params.scale, n_rows, kind.scale)
     if params.min is not None and params.dmin is not None:
         parts |= {"dmin": half(params.dmin), "min": _rows(params.min, n_rows, torch.uint8)}
     if params.m is not None:
@@ -51,14 +52,14 @@ def _to_parts(params: Params, n_rows: int) -> dict[str, Tensor]:
     return parts
 
 
-def _from_parts(parts: dict[str, Tensor]) -> Params:
+def _from_parts(parts: dict[str, Tensor], kind: Kind) -> Params:
     def half(part: Tensor) -> Tensor:
         return part.contiguous().view(torch.int16).int().flatten() & 0xFFFF
 
     def subs(part: Tensor) -> Tensor:
-        return _lanes(part.int(), part.shape[1] // parts["d"].shape[1])
+        return _lanes(part.int(), kind.block // kind.sub)
 
-    params = Params(half(parts["d"]))
+    params = Params(half(parts["d"]) if "d" in parts else torch.zeros(0, dtype=torch.int32))
     if "scale" in parts:
         params.scale = subs(parts["scale"])
     if "min" in parts:
@@ -75,17 +76,17 @@ def quantize(W: Tensor, kind: str, importance: Tensor | None) -> Tensor:
 
 
 def fit(W: Tensor, kind: str, importance: Tensor | None) -> dict[str, Tensor]:
-    return _to_parts(_search(W, kind, importance)[1].params, W.shape[0])
+    return _to_parts(_search(W, kind, importance)[1].params, KINDS[kind], W.shape[0])
 
 
 def pack(codes: Tensor, parts: dict[str, Tensor], kind: str) -> Tensor:
-    packed = TEXTS[kind].pack(_lanes(codes.int(), KINDS[kind].block), _from_parts(parts))
+    packed = TEXTS[kind].pack(_lanes(codes.int(), KINDS[kind].block), _from_parts(parts, KINDS[kind]))
     return _rows(packed, codes.shape[0], torch.uint8)
 
 
 def unpack(blocks: Tensor, kind: str, in_features: int) -> tuple[Tensor, dict[str, Tensor]]:
     codes, params = _unpack(blocks, kind, in_features)
-    return _rows(codes, blocks.shape[0], torch.int8), _to_parts(params, blocks.shape[0])
+    return _rows(codes, blocks.shape[0], torch.int8), _to_parts(params, KINDS[kind], blocks.shape[0])
 
 
 def dequantize(blocks: Tensor, kind: str, in_features: int) -> Tensor:

@@ -7,7 +7,8 @@ the bits of IEEE halves as int32. The compiled texts in ``kernels/blocks`` have 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,7 +20,10 @@ TINY = 1e-15
 
 @dataclass(slots=True)
 class Params:
-    """What a block stores beside its codes. ``d``, ``dmin``, ``m`` [n]; ``scale``, ``min`` [n_sub, n]; int32."""
+    """What a block stores beside its codes. ``d``, ``dmin``, ``m`` [n]; ``scale``, ``min`` [n_sub, n]; int32.
+
+    A type that has no ``d`` leaves it empty.
+    """
 
     d: Tensor
     scale: Tensor | None = None
@@ -30,12 +34,12 @@ class Params:
 
 @dataclass(slots=True)
 class Found:
-    """What a search leaves: the parameters, and per sub-block how it coded, ``round(inverse · (x − origin))``, each [n_sub, n]; or, where
-    it chooses from a code book, the ``codes`` themselves [block, n]."""
+    """What a search leaves: the parameters, and per sub-block how it coded, ``round(inverse · (x − origin))``, each [n_sub, n], where
+    the type's ``encode`` asks for it; or, where it chooses from a code book, the ``codes`` themselves [block, n]."""
 
     params: Params
-    inverse: Tensor
-    origin: Tensor
+    inverse: Tensor = field(default_factory=lambda: torch.empty(0))
+    origin: Tensor = field(default_factory=lambda: torch.empty(0))
     is_weighted: bool = False
     codes: Tensor | None = None
 
@@ -46,8 +50,10 @@ class Kind:
 
     ``block``, ``n_bytes``: weights and bytes of a block; ``sub``: weights of a sub-block; ``lo`` … ``hi``: the codes; ``scale``: dtype of
     the sub-blocks' scales; ``has_min``: ``dmin`` and a minimum for each sub-block; ``has_offset``: ``m``, the offset of the block;
-    ``d_at``: the byte of ``d``, which ``dmin`` or ``m`` follow; ``is_weighted``: the search uses importance; ``row_power``: and the mean
-    square of the block's whole row with it; ``needs_importance``: and cannot do without; ``has_book``: magnitudes come from a code book.
+    ``d_at``: the byte of ``d``, which ``dmin`` or ``m`` follow, None without a ``d``; ``is_weighted``: the search uses importance;
+    ``row_power``: and the mean square of the block's whole row with it; ``needs_importance``: and cannot do without; ``has_book``:
+    magnitudes come from a code book; ``levels``: what the codes stand for if not for themselves; ``scale_of``: and what the sub-blocks'
+    scales do.
     """
 
     block: int
@@ -58,11 +64,13 @@ class Kind:
     scale: torch.dtype | None = None
     has_min: bool = False
     has_offset: bool = False
-    d_at: int = 0
+    d_at: int | None = 0
     is_weighted: bool = True
     row_power: bool = False
     needs_importance: bool = False
     has_book: bool = False
+    levels: tuple[float, ...] | None = None
+    scale_of: Callable[[Tensor], Tensor] | None = None
 
 
 class Text(Protocol):
@@ -166,10 +174,12 @@ def spacing(n_max: int, first: float, step: float, trial: int) -> float:
 # -- the three searches ----------------------------------------------------------------------------------------------------------
 
 
-def search_line(x: Tensor, w: Tensor, n_max: int, first: float, step: float, n_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def search_line(
+    x: Tensor, w: Tensor, n_max: int, first: float, step: float, n_steps: int, *, mad: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """make_qkx2_quants and make_qkx3_quants: scale and min ≤ 0 of least Σ w·(scale·q + min − x)², q = 0 … n_max.
 
-    ``x``, ``w``: [k, n]. Returns scale, min, inverse, origin, each [n].
+    ``x``, ``w``: [k, …]; ``mad``: the error's magnitude counts, not its square. Returns scale, min, inverse, origin, each […].
     """
 
     def codes_of(inverse: Tensor, low: Tensor) -> Tensor:
@@ -177,7 +187,7 @@ def search_line(x: Tensor, w: Tensor, n_max: int, first: float, step: float, n_s
 
     def error_of(scale: Tensor, low: Tensor, codes: Tensor) -> Tensor:
         diff = scale * codes + low - x
-        return ordered_sum(w * (diff * diff))
+        return ordered_sum(w * (diff.abs() if mad else diff * diff))
 
     low, high = least_of(x), x.amax(0)
     low = torch.where(low > 0, 0.0, low)
@@ -232,9 +242,9 @@ def search_ray(x: Tensor, w: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
     return torch.where(tiny, 0.0, best_scale), torch.where(tiny, 0.0, best_inverse)
 
 
-def ray_code(inverse: Tensor, x: Tensor, n_max: int) -> Tensor:
-    """The codes that :func:`search_ray` gave ``x``: all lowest where the block counted as zero."""
-    return torch.where(inverse == 0, -n_max, nearest_int(inverse * x).clamp(-n_max, n_max - 1))
+def ray_code(inverse: Tensor, x: Tensor, n_max: int, tiny: Tensor | None = None) -> Tensor:
+    """The codes that :func:`search_ray` gave ``x``: all lowest where it counted as zero, which a zero ``inverse`` tells if x is finite."""
+    return torch.where(inverse == 0 if tiny is None else tiny, -n_max, nearest_int(inverse * x).clamp(-n_max, n_max - 1))
 
 
 def search_scales(x: Tensor, w: Tensor, n_max: int) -> tuple[Tensor, Tensor]:

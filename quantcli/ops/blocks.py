@@ -14,8 +14,8 @@ from quantcli.ops.block_texts import KINDS
 from quantcli.ops.dispatch import kernel, stream
 
 Params = dict[str, Tensor]
-"""``d`` F16 [out, n_super]; k-quants also ``scale`` [out, n_sub] (U8, q6_k I8), and q4_k, q5_k ``dmin`` F16 and ``min`` U8; q4_1 and q5_1
-``m`` F16 [out, n_super]."""
+"""``d`` F16 [out, n_super]; types of sub-blocks also ``scale`` [out, n_sub], U8 or I8, and q2_k, q4_k, q5_k ``dmin`` F16 and ``min`` U8;
+q4_1 and q5_1 ``m`` F16 [out, n_super]."""
 
 
 def _kind(name: str, in_features: int) -> Kind:
@@ -29,7 +29,7 @@ def _kind(name: str, in_features: int) -> Kind:
 
 def _empty_params(kind: Kind, rows: int, in_features: int, device: torch.device) -> Params:
     n_super, n_sub = in_features // kind.block, in_features // kind.sub
-    params = {"d": torch.empty(rows, n_super, dtype=torch.float16, device=device)}
+    params = {} if kind.d_at is None else {"d": torch.empty(rows, n_super, dtype=torch.float16, device=device)}
     if kind.scale is not None:
         params["scale"] = torch.empty(rows, n_sub, dtype=kind.scale, device=device)
     if kind.has_min:

@@ -14,14 +14,14 @@ from quantcli.ops.blocks import Params, dequantize_blocks, fit_blocks, pack_bloc
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 
-def effective(params: Params, group_block: int) -> tuple[Tensor, Tensor | None]:
-    """Scale and offset of every sub-block, [out, n_sub] float32, as ggml's dequantizer computes them: w = scale·q + offset.
-
-    ``group_block``: sub-blocks in a block, which share ``d`` and ``dmin``.
-    """
+def effective(params: Params, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Scale and offset of every sub-block, [out, n_sub] float32, as ggml's dequantizer computes them: w = scale·q + offset."""
+    sizes = KINDS[kind]
+    if sizes.scale_of is not None:
+        return sizes.scale_of(params["scale"].int()), None
 
     def of_block(name: str) -> Tensor:
-        return params[name].float().repeat_interleave(group_block, 1)
+        return params[name].float().repeat_interleave(sizes.block // sizes.sub, 1)
 
     scale = of_block("d") * params["scale"].float() if "scale" in params else of_block("d")
     if "min" in params:
@@ -51,8 +51,16 @@ class BlockType:
         sizes = KINDS[self.kind]
         params = fit_blocks(W, self.kind, importance)
         self._check_finite(W, *(params[name] for name in ("d", "dmin", "m") if name in params))
-        scale, offset = effective(params, sizes.block // sizes.sub)
-        return Grid(scale, offset, sizes.lo, sizes.hi, sizes.sub, parts=params)
+        self._check_range(W)
+        scale, offset = effective(params, self.kind)
+        if (book := self._book()) is None:
+            return Grid(scale, offset, sizes.lo, sizes.hi, sizes.sub, parts=params)
+        return Grid(scale, offset, 0, len(book) - 1, sizes.sub, book=torch.tensor(book, device=W.device), parts=params)
+
+    def _book(self) -> list[float] | None:
+        """The levels in ascending order, each once; None where codes are integers."""
+        levels = KINDS[self.kind].levels
+        return None if levels is None else sorted(set(levels))
 
     def moved(self, grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
         """``grid`` with another ``scale`` and ``offset`` [out, n_sub], rounded to float16; of the types that store both as they are."""
@@ -63,6 +71,10 @@ class BlockType:
 
     def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
         """``codes`` [out, in] of ``grid`` as ggml's blocks."""
+        levels, book = KINDS[self.kind].levels, self._book()
+        if levels is not None and book is not None:
+            stored = torch.tensor([levels.index(level) for level in book], dtype=torch.int8, device=codes.device)
+            codes = stored[codes.long()]
         blocks = pack_blocks(codes.to(torch.int8), dict(grid.parts), self.kind)
         return QuantizedTensor(scheme, tuple(codes.shape), {"blocks": blocks})
 
@@ -83,14 +95,27 @@ class BlockType:
         else:
             blocks = quantize_blocks(W.flatten(0, -2), self.kind, importance)
         self._check_finite(W, self._halves(blocks))
+        self._check_range(W)
         return QuantizedTensor(scheme, tuple(W.shape), {"blocks": blocks})
 
     def _halves(self, blocks: Tensor) -> Tensor:
         """``d`` of each block, and ``dmin`` or ``m``, which follow it."""
         sizes = KINDS[self.kind]
+        if sizes.d_at is None:
+            return blocks.new_empty(0, dtype=torch.float16)
         first = sizes.d_at // 2
         n_halves = 1 + (sizes.has_min or sizes.has_offset)
         return blocks.view(-1, sizes.n_bytes).view(torch.float16)[:, first : first + n_halves]  # n_bytes is even
+
+    def _check_range(self, W: Tensor) -> None:
+        """Of a type without a ``d``, whose largest scale is what its bits can say."""
+        sizes = KINDS[self.kind]
+        if sizes.scale_of is None or sizes.levels is None:
+            return
+        largest = float(W.float().abs().max())
+        limit = max(sizes.levels) * float(sizes.scale_of(torch.arange(255)).max())
+        if not math.isfinite(largest) or largest > limit:
+            raise NumericsError(f"{self.kind} holds numbers up to {limit:.4g} (largest |w| is {largest:.3g}); keep this tensor in BF16")
 
     def _check_finite(self, W: Tensor, *halves: Tensor) -> None:
         if all(bool(half.isfinite().all()) for half in halves):

@@ -18,7 +18,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.formats.gguf import filetypes, importance, naming, rope, splits
 from quantcli.formats.gguf import metadata as keyed
-from quantcli.formats.gguf.container import MAGIC, Field, tensor_spec
+from quantcli.formats.gguf.container import MAGIC, Field, ggml_type_of, qtype_of, tensor_spec
 from quantcli.formats.gguf.filetypes import mix
 from quantcli.formats.gguf.importance import Importance
 from quantcli.formats.gguf.naming import architecture
@@ -68,6 +68,13 @@ def detect(path: Path, config: dict | None) -> bool:
 def supports(scheme: Scheme) -> bool:
     """ggml's own types: ``q4_k`` and its kin, and the dense ``f32``, ``f16``, ``bf16``."""
     return scheme.qtype in KINDS or scheme.qtype.upper() in filetypes.DENSE
+
+
+def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
+    """``scheme``, and for ``mxfp4`` and ``nvfp4`` what ggml calls by these names."""
+    if scheme.qtype not in ("mxfp4", "nvfp4") or scheme.get("act"):
+        return scheme
+    return Scheme.of(qtype_of(scheme.qtype))
 
 
 def read(path: Path) -> GgufCheckpoint:
@@ -206,7 +213,7 @@ def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[T
 
 def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None, context: Context) -> str:
     if scheme is not None:
-        return scheme.qtype.upper()
+        return ggml_type_of(scheme.qtype)
     if isinstance(context.arch, StoredNames):
         return spec.dtype
     return spec.dtype if filetypes.is_quantizable(target, spec) and spec.dtype in filetypes.DENSE else "F32"

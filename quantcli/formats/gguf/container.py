@@ -26,6 +26,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.json_files import shown
 from quantcli.locations import Location
+from quantcli.ops.blocks import KINDS
 from quantcli.tensors import TensorSpec
 
 MAGIC = b"GGUF"
@@ -40,6 +41,8 @@ MAX_STRINGS = 1 << 21
 
 BLOCKS: dict[str, tuple[int, int]] = {t.name: sizes for t, sizes in GGML_QUANT_SIZES.items()}
 """ggml type → (weights, bytes) of one block."""
+
+PREFIX = "ggml_"
 
 _SCALARS: dict[GGUFValueType, np.dtype] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
@@ -120,6 +123,18 @@ class Container:
     def location(self, name: str) -> Location:
         """Where tensor ``name`` lies."""
         return Location(self.paths[name], self.specs[name], self.offsets[name])
+
+
+def qtype_of(ggml_type: str) -> str:
+    """The qtype that stores what ggml calls ``ggml_type``: Q4_K is ``q4_k``, and MXFP4 is ``ggml_mxfp4``, for compressed-tensors lays the
+    same numbers out otherwise."""
+    name = ggml_type.lower()
+    return f"{PREFIX}{name}" if PREFIX + name in KINDS else name
+
+
+def ggml_type_of(qtype: str) -> str:
+    """The inverse of :func:`qtype_of`."""
+    return qtype.removeprefix(PREFIX).upper()
 
 
 def row_bytes(ggml_type: str, in_features: int) -> int:

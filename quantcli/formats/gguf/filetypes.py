@@ -15,14 +15,14 @@ from gguf import GGUFValueType, GGUFWriter
 from quantcli.errors import RecipeError
 from quantcli.formats.gguf import metadata as keyed
 from quantcli.formats.gguf import mixes
-from quantcli.formats.gguf.container import BLOCKS, Field
+from quantcli.formats.gguf.container import BLOCKS, Field, ggml_type_of, qtype_of
 from quantcli.formats.gguf.mixes import DENSE, Chooser, FileType, Model
 from quantcli.formats.gguf.naming import architecture, file_order, gguf_names
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import Scheme, TensorSpec
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-WRITABLE = (*DENSE, *(kind.upper() for kind in KINDS))
+WRITABLE = (*DENSE, *map(ggml_type_of, KINDS))
 """The types of tensors that quantcli writes."""
 
 FILE_TYPES: dict[str, FileType] = {name: kind for name, kind in mixes.TABLE.items() if kind.types <= set(WRITABLE)}
@@ -146,7 +146,7 @@ def general_file_type(
 
     def agreement(name: str) -> tuple[int, bool]:
         chosen = _types(FILE_TYPES[name], plain, specs, config)
-        alike = sum(specs[hf].n_elements for hf, scheme in schemes.items() if chosen.get(hf) == scheme.qtype.upper())
+        alike = sum(specs[hf].n_elements for hf, scheme in schemes.items() if chosen.get(hf) == ggml_type_of(scheme.qtype))
         return alike, name == asked
 
     return FILE_TYPES[max(FILE_TYPES, key=agreement)]
@@ -210,4 +210,4 @@ def _scheme(name: str, ggml_type: str, spec: TensorSpec) -> Scheme:
         raise RecipeError(
             f"{name}: in_features {spec.shape[-1]} is not a multiple of the {ggml_type} block {BLOCKS[ggml_type][0]}; use F16"
         )
-    return Scheme.of(ggml_type.lower())
+    return Scheme.of(qtype_of(ggml_type))

@@ -16,7 +16,7 @@ from quantcli.archs import Architecture
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import rope
-from quantcli.formats.gguf.container import Container, row_bytes
+from quantcli.formats.gguf.container import Container, qtype_of, row_bytes
 from quantcli.formats.gguf.expected import check_tensors
 from quantcli.formats.gguf.metadata import config_of
 from quantcli.formats.gguf.naming import slice_number
@@ -39,7 +39,7 @@ class GgufCheckpoint(Checkpoint):
         view = stored_view(container) if as_stored else view_of(container)
         self.container, self.arch, self.gguf_names = container, view.arch, view.names
         specs = {name: spec_of(container, view.arch, stored, name) for name, stored in view.names.items()}
-        schemes = {name: Scheme.of(s.dtype.lower()) for name, s in specs.items() if s.dtype.lower() in KINDS}
+        schemes = {name: Scheme.of(qtype_of(s.dtype)) for name, s in specs.items() if qtype_of(s.dtype) in KINDS}
         super().__init__(
             path,
             kind="gguf",
