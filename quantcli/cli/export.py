@@ -128,9 +128,10 @@ def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
 
 def commonest_type(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The GGUF type that most of a quantized source's weights take: it names the output."""
+    from quantcli.formats.gguf.container import ggml_type_of
     from quantcli.plan import kept_schemes
 
     n_weights: Counter[str] = Counter()
     for name, scheme in kept_schemes(checkpoint, recipe, {}).items():
-        n_weights[scheme.qtype.upper()] += checkpoint.specs[name].n_elements
+        n_weights[ggml_type_of(scheme.qtype)] += checkpoint.specs[name].n_elements
     return n_weights.most_common(1)[0][0]
