@@ -167,7 +167,7 @@ def test_unknown_file_types_and_architectures_are_refused() -> None:
         mix("Q8_0", strange, config())
 
 
-@pytest.mark.parametrize("name", FILE_TYPES)
+@pytest.mark.parametrize("name", [name for name in FILE_TYPES if name != "MXFP4_MOE"])  # Q8_0 where there are no experts
 def test_general_file_type_is_found_back_from_the_schemes(name: str) -> None:
     assert filetypes.general_file_type(mix(name, specs(), config()), specs(), config()) is FILE_TYPES[name]
 
