@@ -92,7 +92,7 @@ def cut(source: Checkpoint, cuts: Mapping[str, Cut]) -> Checkpoint:
             pieces[arch.published(name)] = Piece(name)
         else:
             pieces |= _pieces_of(spec, found, name.removesuffix(rest), config)
-    return View(source, pieces) if pieces.keys() != source.specs.keys() else source
+    return View(source, pieces) if pieces.keys() != source.specs.keys() or any(piece.take for piece in pieces.values()) else source
 
 
 def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping) -> dict[str, Piece]:

@@ -78,6 +78,28 @@ LONGROPE["rope_parameters"] = {
     "original_max_position_embeddings": 256,
 }
 
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True}
+GPT_OSS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 16}
+GPT_OSS |= {
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, "truncate": True}
+}
+DEEPSEEK = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK |= {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 2,
+}
+DEEPSEEK |= {"n_group": 1, "topk_group": 1}
+
 LOST_NORMS = "its stablelm.py gathers the heads' norms and then returns them from a generator, so that they are lost"
 
 CASES: dict[str, Case] = {
@@ -106,6 +128,16 @@ CASES: dict[str, Case] = {
     "phi3": Case("phi3", PHI | {"sliding_window": 128}),
     "phi4": Case("phi3", PHI),
     "phi3, longrope": Case("phi3", LONGROPE, elsewhere=("phi3.rope.scaling.attn_factor",)),
+    "glm4": Case("glm4", {"head_dim": 16}),
+    "gpt2": Case("gpt2", GPT2, {"n_ctx": 256}),
+    "falcon 7b": Case("falcon", {"num_key_value_heads": None, "multi_query": True}, {"num_kv_heads": 1}),
+    "falcon 40b": Case("falcon", {"num_key_value_heads": None, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt-oss": Case("gpt_oss", GPT_OSS),
+    "deepseek v2": Case("deepseek_v2", DEEPSEEK),
+    "deepseek v3": Case("deepseek_v3", DEEPSEEK | {"n_group": 2}, {"scoring_func": "sigmoid"}),
+    "deepseek v3, fused": Case(
+        "deepseek_v3", DEEPSEEK | {"n_group": 2}, {"scoring_func": "sigmoid"}, fused=True, converted_as="deepseek v3"
+    ),
     "stablelm": Case("stablelm", {"use_qkv_bias": True}),
     "stablelm 2 12b": Case("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}, unconverted=LOST_NORMS),
 }
@@ -129,8 +161,8 @@ def make(name: str, folder: Path) -> Path:
     if case.sentencepiece:
         write_sentencepiece(folder)
         return folder
-    tokenizer = byte_level_bpe(VOCABULARY - 1)
-    tokenizer.add_special_tokens(["<|endoftext|>"])  # which transformers would add to a Qwen that lacks it
+    tokenizer = byte_level_bpe(VOCABULARY - 2)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|user|>"])  # transformers adds the first to a Qwen, llama.cpp wants both of a GLM
     write_tokenizer(folder, tokenizer)
     if case.model_type == "phi3":
         publish(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})  # by which llama.cpp tells Phi-4's

@@ -76,7 +76,8 @@ class Architecture:
     ``dropped``: patterns of tensors that have no place there → the reason.
 
     For reading GGUF files: ``present``: config word → the tensor of a layer that is there when it is true; ``fixed``: words that no key
-    tells; ``restored``: names in ``formats.gguf.metadata.RESTORED``, of words that follow from others.
+    tells; ``restored``: names in ``formats.gguf.metadata.RESTORED``, of words that follow from others; ``readable``: whether files
+    can be read under HF's names at all (what ``cuts`` has cut up is not put together again).
     """
 
     model_types: tuple[str, ...]
@@ -98,6 +99,7 @@ class Architecture:
     present: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     restored: tuple[str, ...] = ()
+    readable: bool = True
 
     def usual(self, config: Mapping) -> dict:
         """``config`` in the usual words: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
@@ -108,11 +110,11 @@ class Architecture:
 
     def gguf_name(self, name: str) -> str | None:
         """The GGUF name of the HF tensor ``name``, or None when the architecture has no such tensor."""
-        return _renamed(plain(name), self._to_gguf)
+        return _renamed(self.rooted(name), self._to_gguf)
 
     def published(self, name: str) -> str:
         """The name that everybody's folders have for the HF tensor ``name``."""
-        return _renamed(plain(name), dict(self.also)) or name
+        return _renamed(self.rooted(name), dict(self.also)) or name
 
     def hf_name(self, name: str) -> str | None:
         """The HF name of the GGUF tensor ``name``, with ``{e}`` where it holds one of each expert; None when there is no such tensor."""
@@ -129,12 +131,17 @@ class Architecture:
 
     def rest_of(self, name: str) -> str | None:
         """The name within its layer of the HF tensor ``name``; None when it belongs to no layer."""
-        match = self._in_layer.fullmatch(plain(name))
+        match = self._in_layer.fullmatch(self.rooted(name))
         return match["rest"] if match else None
+
+    def rooted(self, name: str) -> str:
+        """``name`` as the whole language model has it: folders of a model without its head leave the first word out."""
+        name, root = plain(name), self.layer.partition(".")[0]
+        return name if name.startswith((f"{root}.", "lm_head.")) else f"{root}.{name}"
 
     def layer_of(self, name: str) -> int | None:
         """The number of the decoder layer that the HF tensor ``name`` belongs to."""
-        match = self._in_layer.fullmatch(plain(name))
+        match = self._in_layer.fullmatch(self.rooted(name))
         return int(match["i"]) if match else None
 
     def row_order(self, name: str, n_rows: int, config: Mapping) -> Tensor | None:

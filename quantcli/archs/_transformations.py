@@ -21,7 +21,18 @@ def rotary_keys(n_rows: int, config: Mapping) -> Tensor:
     return rotary(n_rows, config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
-ROW_ORDERS: dict[str, Callable[[int, Mapping], Tensor]] = {"rotary queries": rotary_queries, "rotary keys": rotary_keys}
+def queries_keys_values(n_rows: int, config: Mapping) -> Tensor:
+    """Falcon has, for each group of heads, its queries, its key and its value; llama.cpp all queries, then all keys, then all values."""
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    rows = torch.arange(n_rows).view(groups, heads // groups + 2, -1)
+    return torch.cat((rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)))
+
+
+ROW_ORDERS: dict[str, Callable[[int, Mapping], Tensor]] = {
+    "rotary queries": rotary_queries,
+    "rotary keys": rotary_keys,
+    "queries, keys, values": queries_keys_values,
+}
 """Name → (number of rows, config) → the HF row that each GGUF row holds: [n_rows] int64."""
 
 
@@ -30,7 +41,36 @@ def in_turn_by_rows(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]
     return tensor.chunk(n, dim=1)
 
 
-CUTS: dict[str, Callable[[Tensor, int, Mapping], Sequence[Tensor]]] = {"stacked": in_turn_by_rows}
+def turned(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+    """[…, in, out] → one tensor [… out, in]."""
+    return [tensor.transpose(-1, -2)]
+
+
+def apart(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+    """[n_experts, …] → one tensor: only its name is cut up by expert."""
+    return [tensor]
+
+
+def alternating(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+    """[n_experts, in, n·out], or a bias [n_experts, n·out] → n tensors [n_experts, out, in]: the outputs of the linears take turns."""
+    rows = tensor.transpose(1, 2) if tensor.ndim == 3 else tensor
+    return [rows[:, k::n] for k in range(n)]
+
+
+def keys_and_values(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+    """DeepSeek's kv_b_proj [heads · (nope + value), rank] → keys [heads, rank, nope], turned to be applied to queries, and values
+    [heads, value, rank]."""
+    heads = tensor.view(config["num_attention_heads"], config["qk_nope_head_dim"] + config["v_head_dim"], -1)
+    return [heads[:, : config["qk_nope_head_dim"]].transpose(1, 2), heads[:, config["qk_nope_head_dim"] :]]
+
+
+CUTS: dict[str, Callable[[Tensor, int, Mapping], Sequence[Tensor]]] = {
+    "stacked": in_turn_by_rows,
+    "turned": turned,
+    "apart": apart,
+    "alternating": alternating,
+    "keys and values": keys_and_values,
+}
 """Name → (stored tensor, number of names, config) → a tensor for each name; one with ``{e}`` gets [n_experts, …], an expert a slice.
 
 Views, where torch can give them: shapes are found by cutting a tensor that has no data.

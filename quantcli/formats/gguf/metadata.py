@@ -108,9 +108,34 @@ def longrope_attention_factor(config: Mapping) -> float | None:
     return 0.1 * math.log(stretch) + 1 if rope["rope_type"] == "yarn" else math.sqrt(1 + math.log(stretch) / math.log(before))
 
 
+def falcon_key_heads(config: Mapping) -> int:
+    """One for all queries in the 7B, which says so by ``multi_query``."""
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
+    return config.get("num_key_value_heads") or config["num_attention_heads"]
+
+
+def gating_function(config: Mapping) -> int | None:
+    """llama.cpp's number for how a router's scores become weights; None where config.json does not say."""
+    known = {"softmax": gguf.ExpertGatingFuncType.SOFTMAX, "sigmoid": gguf.ExpertGatingFuncType.SIGMOID}
+    if (name := config.get("scoring_func")) is None:
+        return None
+    if name not in known:
+        raise UnsupportedError(f"config.json: scoring_func '{name}' cannot be written as GGUF; known are {', '.join(known)}")
+    return int(known[name])
+
+
 COMPUTED: dict[str, Callable[[Mapping], Any]] = {
     "head_dim": head_dim,
     "rotary width of equal heads": rotary_width,
+    "rotated share of a head": lambda config: int(head_dim(config) * rope_parameters(config).get("partial_rotary_factor", 1.0)),
+    "four times the width": lambda config: 4 * config["hidden_size"],
+    "falcon's key heads": falcon_key_heads,
+    "gating function": gating_function,
+    "MLA's key width": lambda config: config["kv_lora_rank"] + config["qk_rope_head_dim"],
+    "MLA's key width, uncompressed": lambda config: config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+    "yarn's log multiplier": lambda config: None if (all_dim := rope_parameters(config).get("mscale_all_dim")) is None else 0.1 * all_dim,
+    "normed expert weights": lambda config: config.get("norm_topk_prob") or None,
     "rotary base": lambda config: rope_parameters(config)["rope_theta"],
     "layers with a window, three of four": windowed_layers,
     "context before longrope": context_before_longrope,

@@ -112,7 +112,7 @@ def view_of(container: Container) -> View:
     """Hugging Face's view where ``archs/`` has a name for every tensor and a config for the metadata, else the file's own."""
     name = architecture_name(container)
     arch = archs.of_gguf(name, container.specs, container.fields)
-    if arch is None:
+    if arch is None or not arch.readable:
         return stored_view(container, f"architecture '{name}' has no Hugging Face names here")
     table = {hf: stored for stored in container.specs if stored != rope.TENSOR for hf in hf_names(container, arch, stored)}
     if "" in table:
