@@ -74,7 +74,7 @@ def recipes() -> str:
     for name in recipe.shipped():
         found = recipe.load(name)
         passes = ", ".join(p.name for p in found.passes)
-        calibrated = "yes" if found.needs else "no"
+        calibrated = "yes" if found.is_calibrated else "no"
         rows.append([f"`{name}`", passes, str(found.scheme or found.mix), found.format, calibrated, found.description])
     return table(["recipe", "passes", "numbers", "format", "text needed", "what for"], rows)
 

@@ -135,9 +135,12 @@ class Activations:
 
 
 def _meters(layer: LoadedLayer, needs: frozenset[str], taps: Sequence[str] | None = None) -> dict[str, StatsMeter]:
-    """A meter for each of ``taps``, or of all the layer's."""
-    widths, meters = layer.tap_widths, {}
+    """A meter for each of ``taps``, its linears' or its caches', or (None) of all its linears'."""
+    widths, caches, meters = layer.tap_widths, layer.cache_widths, {}
     for tap in sorted(widths if taps is None else taps):
+        if tap in caches:  # which no linear reads
+            meters[tap] = StatsMeter(caches[tap], False, layer.device, histogram="histogram" in needs)
+            continue
         drift = "dXXT" in needs and (layer.shows_all_tokens or not EXPERT.match(tap))
         meters[tap] = StatsMeter(widths[tap], "H" in needs, layer.device, histogram="histogram" in needs, drift=drift)
     return meters
@@ -202,7 +205,7 @@ def calibrate(
     device: str = "cpu",
     overwrite: bool = False,
 ) -> Iterator[LayerMeasured | Familiarity]:
-    """Measure every tap of ``checkpoint`` on token windows ``ids`` [n, T] and write the statistics to ``target``.
+    """Measure every tap of ``checkpoint``, its caches' too, on token windows ``ids`` [n, T] and write the statistics to ``target``.
 
     With ``head`` also what the output embedding reads. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every
     token. The last event tells how well the model knows the text. The file stands under its name only after it.
@@ -211,6 +214,8 @@ def calibrate(
     dtype = run_dtype(checkpoint.specs.values(), device)
     forward = Forward(checkpoint, dtype=dtype, device=device, all_tokens=moe == "all")
     specs = stats_specs(tap_widths(forward, head=head), hessian=hessian, histograms=histograms)
+    caches = {tap: width for cache in forward.caches for tap, width in cache.widths.items()}
+    specs += stats_specs(caches, hessian=False, histograms=histograms)
     with Writer(target, overwrite=overwrite, folder=False) as writer:
         experts = {MOE: moe} if forward.has_experts else {}
         writer.declare([file_layout(target.name, specs, stats_metadata(checkpoint, ids) | experts)])
@@ -222,7 +227,7 @@ def calibrate(
                 *first, last = shares(sorted(layer.tap_widths), layer.tap_widths, needs) or [[]]
                 for taps in first:
                     put_stats(writer, activations.measure(layer, taps, needs))
-                put_stats(writer, activations.measure_and_advance(layer, needs, last))
+                put_stats(writer, activations.measure_and_advance(layer, needs, [*last, *layer.cache_widths]))
                 n_taps = len(layer.tap_widths)
             yield LayerMeasured(name, i, n_layers, n_taps, time.perf_counter() - started)
         if head:

@@ -50,6 +50,14 @@ def check_stats(plan: Plan, stats: StatsFile) -> None:
             assert tensor.tap is not None
             with about(tensor.name):
                 stats.check_tap(tensor.tap, tensor.source.shape[-1], needs=plan.recipe.needs)
+    widths = {tap: width for layer in plan.layers for one in layer.caches for tap, width in one.cache.widths.items()}
+    for tap, width in widths.items():
+        stats.check_tap(tap, width, needs=plan.recipe.cache_needs)
+    if widths and plan.recipe.changes_basis:
+        raise RecipeError(
+            f"{stats.path}: was measured before {plan.recipe.passes[0].name} scales the values that go to the cache; give --dataset in "
+            "place of --stats, or leave kv_cache out"
+        )
 
 
 def check_moe(recipe: Recipe, stats: StatsFile) -> None:

@@ -57,7 +57,8 @@ class Checkpoint(ABC):
 
     ``source``: what the user named; ``path``: where it lies; ``kind``: the format module that reads it; ``config``: HF's config.json;
     ``specs``: the logical tensors under their names on disk, with dense shapes and the bytes of all their parts; ``schemes``: those of
-    them that are quantized; ``quantization``: the format's own words; ``notes``: contradictions found between metadata and tensors.
+    them that are quantized; ``quantization``: the format's own words; ``notes``: contradictions found between metadata and tensors;
+    ``kv_cache``: attention module → how its engine stores keys and values (``tensors.KV_CACHES``), by scales that the file has.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Checkpoint(ABC):
         schemes: Mapping[str, Scheme] | None = None,
         quantization: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
+        kv_cache: Mapping[str, str] | None = None,
     ) -> None:
         self.source = str(path)
         self.path = path
@@ -79,6 +81,7 @@ class Checkpoint(ABC):
         self.schemes = dict(schemes or {})
         self.quantization = quantization
         self.notes = tuple(notes)
+        self.kv_cache = dict(kv_cache or {})
 
     @staticmethod
     def open(source: str) -> Checkpoint:
@@ -119,6 +122,10 @@ class Checkpoint(ABC):
     def load_quantized(self, name: str) -> QuantizedTensor:
         """The parts of a tensor of ``schemes``; a reader of a format without any need not say."""
         raise UnsupportedError(f"{self.kind} holds no quantized tensors")
+
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        """The scales of keys and of values of a module in ``kv_cache``: float32 [1] or [heads]."""
+        raise UnsupportedError(f"{self.kind} holds no scales of a key-value cache")
 
     def locations(self) -> Iterable[Location]:
         """Where the tensors of the file or files lie, by their own names; a format other than a folder of safetensors says it anew."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantcli import caches, regrid
 from quantcli import plan as planning
-from quantcli import regrid
+from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError, about
 from quantcli.passes import _activations, _basis
@@ -143,6 +144,14 @@ class Coding:
             if loaded is not None:
                 loaded.set(name, regrid.decode(tensor))
         return list(reports.values())
+
+    def put_caches(self, planned: Iterable[PlannedCache], stats: Mapping[str, Stats]) -> None:
+        """Write the scales of a layer's key-value caches; ``stats``: of what enters them."""
+        fmt, recipe = find("formats", self.plan.recipe.format), self.plan.recipe
+        for one in planned:
+            parts = fmt.cache_parts(one.cache, caches.scales(one.cache, recipe, stats), self.plan.context)
+            for name, data in parts.items():
+                self.writer.put(name, data)
 
     def is_starved(self, tensor: PlannedTensor, stats: Mapping[str, Stats]) -> bool:
         """Whether too few calibration tokens reached ``tensor``, an expert's, for the recipe's passes to learn from."""

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from quantcli.calibrate import Activations
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import NumericsError, RecipeError
+from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.forward import Forward
-from quantcli.ops import round_inputs
+from quantcli.ops import round_cache, round_inputs
 from quantcli.ops.activations import STATIC
 from quantcli.registry import find
 from quantcli.tensors import Scheme
@@ -51,7 +51,8 @@ class Scores:
 
     ``perplexity_stderr`` is perplexity · (standard error of the mean negative log-likelihood over tokens), as llama.cpp states it.
     ``n_tokens``: predicted tokens. ``activations``: :data:`SIMULATED` when linears read what their engine would round their inputs to,
-    else :data:`AS_THEY_ARE`; ``not_simulated``: the quantized tensors whose inputs could not be reached. With a baseline: ``kld_*`` is
+    else :data:`AS_THEY_ARE`; ``not_simulated``: the quantized tensors whose inputs could not be
+    reached, and the attentions whose cache could not. With a baseline: ``kld_*`` is
     KL(baseline ‖ model) over every position, ``top1_agreement`` the share of positions where both hold the same token for the likeliest,
     ``layer_errors`` name → relative error of the hidden states.
     """
@@ -103,7 +104,7 @@ def evaluate(
     if len(models) == 2:
         _check_alike(*models)
     left = [simulate(model) for model in models] if activations else [()]
-    simulated = activations and len(left[0]) < len(rounded_inputs(checkpoint))
+    simulated = activations and len(left[0]) < len(rounded_inputs(checkpoint)) + len(checkpoint.kv_cache)
     tally = _Tally()
     groups = _groups(ids, models[0].hidden_size * len(models))
     n_layers = len(models[0].layers)
@@ -134,9 +135,15 @@ def engine_act(scheme: Scheme) -> str:
 
 
 def simulate(model: Forward) -> tuple[str, ...]:
-    """Have ``model`` read inputs as its engine rounds them. Returns the weights whose inputs it cannot reach (experts that run fused)."""
-    wanted = {name: act for name, act in rounded_inputs(model.checkpoint).items() if name not in model.unused}
-    return tuple(name for name, act in wanted.items() if not model.on_read(name, _Rounding(model.checkpoint, name, act)))
+    """Have ``model`` read inputs, keys and values as its engine rounds them.
+
+    Returns the weights whose inputs it cannot reach (experts that run fused), and the attention modules whose cache it cannot.
+    """
+    checkpoint = model.checkpoint
+    wanted = {name: act for name, act in rounded_inputs(checkpoint).items() if name not in model.unused}
+    left = [name for name, act in wanted.items() if not model.on_read(name, _Rounding(checkpoint, name, act))]
+    caches = checkpoint.kv_cache.items()
+    return (*left, *(name for name, word in caches if not model.on_cache(name, _CacheRounding(checkpoint, name, word))))
 
 
 class _Rounding:
@@ -152,6 +159,26 @@ class _Rounding:
         if self._scale is None and self._act in STATIC:
             self._scale = self._checkpoint.quantized(self._name).parts["input_scale"].to(X.device)
         return round_inputs(X, self._act, self._scale)
+
+
+class _CacheRounding:
+    """What the module ``attention`` gets back of its keys and values from the engine's cache; the scales are read when first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, attention: str, word: str) -> None:
+        self._checkpoint = checkpoint
+        self._attention = attention
+        self._word = word
+        self._scales: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        if self._scales is None:
+            k, v = self._checkpoint.cache_scales(self._attention)
+            n = K.shape[1] if self._word.endswith("-head") else 1
+            if (len(k), len(v)) != (n, n):
+                got = f"{len(k)} scales of keys and {len(v)} of values"
+                raise CheckpointError(f"{self._attention}: {got} for its cache; {self._word} has {n} of each")
+            self._scales = k.to(K.device), v.to(V.device)
+        return round_cache(K, self._word, self._scales[0]), round_cache(V, self._word, self._scales[1])
 
 
 class _Tally:

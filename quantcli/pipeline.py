@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,10 @@ def quantize(
     """
     _check_apart(source, target)
     fmt = find("formats", recipe.format)
-    if hasattr(fmt, "native") and not recipe.needs:
+    if hasattr(fmt, "native") and not recipe.is_calibrated:
         source = fmt.native(source)
     is_known = archs.of(source.config) is not None or hasattr(fmt, "arranged")
-    forward = None if is_known and not recipe.needs else _open_forward(source, device, recipe)
+    forward = None if is_known and not recipe.is_calibrated else _open_forward(source, device, recipe)
     # in which every expert's linear is a tensor, however they are stored
     source = cuts.unfused(source) if forward is None else forward.checkpoint
     if hasattr(fmt, "arranged"):
@@ -69,22 +70,23 @@ def quantize(
     assert taps is not None
     taps = {name: tap for name, tap in taps.items() if name in source.specs}
     made_by = provenance(source, recipe)
-    plan = planning.make(source, recipe, taps, metadata=made_by)
+    make = partial(planning.make, source, recipe, taps, metadata=made_by, kv_caches=forward.caches if forward else ())
+    plan = make()
     data: Calibrated | None = None
     protected: list[Protected] | None = None
     if recipe.protect_outliers is not None:  # whose plan follows from the inputs
         data = checked(plan, calibrate)
         if data.stats is not None or not dry_run:
             protected = protected_by(plan, data, forward)
-            plan = planning.make(source, recipe, taps, metadata=made_by, protected=protected)
+            plan = make(protected=protected)
     yield Planned(plan)
     if dry_run:
         return
-    if recipe.needs:
+    if recipe.is_calibrated:
         data = data or checked(plan, calibrate)
         made_by |= data.provenance() | ({} if protected is None else {"protected": [unit.to_dict() for unit in protected]})
         # Again, because a GGUF says in its header which text it was.
-        plan = planning.make(source, recipe, taps, metadata=made_by, protected=protected)
+        plan = make(protected=protected)
     familiarity = None
     with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
         _check_files_apart(source, writer)
@@ -201,6 +203,7 @@ def _each_layer(run: Coding, stats: StatsFile, forward: Forward | None) -> Itera
         name = layer.planned.name
         prevs = absorbers(name) if absorbers else None
         layer.reports += run.code(name, layer.planned.tensors, stats, None, prevs)
+        run.put_caches(layer.planned.caches, stats)
         yield layer.done()
 
 
@@ -229,10 +232,22 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
             with forward.layer(index[name]) as loaded, activations.beside(index[name]):
                 untouched.advance(loaded)
                 layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps, prevs)
-                if index[name] + 1 < len(forward.layers):
-                    activations.advance(loaded)
+                is_last = index[name] + 1 == len(forward.layers)
+                run.put_caches(layer.planned.caches, _leave(run, activations, loaded, layer.planned, is_last=is_last))
         yield layer.done()
     return familiarity.measure(forward, untouched, windows)
+
+
+def _leave(run: Coding, activations: Activations, loaded: LoadedLayer, planned: PlannedLayer, *, is_last: bool) -> Mapping[str, Stats]:
+    """Have the windows go through a coded layer, unless nothing comes after it. Returns the statistics of its caches, as it runs now."""
+    taps, needs = [tap for one in planned.caches for tap in one.cache.widths], run.plan.recipe.cache_needs
+    if taps and not is_last:
+        return activations.measure_and_advance(loaded, needs, taps)
+    if taps:
+        return activations.measure(loaded, taps, needs)
+    if not is_last:
+        activations.advance(loaded)
+    return {}
 
 
 def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[str, Prev]] | None:
@@ -271,7 +286,7 @@ def _measure_and_code(
     stages = [share for stage in stages for share in shares(stage, loaded.tap_widths, run.plan.recipe.needs)]
     reports: list[TensorReport] = []
     for stage in stages:
-        stats = activations.measure(loaded, stage, run.plan.recipe.needs)
+        stats = activations.measure(loaded, stage, run.plan.recipe.needs) if run.plan.recipe.needs else {}
         reports += run.code(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
     return reports + run.code(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)
 

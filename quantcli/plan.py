@@ -8,13 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli import archs, regrid
+from quantcli import archs, caches, regrid
+from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.outliers import Protected
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
-from quantcli.tensors import Scheme, TensorSpec
+from quantcli.tensors import KvCache, Scheme, TensorSpec
 
 RTN = PassSpec("rtn")
 
@@ -49,10 +50,11 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedLayer:
-    """A decoder layer, or one tensor that belongs to none (embedding, final norm, lm_head)."""
+    """A decoder layer, or one tensor that belongs to none (embedding, final norm, lm_head); ``caches``: those that get scales."""
 
     name: str
     tensors: tuple[PlannedTensor, ...]
+    caches: tuple[PlannedCache, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class Plan:
 
     @property
     def outputs(self) -> list[TensorSpec]:
-        return [spec for tensor in self.tensors for spec in tensor.outputs]
+        of_caches = [spec for layer in self.layers for planned in layer.caches for spec in planned.outputs]
+        return [spec for tensor in self.tensors for spec in tensor.outputs] + of_caches
 
     @property
     def n_bytes(self) -> int:
@@ -120,9 +123,11 @@ def make(
     *,
     metadata: Mapping[str, Any] | None = None,
     protected: Sequence[Protected] | None = None,
+    kv_caches: Sequence[KvCache] = (),
 ) -> Plan:
     """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header;
-    ``protected``: what the recipe's ``protect_outliers`` found in their inputs, None as long as these are not known.
+    ``protected``: what the recipe's ``protect_outliers`` found in their inputs, None as long as these are not known; ``kv_caches``: where
+    its layers keep keys and values.
 
     Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that
     the format cannot hold, and for a model in whose layers no linear is found.
@@ -130,6 +135,7 @@ def make(
     fmt = find("formats", recipe.format)
     check_format_options(recipe)
     check_passes(recipe)
+    caches.check(source, recipe, kv_caches)
     schemes = choose_schemes(source, recipe, taps)
     schemes, spared = protect(recipe, schemes, taps, protected)
     carried = carried_over(source, recipe, schemes)
@@ -147,7 +153,8 @@ def make(
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
         with about(name):
             find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
-    context = fmt.context(source, schemes, dict(metadata or {}), **recipe.format_options)
+    cached = {"kv_cache": recipe.kv_cache} if recipe.kv_cache else {}
+    context = fmt.context(source, schemes, dict(metadata or {}), **cached, **recipe.format_options)
     for name, scheme in schemes.items():
         if name not in carried:
             with about(name):
@@ -159,7 +166,11 @@ def make(
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
         tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in carried)
         planned.setdefault(layer_of(name), []).append(tensor)
-    layers = tuple(PlannedLayer(name, tuple(tensors)) for name, tensors in sorted(planned.items(), key=lambda item: _natural(item[0])))
+    scaled: dict[str, list[PlannedCache]] = {}
+    for one in caches.planned(recipe, kv_caches, context):
+        scaled.setdefault(layer_of(f"{one.cache.attention}."), []).append(one)
+    in_order = sorted(planned, key=_natural)
+    layers = tuple(PlannedLayer(name, tuple(planned[name]), tuple(scaled.get(name, ()))) for name in in_order)
     notes = (*spared, *surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
     if dense:
         notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)

@@ -14,7 +14,7 @@ from quantcli import ranges
 from quantcli.errors import RecipeError
 from quantcli.outliers import Protection
 from quantcli.registry import find, names
-from quantcli.tensors import KEEP, Scheme
+from quantcli.tensors import KEEP, KV_CACHES, Scheme
 
 CODES = ("anew", "fitting", "kept")
 """What becomes of codes that the source has already: all are chosen anew from the decoded weights; those stay that the recipe's scheme for
@@ -24,7 +24,7 @@ MOE = ("routed", "all")
 """What an expert is calibrated on: the tokens that the router sends to it, or every token."""
 
 YAML_TYPES: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for"), (str, "a word")),
+    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for", "kv_cache"), (str, "a word")),
     **dict.fromkeys(("moe", "fallback", "input_range"), (str, "a word")),
     **dict.fromkeys(("passes", "rules", "datasets"), (list, "a list")),
     **dict.fromkeys(("calibration", "format_options", "protect_outliers"), (Mapping, "a mapping")),
@@ -101,7 +101,8 @@ class Recipe:
     """Passes, rules and a format. The first rule that matches a tensor wins; ``scheme`` serves the linears of decoder layers that no
     rule names, or ``mix`` lets a GGUF file type choose the type of every tensor. ``codes``: what becomes of those the source has
     (:data:`CODES`). ``protect_outliers`` goes after the rules: linears with outlying inputs (:mod:`quantcli.outliers`) get its scheme.
-    ``format_options`` are the format's to read."""
+    ``kv_cache``: how the engine is to store keys and values, by scales found beforehand (:data:`quantcli.tensors.KV_CACHES`; "": as they
+    are). ``format_options`` are the format's to read."""
 
     name: str
     format: str
@@ -116,6 +117,7 @@ class Recipe:
     true_sequential: bool = False
     seed: int = 0
     default_for: str | None = None
+    kv_cache: str = ""
     format_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -123,11 +125,24 @@ class Recipe:
         """The statistics that its passes read, the range of inputs where their scales are found beforehand, what tells outliers."""
         protection = self.protect_outliers
         schemes = [self.scheme, *(rule.scheme for rule in self.rules), None if protection is None else protection.scheme]
-        found: set[str] = set()
-        if any(scheme is not None and scheme.static_activations for scheme in schemes):
-            found = {"absmax"} if self.calibration.input_range == "minmax" else {"absmax", "histogram"}
-        found |= {"fourth"} if protection is not None else set()
-        return frozenset(found).union(*(p.needs for p in self.passes))
+        has_static = any(scheme is not None and scheme.static_activations for scheme in schemes)
+        found = self._range_needs if has_static else frozenset()
+        found |= {"fourth"} if protection is not None else frozenset()
+        return found.union(*(p.needs for p in self.passes))
+
+    @property
+    def cache_needs(self) -> frozenset[str]:
+        """The statistics of keys and values that it reads: their range, where scales for them are found beforehand."""
+        return self._range_needs if self.kv_cache else frozenset()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it learns anything from text."""
+        return bool(self.needs or self.cache_needs)
+
+    @property
+    def _range_needs(self) -> frozenset[str]:
+        return frozenset({"absmax"} if self.calibration.input_range == "minmax" else {"absmax", "histogram"})
 
     @property
     def changes_basis(self) -> bool:
@@ -167,6 +182,7 @@ class Recipe:
             "calibration": {f.name: _plain(getattr(self.calibration, f.name)) for f in fields(Calibration)},
             "true_sequential": self.true_sequential,
             "seed": self.seed,
+            "kv_cache": self.kv_cache,
             "format_options": dict(self.format_options),
         }
 
@@ -232,12 +248,14 @@ def parse(data: Any, name: str) -> Recipe:
         raise RecipeError(f"recipe '{name}' needs either a scheme or a mix")
     if data["format"] not in names("formats"):
         raise RecipeError(f"recipe '{name}': no format '{data['format']}'; there are: {', '.join(names('formats'))}")
+    if (kv_cache := data.get("kv_cache")) and kv_cache not in KV_CACHES:
+        raise RecipeError(f"recipe '{name}': kv_cache is one of {', '.join(KV_CACHES)}, not '{kv_cache}'")
     scheme = data.get("scheme")
     recipe = replace(
         Recipe(name=str(data.get("name") or name), format=data["format"], passes=_parse_passes(data["passes"], name)),
         **{
             key: data[key]
-            for key in ("description", "mix", "codes", "true_sequential", "seed", "default_for", "format_options")
+            for key in ("description", "mix", "codes", "true_sequential", "seed", "default_for", "kv_cache", "format_options")
             if data.get(key) is not None
         },
         scheme=None if scheme is None else Scheme.parse(scheme),

@@ -87,6 +87,11 @@ ACTIVATIONS = ("int8-token", "fp8-token", "int8-tensor", "fp8-tensor", "fp8-g128
 """How an engine may quantize what a linear reads: each token for itself, groups of it, or by one scale found beforehand (``-tensor``)."""
 
 
+KV_CACHES = ("fp8", "int8", "fp8-head", "int8-head")
+"""How an engine may store keys and values: in E4M3 or in 8-bit integers, by one scale for a layer's keys and one for its values, or
+(``-head``) by one for each head."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A qtype and its options: ``Scheme.of("int", bits=4, group_size=128, sym=True)`` prints as ``int4-g128-sym``.
@@ -253,6 +258,30 @@ class Prev:
     names: tuple[str, ...]
     channel: Tensor
     offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """Where a layer keeps keys and values. ``attention``: the module's name on disk; ``heads``: of keys and values; ``k_dim``, ``v_dim``: a
+    head's width. Its taps are :attr:`k_tap` and :attr:`v_tap`, [n_tokens, heads · dim]."""
+
+    attention: str
+    heads: int
+    k_dim: int
+    v_dim: int
+
+    @property
+    def k_tap(self) -> str:
+        return f"{self.attention}.k_cache"
+
+    @property
+    def v_tap(self) -> str:
+        return f"{self.attention}.v_cache"
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Tap → width."""
+        return {self.k_tap: self.heads * self.k_dim, self.v_tap: self.heads * self.v_dim}
 
 
 @dataclass(slots=True)

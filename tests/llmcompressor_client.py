@@ -2,7 +2,8 @@
 
     python llmcompressor_client.py MODEL ROOT PRESET …
 
-Writes ROOT/PRESET, the model quantized by a preset of compressed-tensors, and ROOT/PRESET.safetensors with the weights that the library
+Writes ROOT/PRESET, the model quantized by a preset of compressed-tensors (``KV-float-tensor`` and its like: in float32 with nothing but
+scales for its key-value cache), and ROOT/PRESET.safetensors with the weights that the library
 decompresses from it. Static inputs are measured on random tokens. Imports nothing of quantcli.
 """
 
@@ -30,15 +31,26 @@ CALIBRATED = ("FP8", "NVFP4")
 def quantize(model_folder: str, target: Path, preset: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", device_map="cpu")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    options = {}
-    if preset in CALIBRATED:
-        rows = torch.randint(10, 500, (4, 64), generator=torch.Generator().manual_seed(0)).tolist()
-        data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
-        options = {"dataset": data, "num_calibration_samples": 4, "max_seq_length": 64, "pipeline": "sequential"}
+    options = random_windows() if preset in CALIBRATED else {}
     modifier = QuantizationModifier(scheme=preset, targets=["Linear"], ignore=["lm_head"])
     oneshot(model=model, tokenizer=tokenizer, recipe=[modifier], **options)
     model.save_pretrained(target, save_compressed=True)
     tokenizer.save_pretrained(target)
+
+
+def cache_scales(model_folder: str, target: Path, preset: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, device_map="cpu")
+    kind, strategy = preset.split("-")[1:]
+    how = {"num_bits": 8, "type": kind, "strategy": strategy, "dynamic": False, "symmetric": True, "observer": "static_minmax"}
+    modifier = QuantizationModifier(kv_cache_scheme=how)
+    oneshot(model=model, tokenizer=AutoTokenizer.from_pretrained(model_folder), recipe=[modifier], **random_windows())
+    model.save_pretrained(target, save_compressed=True)
+
+
+def random_windows() -> dict:
+    rows = torch.randint(10, 500, (4, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
+    return {"dataset": data, "num_calibration_samples": 4, "max_seq_length": 64, "pipeline": "sequential"}
 
 
 def decompressed(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,6 +69,9 @@ def decompressed(folder: Path) -> dict[str, torch.Tensor]:
 
 def main(model_folder: str, root: Path, presets: list[str]) -> None:
     for preset in presets:
+        if preset.startswith("KV-"):
+            cache_scales(model_folder, root / preset, preset)
+            continue
         quantize(model_folder, root / preset, preset)
         save_file(decompressed(root / preset), root / f"{preset}.safetensors")
 

@@ -37,6 +37,7 @@ if TRANSFORMERS is None or LLMCOMPRESSOR is None:
 HERE = Path(__file__).parent
 PICO = HERE / "data/pico"
 N_LINEARS = 21
+N_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class Case:
     rules: tuple[tuple[str, str], ...] = ()
     passes: str = "rtn"
     n_coded: int = N_LINEARS
+    kv_cache: str = ""
 
     @property
     def name(self) -> str:
-        return "-".join([self.passes, self.scheme, self.how, *(f"{match}={scheme}" for match, scheme in self.rules)])
+        cache = [f"kv={self.kv_cache}"] if self.kv_cache else []
+        return "-".join([self.passes, self.scheme, self.how, *cache, *(f"{match}={scheme}" for match, scheme in self.rules)])
 
 
 BY_BOTH = [
@@ -70,6 +73,9 @@ BY_BOTH = [
     Case("fp8-block+fp8-g128"),
     Case("int4-g128-sym", rules=(("o_proj", "keep"),), n_coded=N_LINEARS - 3),
     Case("int4-g128-sym", rules=(("down_proj", "fp8-channel"), ("layers.1.self_attn", "int8-g32-sym"))),
+    Case("fp8-channel+fp8-token", kv_cache="fp8", n_coded=N_LINEARS + N_LAYERS),  # each attention counts as quantized
+    Case("int4-g128-sym", kv_cache="int8", passes="gptq", n_coded=N_LINEARS + N_LAYERS),
+    Case("bf16", kv_cache="fp8-head", n_coded=N_LAYERS),
     Case("mxfp4", how="widened"),
     Case("mxfp8", how="widened"),
     Case("mxfp4+mxfp4-g32", how="widened"),
@@ -87,7 +93,8 @@ def quantized(model: Checkpoint, target: Path, case: Case, windows: torch.Tensor
         return pipeline.Calibrated(dataset_sha256=texts.sha256(windows), windows=windows)
 
     base = recipe.load("gptq-w4a16" if case.passes == "gptq" else "fp8-dynamic")
-    how = replace(base, scheme=Scheme.parse(case.scheme), rules=tuple(Rule.parse(*rule) for rule in case.rules))
+    rules = tuple(Rule.parse(*rule) for rule in case.rules)
+    how = replace(base, scheme=Scheme.parse(case.scheme), rules=rules, kv_cache=case.kv_cache)
     list(pipeline.quantize(model, target, how, calibrate=calibrate))
 
 
@@ -169,6 +176,34 @@ def test_the_cases_differ_by_more_than_the_tolerance(ours: dict[str, tuple[Path,
     """Or the tests above could not tell a folder from its neighbour."""
     measured = sorted(perplexity for _, perplexity in ours.values())
     assert measured[-1] > 1.1 * measured[0]
+
+
+CACHES = {"fp8": "float-tensor", "int8": "int-tensor", "fp8-head": "float-attn_head"}
+"""Our word for a cache → the client's."""
+
+
+@pytest.mark.parametrize("word", CACHES)
+def test_scales_of_caches_are_those_that_llm_compressor_computes_on_the_same_windows(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, word: str
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "llm-compressor-caches"
+    if not root.exists():
+        root.mkdir()
+        ask(LLMCOMPRESSOR, "llmcompressor_client.py", str(PICO), str(root), *(f"KV-{how}" for how in CACHES.values()))
+    windows = torch.randint(10, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    how = replace(recipe.load("fp8-dynamic-kv"), scheme=Scheme.parse("bf16"), kv_cache=word)
+    with Checkpoint.open(str(PICO)) as model:
+        list(pipeline.quantize(model, tmp_path / "ours", how, calibrate=lambda: pipeline.Calibrated("of a test", windows=windows)))
+    with Checkpoint.open(str(root / f"KV-{CACHES[word]}")) as theirs, Checkpoint.open(str(tmp_path / "ours")) as ours:
+        assert theirs.notes == ours.notes == ()
+        assert theirs.kv_cache == ours.kv_cache
+        assert len(ours.kv_cache) == N_LAYERS
+        for attention in ours.kv_cache:
+            for part in ("k_scale", "v_scale"):
+                assert ours.specs[f"{attention}.{part}"].shape == theirs.specs[f"{attention}.{part}"].shape
+            for mine, other in zip(ours.cache_scales(attention), theirs.cache_scales(attention), strict=True):
+                of_127 = 127.5 / 127 if word == "int8" else 1.0  # the library's largest value is half a step beyond the largest code
+                torch.testing.assert_close(mine, other * of_127, rtol=2**-8, atol=0)
 
 
 PRESETS = ("W2A16", "W3A16", "W4A16", "W4A16_ASYM", "W8A16", "W4A8", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")

@@ -18,7 +18,7 @@ from quantcli import heap
 from quantcli.cli import options
 from quantcli.cli.calibrate import report_familiarity
 from quantcli.cli.console import Console, size
-from quantcli.cli.recipes import choose_recipe, set_calibration, set_importance, set_rules, set_scheme
+from quantcli.cli.recipes import choose_recipe, set_cache, set_calibration, set_importance, set_rules, set_scheme
 from quantcli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def command(
     damp_percent: Annotated[float | None, typer.Option(help="GPTQ damping, a share of the mean of diag(H): 0.01.")] = None,
     true_sequential: Annotated[bool, typer.Option("--true-sequential", help="Measure each tap behind coded ones.")] = False,
     format_: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors, bitsandbytes, fp8 or gguf.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="Scales for a quantized key-value cache: fp8, int8, fp8-head, int8-head.")] = None,
     rule: options.Rules = None,
     skip: options.Skips = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics from quantcli calibrate, instead of a dataset.")] = None,
@@ -68,6 +69,7 @@ def command(
     chosen = set_scheme(chosen, bits=bits, group_size=group_size, sym=sym, desc_act=desc_act)
     if damp_percent is not None:
         chosen = chosen.with_pass("gptq", damp_ratio=damp_percent)
+    chosen = set_cache(chosen, kv_cache)
     chosen = set_rules(chosen, rule or [], skip or [])
     chosen = replace(chosen, true_sequential=true_sequential or chosen.true_sequential, seed=seed)
     if pre_tokenizer is not None:

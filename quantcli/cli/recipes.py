@@ -89,6 +89,17 @@ def set_scheme(recipe: Recipe, **overrides: Any) -> Recipe:
     return recipe.with_scheme(**given) if given else recipe
 
 
+def set_cache(recipe: Recipe, word: str | None) -> Recipe:
+    """The recipe with the command line's word for the key-value cache, which its name tells too."""
+    from quantcli.tensors import KV_CACHES
+
+    if word is None:
+        return recipe
+    if word not in KV_CACHES:
+        raise options.wrong("--kv-cache", f"'{word}' is none of {', '.join(KV_CACHES)}")
+    return replace(recipe, kv_cache=word, name=f"{recipe.name}-kv-{word}")
+
+
 def set_rules(recipe: Recipe, rules: list[str], skips: list[str]) -> Recipe:
     """Rules of the command line go before those of the recipe, skips before rules."""
     from quantcli.recipe import KEEP, Rule
@@ -121,7 +132,7 @@ def set_calibration(
     idle = [option for option, value in given.items() if value is not None]
     if stats is not None and idle:
         raise options.wrong("--stats", f"{idle[0]} has no meaning beside it: the statistics were gathered before; give one of the two")
-    if not recipe.needs and (idle or stats is not None):
+    if not recipe.is_calibrated and (idle or stats is not None):
         console.warn(f"recipe '{recipe.name}' uses no calibration: {', '.join(idle or ['--stats'])} ignored")
     old = recipe.calibration
     new = replace(old, samples=samples or old.samples, seq_len=seq_len or old.seq_len, datasets=tuple(dataset or old.datasets))

@@ -57,6 +57,7 @@ class FolderCheckpoint(Checkpoint):
         coded: Mapping[str, Coded],
         quantization: dict[str, Any],
         notes: Sequence[str] = (),
+        kv_cache: Mapping[str, str] | None = None,
     ) -> None:
         self.shards = shards
         self.coded = dict(coded)
@@ -68,6 +69,7 @@ class FolderCheckpoint(Checkpoint):
             schemes={name: c.scheme for name, c in self.coded.items()},
             quantization=quantization,
             notes=[*shards.notes, *notes],
+            kv_cache=kv_cache,
         )
 
     def load(self, name: str) -> Tensor:

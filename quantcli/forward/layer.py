@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import CheckpointError, NumericsError
+from quantcli.forward.cache import watched
 from quantcli.forward.experts import Products, Rows, all_tokens
 from quantcli.forward.names import Source
-from quantcli.tensors import DTYPES
+from quantcli.tensors import DTYPES, KvCache
 
 if TYPE_CHECKING:
     from quantcli.forward.model import Forward
@@ -49,6 +50,12 @@ class LoadedLayer:
         """Every tap of the layer → its in_features."""
         specs = self._forward.checkpoint.specs
         return {tap: specs[f"{tap}.weight"].shape[-1] for tap in self._forward.taps_of(self._index)}
+
+    @property
+    def cache_widths(self) -> dict[str, int]:
+        """Every tap of the layer's keys and values → its width."""
+        caches = self._forward.cache_modules(self._index).values()
+        return {tap: width for cache in caches for tap, width in cache.widths.items()}
 
     @property
     def device(self) -> torch.device:
@@ -108,12 +115,12 @@ class LoadedLayer:
         return output
 
     def observe(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> Tensor:
-        """The same as a call; ``on_input(tap, X)`` is told what the linears of ``taps`` (None: all) read as it runs."""
+        """The same as a call; ``on_input(tap, X)`` is told what the linears of ``taps`` (None: all), or a cache, read as it runs."""
         with self._hooked(self._wanted(taps), on_input):
             return self(hidden, ids)
 
     def inputs(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> None:
-        """``on_input(tap, X)`` with what ``taps`` (None: all) read; the layer runs no further than the last of them."""
+        """``on_input(tap, X)`` with what ``taps`` (None: all linears') read; the layer runs no further than the last of them."""
         wanted = self._wanted(taps)
         missing = set(wanted)
 
@@ -127,15 +134,18 @@ class LoadedLayer:
             self(hidden, ids)
 
     def _wanted(self, taps: Collection[str] | None) -> Set[str]:
-        return {tap for tap in self._forward.taps_of(self._index) if taps is None or tap in taps}
+        known = self._forward.taps_of(self._index)
+        return known if taps is None else {tap for tap in (*known, *self.cache_widths) if tap in taps}
 
     @contextlib.contextmanager
     def _hooked(self, wanted: Set[str], on_input: OnInput) -> Iterator[None]:
         """While it lasts ``on_input`` is told what the taps ``wanted`` read."""
         modules = self._forward.tap_modules(self._index)
         handles = [m.register_forward_pre_hook(partial(_tell, on_input, tap)) for tap, m in modules.items() if tap in wanted]
+        caches = self._forward.cache_modules(self._index).items()
+        updates = {module: partial(_tell_cache, on_input, cache, wanted) for module, cache in caches if wanted & cache.widths.keys()}
         try:
-            with self._watched(wanted, on_input):
+            with self._watched(wanted, on_input), watched(updates):
                 yield
         finally:
             for handle in handles:
@@ -162,7 +172,14 @@ class LoadedLayer:
 
     @contextlib.contextmanager
     def _changed(self) -> Iterator[None]:
-        """While it lasts experts read what :meth:`Forward.on_read` makes of their inputs."""
+        """While it lasts experts read what :meth:`Forward.on_read` makes of their inputs, and caches hold what ``on_cache`` does."""
+        caches = self._forward.cache_modules(self._index).items()
+        changes = {module: change for module, cache in caches if (change := self._forward.cache_change(cache))}
+        with watched(changes), self._changed_experts():
+            yield
+
+    @contextlib.contextmanager
+    def _changed_experts(self) -> Iterator[None]:
         changes = self._forward.changes(self._index)
         if not changes:
             yield
@@ -193,6 +210,13 @@ class _AllSeen(Exception):
 
 def _tell(on_input: OnInput, tap: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     on_input(tap, inputs[0].flatten(0, -2))
+
+
+def _tell_cache(on_input: OnInput, cache: KvCache, wanted: Set[str], K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    for tap, states in ((cache.k_tap, K), (cache.v_tap, V)):
+        if tap in wanted:
+            on_input(tap, states.transpose(1, 2).flatten(2).flatten(0, 1))  # [n_tokens, heads · dim]
+    return K, V
 
 
 class _Tensors(Mapping[str, Tensor]):

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from quantcli import heap
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.forward.cache import OnUpdate
 from quantcli.forward.experts import Experts, Rows, rows_of
 from quantcli.forward.fused import unfused
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.names import NameMap, Source
 from quantcli.forward.skeleton import build, drop, dtypes, put
 from quantcli.forward.stack import Call, Stack
+from quantcli.tensors import KvCache
 
 if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
@@ -28,7 +30,8 @@ class Forward:
 
     ``layers``: the layers' names on disk; ``taps``: disk name of a linear's weight → tap, which is the name of the first linear that
     reads the same input, each expert's linears having taps of their own; ``untapped``: the layers' other matrices (routers, convolutions,
-    experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model has no place for.
+    experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model has no place for; ``caches``: where keys and
+    values are kept, whose taps are apart from ``taps``.
 
     ``checkpoint``: the one given, or, where its file has a layer's experts in one tensor, the same with a tensor for each expert's linear.
     Experts run one after the other, transformers' implementation "eager". ``all_tokens``: observed experts are shown every token, not
@@ -41,6 +44,7 @@ class Forward:
     taps: dict[str, str]
     untapped: tuple[str, ...]
     unused: tuple[str, ...]
+    caches: tuple[KvCache, ...]
 
     def __init__(
         self,
@@ -81,6 +85,9 @@ class Forward:
             for rows in group
         }
         self._changes: dict[int, dict[tuple[str, int], Callable[[Tensor], Tensor]]] = {}
+        self._caches = [self._find_caches(i) for i in range(len(self.layers))]
+        self.caches = tuple(cache for caches in self._caches for cache in caches.values())
+        self._cache_changes: dict[str, OnUpdate] = {}
         self.taps = {name: tap for i in range(len(self.layers)) for name, tap in self._disk_taps(i).items()}
         self.unused = self._names.unused
         matrices = (name for i in range(len(self.layers)) for name in self.layer_tensors(i) if len(checkpoint.specs[name].shape) > 1)
@@ -141,6 +148,14 @@ class Forward:
         for module in linears:
             module.register_forward_pre_hook(partial(_change, change))
         return bool(linears)
+
+    def on_cache(self, attention: str, change: OnUpdate) -> bool:
+        """From now on the module ``attention`` (on disk) computes with ``change(K, V)`` of its keys and values, [B, kv_heads, T, head_dim],
+        as from a cache that rounds them; False where that cannot be had."""
+        if all(cache.attention != attention for cache in self.caches):
+            return False
+        self._cache_changes[attention] = change
+        return True
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LoadedLayer]:
@@ -205,6 +220,14 @@ class Forward:
         prefix = f"{self._stack.name}.{index}."
         modules = {disk.removesuffix(".weight"): name for name, disk in self._names.disk.items() if name.startswith(prefix)}
         return {tap: self._model.get_submodule(modules[tap].removesuffix(".weight")) for tap in self._linear_taps(index).values()}
+
+    def cache_modules(self, index: int) -> dict[nn.Module, KvCache]:
+        """The modules of layer ``index`` that keep keys and values."""
+        return {self._model.get_submodule(f"{self._stack.name}.{index}.{name}"): cache for name, cache in self._caches[index].items()}
+
+    def cache_change(self, cache: KvCache) -> OnUpdate | None:
+        """What is made of the keys and values of ``cache``."""
+        return self._cache_changes.get(cache.attention)
 
     def repeats(self, index: int) -> bool:
         """Whether layer ``index`` calls one of its linears more than once in a forward."""
@@ -318,6 +341,16 @@ class Forward:
             for name, rows in stacks.items()
             if first[name] in stacks
         )
+
+    def _find_caches(self, index: int) -> dict[str, KvCache]:
+        """Module within layer ``index`` → its cache."""
+        found: dict[str, KvCache] = {}
+        for module, shape in self._stack.traces[index].caches.items():
+            prefix = f"{self._stack.name}.{index}.{module}."
+            inside = [(name.removeprefix(prefix), disk) for name, disk in self._names.disk.items() if name.startswith(prefix)]
+            on_disk = [disk.removesuffix(f".{rest}") for rest, disk in inside if disk.endswith(f".{rest}")]
+            found[module] = KvCache(on_disk[0] if on_disk else f"{self.layers[index]}.{module}", *shape)
+        return found
 
     def _linear_taps(self, index: int) -> dict[str, str]:
         """Those of the layer's own linears: disk name of a linear's weight → the first of the tap's linears that has a name on disk."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import UnsupportedError
+from quantcli.forward.cache import found_in
 from quantcli.forward.experts import Products
 from quantcli.forward.skeleton import decoder_layers, drop, put
 
@@ -53,13 +54,15 @@ class Trace:
 
     ``n_outputs``: length of the tuple that it returns, or None for the bare hidden states; ``taps``: each linear → the first linear that
     reads the same input, by module name within the layer; ``repeats``: a linear is called more than once in a forward; ``experts``:
-    each parameter that holds a linear of every expert → the first one whose slice reads the same input.
+    each parameter that holds a linear of every expert → the first one whose slice reads the same input; ``caches``: each module that
+    keeps keys and values → heads, width of a key's and of a value's.
     """
 
     n_outputs: int | None
     taps: dict[str, str]
     repeats: bool
     experts: dict[str, str]
+    caches: dict[str, tuple[int, int, int]]
 
     def output(self, hidden: Tensor) -> Any:
         """``hidden`` in the form in which the layer returns it."""
@@ -259,6 +262,7 @@ def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
+    caches = found_in(layer, lambda: call.run(partial(type(layer).forward, layer), hidden))
     if len(call.tensors()) != n_tensors:
         raise UnsupportedError(f"{type(layer).__name__} passes more than hidden states to the layers after it; {_TOGETHER}")
     for name in _routers(layer, {parameter for parameter, _ in sliced}):
@@ -267,4 +271,4 @@ def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
     taps = {name: first.setdefault(tuple(keys), name) for name, keys in fed.items()}
     experts = {name: first.setdefault((*keys, (expert,)), name) for (name, expert), keys in sliced.items()}
     repeats = any(len(keys) > 1 for keys in (*fed.values(), *sliced.values()))
-    return Trace(None if isinstance(output, Tensor) else len(output), taps, repeats, experts)
+    return Trace(None if isinstance(output, Tensor) else len(output), taps, repeats, experts, caches)

@@ -3,7 +3,7 @@
 Each op lives in one file of this package with its ``_reference`` twin; both give the same result, bit for bit, on every instruction set.
 """
 
-from quantcli.ops.activations import round_inputs
+from quantcli.ops.activations import round_cache, round_inputs
 from quantcli.ops.affine import fit_affine
 from quantcli.ops.bits import pack_bits, unpack_bits
 from quantcli.ops.blocks import dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks, unpack_blocks
@@ -30,6 +30,7 @@ __all__ = [
     "quantize_float4",
     "quantize_fp4",
     "quantize_fp8",
+    "round_cache",
     "round_inputs",
     "set_threads",
     "tile_absmax",

@@ -67,6 +67,14 @@ def round_inputs(X: Tensor, act: str, scale: Tensor | None = None, *, threshold:
     return _ROUNDERS[act](rows, scale).to(X.dtype).view(X.shape)
 
 
+def round_cache(states: Tensor, word: str, scale: Tensor) -> Tensor:
+    """Keys or values [B, heads, T, dim] as they come back from a cache of ``tensors.KV_CACHES``; ``scale``: [1], or [heads] by head."""
+    act = f"{word.removesuffix('-head')}-tensor"
+    if not word.endswith("-head"):
+        return round_inputs(states, act, scale)
+    return torch.stack([round_inputs(states[:, h], act, scale[h : h + 1]) for h in range(states.shape[1])], 1)
+
+
 def _int8_token(X: Tensor, _scale: Tensor | None) -> Tensor:
     return _int8(X, _nonzero(X.abs().amax(1, keepdim=True) / 127.5))
 

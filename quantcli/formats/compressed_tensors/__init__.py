@@ -34,6 +34,16 @@ Published folders contradict their own metadata. Shapes are therefore believed b
 """
 
 from quantcli.formats.compressed_tensors.read import detect, read
-from quantcli.formats.compressed_tensors.write import USUAL_SCHEME, context, outputs, parts, suited, supports, writer
+from quantcli.formats.compressed_tensors.write import (
+    USUAL_SCHEME,
+    cache_outputs,
+    cache_parts,
+    context,
+    outputs,
+    parts,
+    suited,
+    supports,
+    writer,
+)
 
-__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "suited", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "cache_outputs", "cache_parts", "context", "detect", "outputs", "parts", "read", "suited", "supports", "writer"]

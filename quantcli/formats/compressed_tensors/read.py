@@ -12,7 +12,7 @@ import torch
 from quantcli.checkpoint import read_config
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats._folder import Coded, FolderCheckpoint, model_dtype, module_of
-from quantcli.formats.compressed_tensors import floats, ints
+from quantcli.formats.compressed_tensors import cache, floats, ints
 from quantcli.formats.compressed_tensors.config import (
     INPUTS,
     LEGACY_KEY,
@@ -71,7 +71,13 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
         self._found = {f"{module}.weight": settle(path, module, files, claims, shards) for module, files in modules.items()}
         dense = {module_of(n): len(s.shape) for n, s in shards.specs.items() if n.endswith(".weight") and n not in self._found}
         tied = bool(config.get("tie_word_embeddings"))
-        notes = [*contradictions(claims, modules, dense, tied=tied), *gathered(self._found), *unrounded(shards.specs, modules)]
+        kv_cache, cache_notes = cache.found(path, words.get("kv_cache_scheme"), shards.specs)
+        notes = [
+            *cache_notes,
+            *contradictions(claims, modules, dense, tied=tied),
+            *gathered(self._found),
+            *unrounded(shards.specs, modules),
+        ]
         super().__init__(
             path,
             kind="compressed-tensors",
@@ -80,7 +86,11 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
             coded={name: coded_of(name, found, model_dtype(config)) for name, found in self._found.items()},
             quantization=words,
             notes=notes,
+            kv_cache=kv_cache,
         )
+
+    def cache_scales(self, attention: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return cache.load(self.shards, attention)
 
     def load_quantized(self, name: str) -> QuantizedTensor:
         found, scheme = self._found[name], self.schemes[name]

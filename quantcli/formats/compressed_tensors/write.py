@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,20 +12,22 @@ from torch import Tensor
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import _folder
-from quantcli.formats._folder import Context, coded_only, dense_dtypes, is_dense, model_dtype, module_of, sidecar_files, split_block, writer
+from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, model_dtype, module_of, sidecar_files, split_block, writer
 from quantcli.formats._fused import check_fused
-from quantcli.formats.compressed_tensors import floats, ints
+from quantcli.formats.compressed_tensors import cache, floats, ints
 from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_words, input_scale_file
 from quantcli.formats.compressed_tensors.match import targets_of
 from quantcli.ops.bits import codes_per_run
 from quantcli.qtypes import int as int_qtype
 from quantcli.shards import MAX_SHARD_BYTES
-from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec
 
-__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "suited", "supports", "writer"]
+__all__ = ["USUAL_SCHEME", "cache_outputs", "cache_parts", "context", "outputs", "parts", "suited", "supports", "writer"]
 
 USUAL_SCHEME = "int4-g128-sym"
 """What ``export`` codes to where the source's own codes do not fit."""
+
+INT8_CACHE = "kv_cache int8: transformers runs it, and engines on other hardware do; vLLM's kernels for GPUs store FP8 alone"
 
 BITS = (2, 4, 8)
 """Of integers: the ones that old and new readers unpack alike."""
@@ -61,17 +64,42 @@ def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
     return scheme.with_options(scale_dtype=dtype if dtype in ints.SCALE_DTYPES else "F32")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context(_folder.Context):
+    """``kv_cache``: the word for the caches that get scales, or ""; ``scale_dtype``: that of these scales."""
+
+    kv_cache: str
+    scale_dtype: str
+
+
 def context(
-    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Checkpoint,
+    schemes: Mapping[str, Scheme],
+    metadata: Mapping[str, Any],
+    kv_cache: str = "",
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Context:
-    """How ``source`` is written with ``schemes``. A scheme object of the library forbids keys that it does not know, so ``metadata`` (how
-    the model was made) has no place among these words; it stands in quantcli.json."""
-    coded = coded_only(source, schemes, "compressed-tensors")
+    """How ``source`` is written with ``schemes``, and caches with scales for ``kv_cache``.
+
+    A scheme object of the library forbids keys that it does not know, so ``metadata`` (how the model was made) has no place among these
+    words; it stands in quantcli.json.
+    """
+    coded = {name: scheme for name, scheme in schemes.items() if not is_dense(scheme)}
+    coded = coded if kv_cache else coded_only(source, schemes, "compressed-tensors")
     for name, scheme in coded.items():
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
         check_scheme(name, scheme)
     check_fused(source.specs, coded, said)
-    return Context(dense_dtypes(source), sidecar_files(source, quantization_words(source, coded)), max_shard_bytes)
+    words = quantization_words(source, coded) | ({"kv_cache_scheme": cache.words(kv_cache)} if kv_cache else {})
+    return Context(
+        dtypes=dense_dtypes(source),
+        sidecars=sidecar_files(source, words),
+        max_shard_bytes=max_shard_bytes,
+        notes=(INT8_CACHE,) if kv_cache.startswith("int8") else (),
+        kv_cache=kv_cache,
+        scale_dtype=dtype if (dtype := model_dtype(source.config)) in ints.SCALE_DTYPES else "F32",
+    )
 
 
 def said(scheme: Scheme) -> str:
@@ -92,7 +120,7 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme]) -> dict[
     formats = {format_of(scheme) for scheme in coded.values()}
     return {
         "quant_method": METHOD,
-        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "format": formats.pop() if len(formats) == 1 else MIXED if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored(source, matrices, {module_of(name) for name in coded}),
@@ -183,6 +211,16 @@ def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
             raise RecipeError(
                 f"{spec.name}: {side} {size} is not a multiple of {run}, which {scheme} needs to fill 32-bit words; exclude it"
             )
+
+
+def cache_outputs(cache_: KvCache, kv_cache: str, context: Context) -> list[TensorSpec]:
+    """The file tensors of the scales of one cache."""
+    return cache.file_specs(cache_, kv_cache, context.scale_dtype)
+
+
+def cache_parts(cache_: KvCache, scales: tuple[Tensor, Tensor], context: Context) -> dict[str, Tensor]:
+    """The scales of keys and values, float32 [1] or [heads], as these."""
+    return cache.encode(cache_, scales, context.kv_cache, context.scale_dtype)
 
 
 def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
