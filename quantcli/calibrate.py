@@ -29,7 +29,7 @@ from quantcli.outliers import Figures, figures_of
 from quantcli.readahead import reading_ahead
 from quantcli.shards import file_layout
 from quantcli.stats_file import DIAGONAL_PARTS, put_stats, stats_metadata, stats_specs
-from quantcli.tensors import Stats, TensorSpec
+from quantcli.tensors import HEAD, Stats, TensorSpec
 from quantcli.writer import Writer
 
 if TYPE_CHECKING:
@@ -49,9 +49,6 @@ EVERYTHING = DIAGONALS | {"H"}
 
 MOE = "moe"
 """The key of the file's metadata that tells which tokens experts were measured on; only models that have experts have it."""
-
-HEAD = "lm_head"
-"""The tap of the output embedding, whatever its module is called."""
 
 
 def kept_on(device: torch.device, n_bytes: int) -> torch.device:
@@ -251,9 +248,11 @@ def figures_by_tap(forward: Forward, ids: Tensor) -> dict[str, Figures]:
 
 def measure_head(forward: Forward, activations: Activations, needs: frozenset[str] = EVERYTHING) -> dict[str, Stats]:
     """Stats of what the output embedding reads, for windows that have gone through all layers."""
-    meters = {HEAD: StatsMeter(forward.head_in_features, "H" in needs, forward.device, histogram="histogram" in needs)}
-    for hidden, _ in activations.batches():
-        forward.observe_head(hidden, partial(_gather, meters, {}, HEAD))
+    drift, histogram = "dXXT" in needs, "histogram" in needs
+    meters = {HEAD: StatsMeter(forward.head_in_features, "H" in needs, forward.device, histogram=histogram, drift=drift)}
+    originals = activations.original.head_inputs() if activations.original and drift else repeat({})
+    for (hidden, _), X0 in zip(activations.batches(), originals, strict=False):
+        forward.observe_head(hidden, partial(_gather, meters, X0, HEAD))
     return _finished(meters)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantcli.calibrate import Activations
 from quantcli.forward import Forward, LoadedLayer
+from quantcli.tensors import HEAD
 
 
 class Original:
@@ -38,6 +39,13 @@ class Original:
         for hidden, ids in self.activations.batches():
             seen: dict[str, list[Tensor]] = {tap: [] for tap in taps}
             self._layer.inputs(hidden, ids, partial(_keep, seen), taps)
+            yield seen
+
+    def head_inputs(self) -> Iterator[dict[str, list[Tensor]]]:
+        """What the output embedding reads, the same way; for windows that have gone through all layers."""
+        for hidden, _ in self.activations.batches():
+            seen: dict[str, list[Tensor]] = {HEAD: []}
+            self._forward.observe_head(hidden, partial(_keep, seen, HEAD))
             yield seen
 
 

@@ -27,7 +27,7 @@ from quantcli.readahead import reading_ahead
 from quantcli.recipe import Recipe
 from quantcli.registry import find
 from quantcli.stats_file import StatsFile
-from quantcli.tensors import DTYPES, Prev, TensorReport
+from quantcli.tensors import DTYPES, HEAD, Prev, Stats, TensorReport
 from quantcli.writer import Writer
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def quantize(
     assert taps is not None
     taps = {name: tap for name, tap in taps.items() if name in source.specs}
     made_by = provenance(source, recipe)
-    make = partial(planning.make, source, recipe, taps, metadata=made_by, kv_caches=forward.caches if forward else ())
+    head, kv_caches = (forward.head_weight, forward.caches) if forward else (planning.declared_head(source), None)
+    head = head if head in source.specs else None
+    make = partial(planning.make, source, recipe, taps, metadata=made_by, kv_caches=kv_caches, head=head)
     plan = make()
     data: Calibrated | None = None
     protected: list[Protected] | None = None
@@ -213,7 +215,7 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
     A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares.
     """
     from quantcli import familiarity
-    from quantcli.calibrate import Activations
+    from quantcli.calibrate import Activations, measure_head
     from quantcli.original import Original
 
     activations = Activations.embed(forward, windows)
@@ -223,16 +225,19 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
     absorbers = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
+    has_head = bool(run.plan.recipe.needs) and any(tensor.tap == HEAD and tensor.is_solved for tensor in run.plan.tensors)
     for layer in reading_ahead(timed(run.plan), [layer.name for layer in run.plan.layers], run.source.locations()):
         name = layer.planned.name
         if name not in index:
-            layer.reports += run.code(name, layer.planned.tensors, {})
+            is_head = has_head and any(tensor.tap == HEAD for tensor in layer.planned.tensors)  # which comes after all layers
+            stats = measure_head(forward, activations, run.plan.recipe.needs) if is_head else {}
+            layer.reports += run.code(name, layer.planned.tensors, stats)
         else:
             prevs = absorbers(name) if absorbers else None
             with forward.layer(index[name]) as loaded, activations.beside(index[name]):
                 untouched.advance(loaded)
                 layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps, prevs)
-                is_last = index[name] + 1 == len(forward.layers)
+                is_last = index[name] + 1 == len(forward.layers) and not has_head
                 run.put_caches(layer.planned.caches, _leave(run, activations, loaded, layer.planned, is_last=is_last))
         yield layer.done()
     return familiarity.measure(forward, untouched, windows)

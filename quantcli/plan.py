@@ -15,7 +15,7 @@ from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.outliers import Protected
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
-from quantcli.tensors import KvCache, Scheme, TensorSpec
+from quantcli.tensors import HEAD, KvCache, Scheme, TensorSpec
 
 RTN = PassSpec("rtn")
 
@@ -116,6 +116,11 @@ def declared_taps(source: Checkpoint) -> dict[str, str] | None:
     return {name: tap for name in source.specs if (tap := arch.tap(name)) is not None}
 
 
+def declared_head(source: Checkpoint) -> str | None:
+    """The output embedding's weight under its usual name; None where it has another, or is the input embedding's."""
+    return "lm_head.weight" if "lm_head.weight" in source.specs and not source.config.get("tie_word_embeddings") else None
+
+
 def make(
     source: Checkpoint,
     recipe: Recipe,
@@ -123,11 +128,13 @@ def make(
     *,
     metadata: Mapping[str, Any] | None = None,
     protected: Sequence[Protected] | None = None,
-    kv_caches: Sequence[KvCache] = (),
+    kv_caches: Sequence[KvCache] | None = None,
+    head: str | None = None,
 ) -> Plan:
     """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header;
     ``protected``: what the recipe's ``protect_outliers`` found in their inputs, None as long as these are not known; ``kv_caches``: where
-    its layers keep keys and values.
+    its layers keep keys and values, None where that has not been traced; ``head``: the output embedding's weight, where what it reads can
+    be measured: given a scheme, it is solved like any linear.
 
     Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that
     the format cannot hold, and for a model in whose layers no linear is found.
@@ -135,9 +142,11 @@ def make(
     fmt = find("formats", recipe.format)
     check_format_options(recipe)
     check_passes(recipe)
-    caches.check(source, recipe, kv_caches)
+    if kv_caches is not None:
+        caches.check(source, recipe, kv_caches)
     schemes = choose_schemes(source, recipe, taps)
     schemes, spared = protect(recipe, schemes, taps, protected)
+    taps = {**taps, head: HEAD} if head is not None and is_coded(schemes.get(head)) else taps
     carried = carried_over(source, recipe, schemes)
     if hasattr(fmt, "suited"):
         schemes = {name: s if name in carried else fmt.suited(s, source.config) for name, s in schemes.items()}
@@ -167,7 +176,7 @@ def make(
         tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in carried)
         planned.setdefault(layer_of(name), []).append(tensor)
     scaled: dict[str, list[PlannedCache]] = {}
-    for one in caches.planned(recipe, kv_caches, context):
+    for one in caches.planned(recipe, kv_caches or (), context):
         scaled.setdefault(layer_of(f"{one.cache.attention}."), []).append(one)
     in_order = sorted(planned, key=_natural)
     layers = tuple(PlannedLayer(name, tuple(planned[name]), tuple(scaled.get(name, ()))) for name in in_order)
@@ -290,6 +299,11 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
     used |= {i for i, rule in enumerate(recipe.rules) if rule.scheme is None and any(map(rule.matches, source.specs))}
     if idle := [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]:
         example = matrices[0] if matrices else "none"
+        if re.search(idle[0], "lm_head.weight") and source.config.get("tie_word_embeddings"):
+            raise RecipeError(
+                f"rule '{idle[0]}': the output embedding of {source.source} is its input embedding (tie_word_embeddings), which engines "
+                "load dense; leave the rule out"
+            )
         raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first of them is {example}")
     return schemes
 

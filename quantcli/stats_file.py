@@ -120,7 +120,8 @@ class StatsFile(Mapping[str, Stats]):
         """Raise :class:`RecipeError` unless ``tap`` was measured, is ``in_features`` wide, and has what ``needs`` names. Reads no data."""
         if tap not in self:
             raise RecipeError(
-                f"the statistics have no tap '{tap}'; they belong to another model: calibrate this one, or exclude the tensor with --skip"
+                f"the statistics have no tap '{tap}'; they belong to another model, or to an older quantcli: calibrate this one, or "
+                "exclude the tensor with --skip"
             )
         if self.in_features(tap) != in_features:
             raise RecipeError(

@@ -87,6 +87,9 @@ ACTIVATIONS = ("int8-token", "fp8-token", "int8-tensor", "fp8-tensor", "fp8-g128
 """How an engine may quantize what a linear reads: each token for itself, groups of it, or by one scale found beforehand (``-tensor``)."""
 
 
+HEAD = "lm_head"
+"""The tap of the output embedding, whatever its module is called."""
+
 KV_CACHES = ("fp8", "int8", "fp8-head", "int8-head")
 """How an engine may store keys and values: in E4M3 or in 8-bit integers, by one scale for a layer's keys and one for its values, or
 (``-head``) by one for each head."""

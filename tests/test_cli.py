@@ -245,7 +245,7 @@ def test_calibrate_then_quantize_from_its_statistics(cli: Callable[..., Run], mo
     run = cli("calibrate", model, "-o", "s.safetensors", "--dataset", text, *SHORT, "--json")
     assert run.code == 0
     assert run.json.keys() == CALIBRATE_KEYS
-    assert (run.json["n_samples"], run.json["n_tokens"], run.json["taps"]) == (2, 32, 4)
+    assert (run.json["n_samples"], run.json["n_tokens"], run.json["taps"]) == (2, 32, 5)
     done = cli("quantize", model, "--stats", "s.safetensors", "--json", "-q", "-o", "out")
     assert (done.code, done.err) == (0, "")
     assert json.loads(Path("out/quantcli.json").read_text())["dataset_sha256"] == run.json["dataset_sha256"] == done.json["dataset_sha256"]

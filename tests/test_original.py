@@ -79,7 +79,7 @@ def quantize(folder: Path, target: Path, how: recipe.Recipe, **options: object) 
 def test_asymmetric_calibration_changes_what_comes_after_the_first_layer(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     folder = tiny_llama()
     for name in ("gptq-int4", "gptaq-int4"):
-        quantize(folder, tmp_path / name, recipe.load(name))
+        quantize(folder, tmp_path / name, replace(recipe.load(name), true_sequential=False))
     with Checkpoint.open(str(tmp_path / "gptq-int4")) as plain, Checkpoint.open(str(tmp_path / "gptaq-int4")) as asymmetric:
         differ = {name: not torch.equal(plain.read(name), asymmetric.read(name)) for name in plain.schemes}
     assert differ == {name: ".1." in name for name in differ}

@@ -149,6 +149,17 @@ def test_gptq_beats_rounding_to_nearest_on_every_grid(scheme: str) -> None:
     assert relative_error(W, quantize(W, H, scheme), H) < 0.8 * nearest
 
 
+@pytest.mark.parametrize("scheme", ["int4-g32-sym", "int4-g32-asym", "int3-g64-sym"])
+def test_the_searched_grid_is_the_default_and_better_than_gptqs_own(scheme: str) -> None:
+    assert Scheme.parse(scheme).option("search") == "mse"
+    searched, own = (sum(relative_error(W, quantize(W, H, f"{scheme}{word}"), H) for W, H in map(at, range(4))) for word in ("", "-minmax"))
+    assert searched < 0.95 * own
+
+
+def at(seed: int) -> tuple[Tensor, Tensor]:
+    return problem(n_out=64, n_in=128, seed=seed)
+
+
 def test_uncorrelated_inputs_leave_nothing_to_compensate() -> None:
     W, _ = problem()
     H = torch.diag(torch.linspace(0.5, 2, W.shape[1]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gptq_peer
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -170,6 +171,21 @@ def test_the_newest_transformers_reads_asymmetric_folders_dense(
     case: Case, newest: dict[str, dict[str, Any]], ours: dict[str, tuple[Path, float]]
 ) -> None:
     assert newest[case.name]["perplexity"] == pytest.approx(ours[case.name][1], rel=1e-3)  # decoded in bfloat16
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128-sym", "int8-channel-sym+int8-token"])
+def test_a_quantized_head_is_run_as_we_run_it(tmp_path: Path, scheme: str) -> None:
+    case = Case(scheme, rules=(("lm_head", scheme),), passes="gptq")
+    with Checkpoint.open(str(gptq_peer.untied(tmp_path / "untied"))) as model:
+        learned, measured = gptq_peer.windows_of_pico(model)
+        quantized(model, tmp_path / "out", case, learned)
+    save_file({"windows": measured}, tmp_path / "windows.safetensors")
+    ask(TRANSFORMERS, "transformers_client.py", *(str(tmp_path / name) for name in ("windows.safetensors", "answers.json", "out")))
+    (answer,) = json.loads((tmp_path / "answers.json").read_text())
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert "lm_head.weight" in back.schemes
+        assert answer["quantized"] == N_LINEARS + 1
+        assert answer["perplexity"] == pytest.approx(evaluate.perplexity(back, measured).perplexity, rel=1e-5)
 
 
 def test_the_cases_differ_by_more_than_the_tolerance(ours: dict[str, tuple[Path, float]]) -> None:

@@ -52,7 +52,8 @@ def test_what_is_written_is_what_was_planned(tiny_llama: TinyLlama, tmp_path: Pa
     assert isinstance(finished, Finished)
     assert [e.name for e in layers] == [layer.name for layer in planned.plan.layers]
     with Checkpoint.open(str(tmp_path / "out")) as output:
-        assert set(output.specs) == {t.name for t in planned.plan.tensors if t.outputs}
+        of_caches = {spec.name for layer in planned.plan.layers for one in layer.caches for spec in one.outputs}
+        assert set(output.specs) == {t.name for t in planned.plan.tensors if t.outputs} | of_caches
         assert sum(s.nbytes for s in output.specs.values()) == planned.plan.n_bytes
         assert {n: (grid_of(s), s.get("act", "")) for n, s in output.schemes.items()} == {
             t.name: (grid_of(t.scheme), t.scheme.get("act", "")) for t in planned.plan.tensors if t.scheme and is_coded(t.scheme)

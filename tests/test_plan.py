@@ -139,7 +139,8 @@ def test_what_a_calibrated_recipe_rounds_to_nearest_is_told(tiny_llama: TinyLlam
     recipe = with_rules("gptq-int4", ("lm_head", "int8-g128-sym"))
     assert make(tiny_llama(), recipe).notes[0] == "lm_head.weight rounded to nearest: gptq has no statistics of what they read"
     assert make(tiny_llama(), recipes.load("gptq-int4")).notes == ()
-    assert make(tiny_llama(), with_rules("rtn-int4", ("lm_head", "int4-g128-sym"))).notes == ()
+    (note,) = make(tiny_llama(), with_rules("rtn-int4", ("lm_head", "int4-g128-sym"))).notes
+    assert note.startswith("lm_head is quantized")
 
 
 def test_what_loses_the_codes_of_its_source_is_told(tiny_llama: TinyLlama, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_what_loses_the_codes_of_its_source_is_told(tiny_llama: TinyLlama, tmp_p
         list(pipeline.quantize(source, tmp_path / "once", recipe))
     (note,) = make(tmp_path / "once", recipes.load("rtn-int4")).notes
     assert note.startswith("lm_head.weight decoded to a dense type")
-    assert make(tmp_path / "once", recipe).notes == ()
+    assert not any("decoded" in note for note in make(tmp_path / "once", recipe).notes)
 
 
 def test_what_the_format_has_to_say_is_told(tiny_llama: TinyLlama) -> None:

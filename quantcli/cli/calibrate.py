@@ -66,6 +66,7 @@ def command(
             output,
             hessian=hessian,
             histograms=histograms,
+            head=True,
             moe=moe or "routed",
             device=torch_device,
             overwrite=overwrite,

@@ -127,6 +127,13 @@ class Forward:
         return int(self._model.config.get_text_config().vocab_size)
 
     @property
+    def head_weight(self) -> str | None:
+        """Disk name of the output embedding's weight; None where it is the input embedding's."""
+        if self._stack.head is None or self._model.config.get_text_config().tie_word_embeddings:
+            return None
+        return self._names.disk.get(f"{self._module_name(self._stack.head)}.weight")
+
+    @property
     def head_in_features(self) -> int:
         """Width of what the output embedding reads."""
         if self._stack.head is None:

@@ -80,7 +80,7 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version:
             words[key] = metadata[key]
     if left := dense_linears(source, coded):
         # vLLM and optimum take the list of what is quantized, GPTQModel the patterns of what is not.
-        words["modules_in_block_to_quantize"] = [module_suffixes(coded, left)]
+        words["modules_in_block_to_quantize"] = [module_suffixes(coded, left), *([["lm_head"]] if words["lm_head"] else [])]
     if dynamic := _dynamic.written({**dict.fromkeys(left), **settings}, common):
         words["dynamic"] = dynamic
     return words
@@ -93,6 +93,11 @@ def surprises(coded: Mapping[str, Scheme]) -> tuple[str, ...]:
         notes.append(
             "linears differ in bits or group size: vLLM, SGLang and GPTQModel read the rules for that (`dynamic`), and transformers, "
             "which does not, refuses the folder"
+        )
+    if "lm_head.weight" in coded:
+        notes.append(
+            "lm_head is quantized: vLLM, SGLang and GPTQModel read it, and transformers 5 leaves it at random numbers without a word; use "
+            "--format compressed-tensors for that"
         )
     return tuple(notes)
 

@@ -1,0 +1,148 @@
+"""lm_head on request: measured, coded by the recipe's passes, and told to engines; a tied one is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyLlama
+
+from quantcli import calibrate, pipeline, recipe
+from quantcli.checkpoint import Checkpoint
+from quantcli.errors import RecipeError
+from quantcli.forward import Forward
+from quantcli.pipeline import Calibrated, Finished, LayerDone
+from quantcli.recipe import PassSpec, Rule
+from quantcli.stats_file import StatsFile
+from quantcli.tensors import Scheme
+
+IDS = torch.randint(2, 512, (16, 40), generator=torch.Generator().manual_seed(3))
+HEAD = "lm_head.weight"
+SCHEMES = {"gptq": "int4-g64-sym", "compressed-tensors": "int4-g64-sym", "bitsandbytes": "nf4-b64"}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: TinyLlama) -> Path:
+    return tiny_llama(hidden=64, intermediate=128, layers=2)
+
+
+def quantize(model: Path, target: Path, how: recipe.Recipe, **options: Any) -> list[pipeline.Event]:
+    with Checkpoint.open(str(model)) as source:
+        return list(pipeline.quantize(source, target, how, **{"calibrate": lambda: Calibrated("of a test", windows=IDS), **options}))
+
+
+def with_head(format_: str, method: str = "gptq", **changes: Any) -> recipe.Recipe:
+    scheme = SCHEMES[format_]
+    base = replace(recipe.load("gptq-int4"), format=format_, passes=(PassSpec(method),), scheme=Scheme.parse(scheme))
+    return replace(base, rules=(Rule.parse("lm_head", scheme),), **changes)
+
+
+def head_error(events: list[pipeline.Event]) -> float:
+    return next(e.relative_error for e in events if isinstance(e, LayerDone) and e.name == HEAD)
+
+
+@pytest.mark.parametrize("format_", SCHEMES)
+def test_the_head_is_solved_like_any_linear(folder: Path, tmp_path: Path, format_: str) -> None:
+    errors = {}
+    for method in ("gptq", "rtn"):
+        events = quantize(folder, tmp_path / method, with_head(format_, method))
+        assert isinstance(events[0], pipeline.Planned)
+        assert not any("rounded to nearest" in note for note in events[0].plan.notes)
+        with Checkpoint.open(str(tmp_path / method)) as output, Checkpoint.open(str(folder)) as source:
+            assert HEAD in output.schemes
+            forward = Forward(output)
+            activations = calibrate.Activations.embed(forward, IDS)
+            for i in range(len(forward.layers)):
+                with forward.layer(i) as layer:
+                    activations.advance(layer)
+            H = calibrate.measure_head(forward, activations)["lm_head"].H.double()
+            W, W_hat = source.read(HEAD).double(), output.read(HEAD).double()
+        errors[method] = float((((W - W_hat) @ H) * (W - W_hat)).sum() / ((W @ H) * W).sum())
+        if method == "gptq":  # measured behind the layers as quantized, on the last layer's output
+            assert head_error(events) == pytest.approx(errors[method], rel=1e-3)
+    assert errors["gptq"] < 0.9 * errors["rtn"]
+
+
+def test_statistics_have_the_heads_inputs_and_serve(folder: Path, tmp_path: Path) -> None:
+    with Checkpoint.open(str(folder)) as source:
+        list(calibrate.calibrate(source, IDS, tmp_path / "with.safetensors", head=True))
+        list(calibrate.calibrate(source, IDS, tmp_path / "without.safetensors"))
+    stats = StatsFile(tmp_path / "with.safetensors")
+    events = quantize(folder, tmp_path / "out", with_head("gptq"), calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    assert isinstance(events[-1], Finished)
+    rounded = quantize(folder, tmp_path / "rtn", with_head("gptq", "rtn"))
+    assert 0 < head_error(events) < head_error(rounded)
+    old = StatsFile(tmp_path / "without.safetensors")
+    with pytest.raises(RecipeError, match=r"lm_head.weight: the statistics have no tap 'lm_head'"):
+        quantize(folder, tmp_path / "no", with_head("gptq"), calibrate=lambda: Calibrated(old.dataset_sha256, stats=old))
+
+
+def test_a_ggufs_head_is_error_corrected_too(folder: Path, tmp_path: Path) -> None:
+    """Its file type says what it becomes: nobody need ask."""
+    base = replace(recipe.load("q8_0"), passes=(PassSpec("gptq"),))
+    events = quantize(folder, tmp_path / "gptq.gguf", base)
+    nearest = quantize(folder, tmp_path / "rtn.gguf", recipe.load("q8_0"))
+    assert 0 < head_error(events) < 0.9 * head_error(nearest)
+
+
+@pytest.mark.parametrize("name", ["awq-w4a16", "smoothquant-w8a8"])
+def test_a_change_of_basis_leaves_the_heads_inputs_alone(folder: Path, tmp_path: Path, name: str) -> None:
+    """The final norm lies in no layer; what is left of the method, its search of scales, serves the head too."""
+    base = recipe.load(name)
+    base = base.with_scheme(group_size=64) if name.startswith("awq") else base
+    events = quantize(folder, tmp_path / "out", replace(base, rules=(Rule.parse("lm_head", str(base.scheme)),)))
+    (report,) = next(e.tensors for e in events if isinstance(e, LayerDone) and e.name == HEAD)
+    assert 0 < report.relative_error < 0.02
+    assert any("nothing that makes its inputs can absorb a scale" in note for note in report.notes)
+    with Checkpoint.open(str(tmp_path / "out")) as output, Checkpoint.open(str(folder)) as source:
+        assert HEAD in output.schemes
+        assert torch.equal(output.read("model.norm.weight"), source.read("model.norm.weight"))
+
+
+def test_asymmetric_calibration_reaches_the_head(folder: Path, tmp_path: Path) -> None:
+    outputs = []
+    for alpha in (0.0, 0.5):
+        how = replace(with_head("gptq"), passes=(PassSpec("gptq", {"gptaq_alpha": alpha}),), rules=(Rule.parse("lm_head", "int4-g64-sym"),))
+        events = quantize(folder, tmp_path / str(alpha), how)
+        notes = [note for e in events if isinstance(e, LayerDone) for report in e.tensors for note in report.notes]
+        assert not any("plain GPTQ" in note for note in notes)
+        with Checkpoint.open(str(tmp_path / str(alpha))) as output:
+            outputs.append(output.read(HEAD))
+    assert not torch.equal(*outputs)
+
+
+def test_without_a_rule_the_head_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    quantize(folder, tmp_path / "out", replace(with_head("gptq"), rules=()))
+    with Checkpoint.open(str(tmp_path / "out")) as output, Checkpoint.open(str(folder)) as source:
+        assert HEAD not in output.schemes
+        assert torch.equal(output.read(HEAD), source.read(HEAD))
+
+
+def test_a_gptq_folder_tells_engines_of_its_head_even_where_it_lists_modules(folder: Path, tmp_path: Path) -> None:
+    how = with_head("gptq")
+    quantize(folder, tmp_path / "out", replace(how, rules=(*how.rules, Rule.parse("o_proj", "keep"))))
+    words = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert words["lm_head"] is True
+    with Checkpoint.open(str(folder)) as source:
+        planned, *_ = pipeline.quantize(source, tmp_path / "dry", how, dry_run=True)
+    assert any("transformers 5 leaves it at random numbers" in note for note in planned.plan.notes)
+    assert ["lm_head"] in words["modules_in_block_to_quantize"]  # which vLLM flattens, and takes no other module for quantized
+
+
+@pytest.mark.parametrize("format_", SCHEMES)
+def test_a_tied_head_is_refused_with_the_reason(tiny_llama: TinyLlama, tmp_path: Path, format_: str) -> None:
+    with pytest.raises(RecipeError, match="is its input embedding"):
+        quantize(tiny_llama(hidden=64, intermediate=128, layers=1, tied=True), tmp_path / "out", with_head(format_))
+
+
+def test_hqq_solves_the_head_by_hqq(folder: Path, tmp_path: Path) -> None:
+    """A pass that needs no statistics is no reason to round."""
+    base = replace(recipe.load("hqq-int4"), format="gptq")
+    how = replace(base, rules=(Rule.parse("lm_head", str(base.scheme)),))
+    with Checkpoint.open(str(folder)) as source:
+        planned, *_ = pipeline.quantize(source, tmp_path / "out", how, dry_run=True)
+    assert next(t for t in planned.plan.tensors if t.name == HEAD).is_solved
