@@ -149,7 +149,7 @@ def test_gptq_beats_rounding_to_nearest_on_every_grid(scheme: str) -> None:
     assert relative_error(W, quantize(W, H, scheme), H) < 0.8 * nearest
 
 
-@pytest.mark.parametrize("scheme", ["int4-g32-sym", "int4-g32-asym", "int3-g64-sym"])
+@pytest.mark.parametrize("scheme", ["int4-g128-sym", "int3-g64-sym", "int3-g128-asym", "int2-g64-asym"])
 def test_the_searched_grid_is_the_default_and_better_than_gptqs_own(scheme: str) -> None:
     assert Scheme.parse(scheme).option("search") == "mse"
     searched, own = (sum(relative_error(W, quantize(W, H, f"{scheme}{word}"), H) for W, H in map(at, range(4))) for word in ("", "-minmax"))
