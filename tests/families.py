@@ -65,7 +65,8 @@ LLAMA31 = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {k: v for
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 GEMMA3_PUBLISHED = {"rope_parameters": None, "layer_types": None, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 GEMMA3_PUBLISHED |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6, "tie_word_embeddings": None}
-EOT = {"tokenizer.ggml.eot_token_id": "the converter takes 107 for any Gemma 1; ours is the token that has the name"}
+UNKNOWN = {"tokenizer.ggml.unknown_token_id": "the converter leaves out what tokenizer.model alone tells; llama.cpp then takes 0"}
+EOT = UNKNOWN | {"tokenizer.ggml.eot_token_id": "the converter takes 107 for any Gemma 1; ours is the token that has the name"}
 PREFIX = ("tokenizer.ggml.add_space_prefix",)
 GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.3, "logits_scaling": 2.0}
 PHI = {"partial_rotary_factor": 0.75, "num_attention_heads": 4, "original_max_position_embeddings": 256}
@@ -119,7 +120,7 @@ CASES: dict[str, Case] = {
     "smollm2": Case("llama", {"tie_word_embeddings": True, "num_attention_heads": 8, "num_key_value_heads": 4}),
     "smollm3": Case("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
     "gemma": Case("gemma", {"head_dim": 32, "tie_word_embeddings": True}, sentencepiece=True, differing=EOT, elsewhere=PREFIX),
-    "gemma2": Case("gemma2", {**GEMMA, "sliding_window": 16}, sentencepiece=True, elsewhere=PREFIX),
+    "gemma2": Case("gemma2", {**GEMMA, "sliding_window": 16}, sentencepiece=True, differing=UNKNOWN, elsewhere=PREFIX),
     "gemma3": Case("gemma3_text", {**GEMMA, "num_hidden_layers": 7, "sliding_window": 16}),
     "gemma3 as published": Case("gemma3_text", {**GEMMA, "num_hidden_layers": 7, "sliding_window": 16}, GEMMA3_PUBLISHED),
     "granite": Case("granite", GRANITE),
