@@ -354,9 +354,9 @@ def test_no_value_of_any_metadata_key_does_more_than_raise(tiny_llama: Any, tmp_
 def test_a_type_nobody_here_decodes_is_listed_and_refused_when_read(tiny_llama: Any, tmp_path: Path) -> None:
     with Checkpoint.open(str(tiny_llama())) as source:
         path = export(source, tmp_path / "good.gguf", "F16")
-    with Checkpoint.open(str(rewrite(path, tmp_path / "iq.gguf", dtype={"blk.0.ffn_up.weight": "IQ2_XXS"}))) as back:
-        assert back.specs["model.layers.0.mlp.up_proj.weight"].dtype == "IQ2_XXS"
-        with pytest.raises(UnsupportedError, match=r"up_proj\.weight is IQ2_XXS"):
+    with Checkpoint.open(str(rewrite(path, tmp_path / "iq.gguf", dtype={"blk.0.ffn_up.weight": "IQ1_S"}))) as back:
+        assert back.specs["model.layers.0.mlp.up_proj.weight"].dtype == "IQ1_S"
+        with pytest.raises(UnsupportedError, match=r"up_proj\.weight is IQ1_S"):
             back.read("model.layers.0.mlp.up_proj.weight")
         assert np.isfinite(back.read("model.layers.0.mlp.gate_proj.weight").float().numpy()).all()
 

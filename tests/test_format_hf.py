@@ -113,16 +113,16 @@ def test_a_value_that_does_not_fit_is_an_error_by_name(tiny_llama: TinyLlama) ->
 
 
 def test_a_quantized_source_becomes_dense_again(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    name, scheme = "model.layers.0.mlp.up_proj.weight", Scheme.of("int", bits=4, group_size=32, sym=True)
-    codes = torch.randint(0, 16, (96, 64), dtype=torch.uint8)
-    parts = {"codes": codes, "scale": torch.rand(96, 2).half(), "zero": torch.full((96, 2), 8, dtype=torch.uint8)}
+    name, scheme = "model.layers.0.mlp.down_proj.weight", Scheme.of("int", bits=4, group_size=32, sym=True)
+    codes = torch.randint(0, 16, (64, 96), dtype=torch.uint8)
+    parts = {"codes": codes, "scale": torch.rand(64, 3).half(), "zero": torch.full((64, 3), 8, dtype=torch.uint8)}
     folder = tiny_llama(**SMALL, dtype="float16")
     with Checkpoint.open(str(folder)) as source:
         context = gptq.context(source, {name: scheme}, {})
         outputs = [o for s in source.specs.values() for o in gptq.outputs(s, scheme if s.name == name else None, context)]
         with gptq.writer(tmp_path / "q", outputs, context, overwrite=False) as writer:
             for spec in source.specs:
-                tensor = QuantizedTensor(scheme, (96, 64), parts) if spec == name else source.read(spec)
+                tensor = QuantizedTensor(scheme, (64, 96), parts) if spec == name else source.read(spec)
                 for part, value in gptq.parts(spec, tensor, context).items():
                     writer.put(part, value)
             writer.commit()

@@ -34,6 +34,7 @@ from quantcli.formats.gguf.imatrix import Measured
 from quantcli.formats.gguf.naming import gguf_names
 from quantcli.forward import tokenizer
 from quantcli.qtypes import q4_k
+from quantcli.recipe import Recipe
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Scheme, TensorSpec
 
@@ -102,6 +103,15 @@ def everything(folder: Path, width: int | None = None) -> dict[str, np.ndarray]:
         names = gguf_names(source.specs, source.config)
         wide = {names[hf]: spec.shape[-1] for hf, spec in source.specs.items() if len(spec.shape) == 2 and "blk" in names[hf]}
     return {name: random.random(width or n) + 0.1 for name, n in wide.items()}
+
+
+def weighed(recipe: str, folder: Path, scratch: Path) -> Recipe:
+    """A shipped recipe; those that are refused without a matrix get one of ``folder``'s own, written to ``scratch``."""
+    if recipe not in ("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_xs", "iq3_xxs", "q2_k_s"):
+        return recipes.load(recipe)
+    sums = everything(folder)
+    path = save(scratch / "weights.gguf", sums, {name: [4] for name in sums})
+    return replace(recipes.load(recipe), format_options={"imatrix": str(path)})
 
 
 @pytest.mark.parametrize("hessian", [False, True])

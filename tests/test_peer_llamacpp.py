@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from gguf_export import LLAMA3, edit_config, export
 from llamacpp_peer import assert_same, convert, run
+from test_imatrix import weighed
 
 from quantcli import pipeline
 from quantcli import recipe as recipes
@@ -135,7 +136,7 @@ def test_llama_cpp_loads_what_a_recipe_writes_and_finds_the_decoded_weights_perp
     text = tmp_path / "text.txt"
     text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
     with Checkpoint.open(str(PICO)) as source:
-        list(pipeline.quantize(source, tmp_path / "ours.gguf", recipes.load(name)))
+        list(pipeline.quantize(source, tmp_path / "ours.gguf", weighed(name, PICO, tmp_path)))
     with Checkpoint.open(str(tmp_path / "ours.gguf")) as source:
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
     theirs = perplexity_in_llama_cpp(decoded, text)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_imatrix import weighed
 
 from quantcli import calibrate, ops, pipeline
 from quantcli import recipe as recipes
@@ -47,7 +48,8 @@ def quantize(folder: Path, target: Path, recipe: str | recipes.Recipe, **options
 @pytest.mark.parametrize("recipe", recipes.shipped())
 @pytest.mark.parametrize("options", [{"tied": True, "layers": 1}, {"shards": 2, "layers": 1}])
 def test_what_is_written_is_what_was_planned(tiny_llama: TinyLlama, tmp_path: Path, recipe: str, options: dict) -> None:
-    planned, *layers, finished = quantize(tiny_llama(**options), tmp_path / "out", recipe)
+    folder = tiny_llama(**options)
+    planned, *layers, finished = quantize(folder, tmp_path / "out", weighed(recipe, folder, tmp_path))
     assert isinstance(planned, Planned)
     assert isinstance(finished, Finished)
     assert [e.name for e in layers] == [layer.name for layer in planned.plan.layers]

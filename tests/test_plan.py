@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_imatrix import weighed
 
 from quantcli import pipeline
 from quantcli import plan as planning
@@ -164,7 +165,8 @@ def test_a_model_without_linears_in_its_layers_is_unsupported(tiny_llama: TinyLl
 
 @pytest.mark.parametrize("name", recipes.shipped())
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_shipped_recipe_can_plan_a_llama(tiny_llama: TinyLlama, name: str, tied: bool) -> None:
-    plan = make(tiny_llama(tied=tied), recipes.load(name))
+def test_every_shipped_recipe_can_plan_a_llama(tiny_llama: TinyLlama, tmp_path: Path, name: str, tied: bool) -> None:
+    folder = tiny_llama(tied=tied)
+    plan = make(folder, weighed(name, folder, tmp_path))
     assert 2 < plan.bpw < 33
     assert plan.census()["dropped"] == 0
