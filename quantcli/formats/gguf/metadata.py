@@ -306,11 +306,11 @@ def _rope(container: Container, p: str) -> dict:
 def _full_rope(container: Container, p: str) -> dict:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _float(container, f"{p}.rope.freq_base", 10000.0)}
     hidden, heads = (_integer(container, f"{p}.{key}") for key in ("embedding_length", "attention.head_count"))
-    keys = (f"{p}.attention.key_length", f"{p}.rope.dimension_count")
-    width, rotated = (_integer(container, key) if key in container.fields else None for key in keys)
-    width = width or hidden // heads
-    if rotated not in (None, width):
-        rope["partial_rotary_factor"] = rotated / max(width, 1)
+    width, rotated = max(hidden // heads, 1), f"{p}.rope.dimension_count"
+    if f"{p}.attention.key_length" in container.fields:
+        width = _integer(container, f"{p}.attention.key_length")
+    if rotated in container.fields and (n := _integer(container, rotated)) != width:
+        rope["partial_rotary_factor"] = n / width
     kind = container.get(f"{p}.rope.scaling.type", "none")
     kind = kind if isinstance(kind, str) else type(kind).__name__
     if kind == "none":
