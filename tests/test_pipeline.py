@@ -240,7 +240,7 @@ def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_
 
 
 CHILD = """
-import contextlib, pathlib, sys, torch
+import contextlib, pathlib, signal, sys, torch
 from quantcli import heap, pipeline, recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.pipeline import Calibrated, LayerDone
@@ -250,18 +250,20 @@ with Checkpoint.open(sys.argv[1]) as source:
     walk = pipeline.quantize(source, pathlib.Path(sys.argv[2]), recipes.load(sys.argv[3]), calibrate=lambda: Calibrated("", windows=ids))
     with contextlib.closing(walk):
         for event in walk:
-            if isinstance(event, LayerDone): print(event.name, flush=True)
+            if not isinstance(event, LayerDone): continue
+            print(event.name, flush=True)
+            if event.name in sys.argv[4:]: signal.pause()
 print(heap.peak_bytes())
 """
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_leaves_no_file_under_a_final_name(tiny_llama: TinyLlama, tmp_path: Path, kind: int) -> None:
-    command = [sys.executable, "-c", CHILD, str(tiny_llama(layers=6)), str(tmp_path / "out"), "gptq-int4"]
+    waits_after = "model.layers.1"  # or it may be done before the signal comes
+    command = [sys.executable, "-c", CHILD, str(tiny_llama(layers=6)), str(tmp_path / "out"), "gptq-int4", waits_after]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout is not None
-    for _ in range(3):
-        assert child.stdout.readline()
+    assert any(line.strip() == waits_after for line in child.stdout)
     os.kill(child.pid, kind)
     child.wait()
     assert not (tmp_path / "out").exists()
