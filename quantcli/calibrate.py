@@ -6,7 +6,6 @@ Memory: one layer, the H of its taps, and the hidden states of all windows (n_to
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +21,7 @@ from torch import Tensor
 from quantcli import familiarity
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError
+from quantcli.experts import expert_of
 from quantcli.familiarity import Familiarity
 from quantcli.forward import Forward, LoadedLayer
 from quantcli.meter import StatsMeter
@@ -40,9 +40,6 @@ BATCH_TOKENS = 2048
 
 MAX_HESSIAN_BYTES = 8 << 30
 """H of one layer that is held at a time, where a layer of many experts has more: these are measured in several runs of the layer."""
-
-EXPERT = re.compile(r"(.*\.experts\.\d+)\.")
-"""The expert in the name of what it reads, whatever the family."""
 
 DIAGONALS = frozenset(DIAGONAL_PARTS)
 EVERYTHING = DIAGONALS | {"H"}
@@ -138,7 +135,7 @@ def _meters(layer: LoadedLayer, needs: frozenset[str], taps: Sequence[str] | Non
         if tap in caches:  # which no linear reads
             meters[tap] = StatsMeter(caches[tap], False, layer.device, histogram="histogram" in needs)
             continue
-        drift = "dXXT" in needs and (layer.shows_all_tokens or not EXPERT.match(tap))
+        drift = "dXXT" in needs and (layer.shows_all_tokens or not expert_of(tap))
         meters[tap] = StatsMeter(widths[tap], "H" in needs, layer.device, histogram="histogram" in needs, drift=drift)
     return meters
 
@@ -150,8 +147,8 @@ def shares(taps: Iterable[str], widths: Mapping[str, int], needs: frozenset[str]
     """
     groups: dict[str, list[str]] = {}
     for tap in taps:
-        expert = EXPERT.match(tap)
-        groups.setdefault(expert[1] if expert else "", []).append(tap)
+        at = expert_of(tap)
+        groups.setdefault(at.expert if at else "", []).append(tap)
     groups[""] = groups.pop("", [])  # last
     parts: list[list[str]] = [[]]
     room = MAX_HESSIAN_BYTES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from quantcli import plan as planning
 from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError, about
+from quantcli.experts import expert_of
 from quantcli.passes import _activations, _basis
 from quantcli.plan import Plan, PlannedTensor
 from quantcli.ranges import find_range
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from quantcli.forward import LoadedLayer
 
 PIECE_ELEMENTS = 1 << 22
-
-EXPERT = re.compile(r"\.experts\.\d+\.")
-"""In the name of what one expert of a layer reads, whatever the family: how many tokens that sees is the router's choice."""
 
 
 @dataclass(slots=True)
@@ -154,9 +151,9 @@ class Coding:
                 self.writer.put(name, data)
 
     def is_starved(self, tensor: PlannedTensor, stats: Mapping[str, Stats]) -> bool:
-        """Whether too few calibration tokens reached ``tensor``, an expert's, for the recipe's passes to learn from."""
+        """Whether too few calibration tokens reached ``tensor``, an expert's, for the recipe's passes to learn from: the router chooses."""
         recipe = self.plan.recipe
-        if not (tensor.is_solved and tensor.tap and EXPERT.search(tensor.tap) and any(spec.needs for spec in recipe.passes)):
+        if not (tensor.is_solved and tensor.tap and expert_of(tensor.tap) and any(spec.needs for spec in recipe.passes)):
             return False
         return tensor.tap in stats and stats[tensor.tap].n_tokens < recipe.calibration.min_tokens
 

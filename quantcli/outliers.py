@@ -16,12 +16,12 @@ short of it, for the last two) get that scheme. With ``share`` no more of the li
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantcli.errors import RecipeError
+from quantcli.experts import expert_of
 from quantcli.ops.activations import OUTLIER
 from quantcli.tensors import KEEP, Scheme, Stats
 
@@ -141,7 +141,8 @@ def choose(protection: Protection, figures: Mapping[str, Figures], n_weights: Ma
     """
     units: dict[str, list[str]] = {}
     for tap in figures:
-        units.setdefault(unit_of(tap), []).append(tap)
+        at = expert_of(tap)
+        units.setdefault(at.stack if at else tap, []).append(tap)
     found = []
     for taps in units.values():
         worst = max(taps, key=lambda tap: protection.excess(figures[tap]))
@@ -154,9 +155,3 @@ def choose(protection: Protection, figures: Mapping[str, Figures], n_weights: Ma
             chosen.append(unit)
             room -= n
     return chosen
-
-
-def unit_of(tap: str) -> str:
-    """What is protected together: a tap, or the taps of all experts of a layer."""
-    match = re.match(r"(.*\.experts)\.\d+\.", tap)
-    return match[1] if match else tap

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -21,6 +20,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.coding import Coding
 from quantcli.errors import RecipeError
 from quantcli.events import Event, Finished, LayerDone, Planned, timed
+from quantcli.experts import expert_of
 from quantcli.outliers import Protected
 from quantcli.plan import PlannedLayer, PlannedTensor
 from quantcli.readahead import reading_ahead
@@ -300,5 +300,6 @@ def in_turn(taps: Sequence[str]) -> list[list[str]]:
     """``taps`` one after the other, but those together that differ by the number of an expert: none of these sees another."""
     stages: dict[str, list[str]] = {}
     for tap in taps:
-        stages.setdefault(re.sub(r"\.\d+(?=\.[^.]+$)", "", tap), []).append(tap)
+        at = expert_of(tap)
+        stages.setdefault(f"{at.stack}.{at.linear}" if at else tap, []).append(tap)
     return list(stages.values())

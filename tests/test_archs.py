@@ -75,8 +75,8 @@ def test_experts_share_a_gguf_name_and_have_taps_of_their_own() -> None:
     assert MIXTRAL.gguf_name(name) == "blk.2.ffn_up_exps.weight"
     assert MIXTRAL.tap(name) == "model.layers.2.block_sparse_moe.experts.5.w1"
     assert MIXTRAL.hf_name("blk.2.ffn_up_exps.weight") == "model.layers.2.block_sparse_moe.experts.{e}.w3.weight"
-    assert archs.expert_of(name) == 5
-    assert archs.expert_of("model.layers.2.mlp.up_proj.weight") is None
+    assert archs.slice_of(name) == 5
+    assert archs.slice_of("model.layers.2.mlp.up_proj.weight") is None
 
 
 def test_names_are_those_of_the_gguf_package() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from quantcli import calibrate, pipeline
+from quantcli import calibrate, experts, pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli import app
@@ -471,6 +471,16 @@ def test_a_layer_of_many_experts_is_measured_in_shares_with_the_same_result(
             list(calibrate.calibrate(checkpoint, IDS, tmp_path / f"{name}.safetensors"))
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "shared/model.safetensors").read_bytes()
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "shared.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stack", ["model.layers.3.block_sparse_moe.experts", "blocks.11.ffn.experts", "model.layers.0.mlp.experts"])
+@pytest.mark.parametrize("linear", ["w1", "w1.weight", "down_proj.bias"])
+def test_an_expert_is_told_by_the_names_of_its_tensors(stack: str, linear: str) -> None:
+    at = experts.expert_of(f"{stack}.12.{linear}")
+    assert at == experts.ExpertName(stack, 12, linear)
+    assert at.expert == f"{stack}.12"
+    for other in (f"{stack}.{linear}", f"{stack}.12", f"model.layers.3.mlp.shared_experts.{linear}", f"model.layers.3.mlp.{linear}"):
+        assert experts.expert_of(other) is None
 
 
 def test_shares_keep_an_experts_taps_together_and_others_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

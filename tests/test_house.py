@@ -25,7 +25,7 @@ FLOORS = [
     | {"writer", "shards", "locations", "json_files", "texts", "documents", "overlap"},
     {"archs", "qtypes"},
     {"ops"},
-    {"tensors", "errors", "registry", "heap", "disk"},
+    {"tensors", "errors", "experts", "registry", "heap", "disk"},
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {"quantcli._kernels": "ops", "transformers": "forward", "typer": "cli", "rich": "cli"}

@@ -206,8 +206,8 @@ def plain(name: str) -> str:
     return name.replace("language_model.", "", 1)
 
 
-def expert_of(name: str) -> int | None:
-    """Which of its layer's equals tensor ``name`` is: the second number in the name, an expert's."""
+def slice_of(name: str) -> int | None:
+    """Which slice tensor ``name`` is of one that holds several of a layer: the second number in its name, an expert's or a head's."""
     numbers = _pattern(name, "ie")[1]
     return int(numbers["e"]) if "e" in numbers else None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
 from quantcli.errors import RecipeError
+from quantcli.experts import expert_of
 from quantcli.formats._folder import is_dense, module_of
 from quantcli.tensors import Scheme
 
@@ -47,8 +47,8 @@ def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 def joined(module: str) -> str | None:
     """A name for what ``module`` becomes a part of; None for a linear of its own."""
-    if expert := re.fullmatch(r"(.+\.experts)\.\d+\.[^.]+", module):
-        return expert[1]
+    if at := expert_of(module):
+        return at.stack
     parent, _, last = module.rpartition(".")
     kin = next((family for family in FUSED if last in family), None)
     return f"{parent}.{'+'.join(kin)}" if kin else None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.experts import expert_of
 from quantcli.formats import _folder
 from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
 from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
@@ -30,8 +31,6 @@ USUAL_SCHEME = "nf4-b64"
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 """Modules that hold a matrix and are no linear."""
 
-EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context(_folder.Context):
@@ -46,7 +45,7 @@ def supports(scheme: Scheme) -> bool:
 
 def stays_dense(name: str) -> bool:
     """Whether engines load ``name`` dense whatever its scheme: experts, which transformers 5 holds in one parameter and no linears."""
-    return EXPERT.search(name) is not None
+    return expert_of(name) is not None
 
 
 def context(
@@ -106,7 +105,7 @@ def dense_modules(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
     """The modules of matrices that stay dense: engines replace every linear not named here. lm_head is one even where it has no tensor;
     a layer's experts go by the module around them."""
     specs = (spec for spec in source.specs.values() if spec.name not in coded and spec.name.endswith(".weight") and len(spec.shape) == 2)
-    modules = (expert[1] if (expert := EXPERT.match(spec.name)) else module_of(spec.name) for spec in specs)
+    modules = (at.stack if (at := expert_of(spec.name)) else module_of(spec.name) for spec in specs)
     left = [module for module in dict.fromkeys(modules) if not EMBEDDING.search(module)]
     return left if "lm_head" in left or "lm_head.weight" in coded else [*left, "lm_head"]
 

@@ -106,7 +106,7 @@ def check_slices(arch: Architecture, table: Mapping[str, str]) -> None:
 
 def slice_number(arch: Architecture, name: str, gguf_name: str) -> int | None:
     """Which slice of ``gguf_name`` the tensor ``name`` is; None when it is the whole."""
-    return archs.expert_of(name) if "{e}" in (arch.hf_name(gguf_name) or "") else None
+    return archs.slice_of(name) if "{e}" in (arch.hf_name(gguf_name) or "") else None
 
 
 def slice_name(gguf_name: str, number: int) -> str:
