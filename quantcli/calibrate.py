@@ -64,6 +64,12 @@ def run_dtype(specs: Iterable[TensorSpec], device: str | torch.device) -> torch.
     return torch.bfloat16 if torch.device(device).type == "cuda" and stored == {"BF16"} else torch.float32
 
 
+def at_once(ids: Tensor) -> list[slice]:
+    """The windows of ``ids`` [n, T] in the batches that a layer runs: about :data:`BATCH_TOKENS` each."""
+    step = max(1, BATCH_TOKENS // ids.shape[1])
+    return [slice(i, i + step) for i in range(0, len(ids), step)]
+
+
 class Activations:
     """The hidden states that all windows bring to the next layer.
 
@@ -76,26 +82,24 @@ class Activations:
     def __init__(self, ids: Tensor, hidden: Tensor) -> None:
         self.ids = ids
         self.hidden = hidden
-        self._step = max(1, BATCH_TOKENS // ids.shape[1])
 
     @classmethod
     def embed(cls, forward: Forward, ids: Tensor) -> Activations:
         """What the first layer is given for ``ids``: [n, T] int64."""
         hidden: Tensor | None = None
-        step = max(1, BATCH_TOKENS // ids.shape[1])
-        for i in range(0, len(ids), step):
-            batch = forward.embed(ids[i : i + step])
+        for windows in at_once(ids):
+            batch = forward.embed(ids[windows])
             if hidden is None:
                 shape = (*ids.shape, batch.shape[-1])
                 hidden = torch.empty(shape, dtype=batch.dtype, device=kept_on(batch.device, math.prod(shape) * batch.itemsize))
-            hidden[i : i + step] = batch
+            hidden[windows] = batch
         assert hidden is not None
         return cls(ids, hidden)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Hidden states [b, T, hidden], a view, and ids [b, T]."""
-        for i in range(0, len(self.ids), self._step):
-            yield self.hidden[i : i + self._step], self.ids[i : i + self._step]
+        for windows in at_once(self.ids):
+            yield self.hidden[windows], self.ids[windows]
 
     def advance(self, layer: LoadedLayer) -> None:
         """Go through ``layer``."""
