@@ -166,6 +166,15 @@ def shares(taps: Iterable[str], widths: Mapping[str, int], needs: frozenset[str]
     return [part for part in parts if part]
 
 
+def in_turn(taps: Sequence[str]) -> list[list[str]]:
+    """``taps`` one after the other, but those together that differ by the number of an expert: none of these sees another."""
+    stages: dict[str, list[str]] = {}
+    for tap in taps:
+        at = expert_of(tap)
+        stages.setdefault(f"{at.stack}.{at.linear}" if at else tap, []).append(tap)
+    return list(stages.values())
+
+
 def _finished(meters: Mapping[str, StatsMeter]) -> dict[str, Stats]:
     """Stats of every meter. Raises :class:`NumericsError` where one is not finite."""
     result: dict[str, Stats] = {}

@@ -1,4 +1,4 @@
-"""What is asked of a disk: room, a lock, whole reads and writes, bytes that are truly there, and a rename that loses nothing."""
+"""What is asked of a disk: room, a free place, a lock, whole reads and writes, bytes that are there, a rename that loses nothing."""
 
 from __future__ import annotations
 
@@ -30,6 +30,30 @@ def check_space(target: Path, n_bytes: int) -> None:
         raise ResourceError(
             f"{target}: needs {n_bytes / 2**20:.1f}MiB, {folder} has {free / 2**20:.1f}MiB free; free space there or choose another -o"
         )
+
+
+def check_replaceable(target: Path, *, overwrite: bool, folder: bool) -> None:
+    """Raise :class:`RecipeError` unless ``target`` is free, an empty folder, or an earlier output that ``overwrite`` may replace."""
+    if not target.name:
+        raise RecipeError(f"{target}: cannot be an output; name a new folder or file with -o")
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir():
+        raise RecipeError(f"{target}: {parent} is no folder; choose another -o")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"{target}: no permission to write in {parent}; choose another -o")
+    if not target.exists():
+        return
+    if not target.is_dir() and not target.is_file():
+        raise RecipeError(f"{target}: is a device or a pipe, which a finished file would replace; choose another -o")
+    kinds = ("folder", "file") if target.is_dir() else ("file", "folder")
+    if target.is_dir() != folder:
+        raise RecipeError(f"{target}: is a {kinds[0]} and the output a {kinds[1]}; choose another -o")
+    if folder and not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise RecipeError(f"{target}: already exists; give --overwrite to replace it, or another -o")
+    if folder and not (target / "config.json").is_file():
+        raise RecipeError(f"{target}: holds no model (no config.json), so --overwrite will not delete it; choose another -o")
 
 
 @contextlib.contextmanager

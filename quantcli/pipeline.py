@@ -20,7 +20,6 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.coding import Coding
 from quantcli.errors import RecipeError
 from quantcli.events import Event, Finished, LayerDone, Planned, timed
-from quantcli.experts import expert_of
 from quantcli.outliers import Protected
 from quantcli.plan import PlannedLayer, PlannedTensor
 from quantcli.readahead import reading_ahead
@@ -279,7 +278,7 @@ def _measure_and_code(
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
     ``order``: the model's taps as it runs them; ``prevs``: given where a pass changes the basis, which ties all taps together."""
-    from quantcli.calibrate import shares
+    from quantcli.calibrate import in_turn, shares
 
     solved = [t for t in planned.tensors if t.is_solved]
     wanted = {t.tap for t in solved}
@@ -294,12 +293,3 @@ def _measure_and_code(
         stats = activations.measure(loaded, stage, run.plan.recipe.needs) if run.plan.recipe.needs else {}
         reports += run.code(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
     return reports + run.code(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)
-
-
-def in_turn(taps: Sequence[str]) -> list[list[str]]:
-    """``taps`` one after the other, but those together that differ by the number of an expert: none of these sees another."""
-    stages: dict[str, list[str]] = {}
-    for tap in taps:
-        at = expert_of(tap)
-        stages.setdefault(f"{at.stack}.{at.linear}" if at else tap, []).append(tap)
-    return list(stages.values())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantcli import disk
-from quantcli.errors import CheckpointError, RecipeError
+from quantcli.errors import CheckpointError
 from quantcli.tensors import DTYPE_NAMES, DTYPES, TensorSpec
 
 N_CHECKERS = 2
@@ -74,7 +74,7 @@ class Writer:
         self._part_lock: int | None = None
         self._done = False
         disk.restore_interrupted_commit(self.target, self._old)
-        check_replaceable(self.target, overwrite=overwrite, folder=folder)
+        disk.check_replaceable(self.target, overwrite=overwrite, folder=folder)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -93,7 +93,7 @@ class Writer:
         check_layouts(files)
         self._beside = () if self.folder else tuple(self.target.with_name(relative(layout.name).name) for layout in files[1:])
         for path in self._beside:
-            check_replaceable(path, overwrite=self._overwrite, folder=False)
+            disk.check_replaceable(path, overwrite=self._overwrite, folder=False)
         sidecars = sidecars or {}
         self._replace_stale_part()
         n_bytes = sum(f.size for f in files) + sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars.values())
@@ -245,30 +245,6 @@ class Writer:
         if self._part_lock is not None:
             os.close(self._part_lock)
             self._part_lock = None
-
-
-def check_replaceable(target: Path, *, overwrite: bool, folder: bool) -> None:
-    """Raise :class:`RecipeError` unless ``target`` is free, an empty folder, or an earlier output that ``overwrite`` may replace."""
-    if not target.name:
-        raise RecipeError(f"{target}: cannot be an output; name a new folder or file with -o")
-    parent = next(p for p in target.parents if p.exists())
-    if not parent.is_dir():
-        raise RecipeError(f"{target}: {parent} is no folder; choose another -o")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise RecipeError(f"{target}: no permission to write in {parent}; choose another -o")
-    if not target.exists():
-        return
-    if not target.is_dir() and not target.is_file():
-        raise RecipeError(f"{target}: is a device or a pipe, which a finished file would replace; choose another -o")
-    kinds = ("folder", "file") if target.is_dir() else ("file", "folder")
-    if target.is_dir() != folder:
-        raise RecipeError(f"{target}: is a {kinds[0]} and the output a {kinds[1]}; choose another -o")
-    if folder and not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise RecipeError(f"{target}: already exists; give --overwrite to replace it, or another -o")
-    if folder and not (target / "config.json").is_file():
-        raise RecipeError(f"{target}: holds no model (no config.json), so --overwrite will not delete it; choose another -o")
 
 
 def check_layouts(files: Sequence[FileLayout]) -> None:

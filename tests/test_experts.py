@@ -298,7 +298,7 @@ def test_experts_take_turns_together_in_a_sequential_recipe(save_model: SaveMode
     reports = quantize(folder, tmp_path / "out", how)
     assert len([name for name in reports if ".experts." in name]) == 2 * 8 * 3
     taps = [f"model.layers.1.mlp.experts.{e}.{k}_proj" for k in ("gate", "down") for e in range(8)]
-    assert pipeline.in_turn(["model.layers.1.self_attn.q_proj", *taps]) == [["model.layers.1.self_attn.q_proj"], taps[:8], taps[8:]]
+    assert calibrate.in_turn(["model.layers.1.self_attn.q_proj", *taps]) == [["model.layers.1.self_attn.q_proj"], taps[:8], taps[8:]]
 
 
 @pytest.mark.parametrize("moe", recipes.MOE)

@@ -39,10 +39,10 @@ def command(
     """Run text through a model and keep what its linears read."""
     from quantcli import calibrate, texts
     from quantcli.checkpoint import Checkpoint
+    from quantcli.disk import check_replaceable
     from quantcli.formats.gguf.naming import architecture
     from quantcli.forward import tokenizer
     from quantcli.stats_file import StatsFile
-    from quantcli.writer import check_replaceable
 
     console = Console(json, quiet, verbose)
     started = time.perf_counter()

@@ -142,8 +142,8 @@ def execute(
 
 def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
     """Raise before hours of work what the writer would raise after them, and keep ``--overwrite`` from other people's files."""
+    from quantcli.disk import check_replaceable
     from quantcli.registry import find
-    from quantcli.writer import check_replaceable
 
     check_replaceable(Path(os.path.realpath(target)), overwrite=overwrite, folder=folder)
     if target.is_file() and not find("formats", "gguf").detect(target, None):
