@@ -17,6 +17,7 @@ from quantcli import __version__, archs, cuts, ops
 from quantcli import plan as planning
 from quantcli.calibrated import Calibrated, checked, protected_by
 from quantcli.checkpoint import Checkpoint
+from quantcli.choices import is_coded
 from quantcli.coding import Coding
 from quantcli.errors import RecipeError
 from quantcli.events import Event, Finished, LayerDone, Planned, timed
@@ -137,7 +138,7 @@ def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
     """Whether the output of ``tensor`` holds every value of the source."""
     if not tensor.outputs:
         return True
-    if planning.is_coded(tensor.scheme):
+    if is_coded(tensor.scheme):
         return False
     read = torch.float32 if tensor.name in source.schemes else DTYPES.get(tensor.source.dtype)
     stored = DTYPES.get(tensor.outputs[0].dtype)

@@ -11,6 +11,7 @@ from typing import Any
 from quantcli import archs, caches, regrid
 from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
+from quantcli.choices import carried_over, choose_schemes, is_coded, layer_of, listed, protect
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.outliers import Protected
 from quantcli.recipe import PassSpec, Recipe
@@ -99,11 +100,6 @@ class Plan:
         dropped = sum(not t.outputs for t in tensors)
         quantized = sum(bool(t.outputs) and is_coded(t.scheme) for t in tensors)
         return {"quantized": quantized, "copied": len(tensors) - quantized - dropped, "dropped": dropped}
-
-
-def is_coded(scheme: Scheme | None) -> bool:
-    """Whether ``scheme`` is more than a plain float dtype."""
-    return scheme is not None and scheme.qtype not in ("f32", "f16", "bf16")
 
 
 def declared_taps(source: Checkpoint) -> dict[str, str] | None:
@@ -212,11 +208,6 @@ def surprises(
     return tuple(notes)
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first two of ``names`` and how many more."""
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
 def check_format_options(recipe: Recipe) -> None:
     """Raise :class:`RecipeError` for an option that the format does not have; one that takes any keyword checks them itself."""
     parameters = inspect.signature(find("formats", recipe.format).context).parameters.values()
@@ -236,27 +227,6 @@ def check_passes(recipe: Recipe) -> None:
         raise RecipeError(f"recipe '{recipe.name}': {names} works on a whole layer at once; leave true_sequential out")
 
 
-def protect(
-    recipe: Recipe, schemes: Mapping[str, Scheme], taps: Mapping[str, str], protected: Sequence[Protected] | None
-) -> tuple[dict[str, Scheme], tuple[str, ...]]:
-    """``schemes`` with those of ``protected`` replaced by what ``protect_outliers`` says, unless a rule names the tensor; and a note."""
-    if recipe.protect_outliers is None:
-        return dict(schemes), ()
-    scheme, chosen = recipe.protect_outliers.scheme, dict(schemes)
-    if scheme is not None and not find("formats", recipe.format).supports(scheme):
-        raise UnsupportedError(f"protect_outliers: the {recipe.format} format cannot hold {scheme}; choose another, or 'keep'")
-    if protected is None:
-        return chosen, ("protect_outliers: what it protects is known once inputs are measured, or from --stats",)
-    spared = {tap for unit in protected for tap in unit.taps}
-    names = [n for n, tap in taps.items() if tap in spared and is_coded(schemes.get(n)) and not any(r.matches(n) for r in recipe.rules)]
-    for name in names:
-        chosen.pop(name)
-        chosen |= {} if scheme is None else {name: scheme}
-    if not names:
-        return chosen, ("protect_outliers: no inputs go beyond its thresholds",)
-    return chosen, (f"protect_outliers: {len(names)} linears {'stay as they are' if scheme is None else f'in {scheme}'}: {listed(names)}",)
-
-
 def check_codes(recipe: Recipe, scheme: Scheme, *, is_measured: bool, is_weighed: bool) -> None:
     """Raise :class:`RecipeError` where the recipe's passes cannot choose codes of ``scheme``. ``is_measured``: the tensor has a tap;
     ``is_weighed``: an importance matrix has a row for it."""
@@ -267,85 +237,6 @@ def check_codes(recipe: Recipe, scheme: Scheme, *, is_measured: bool, is_weighed
     if getattr(qtype, "NEEDS_IMPORTANCE", False) and not (is_weighed or (recipe.needs and is_measured)):
         why = f"recipe '{recipe.name}' measures none" if is_measured else "what this tensor reads is not measured"
         raise RecipeError(f"{scheme} needs importance, and {why}; give --imatrix FILE, or a recipe whose passes read statistics")
-
-
-def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:
-    """Tensor name → scheme of the tensors that do not stay as they are: the first rule that matches, else the mix or the scheme."""
-    schemes: dict[str, Scheme] = {}
-    if recipe.mix is not None:
-        fmt = find("formats", recipe.format)
-        if not hasattr(fmt, "mix"):
-            raise RecipeError(f"{recipe.mix} is a mix of types for GGUF; the {recipe.format} format has none: leave --format out")
-        schemes = fmt.mix(recipe.mix, source.specs, source.config, **recipe.format_options)
-        if recipe.codes != "anew":  # what the mix leaves as it is stays so when it is codes of the format's own
-            schemes = {name: have for name, have in source.schemes.items() if fmt.supports(have)} | schemes
-    elif recipe.scheme is not None:
-        schemes = dict.fromkeys(taps, recipe.scheme)
-    if recipe.codes == "kept" and source.schemes:
-        schemes = kept_schemes(source, recipe, schemes)
-    matrices = [name for name, spec in source.specs.items() if name in taps or (len(spec.shape) == 2 and layer_of(name) == name)]
-    used: set[int] = set()
-    for name in matrices:
-        hits = [i for i, rule in enumerate(recipe.rules) if rule.matches(name)]
-        used.update(hits)
-        if not hits:
-            continue
-        scheme = recipe.rules[hits[0]].scheme
-        if scheme is None:
-            schemes.pop(name, None)
-        else:
-            schemes[name] = scheme
-    # What a rule keeps may also be what stays as it is anyway (a router, a norm).
-    used |= {i for i, rule in enumerate(recipe.rules) if rule.scheme is None and any(map(rule.matches, source.specs))}
-    if idle := [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]:
-        example = matrices[0] if matrices else "none"
-        if re.search(idle[0], "lm_head.weight") and source.config.get("tie_word_embeddings"):
-            raise RecipeError(
-                f"rule '{idle[0]}': the output embedding of {source.source} is its input embedding (tie_word_embeddings), which engines "
-                "load dense; leave the rule out"
-            )
-        raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first of them is {example}")
-    return schemes
-
-
-def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme]) -> dict[str, Scheme]:
-    """The schemes of a quantized source's tensors in the recipe's format: the first that holds their codes, else the format's usual one.
-
-    ``wanted``: what the recipe says of all tensors; of those that the source left dense a plain dtype alone is taken from it.
-    """
-    fmt = find("formats", recipe.format)
-    schemes = {name: scheme for name, scheme in wanted.items() if name not in source.schemes and not is_coded(scheme)}
-    for name, scheme in source.schemes.items():
-        shape = source.specs[name].shape
-        fitting = (s for s in regrid.candidates(scheme) if fmt.supports(s) and regrid.exactness(scheme, s, shape[-1]) and fits(shape, s))
-        if (chosen := next(fitting, None)) is None and fmt.USUAL_SCHEME is not None:
-            chosen = Scheme.parse(fmt.USUAL_SCHEME)
-        if chosen is not None:
-            schemes[name] = chosen
-    return schemes
-
-
-def fits(shape: tuple[int, ...], scheme: Scheme) -> bool:
-    """Whether ``scheme`` can code a matrix of ``shape`` at all."""
-    try:
-        find("qtypes", scheme.qtype).layout(shape, scheme)
-    except RecipeError:
-        return False
-    return True
-
-
-def carried_over(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> set[str]:
-    """The tensors whose codes go over from the source, because the scheme chosen for them can hold these."""
-    if recipe.codes == "anew":
-        return set()
-    specs, chosen = source.specs, ((name, have, schemes.get(name)) for name, have in source.schemes.items())
-    return {name for name, have, want in chosen if want is not None and regrid.exactness(have, want, specs[name].shape[-1])}
-
-
-def layer_of(name: str) -> str:
-    """The layer that tensor ``name`` belongs to: up to its first number ("model.layers.3"), or the name itself."""
-    match = re.match(r"(.*?\.\d+)\.", name)
-    return match[1] if match else name
 
 
 def _natural(layer: str) -> tuple[int, Sequence[Any]]:

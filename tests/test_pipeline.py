@@ -20,10 +20,11 @@ from test_imatrix import weighed
 from quantcli import calibrate, ops, pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
+from quantcli.choices import is_coded
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.evaluate import compare
 from quantcli.pipeline import Calibrated, Finished, LayerDone, Planned
-from quantcli.plan import PlannedTensor, is_coded
+from quantcli.plan import PlannedTensor
 from quantcli.regrid import grid_of
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import TensorSpec
