@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.forward.cache import watched
-from quantcli.forward.experts import Products, Rows, all_tokens
+from quantcli.forward.experts import Products, all_tokens
 from quantcli.forward.names import Source
 from quantcli.tensors import DTYPES, KvCache
 
@@ -36,25 +36,23 @@ class LoadedLayer:
         self.name = forward.layers[index]
         self._forward = forward
         self._index = index
+        self._readers = forward.readers(index)
         self._module = module
         self._sources = {name: source for source in forward.sources(index) for name in source.disk}
         self._set: dict[str, Tensor] = {}
         self._stale: dict[str, Source] = {}  # by target: to be made again from what was set
         self._rewritten: set[str] = set()  # experts' weights that were set, in their parameter's rows
-        self._rows: dict[str, tuple[str, int, Rows]] = {  # of an expert's weight: parameter, expert, rows
-            rows.disk: (x.parameter, e, rows) for x in forward.experts(index) for e, group in enumerate(x.rows) for rows in group
-        }
 
     @property
     def tap_widths(self) -> dict[str, int]:
         """Every tap of the layer → its in_features."""
         specs = self._forward.checkpoint.specs
-        return {tap: specs[f"{tap}.weight"].shape[-1] for tap in self._forward.taps_of(self._index)}
+        return {tap: specs[f"{tap}.weight"].shape[-1] for tap in self._readers.taps.values()}
 
     @property
     def cache_widths(self) -> dict[str, int]:
         """Every tap of the layer's keys and values → its width."""
-        caches = self._forward.cache_modules(self._index).values()
+        caches = self._readers.cache_modules().values()
         return {tap: width for cache in caches for tap, width in cache.widths.items()}
 
     @property
@@ -90,12 +88,12 @@ class LoadedLayer:
         expected = self._forward.checkpoint.specs[name].shape
         if tuple(W.shape) != expected:
             raise CheckpointError(f"{name}: a weight of shape {list(expected)} cannot be replaced by one of shape {list(W.shape)}")
-        if name in self._rows and self._slice(name).copy_(W).dtype == W.dtype:
+        if name in self._readers.slices and self._slice(name).copy_(W).dtype == W.dtype:
             self._rewritten.add(name)
             self._set.pop(name, None)
             return
         self._set[name] = W
-        if name in self._rows:  # rounded to the run's dtype in its rows
+        if name in self._readers.slices:  # rounded to the run's dtype in its rows
             self._rewritten.discard(name)
             return
         self._stale[self._sources[name].target] = self._sources[name]
@@ -134,15 +132,15 @@ class LoadedLayer:
             self(hidden, ids)
 
     def _wanted(self, taps: Collection[str] | None) -> Set[str]:
-        known = self._forward.taps_of(self._index)
+        known = set(self._readers.taps.values())
         return known if taps is None else {tap for tap in (*known, *self.cache_widths) if tap in taps}
 
     @contextlib.contextmanager
     def _hooked(self, wanted: Set[str], on_input: OnInput) -> Iterator[None]:
         """While it lasts ``on_input`` is told what the taps ``wanted`` read."""
-        modules = self._forward.tap_modules(self._index)
+        modules = self._readers.tap_modules()
         handles = [m.register_forward_pre_hook(partial(_tell, on_input, tap)) for tap, m in modules.items() if tap in wanted]
-        caches = self._forward.cache_modules(self._index).items()
+        caches = self._readers.cache_modules().items()
         updates = {module: partial(_tell_cache, on_input, cache, wanted) for module, cache in caches if wanted & cache.widths.keys()}
         try:
             with self._watched(wanted, on_input), watched(updates):
@@ -155,7 +153,7 @@ class LoadedLayer:
     def _watched(self, wanted: Set[str], on_input: OnInput) -> Iterator[None]:
         """The experts' part of it."""
         self._refresh()  # before the parameters' places in memory are noted
-        taps = {x.parameter: x.taps for x in self._forward.experts(self._index) if wanted & set(x.taps)}
+        taps = {x.parameter: x.taps for x in self._readers.experts if wanted & set(x.taps)}
 
         def on_product(parameter: str, expert: int, X: Tensor) -> None:
             if (tap := taps[parameter][expert]) in wanted:
@@ -167,13 +165,13 @@ class LoadedLayer:
         products = Products({name: self._forward.tensor(name) for name in taps}, on_product)
         with products, contextlib.ExitStack() as stack:
             if self._forward.all_tokens:
-                stack.enter_context(all_tokens(self._forward.expert_modules(self._index), products))
+                stack.enter_context(all_tokens(self._readers.expert_modules(), products))
             yield
 
     @contextlib.contextmanager
     def _changed(self) -> Iterator[None]:
         """While it lasts experts read what :meth:`Forward.on_read` makes of their inputs, and caches hold what ``on_cache`` does."""
-        caches = self._forward.cache_modules(self._index).items()
+        caches = self._readers.cache_modules().items()
         changes = {module: change for module, cache in caches if (change := self._forward.cache_change(cache))}
         with watched(changes), self._changed_experts():
             yield
@@ -194,7 +192,7 @@ class LoadedLayer:
 
     def _slice(self, name: str) -> Tensor:
         """The rows of the model's parameter that the expert's weight ``name`` is."""
-        parameter, expert, rows = self._rows[name]
+        parameter, expert, rows = self._readers.slices[name]
         return self._forward.tensor(parameter)[expert, rows.start : rows.stop]
 
     def _refresh(self) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from quantcli import heap
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.forward.cache import OnUpdate
-from quantcli.forward.experts import Experts, Rows, rows_of
 from quantcli.forward.fused import unfused
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.names import NameMap, Source
+from quantcli.forward.readers import Readers
 from quantcli.forward.skeleton import build, drop, dtypes, put
 from quantcli.forward.stack import Call, Stack
 from quantcli.tensors import KvCache
@@ -75,20 +75,13 @@ class Forward:
         self._by_tokens = self._stack.trace(self.device)
         heap.trim()
         self._calls: dict[tuple[int, ...], list[Call]] = {}
-        self.layers = tuple(self._disk_prefix(i) for i in range(len(self._stack.layers)))
-        self._experts = [self._find_experts(i) for i in range(len(self.layers))]
-        self._slices = {  # of an expert's weight: layer, parameter, expert
-            rows.disk: (i, x.parameter, e)
-            for i, xs in enumerate(self._experts)
-            for x in xs
-            for e, group in enumerate(x.rows)
-            for rows in group
-        }
+        self._readers = [self._read_by(i) for i in range(len(self._stack.layers))]
+        self.layers = tuple(readers.name for readers in self._readers)
+        self._slices = {name: (i, x, e) for i, readers in enumerate(self._readers) for name, (x, e, _) in readers.slices.items()}
         self._changes: dict[int, dict[tuple[str, int], Callable[[Tensor], Tensor]]] = {}
-        self._caches = [self._find_caches(i) for i in range(len(self.layers))]
-        self.caches = tuple(cache for caches in self._caches for cache in caches.values())
+        self.caches = tuple(cache for readers in self._readers for cache in readers.caches.values())
         self._cache_changes: dict[str, OnUpdate] = {}
-        self.taps = {name: tap for i in range(len(self.layers)) for name, tap in self._disk_taps(i).items()}
+        self.taps = {name: tap for readers in self._readers for name, tap in readers.taps.items()}
         self.unused = self._names.unused
         matrices = (name for i in range(len(self.layers)) for name in self.layer_tensors(i) if len(checkpoint.specs[name].shape) > 1)
         self.untapped = tuple(name for name in matrices if name not in self.taps)
@@ -204,33 +197,15 @@ class Forward:
     @property
     def has_experts(self) -> bool:
         """Whether some taps are those of experts, which see only the tokens routed to them."""
-        return any(self._experts)
+        return any(readers.experts for readers in self._readers)
 
-    def taps_of(self, index: int) -> set[str]:
-        """The taps of layer ``index``."""
-        return set(self._disk_taps(index).values())
-
-    def experts(self, index: int) -> tuple[Experts, ...]:
-        """The parameters of layer ``index`` that hold experts."""
-        return self._experts[index]
+    def readers(self, index: int) -> Readers:
+        """What reads what in layer ``index``."""
+        return self._readers[index]
 
     def changes(self, index: int) -> Mapping[tuple[str, int], Callable[[Tensor], Tensor]]:
         """What is made of the inputs of layer ``index``'s experts, by parameter and expert."""
         return self._changes.get(index, {})
-
-    def expert_modules(self, index: int) -> dict[nn.Module, int]:
-        """The modules of layer ``index`` that hold experts, and how many each holds."""
-        return {self._model.get_submodule(x.parameter.rpartition(".")[0]): len(x.rows) for x in self._experts[index]}
-
-    def tap_modules(self, index: int) -> dict[str, nn.Module]:
-        """The module that reads each tap of layer ``index`` other than its experts'."""
-        prefix = f"{self._stack.name}.{index}."
-        modules = {disk.removesuffix(".weight"): name for name, disk in self._names.disk.items() if name.startswith(prefix)}
-        return {tap: self._model.get_submodule(modules[tap].removesuffix(".weight")) for tap in self._linear_taps(index).values()}
-
-    def cache_modules(self, index: int) -> dict[nn.Module, KvCache]:
-        """The modules of layer ``index`` that keep keys and values."""
-        return {self._model.get_submodule(f"{self._stack.name}.{index}.{name}"): cache for name, cache in self._caches[index].items()}
 
     def cache_change(self, cache: KvCache) -> OnUpdate | None:
         """What is made of the keys and values of ``cache``."""
@@ -314,74 +289,13 @@ class Forward:
         for name, buffer in list(self._model.named_buffers()):
             put(self._model, name, buffer.to(self.device))
 
-    # -- names -----------------------------------------------------------------------------------------------------------------
+    def _read_by(self, index: int) -> Readers:
+        module, trace = f"{self._stack.name}.{index}", self._stack.traces[index]
+        return Readers(self._model, module, trace, self._names, self.checkpoint.specs, self.layer_tensors(index))
 
     def _module_name(self, module: nn.Module | None) -> str:
         return next(name for name, m in self._model.named_modules() if m is module)
 
-    def _disk_prefix(self, index: int) -> str:
-        """The words that all disk names of a layer begin with: its name on disk."""
-        first, *others = [name.split(".") for name in self.layer_tensors(index)]
-        n = 0
-        while n < len(first) - 1 and all(words[n : n + 1] == first[n : n + 1] for words in others):
-            n += 1
-        return ".".join(first[:n])
-
-    def _disk_taps(self, index: int) -> dict[str, str]:
-        """The taps of layer ``index``: disk name of each linear's weight → tap, the experts' last."""
-        experts = {rows.disk: tap for x in self._experts[index] for group, tap in zip(x.rows, x.taps, strict=True) for rows in group}
-        return self._linear_taps(index) | experts
-
-    def _find_experts(self, index: int) -> tuple[Experts, ...]:
-        """The parameters of layer ``index`` that hold experts whose rows are whole tensors on disk."""
-        stacks: dict[str, tuple[tuple[Rows, ...], ...]] = {}
-        first = self._stack.traces[index].experts
-        for name in first:
-            target = f"{self._stack.name}.{index}.{name}"
-            parameter = self._model.get_parameter(target)
-            if rows := rows_of(self._names.of[target], self.checkpoint.specs, parameter.shape, self._model):
-                stacks[name] = rows
-        return tuple(
-            Experts(
-                f"{self._stack.name}.{index}.{name}", rows, tuple(group[0].disk.removesuffix(".weight") for group in stacks[first[name]])
-            )
-            for name, rows in stacks.items()
-            if first[name] in stacks
-        )
-
-    def _find_caches(self, index: int) -> dict[str, KvCache]:
-        """Module within layer ``index`` → its cache."""
-        found: dict[str, KvCache] = {}
-        for module, shape in self._stack.traces[index].caches.items():
-            prefix = f"{self._stack.name}.{index}.{module}."
-            inside = [(name.removeprefix(prefix), disk) for name, disk in self._names.disk.items() if name.startswith(prefix)]
-            on_disk = [disk.removesuffix(f".{rest}") for rest, disk in inside if disk.endswith(f".{rest}")]
-            found[module] = KvCache(on_disk[0] if on_disk else f"{self.layers[index]}.{module}", *shape)
-        return found
-
-    def _linear_taps(self, index: int) -> dict[str, str]:
-        """Those of the layer's own linears: disk name of a linear's weight → the first of the tap's linears that has a name on disk."""
-        tap_of: dict[str, str] = {}
-        taps: dict[str, str] = {}
-        for module, first in self._stack.traces[index].taps.items():
-            if name := self._names.disk.get(f"{self._stack.name}.{index}.{module}.weight"):
-                taps[name] = tap_of.setdefault(first, name.removesuffix(".weight"))
-        return taps
-
 
 def _change(change: Callable[[Tensor], Tensor], _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (change(inputs[0]), *inputs[1:])
-
-
-def tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer that comes with ``checkpoint``; from the metadata of a GGUF file. Raises :class:`CheckpointError`."""
-    from transformers import AutoTokenizer
-
-    path = checkpoint.path
-    try:
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")
-        raise CheckpointError(f"{checkpoint.source}: no tokenizer that transformers can read: {reason}") from error
