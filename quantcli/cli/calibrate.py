@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from quantcli.cli import options
 from quantcli.cli.console import Console, count
 
 if TYPE_CHECKING:
+    from quantcli.calibrate import LayerMeasured
     from quantcli.checkpoint import Checkpoint
     from quantcli.familiarity import Familiarity
     from quantcli.stats_file import StatsFile
@@ -39,7 +41,6 @@ def command(
     """Run text through a model and keep what its linears read."""
     from quantcli import calibrate, texts
     from quantcli.checkpoint import Checkpoint
-    from quantcli.disk import check_replaceable
     from quantcli.formats.gguf.naming import architecture
     from quantcli.forward import tokenizer
     from quantcli.stats_file import StatsFile
@@ -48,13 +49,7 @@ def command(
     started = time.perf_counter()
     options.check_moe(moe)
     torch_device = options.set_up_device(console, device, threads)
-    check_replaceable(Path(os.path.realpath(output)), overwrite=overwrite, folder=False)
-    if output.is_file():
-        StatsFile(output)  # --overwrite replaces statistics, never another file such as a shard of the model
-    if imatrix is not None:
-        check_replaceable(Path(os.path.realpath(imatrix)), overwrite=overwrite, folder=False)
-    n_taps = 0
-    known: Familiarity | None = None
+    check_outputs(output, imatrix, overwrite=overwrite)
     with Checkpoint.open(source) as checkpoint:
         options.check_context(console, checkpoint, seq_len)
         if imatrix is not None:
@@ -71,16 +66,9 @@ def command(
             device=torch_device,
             overwrite=overwrite,
         )
-        with console.progress("embedding the text") as progress:
-            for event in events:
-                if isinstance(event, calibrate.LayerMeasured):
-                    n_taps += event.n_taps
-                    progress.step(event.index, event.n_layers, f"{event.name}  {event.n_taps} taps  {event.seconds:.1f} s")
-                else:
-                    known = event
+        n_taps, known = measure(console, events)
         if imatrix is not None:
             write_imatrix(console, imatrix, StatsFile(output), checkpoint, dataset or [], overwrite=overwrite)
-    assert known is not None
     report_familiarity(console, known)
     data = {
         "stats": str(output),
@@ -92,12 +80,37 @@ def command(
         "calibration_perplexity": known.perplexity,
         "seconds": time.perf_counter() - started,
     }
-    lines = [
-        f"{output}",
-        *([] if imatrix is None else [f"{imatrix}"]),
-        f"{n_taps} taps measured on {count(windows.numel())} tokens in {data['seconds']:.1f} s",
-    ]
-    console.result(data, [*lines, f"perplexity of the text {known.perplexity:.1f}"])
+    files = [str(path) for path in (output, imatrix) if path is not None]
+    done = f"{n_taps} taps measured on {count(windows.numel())} tokens in {data['seconds']:.1f} s"
+    console.result(data, [*files, done, f"perplexity of the text {known.perplexity:.1f}"])
+
+
+def check_outputs(output: Path, imatrix: Path | None, *, overwrite: bool) -> None:
+    """Raise before the work where a file cannot be put. ``overwrite`` replaces statistics, never another file such as a model's shard."""
+    from quantcli.disk import check_replaceable
+    from quantcli.stats_file import StatsFile
+
+    for path in (output, imatrix):
+        if path is not None:
+            check_replaceable(Path(os.path.realpath(path)), overwrite=overwrite, folder=False)
+    if output.is_file():
+        StatsFile(output)
+
+
+def measure(console: Console, events: Iterable[LayerMeasured | Familiarity]) -> tuple[int, Familiarity]:
+    """Walk the ``events`` of a calibration; how many taps were measured, and how well the model knows the text."""
+    from quantcli.familiarity import Familiarity
+
+    n_taps, known = 0, None
+    with console.progress("embedding the text") as progress:
+        for event in events:
+            if isinstance(event, Familiarity):
+                known = event
+            else:
+                n_taps += event.n_taps
+                progress.step(event.index, event.n_layers, f"{event.name}  {event.n_taps} taps  {event.seconds:.1f} s")
+    assert known is not None
+    return n_taps, known
 
 
 def write_imatrix(console: Console, path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets: list[str], *, overwrite: bool) -> None:
