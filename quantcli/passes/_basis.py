@@ -18,28 +18,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantcli.errors import RecipeError
 from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, Scheme, Stats
 
 SAMPLED_ROWS = 256
 """Rows of a tap's weights that a search looks at: enough to rank scales that all rows share, whatever the size of the matrices."""
-
-
-def by_tap(layer: Layer, stats: Mapping[str, Stats]) -> dict[str, list[str]]:
-    """Tap → the tensors to be coded that read it, in the layer's order. A tap without statistics is a :class:`RecipeError`."""
-    groups: dict[str, list[str]] = {}
-    for name in layer.schemes:
-        groups.setdefault(layer.taps.get(name, ""), []).append(name)
-    for tap, names in groups.items():
-        if tap not in stats:
-            raise RecipeError(f"{names[0]}: no statistics for its tap '{tap}'; calibrate this model again, or exclude it with --skip")
-        if (n := layer.tensors[names[0]].shape[1]) != len(stats[tap].importance):
-            raise RecipeError(
-                f"{names[0]}: reads {n} inputs, the statistics of its tap '{tap}' are of {len(stats[tap].importance)}; "
-                "they belong to another model"
-            )
-    return groups
 
 
 def shared(values: Tensor, prev: Prev, reduce: str) -> Tensor:

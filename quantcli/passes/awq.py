@@ -29,15 +29,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import RecipeError, about
-from quantcli.passes import _basis
+from quantcli.passes import _basis, _runs
 from quantcli.passes._fused import fused_parts
 from quantcli.registry import find
-from quantcli.tensors import Grid, Layer, Prev, QuantizedTensor, Report, Scheme, Stats, TensorReport, relative_error
+from quantcli.tensors import Grid, Layer, Prev, QuantizedTensor, Report, Scheme, Stats
 
 NEEDS: frozenset[str] = frozenset({"H"})
 CHANGES_BASIS = True
@@ -157,8 +158,8 @@ def quantize(
 
 def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
     """Change the basis of every tap that has a ``layer.prev``, then quantize every tensor of ``layer.schemes``."""
-    by_tap = _basis.by_tap(layer, stats)
-    hessians = {tap: _hessian(tap, stats[tap], layer.tensors[names[0]].device) for tap, names in by_tap.items()}
+    by_tap = _runs.by_tap(layer, stats)
+    hessians = {tap: _runs.hessian(tap, stats[tap], layer.tensors[names[0]].device, "awq") for tap, names in by_tap.items()}
     settings: dict[str, dict[str, float]] = {}
     for tap, names in by_tap.items():
         if tap not in layer.prev or options.n_grid == 1:
@@ -170,16 +171,9 @@ def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) 
             s = _basis.fold(layer, tap, found.s).float()
             hessians[tap] = hessians[tap] / s / s[:, None]
     reports, shared = [], fused_parts(layer)
-    for name, scheme in layer.schemes.items():
-        tap, W = layer.taps[name], layer.tensors[name].float()
-        with about(name):
-            layer.quantized[name] = quantize(W, scheme, hessians[tap], options, fused=shared.get(name))
-        error = relative_error(W, find("qtypes", scheme.qtype).unpack(layer.quantized[name]), hessians[tap])
-        reports.append(TensorReport(name, error, _basis.notes(layer, tap, "awq"), settings=settings.get(tap, {})))
+    for name in layer.schemes:
+        tap = layer.taps[name]
+        solve = partial(quantize, H=hessians[tap], options=options, fused=shared.get(name))
+        notes = _basis.notes(layer, tap, "awq")
+        reports.append(_runs.code(layer, name, solve, hessians[tap], notes=notes, settings=settings.get(tap, {})))
     return Report(tuple(reports))
-
-
-def _hessian(tap: str, stats: Stats, device: torch.device) -> Tensor:
-    if stats.H is None:
-        raise RecipeError(f"{tap}: awq needs the Hessian, and these statistics were gathered with --no-hessian")
-    return stats.H.to(device, torch.float32)

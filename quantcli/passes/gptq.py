@@ -37,15 +37,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import NumericsError, RecipeError, about
+from quantcli.passes import _runs
 from quantcli.passes._fused import fused_parts
 from quantcli.registry import find
-from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport, relative_error
+from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
 
 NEEDS: frozenset[str] = frozenset({"H"})
 
@@ -219,22 +221,12 @@ def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) 
 
     ``layer.taps`` names the tap of each; a tap without statistics is a :class:`RecipeError`.
     """
-    by_tap: dict[str, list[str]] = {}
-    for name in layer.schemes:
-        by_tap.setdefault(layer.taps.get(name, ""), []).append(name)
-    reports: list[TensorReport] = []
-    for tap, members in by_tap.items():
-        if tap not in stats:
-            raise RecipeError(f"{members[0]}: no statistics for its tap '{tap}'; calibrate this model again, or exclude it with --skip")
-        reports += _run_tap(layer, tap, members, stats[tap], options)
-    return Report(tuple(reports))
+    by_tap = _runs.by_tap(layer, stats).items()
+    return Report(tuple(report for tap, members in by_tap for report in _run_tap(layer, tap, members, stats[tap], options)))
 
 
 def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, options: Options) -> list[TensorReport]:
-    if stats.H is None:
-        raise RecipeError(f"{tap}: gptq needs the Hessian, and these statistics were gathered with --no-hessian")
-    device = layer.tensors[members[0]].device
-    H = stats.H.to(device, torch.float32)
+    H = _runs.hessian(tap, stats, layer.tensors[members[0]].device, "gptq")
     with about(tap):
         factor = factorize(H, damp_ratio=options.damp_ratio, act_order=options.act_order)
     notes = []
@@ -245,20 +237,9 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
     if options.gptaq_alpha:
         factor, note = _asymmetric(tap, factor, stats, options)
         notes += note
-    reports, shared = [], fused_parts(layer)
-    for name in members:
-        W = layer.tensors[name].float()
-        if W.shape[1] != len(H):
-            raise RecipeError(
-                f"{name}: reads {W.shape[1]} inputs, the statistics of its tap '{tap}' are of {len(H)}; they belong to another model"
-            )
-        scheme = layer.schemes[name]
-        with about(name):
-            tensor = quantize(W, scheme, H, factor, options, fused=shared.get(name))
-        error = relative_error(W, find("qtypes", scheme.qtype).unpack(tensor), H)
-        layer.quantized[name] = tensor
-        reports.append(TensorReport(name, error, tuple(notes)))
-    return reports
+    shared = fused_parts(layer)
+    solve = partial(quantize, H=H, factor=factor, options=options)
+    return [_runs.code(layer, name, partial(solve, fused=shared.get(name)), H, notes=tuple(notes)) for name in members]
 
 
 def _asymmetric(tap: str, factor: Factor, stats: Stats, options: Options) -> tuple[Factor, list[str]]:

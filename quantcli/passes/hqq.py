@@ -28,13 +28,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from quantcli.errors import RecipeError, UnsupportedError, about
+from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.passes import _runs
 from quantcli.registry import find, names
-from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport, relative_error
+from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats
 
 NEEDS: frozenset[str] = frozenset()
 
@@ -165,11 +167,4 @@ def quantize(W: Tensor, scheme: Scheme, options: Options = Options()) -> Quantiz
 
 def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
     """Quantize every tensor of ``layer.schemes``; ``stats`` are not looked at."""
-    reports = []
-    for name, scheme in layer.schemes.items():
-        W = layer.tensors[name].float()
-        with about(name):
-            layer.quantized[name] = quantize(W, scheme, options)
-        W_hat = find("qtypes", scheme.qtype).unpack(layer.quantized[name])
-        reports.append(TensorReport(name, relative_error(W, W_hat)))
-    return Report(tuple(reports))
+    return Report(tuple(_runs.code(layer, name, partial(quantize, options=options)) for name in layer.schemes))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import RecipeError, about
-from quantcli.passes import _basis
+from quantcli.passes import _basis, _runs
 from quantcli.tensors import Layer, Prev, Report, Scheme, Stats, TensorReport
 
 NEEDS: frozenset[str] = frozenset({"H", "absmax"})
@@ -94,7 +94,7 @@ def search(Ws: Mapping[Scheme, list[Tensor]], stats: Stats, absmax: Tensor, larg
 def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
     """Change the basis of every tap whose ``layer.prev`` may take scales over. Quantizes nothing."""
     reports = []
-    for tap, names in _basis.by_tap(layer, stats).items():
+    for tap, names in _runs.by_tap(layer, stats).items():
         notes, settings = _basis.notes(layer, tap, "smoothquant"), {}
         if tap in layer.prev and (options.linears or layer.tensors[layer.prev[tap].names[0]].ndim == 1):
             with about(tap):

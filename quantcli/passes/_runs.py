@@ -1,0 +1,49 @@
+"""What the runs of several passes share: a layer's tensors by tap, the Hessian of a tap, and one weight matrix after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import RecipeError, about
+from quantcli.registry import find
+from quantcli.tensors import Layer, QuantizedTensor, Scheme, Stats, TensorReport, relative_error
+
+Quantize = Callable[[Tensor, Scheme], QuantizedTensor]
+"""``quantize(W, scheme)`` with W [out, in] float32."""
+
+
+def by_tap(layer: Layer, stats: Mapping[str, Stats]) -> dict[str, list[str]]:
+    """Tap → the tensors to be coded that read it, in the layer's order. :class:`RecipeError` for a tap without statistics, or with
+    another model's."""
+    groups: dict[str, list[str]] = {}
+    for name in layer.schemes:
+        groups.setdefault(layer.taps.get(name, ""), []).append(name)
+    for tap, names in groups.items():
+        if tap not in stats:
+            raise RecipeError(f"{names[0]}: no statistics for its tap '{tap}'; calibrate this model again, or exclude it with --skip")
+        for name in names:
+            if (n := layer.tensors[name].shape[1]) != len(stats[tap].importance):
+                raise RecipeError(
+                    f"{name}: reads {n} inputs, the statistics of its tap '{tap}' are of {len(stats[tap].importance)}; "
+                    "they belong to another model"
+                )
+    return groups
+
+
+def hessian(tap: str, stats: Stats, device: torch.device, method: str) -> Tensor:
+    """H [in, in] float32 of ``tap`` on ``device``; :class:`RecipeError` where ``method`` has none to work with."""
+    if stats.H is None:
+        raise RecipeError(f"{tap}: {method} needs the Hessian, and these statistics were gathered with --no-hessian")
+    return stats.H.to(device, torch.float32)
+
+
+def code(layer: Layer, name: str, quantize: Quantize, H: Tensor | None = None, **said: Any) -> TensorReport:
+    """Quantize one tensor of ``layer``; its error is taken from ``H`` [in, in] where that is given; ``said``: more for its report."""
+    W, scheme = layer.tensors[name].float(), layer.schemes[name]
+    with about(name):
+        layer.quantized[name] = quantize(W, scheme)
+    return TensorReport(name, relative_error(W, find("qtypes", scheme.qtype).unpack(layer.quantized[name]), H), **said)
