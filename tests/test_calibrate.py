@@ -10,6 +10,7 @@ import transformers
 from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from whole_models import inputs_of
 
 from quantcli import calibrate as calibration
 from quantcli.calibrate import Activations, calibrate
@@ -35,13 +36,7 @@ def folder(tiny_llama: TinyLlama) -> Path:
 def inputs(folder: Path) -> dict[str, Tensor]:
     """What every linear of the whole model reads for IDS, [n_tokens, in] float64: the judge."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _m, args, name=name: found.update({name: args[0].flatten(0, 1).double()}))
-    with torch.no_grad():
-        model(input_ids=IDS)
-    return found
+    return {name: X.double() for name, X in inputs_of(model, IDS).items()}
 
 
 def check(stats: Stats, X: Tensor, *, hessian: bool = True, times: int = 1) -> None:

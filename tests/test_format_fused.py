@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import TinyLlama
+from whole_models import save_mixtral
 
 from quantcli import pipeline, recipe
 from quantcli.checkpoint import Checkpoint
@@ -27,11 +27,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixtral")
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.MixtralConfig(**sizes, vocab_size=512, num_local_experts=4, num_experts_per_tok=2)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, save_original_format=True)
-    return folder
+    return save_mixtral(tmp_path_factory.mktemp("mixtral"), fused=False, dtype=torch.bfloat16)
 
 
 def plan(model: Path, format_: str, pattern: str, other: str) -> None:

@@ -17,7 +17,8 @@ import torch
 import transformers
 from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from whole_models import inputs_of
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, UnsupportedError
@@ -209,12 +210,7 @@ def test_each_weight_of_a_tap_reads_exactly_what_the_tap_reports(save_model: Sav
     """The whole model with a hook on every linear is the judge."""
     folder = save_model("gemma2")
     ids = random_ids()
-    model = whole_model(folder)
-    inputs: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _m, args, name=name: inputs.update({f"{name}.weight": args[0].flatten(0, 1)}))
-    logits_of(model, ids)
+    inputs = {f"{name}.weight": X for name, X in inputs_of(whole_model(folder), ids).items()}
     seen: dict[str, Tensor] = {}
     with opened(folder) as forward:
         hidden = forward.embed(ids)
