@@ -145,6 +145,16 @@ def test_linears_that_stay_dense_are_named_and_no_others(source: Path, tmp_path:
         assert "lm_head.weight" in back.schemes
 
 
+def test_joined_linears_that_stay_dense_are_named_as_vllm_runs_them_too(source: Path, tmp_path: Path) -> None:
+    rules = (Rule.parse(r"(q|k|v|up|gate)_proj", "keep"),)
+    quantize(source, tmp_path / "out", Recipe("x", "bitsandbytes", recipe.load("nf4").passes, scheme=Scheme.parse("nf4-b64"), rules=rules))
+    words = words_of(tmp_path / "out")["llm_int8_skip_modules"]
+    layer = "model.layers.0"
+    assert {f"{layer}.self_attn.qkv_proj", f"{layer}.mlp.gate_up_proj", f"{layer}.self_attn.k_proj", f"{layer}.mlp.up_proj"} <= set(words)
+    with Checkpoint.open(str(tmp_path / "out")) as back:
+        assert back.notes == ()
+
+
 def test_block_sizes_and_four_bit_types_may_be_mixed_and_eight_bits_may_not(source: Path, tmp_path: Path) -> None:
     def mixed(other: str) -> Recipe:
         return Recipe(

@@ -13,6 +13,7 @@ from whole_models import save_mixtral
 from quantcli import pipeline, recipe
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
+from quantcli.formats._fused import check_fused
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
 
@@ -21,6 +22,7 @@ FORMATS = {
     "awq": ("int4-g32-asym", "keep"),
     "compressed-tensors": ("int4-g32-sym", "fp8-channel"),
     "fp8": ("fp8-tensor+fp8-tensor", "keep"),
+    "bitsandbytes": ("nf4-b64", "keep"),
 }
 """Format → a scheme and another choice that its folder can hold beside it."""
 
@@ -48,7 +50,7 @@ def test_one_of_joined_linears_cannot_differ(tiny_llama: TinyLlama, format_: str
     assert pattern.replace("\\", "") in str(error.value)
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", [name for name in FORMATS if name != "bitsandbytes"])  # which has all experts dense
 @pytest.mark.parametrize("pattern", [r"experts\.2\.", r"layers\.0\..*experts\.3\.w2", r"experts\.\d+\.w2"])
 def test_the_experts_of_a_layer_are_one(mixtral: Path, format_: str, pattern: str) -> None:
     with pytest.raises(RecipeError, match=r"experts\.\d\.w.\.weight is .* vLLM and SGLang run these as one matrix"):
@@ -64,6 +66,17 @@ def test_all_of_joined_linears_may_differ_from_the_rest(tiny_llama: TinyLlama, f
 @pytest.mark.parametrize("format_", FORMATS)
 def test_the_experts_of_one_layer_may_differ_from_those_of_another(mixtral: Path, format_: str) -> None:
     plan(mixtral, format_, r"layers\.0\..*experts", FORMATS[format_][1])
+
+
+@pytest.mark.parametrize("other", ["fp4-b64", "nf4-b128-dq"])
+def test_bitsandbytes_may_code_each_of_joined_linears_its_own_way(tiny_llama: TinyLlama, other: str) -> None:
+    """vLLM keeps a QuantState for each and runs them one by one."""
+    plan(tiny_llama(hidden=64, intermediate=64), "bitsandbytes", "v_proj", other)
+
+
+def test_an_experts_bias_is_not_joined_with_its_weights() -> None:
+    names = [f"model.layers.0.mlp.experts.{e}.gate_proj.{part}" for e in range(2) for part in ("weight", "bias")]
+    check_fused(names, dict.fromkeys((name for name in names if name.endswith("weight")), Scheme.parse("int4-g32-sym")))
 
 
 @pytest.mark.parametrize("format_", ["gptq", "compressed-tensors"])

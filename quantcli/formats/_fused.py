@@ -9,11 +9,12 @@ from quantcli.experts import expert_of
 from quantcli.formats._folder import is_dense, module_of
 from quantcli.tensors import Scheme
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
-"""The last words of modules that vLLM and SGLang run as one matrix when they have the same parent."""
-
-ENGINE_NAMES = {"q_proj+k_proj+v_proj": "qkv_proj", "gate_proj+up_proj": "gate_up_proj"}
-"""What they call it, where every model's code does."""
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+}
+"""The last words of modules that vLLM and SGLang run as one matrix when they have the same parent → their word for that."""
 
 
 def check_fused(matrices: Iterable[str], schemes: Mapping[str, Scheme], told: Callable[[Scheme], Hashable] = str) -> None:
@@ -36,19 +37,17 @@ def check_fused(matrices: Iterable[str], schemes: Mapping[str, Scheme], told: Ca
 
 
 def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """The engine's module, by vLLM's name where it has one, → the weights of which it is made; those of one weight are left out."""
+    """The engine's module → the weights of which it is made; those of one weight are left out."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         if key := joined(module_of(name)):
-            parent, _, last = key.rpartition(".")
-            groups.setdefault(f"{parent}.{ENGINE_NAMES.get(last, last)}", []).append(name)
+            groups.setdefault(key, []).append(name)
     return {key: members for key, members in groups.items() if len(members) > 1}
 
 
 def joined(module: str) -> str | None:
-    """A name for what ``module`` becomes a part of; None for a linear of its own."""
-    if at := expert_of(module):
+    """The engine's module that ``module`` becomes a part of; None for a linear of its own."""
+    if (at := expert_of(module)) and "." not in at.linear:  # not its bias
         return at.stack
     parent, _, last = module.rpartition(".")
-    kin = next((family for family in FUSED if last in family), None)
-    return f"{parent}.{'+'.join(kin)}" if kin else None
+    return f"{parent}.{FUSED[last]}" if last in FUSED else None

@@ -12,6 +12,7 @@ import torch
 from quantcli.checkpoint import read_config
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats._folder import Coded, FolderCheckpoint, model_dtype, module_of
+from quantcli.formats._fused import fused_groups
 from quantcli.formats.bitsandbytes import state as states
 from quantcli.formats.bitsandbytes.state import PREFIX, State
 from quantcli.json_files import parse_json, shown
@@ -267,9 +268,9 @@ def idle_skips(skipped: Any, coded: Mapping[str, Coded], specs: Mapping[str, Ten
     """What ``llm_int8_skip_modules`` names and the folder does not have, or has quantized."""
     if not isinstance(skipped, list):
         return [] if skipped is None else [f"llm_int8_skip_modules is {shown(skipped)}; expected a list of modules"]
-    notes = []
+    notes, joined = [], fused_groups(specs)  # as vLLM names what it runs
     for word in (word for word in skipped if isinstance(word, str) and word):
-        named = [name for name in specs if is_under(name, word)]
+        named = joined.get(word) or [name for name in specs if is_under(name, word)]
         if not named and word != "lm_head":  # which is there, tied to the embedding
             notes.append(f"llm_int8_skip_modules names {shown(word)}, and no tensor is under it")
         elif hit := [name for name in named if name in coded]:

@@ -16,6 +16,7 @@ from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.experts import expert_of
 from quantcli.formats import _folder
 from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
+from quantcli.formats._fused import check_fused, fused_groups
 from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
 from quantcli.formats.bitsandbytes.state import KINDS, NAMES, PREFIX, Nested, State
 from quantcli.qtypes import _float4
@@ -53,6 +54,7 @@ def context(
 ) -> Context:
     """How ``source`` is written with ``schemes``. config.json has no place for ``metadata`` that transformers would leave alone."""
     coded = coded_only(source, schemes, "bitsandbytes")
+    check_fused(source.specs, coded, told=lambda scheme: True)  # each weight of a joined one has a QuantState of its own
     for name in coded:
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
     dtypes = dense_dtypes(source)
@@ -103,10 +105,10 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], dtypes: 
 
 def dense_modules(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
     """The modules of matrices that stay dense: engines replace every linear not named here. lm_head is one even where it has no tensor;
-    a layer's experts go by the module around them."""
-    specs = (spec for spec in source.specs.values() if spec.name not in coded and spec.name.endswith(".weight") and len(spec.shape) == 2)
+    a layer's experts go by the module around them. vLLM asks by the name of what it runs, so modules that it joins are named so, too."""
+    specs = [spec for spec in source.specs.values() if spec.name not in coded and spec.name.endswith(".weight") and len(spec.shape) == 2]
     modules = (at.stack if (at := expert_of(spec.name)) else module_of(spec.name) for spec in specs)
-    left = [module for module in dict.fromkeys(modules) if not EMBEDDING.search(module)]
+    left = [module for module in dict.fromkeys((*modules, *fused_groups(spec.name for spec in specs))) if not EMBEDDING.search(module)]
     return left if "lm_head" in left or "lm_head.weight" in coded else [*left, "lm_head"]
 
 
