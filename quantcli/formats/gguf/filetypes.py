@@ -17,7 +17,7 @@ from quantcli.formats.gguf import metadata as keyed
 from quantcli.formats.gguf import mixes
 from quantcli.formats.gguf.container import BLOCKS, Field, ggml_type_of, qtype_of
 from quantcli.formats.gguf.mixes import DENSE, Chooser, FileType, Model
-from quantcli.formats.gguf.naming import architecture, file_order, gguf_names
+from quantcli.formats.gguf.naming import architecture, file_order, gguf_names, slices_of
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import Scheme, TensorSpec
 
@@ -165,13 +165,17 @@ def model_of(config: Mapping, names: Collection[str], overrides: dict[str, Field
 def _types(kind: FileType, options: Options, specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str | None]:
     """HF name → ggml type of every matrix, None for one that is to stay as it is."""
     table = without_layers(gguf_names(specs, config), options.prune_layers)
-    slices: dict[str, list[tuple[int, ...]]] = {}
-    for hf, target in table.items():
-        slices.setdefault(target, []).append(specs[hf].shape)
-    # experts stored one by one lie in one tensor
-    shapes = {target: shape[0] if len(shape) == 1 else (len(shape), *shape[0]) for target, shape in slices.items()}
+    shapes = shapes_of(table, specs)
     chosen = choose_types(kind, options, model_of(config, shapes, options.overrides), shapes)
     return {hf: chosen[target] for hf, target in table.items() if target in chosen}
+
+
+def shapes_of(names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+    """GGUF name → shape of the tensors called ``names`` (HF → GGUF); experts stored one by one lie in one tensor."""
+    return {
+        target: specs[parts[0]].shape if len(parts) == 1 else (len(parts), *specs[parts[0]].shape)
+        for target, parts in slices_of(names).items()
+    }
 
 
 def choose_types(kind: FileType, options: Options, model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | None]:

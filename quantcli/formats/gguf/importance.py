@@ -19,6 +19,7 @@ from quantcli.formats.gguf import imatrix
 from quantcli.formats.gguf.container import Field
 from quantcli.formats.gguf.imatrix import Imatrix, Measured
 from quantcli.formats.gguf.mixes import DENSE, EMBEDDINGS, is_quantizable
+from quantcli.formats.gguf.naming import slices_of
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Scheme, TensorSpec
 
@@ -90,9 +91,7 @@ def of_file(path: Path, source: Checkpoint, schemes: Mapping[str, Scheme], names
 
 def of_imatrix(matrix: Imatrix, source: Checkpoint, names: Mapping[str, str]) -> Importance:
     """The rows of an importance matrix, which knows tensors by their GGUF ``names``."""
-    slices: dict[str, list[str]] = {}
-    for hf, target in names.items():
-        slices.setdefault(target, []).append(hf)
+    slices = slices_of(names)
     rows: dict[str, Row] = {}
     for target, parts in slices.items():
         *stack, _, in_features = source.specs[parts[0]].shape
@@ -145,18 +144,13 @@ def measured(stats: StatsFile, taps: Mapping[str, str], names: Mapping[str, str]
     ``taps``: HF name of a weight → its tap; ``names``: HF → GGUF name, experts of a tensor in their order. A router has no tap: it reads
     what its experts do, every token once where each of these goes to several of them.
     """
-    slices: dict[str, list[str]] = {}
-    for hf, target in names.items():
-        if taps.get(hf) in stats:
-            slices.setdefault(target, []).append(taps[hf])
-        elif target.endswith(ROUTER):
-            slices.setdefault(target, [])
+    read_by = {target: [taps[hf] for hf in parts if taps.get(hf) in stats] for target, parts in slices_of(names).items()}
     found: dict[str, Measured] = {}
-    for target, parts in slices.items():
+    for target, parts in read_by.items():
         if parts:
             n_tokens = [stats.n_tokens(tap) for tap in parts]
             found[target] = Measured(n_tokens, stats.in_features(parts[0]), partial(mean_squares, stats, parts))
-        elif read := slices.get(target.removesuffix(ROUTER) + EXPERTS):
+        elif target.endswith(ROUTER) and (read := read_by.get(target.removesuffix(ROUTER) + EXPERTS)):
             found[target] = Measured(
                 [int(stats.metadata["n_tokens"])], stats.in_features(read[0]), partial(mean_square_of_all, stats, read)
             )

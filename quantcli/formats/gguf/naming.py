@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantcli import archs
@@ -70,9 +70,17 @@ def naming(specs: Mapping[str, TensorSpec], config: Mapping) -> Naming:
             table[name] = target
         else:
             raise UnsupportedError(f"{name}: {arch.gguf_arch} in GGUF has no such tensor; the model is no plain {config['model_type']}")
-    check_slices(arch, table)
-    names = dict(sorted(table.items(), key=lambda item: (file_order(item[1]), slice_number(arch, *item) or 0)))
+    slices = {target: numbered(arch, target, parts) for target, parts in slices_of(table).items()}
+    names = {slices[target][k]: target for target in sorted(slices, key=file_order) for k in range(len(slices[target]))}
     return Naming(names, dropped)
+
+
+def slices_of(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """GGUF name → the tensors that make it, which are several where it holds one of each expert. ``names``: HF → GGUF name."""
+    slices: dict[str, list[str]] = {}
+    for name, target in names.items():
+        slices.setdefault(target, []).append(name)
+    return slices
 
 
 def why_dropped(name: str, target: str | None, arch: Architecture, config: Mapping) -> str | None:
@@ -90,23 +98,24 @@ def why_dropped(name: str, target: str | None, arch: Architecture, config: Mappi
     return "what a model sees or hears with goes to a file of its own" if target is None and OTHER_PARTS.search(name) else None
 
 
-def check_slices(arch: Architecture, table: Mapping[str, str]) -> None:
-    """Raise :class:`CheckpointError` unless the slices of every GGUF tensor are numbered from 0 without a gap."""
-    slices: dict[str, list[str]] = {}
-    for name, target in table.items():
-        slices.setdefault(target, []).append(name)
-    for target, parts in slices.items():
-        numbers = sorted(slice_number(arch, name, target) or 0 for name in parts)
-        if numbers != list(range(len(parts))):
-            missing = next(k for k in range(len(parts)) if numbers[k] != k)
-            if missing > numbers[missing]:
-                raise CheckpointError(f"{parts[0]}: several tensors would be GGUF's {target}: {', '.join(parts[:3])}")
-            raise CheckpointError(f"{parts[0]}: number {missing} of the {len(parts)} or more that make GGUF's {target} is missing")
+def numbered(arch: Architecture, target: str, parts: Sequence[str]) -> dict[int, str]:
+    """Number → slice of the GGUF tensor ``target``, which ``parts`` make; :class:`CheckpointError` unless these go from 0 without a gap."""
+    by_number = {archs.slice_of(name) or 0: name for name in parts} if is_sliced(arch, target) else {0: parts[0]}
+    if (missing := next((k for k in range(len(parts)) if k not in by_number), None)) is None:
+        return by_number
+    if len(by_number) < len(parts):
+        raise CheckpointError(f"{parts[0]}: several tensors would be GGUF's {target}: {', '.join(parts[:3])}")
+    raise CheckpointError(f"{parts[0]}: number {missing} of the {len(parts)} or more that make GGUF's {target} is missing")
 
 
 def slice_number(arch: Architecture, name: str, gguf_name: str) -> int | None:
     """Which slice of ``gguf_name`` the tensor ``name`` is; None when it is the whole."""
-    return archs.slice_of(name) if "{e}" in (arch.hf_name(gguf_name) or "") else None
+    return archs.slice_of(name) if is_sliced(arch, gguf_name) else None
+
+
+def is_sliced(arch: Architecture, gguf_name: str) -> bool:
+    """Whether the GGUF tensor holds one of each expert."""
+    return "{e}" in (arch.hf_name(gguf_name) or "")
 
 
 def slice_name(gguf_name: str, number: int) -> str:
