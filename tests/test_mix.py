@@ -14,6 +14,7 @@ from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats.gguf import filetypes
 from quantcli.formats.gguf.filetypes import FILE_TYPES, Options, choose_types, mix
 from quantcli.formats.gguf.mixes import TABLE, Model, Place
+from quantcli.formats.gguf.naming import gguf_names
 from quantcli.tensors import Scheme, TensorSpec
 
 GOLDEN = golden()
@@ -169,19 +170,19 @@ def test_unknown_file_types_and_architectures_are_refused() -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILE_TYPES if name != "MXFP4_MOE"])  # Q8_0 where there are no experts
 def test_general_file_type_is_found_back_from_the_schemes(name: str) -> None:
-    assert filetypes.general_file_type(mix(name, specs(), config()), specs(), config()) is FILE_TYPES[name]
+    assert filetypes.general_file_type(mix(name, specs(), config()), gguf_names(specs(), config()), specs(), config()) is FILE_TYPES[name]
 
 
 def test_of_file_types_that_choose_alike_the_one_asked_for_names_the_file() -> None:
     narrow = specs(hidden=160, wide=352)
     chosen = mix("Q6_K", narrow, config())
     assert chosen == mix("Q8_0", narrow, config())
-    assert filetypes.general_file_type(chosen, narrow, config(), asked="Q6_K") is FILE_TYPES["Q6_K"]
-    assert filetypes.general_file_type(chosen, narrow, config(), asked="Q8_0") is FILE_TYPES["Q8_0"]
+    assert filetypes.general_file_type(chosen, gguf_names(narrow, config()), narrow, config(), asked="Q6_K") is FILE_TYPES["Q6_K"]
+    assert filetypes.general_file_type(chosen, gguf_names(narrow, config()), narrow, config(), asked="Q8_0") is FILE_TYPES["Q8_0"]
 
 
 def test_tensors_lie_in_llama_quantizes_order() -> None:
-    order = list(filetypes.gguf_names(specs(11), config(11)).values())
+    order = list(gguf_names(specs(11), config(11)).values())
     assert order[:3] == ["output.weight", "output_norm.weight", "token_embd.weight"]
     assert [name.split(".")[1] for name in order if "ffn_up" in name] == [str(i) for i in range(11)]
     assert order[3:11] == [
@@ -234,7 +235,7 @@ def test_metadata_without_an_architecture_choose_no_types() -> None:
 
 
 def test_layers_can_be_left_out_and_the_others_close_up() -> None:
-    kept = filetypes.without_layers(filetypes.gguf_names(specs(4), config(4)), [0, 2])
+    kept = filetypes.without_layers(gguf_names(specs(4), config(4)), [0, 2])
     assert kept["model.layers.1.self_attn.q_proj.weight"] == "blk.0.attn_q.weight"
     assert kept["model.layers.3.self_attn.q_proj.weight"] == "blk.1.attn_q.weight"
     assert not [name for name in kept if ".0." in name or ".2." in name]

@@ -120,7 +120,7 @@ def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping
     asked = (metadata.get("recipe") or {}).get("mix")
     said = {
         "general.quantization_version": Field(GGUFValueType.UINT32, GGML_QUANT_VERSION),
-        "general.file_type": file_type(source, schemes, asked, options),
+        "general.file_type": file_type(source, schemes, names, asked, options),
         **chosen.overrides,
     }
     weighed = Importance({})
@@ -147,11 +147,13 @@ def check_importance(context: Context, needs: Collection[str]) -> None:
         importance.check(context.importance, context.schemes, context.names, context.fields["general.file_type"].value)
 
 
-def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], asked: str | None, options: Mapping[str, Any]) -> Field:
+def file_type(
+    source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[str, str], asked: str | None, options: Mapping[str, Any]
+) -> Field:
     """general.file_type: that of a GGUF source whose tensors are handed on, else of the mix that ``schemes`` are nearest to."""
     if asked is None and isinstance(source, GgufCheckpoint) and (stated := source.container.fields.get("general.file_type")):
         return stated
-    kind = filetypes.general_file_type(schemes, source.specs, source.config, asked=asked, **options)
+    kind = filetypes.general_file_type(schemes, names, source.specs, source.config, asked=asked, **options)
     return Field(GGUFValueType.UINT32, int(kind.number))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -130,24 +131,41 @@ def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, **options: 
     ``specs``: the model's tensors by HF name; ``options``: :class:`Options`. Raises :class:`RecipeError` for a type that quantcli cannot
     write, and where a user's own type does not fit a row.
     """
-    chosen = _types(file_type(name), Options.of(options), specs, config)
-    return {hf: _scheme(hf, ggml_type, specs[hf]) for hf, ggml_type in chosen.items() if ggml_type is not None}
+    kind, said = file_type(name), Options.of(options)
+    names = without_layers(gguf_names(specs, config), said.prune_layers)
+    shapes = shapes_of(names, specs)
+    return _schemes(choose_types(kind, said, model_of(config, shapes, said.overrides), shapes), names, specs)
 
 
 def general_file_type(
-    schemes: Mapping[str, Scheme], specs: Mapping[str, TensorSpec], config: Mapping, *, asked: str | None = None, **options: Any
+    schemes: Mapping[str, Scheme],
+    names: Mapping[str, str],
+    specs: Mapping[str, TensorSpec],
+    config: Mapping,
+    *,
+    asked: str | None = None,
+    **options: Any,
 ) -> FileType:
     """What general.file_type is to say: the file type that was ``asked`` for, if with ``options`` it gave these ``schemes``, as it does
     but for rules and carried codes; else the one whose own mix gives the most weights the type they have.
+
+    ``names``: HF → GGUF name of the file's tensors.
     """
-    if asked is not None and asked in FILE_TYPES and mix(asked, specs, config, **options) == schemes:
-        return FILE_TYPES[asked]
-    plain = Options(prune_layers=options.get("prune_layers", ()))
+    said = Options.of(options)
+    shapes = shapes_of(names, specs)
+    if asked is not None and asked in FILE_TYPES:
+        model = model_of(config, shapes, said.overrides)
+        if _schemes(choose_types(FILE_TYPES[asked], said, model, shapes), names, specs) == schemes:
+            return FILE_TYPES[asked]
+    model = model_of(config, shapes, {})
+    n_weights: dict[str, Counter[str]] = defaultdict(Counter)  # of the tensor, by type
+    for hf, scheme in schemes.items():
+        if hf in names:
+            n_weights[names[hf]][ggml_type_of(scheme.qtype)] += specs[hf].n_elements
 
     def agreement(name: str) -> tuple[int, bool]:
-        chosen = _types(FILE_TYPES[name], plain, specs, config)
-        alike = sum(specs[hf].n_elements for hf, scheme in schemes.items() if chosen.get(hf) == ggml_type_of(scheme.qtype))
-        return alike, name == asked
+        chosen = choose_types(FILE_TYPES[name], Options(), model, shapes)
+        return sum(n_weights[target][ggml_type] for target, ggml_type in chosen.items() if ggml_type is not None), name == asked
 
     return FILE_TYPES[max(FILE_TYPES, key=agreement)]
 
@@ -160,14 +178,6 @@ def model_of(config: Mapping, names: Collection[str], overrides: dict[str, Field
     keys = GGUFWriter(None, arch.gguf_arch)
     keyed.hyperparameters(keys, arch, arch.usual(config))
     return Model.of(keyed.fields_of(keys) | overrides, names)
-
-
-def _types(kind: FileType, options: Options, specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str | None]:
-    """HF name → ggml type of every matrix, None for one that is to stay as it is."""
-    table = without_layers(gguf_names(specs, config), options.prune_layers)
-    shapes = shapes_of(table, specs)
-    chosen = choose_types(kind, options, model_of(config, shapes, options.overrides), shapes)
-    return {hf: chosen[target] for hf, target in table.items() if target in chosen}
 
 
 def shapes_of(names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
@@ -204,6 +214,11 @@ def _choose(kind: FileType, options: Options, chooser: Chooser, name: str, shape
     if options.output_tensor_type and name in mixes.EMBEDDINGS and not chooser.model.has_head:
         return mixes.fit(options.output_tensor_type.upper(), in_features)
     return mixes.fit(chooser.choose(name, in_features, math.prod(shape[:-2])), in_features)
+
+
+def _schemes(chosen: Mapping[str, str | None], names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
+    """HF name → scheme of what is to be coded. ``chosen``: GGUF name → ggml type of the matrices; ``names``: HF → GGUF name."""
+    return {hf: _scheme(hf, ggml_type, specs[hf]) for hf, target in names.items() if (ggml_type := chosen.get(target)) is not None}
 
 
 def _scheme(name: str, ggml_type: str, spec: TensorSpec) -> Scheme:
