@@ -158,8 +158,8 @@ def make(
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
         with about(name):
             find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
-    cached = {"kv_cache": recipe.kv_cache} if recipe.kv_cache else {}
-    context = fmt.context(source, schemes, dict(metadata or {}), **cached, **recipe.format_options)
+    wanted = {word: value for word, value in (("kv_cache", recipe.kv_cache), ("mix", recipe.mix)) if value}
+    context = fmt.context(source, schemes, dict(metadata or {}), **wanted, **recipe.format_options)
     for name, scheme in schemes.items():
         if name not in carried:
             with about(name):

@@ -12,7 +12,7 @@ import torch
 from quantcli import ops
 from quantcli.checkpoint import Checkpoint
 from quantcli.formats import gguf
-from quantcli.formats.gguf.filetypes import DENSE
+from quantcli.formats.gguf.chooser import DENSE
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import QuantizedTensor, Scheme
 
@@ -24,7 +24,7 @@ def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str
     """``source`` as a file of ``file_type`` at ``path``."""
     source = gguf.arranged(source)
     schemes = gguf.mix(file_type, source.specs, source.config, **options)
-    context = gguf.context(source, schemes, metadata or {}, **options)
+    context = gguf.context(source, schemes, metadata or {}, mix=file_type, **options)
     outputs = [out for name, spec in source.specs.items() for out in gguf.outputs(spec, schemes.get(name), context)]
     with gguf.writer(path, outputs, context, overwrite=False) as writer:
         for name in source.specs:

@@ -51,6 +51,7 @@ def test_every_file_type_comes_back_as_the_blocks_that_went_out(tiny_llama: Any,
                 else:
                     assert torch.equal(back.read(name).float(), sent.to(back.read(name).dtype).float()), name
             assert back.read("model.norm.weight").dtype == torch.float32
+            assert (back.quantization or {})["general.file_type"] == FILE_TYPES[file_type].number  # others choose alike
 
 
 @pytest.mark.parametrize("file_type", ["Q4_K_M", "Q8_0", "BF16"])

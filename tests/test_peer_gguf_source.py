@@ -128,6 +128,6 @@ def test_a_calibrated_walk_from_a_gguf_source_keeps_its_metadata(tmp_path: Path)
     """Through Hugging Face's names, which a calibrated pass needs, the untouched tensors are the source's own too."""
     whole = write_model(tmp_path / "m.gguf", "llama")
     with Checkpoint.open(str(whole)) as source:
-        export(source, tmp_path / "ours.gguf", "Q6_K", {"recipe": {"mix": "Q6_K"}})
+        export(source, tmp_path / "ours.gguf", "Q6_K")
     run("llama-quantize", whole, tmp_path / "theirs.gguf", "Q6_K", "2")
     assert_same(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")

@@ -65,7 +65,7 @@ def test_rows_that_do_not_fill_blocks_fall_back_as_llama_quantizes_do(odd_model:
     folder, converted = odd_model
     run("llama-quantize", converted, tmp_path / "theirs.gguf", file_type, "1")
     with Checkpoint.open(str(folder)) as source:
-        ours = export(source, tmp_path / f"{folder.name}.gguf", file_type, {"recipe": {"mix": file_type}})
+        ours = export(source, tmp_path / f"{folder.name}.gguf", file_type)
     assert_same(ours, tmp_path / "theirs.gguf")
 
 

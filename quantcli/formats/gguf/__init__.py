@@ -18,6 +18,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.formats.gguf import filetypes, importance, naming, rope, splits
 from quantcli.formats.gguf import metadata as keyed
+from quantcli.formats.gguf.chooser import DENSE, is_quantizable
 from quantcli.formats.gguf.container import MAGIC, Field, ggml_type_of, qtype_of, tensor_spec
 from quantcli.formats.gguf.filetypes import mix
 from quantcli.formats.gguf.importance import Importance
@@ -67,7 +68,7 @@ def detect(path: Path, config: dict | None) -> bool:
 
 def supports(scheme: Scheme) -> bool:
     """ggml's own types: ``q4_k`` and its kin, and the dense ``f32``, ``f16``, ``bf16``."""
-    return scheme.qtype in KINDS or scheme.qtype.upper() in filetypes.DENSE
+    return scheme.qtype in KINDS or scheme.qtype.upper() in DENSE
 
 
 def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
@@ -98,11 +99,14 @@ def arranged(source: Checkpoint) -> Checkpoint:
     return cuts.cut(cuts.cut(source, arch.experts), arch.cuts)
 
 
-def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], **options: Any) -> Context:
+def context(
+    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, mix: str | None = None, **options: Any
+) -> Context:
     """Everything but the tensors' data of a GGUF file made from ``source``.
 
-    ``schemes``: as :func:`mix` chose them; ``metadata``: written as ``quantcli.<key>``; ``options``: :class:`filetypes.Options`, of which
-    ``pre_tokenizer`` and ``split_max_size`` count here. A GGUF source hands on its own metadata.
+    ``schemes``: as :func:`mix` chose them for the file type ``mix``, where one was asked for; ``metadata``: written as ``quantcli.<key>``;
+    ``options``: :class:`filetypes.Options`, of which ``pre_tokenizer`` and ``split_max_size`` count here. A GGUF source hands on its own
+    metadata.
     """
     arch = architecture(source.config)
     config = arch.usual(source.config)
@@ -117,10 +121,9 @@ def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping
         check_complete(source, config, table.names.values())
         extras = extra_tensors(arch, config)
         fields, notes = describe(source, arch, config, table.names, extras, chosen.pre_tokenizer)
-    asked = (metadata.get("recipe") or {}).get("mix")
     said = {
         "general.quantization_version": Field(GGUFValueType.UINT32, GGML_QUANT_VERSION),
-        "general.file_type": file_type(source, schemes, names, asked, options),
+        "general.file_type": file_type(source, schemes, names, mix, options),
         **chosen.overrides,
     }
     weighed = Importance({})
@@ -218,7 +221,7 @@ def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None, context: C
         return ggml_type_of(scheme.qtype)
     if isinstance(context.arch, StoredNames):
         return spec.dtype
-    return spec.dtype if filetypes.is_quantizable(target, spec) and spec.dtype in filetypes.DENSE else "F32"
+    return spec.dtype if is_quantizable(target, spec.shape) and spec.dtype in DENSE else "F32"
 
 
 def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from gguf import GGUFValueType, GGUFWriter
 
 from quantcli.errors import RecipeError
 from quantcli.formats.gguf import metadata as keyed
-from quantcli.formats.gguf import mixes
+from quantcli.formats.gguf.chooser import DENSE, EMBEDDINGS, Chooser, fit, is_quantizable
 from quantcli.formats.gguf.container import BLOCKS, Field, ggml_type_of, qtype_of
-from quantcli.formats.gguf.mixes import DENSE, Chooser, FileType, Model
+from quantcli.formats.gguf.mixes import TABLE, FileType, Model
 from quantcli.formats.gguf.naming import architecture, file_order, gguf_names, slices_of
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import Scheme, TensorSpec
@@ -26,7 +26,7 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 WRITABLE = (*DENSE, *map(ggml_type_of, KINDS))
 """The types of tensors that quantcli writes."""
 
-FILE_TYPES: dict[str, FileType] = {name: kind for name, kind in mixes.TABLE.items() if kind.types <= set(WRITABLE)}
+FILE_TYPES: dict[str, FileType] = {name: kind for name, kind in TABLE.items() if kind.types <= set(WRITABLE)}
 """Those of llama-quantize's whose tensors are all of a type that quantcli writes."""
 
 
@@ -120,11 +120,6 @@ def n_layers_of(gguf_names: Iterable[str]) -> int:
     return 1 + max((file_order(name)[0] for name in gguf_names), default=-1)
 
 
-def is_quantizable(gguf_name: str, spec: TensorSpec, arch: str = "") -> bool:
-    """Matrices; never norms, biases and what else llama-quantize leaves alone."""
-    return mixes.is_quantizable(gguf_name, spec.shape, arch)
-
-
 def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, **options: Any) -> dict[str, Scheme]:
     """The scheme of every matrix in a file of type ``name``: HF name → scheme. What is missing here is kept dense.
 
@@ -193,7 +188,7 @@ def choose_types(kind: FileType, options: Options, model: Model, shapes: Mapping
     chooser = Chooser(kind, model, shapes, is_weighed=options.imatrix is not None)
     chosen: dict[str, str | None] = {}
     for name in sorted(shapes, key=file_order):
-        if mixes.is_quantizable(name, shapes[name], model.arch):
+        if is_quantizable(name, shapes[name], model.arch):
             chosen[name] = _choose(kind, options, chooser, name, shapes[name])
     return chosen
 
@@ -203,17 +198,17 @@ def _choose(kind: FileType, options: Options, chooser: Chooser, name: str, shape
     if options.leave_output_tensor and name == "output.weight":
         return None
     manual, in_features = options.manual(name), shape[-1]
-    if options.token_embedding_type and name in mixes.EMBEDDINGS and (manual is None or name == "token_embd.weight"):
+    if options.token_embedding_type and name in EMBEDDINGS and (manual is None or name == "token_embd.weight"):
         return options.token_embedding_type.upper()
     if options.output_tensor_type and name == "output.weight":
         return options.output_tensor_type.upper()
     if kind.default in DENSE:
         return kind.default
     if manual is not None or options.pure:
-        return mixes.fit(manual or kind.default, in_features)
-    if options.output_tensor_type and name in mixes.EMBEDDINGS and not chooser.model.has_head:
-        return mixes.fit(options.output_tensor_type.upper(), in_features)
-    return mixes.fit(chooser.choose(name, in_features, math.prod(shape[:-2])), in_features)
+        return fit(manual or kind.default, in_features)
+    if options.output_tensor_type and name in EMBEDDINGS and not chooser.model.has_head:
+        return fit(options.output_tensor_type.upper(), in_features)
+    return fit(chooser.choose(name, in_features, math.prod(shape[:-2])), in_features)
 
 
 def _schemes(chosen: Mapping[str, str | None], names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, Scheme]:

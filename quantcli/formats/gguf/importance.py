@@ -16,9 +16,9 @@ from quantcli.archs import Architecture
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, about
 from quantcli.formats.gguf import imatrix
+from quantcli.formats.gguf.chooser import DENSE, EMBEDDINGS, is_quantizable
 from quantcli.formats.gguf.container import Field
 from quantcli.formats.gguf.imatrix import Imatrix, Measured
-from quantcli.formats.gguf.mixes import DENSE, EMBEDDINGS, is_quantizable
 from quantcli.formats.gguf.naming import slices_of
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Scheme, TensorSpec
