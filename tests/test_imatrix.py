@@ -30,7 +30,9 @@ from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.events import Planned
 from quantcli.formats.gguf import imatrix, importance
 from quantcli.formats.gguf.container import read_header
+from quantcli.formats.gguf.filetypes import file_type
 from quantcli.formats.gguf.imatrix import Measured
+from quantcli.formats.gguf.mixes import FileType
 from quantcli.formats.gguf.naming import gguf_names
 from quantcli.forward import tokenizer
 from quantcli.qtypes import q4_k
@@ -105,13 +107,19 @@ def everything(folder: Path, width: int | None = None) -> dict[str, np.ndarray]:
     return {name: random.random(width or n) + 0.1 for name, n in wide.items()}
 
 
+def needs_matrix(kind: FileType) -> bool:
+    """Whether llama-quantize refuses to make a file of this type without an importance matrix."""
+    return not kind.types.isdisjoint(name.upper() for name in importance.needy_types(kind.number))
+
+
 def weighed(recipe: str, folder: Path, scratch: Path) -> Recipe:
     """A shipped recipe; those that are refused without a matrix get one of ``folder``'s own, written to ``scratch``."""
-    if recipe not in ("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_xs", "iq3_xxs", "q2_k_s"):
-        return recipes.load(recipe)
+    loaded = recipes.load(recipe)
+    if loaded.mix is None or not needs_matrix(file_type(loaded.mix)):
+        return loaded
     sums = everything(folder)
     path = save(scratch / "weights.gguf", sums, {name: [4] for name in sums})
-    return replace(recipes.load(recipe), format_options={"imatrix": str(path)})
+    return replace(loaded, format_options={"imatrix": str(path)})
 
 
 @pytest.mark.parametrize("hessian", [False, True])
@@ -344,9 +352,9 @@ def test_types_that_are_garbage_without_importance_are_refused_but_for_the_ends(
     check({}, ends, file_type=19)
     check({}, {"q": Scheme.of("q2_k")}, file_type=10)
     check({"q": torch.ones(256)}, {"q": Scheme.of("iq3_xxs")}, file_type=23)
-    for qtype, file_type in (("iq2_xxs", 19), ("iq2_xs", 20), ("iq2_s", 29), ("iq3_xxs", 23), ("q2_k", 21)):
+    for qtype, number in (("iq2_xxs", 19), ("iq2_xs", 20), ("iq2_s", 29), ("iq3_xxs", 23), ("q2_k", 21)):
         with pytest.raises(RecipeError, match=r"q \(blk\.0\.attn_q\.weight\).*give --imatrix FILE"):
-            check({}, {"q": Scheme.of(qtype)}, file_type=file_type)
+            check({}, {"q": Scheme.of(qtype)}, file_type=number)
 
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 from gguf_export import LLAMA3, edit_config, export
 from llamacpp_peer import assert_same, convert, run
-from test_imatrix import weighed
+from test_imatrix import needs_matrix, weighed
 
 from quantcli import pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
-from quantcli.formats.gguf import importance
 from quantcli.formats.gguf.container import read_header
 from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.recipe import PassSpec, Recipe
@@ -28,10 +27,6 @@ from quantcli.tensors import Scheme
 pytestmark = pytest.mark.peer
 
 PICO = Path(__file__).parent / "data/pico"
-
-
-NEEDY = {qtype.upper() for qtype in importance.NEEDY}
-"""What llama-quantize refuses without an importance matrix, with which test_peer_imatrix.py has them all."""
 
 
 @pytest.fixture(scope="module", params=["untied", "tied, llama3 rotary scaling"])
@@ -44,7 +39,9 @@ def model(request: pytest.FixtureRequest, tiny_llama: Any, tmp_path_factory: pyt
     return folder, convert(folder, tmp_path_factory.mktemp("converted") / "bf16.gguf", "gpt-2")
 
 
-@pytest.mark.parametrize("file_type", [name for name, kind in FILE_TYPES.items() if name != "Q2_K_S" and not kind.types & NEEDY])
+@pytest.mark.parametrize(
+    "file_type", [name for name, kind in FILE_TYPES.items() if not needs_matrix(kind)]
+)  # test_peer_imatrix.py has them all
 def test_a_file_equals_that_of_convert_and_llama_quantize(model: tuple[Path, Path], file_type: str, tmp_path: Path) -> None:
     folder, converted = model
     run("llama-quantize", converted, tmp_path / "theirs.gguf", file_type, "1")

@@ -136,6 +136,11 @@ class BookType(BlockType):
         run = 8 if self.kind.startswith("iq2") else 4
         return f"{self.kind} takes {run} weights at once from a code book, so codes cannot be chosen one by one; use rtn, or a k-quant"
 
+    @property
+    def needs_importance(self) -> bool:
+        """Whether :meth:`encode` refuses to do without."""
+        return KINDS[self.kind].needs_importance
+
     def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
         """Raises :class:`RecipeError`: there is no such grid."""
         raise RecipeError(self.no_grid)

@@ -13,11 +13,11 @@ from typing import Any
 from quantcli.qtypes._ggml import BookType
 
 OPTIONS: dict[str, Any] = {}
-NEEDS_IMPORTANCE = True
 
 _TYPE = BookType("iq2_xxs")
 
 NO_GRID = _TYPE.no_grid
+NEEDS_IMPORTANCE = _TYPE.needs_importance
 
 layout = _TYPE.layout
 fit = _TYPE.fit

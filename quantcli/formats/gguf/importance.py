@@ -193,9 +193,14 @@ def experts(numbers: Sequence[int]) -> str:
     return f"expert{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
+def needy_types(file_type: int) -> tuple[str, ...]:
+    """:data:`NEEDY`, and what llama-quantize adds in files of one type."""
+    return (*NEEDY, "q2_k") if file_type == LlamaFileType.MOSTLY_Q2_K_S else NEEDY
+
+
 def check(importance: Mapping[str, Tensor], schemes: Mapping[str, Scheme], names: Mapping[str, str], file_type: int) -> None:
     """Raise :class:`RecipeError` for a weight whose type needs its importance, and that has none. ``names``: HF → GGUF name."""
-    needy = (*NEEDY, "q2_k") if file_type == LlamaFileType.MOSTLY_Q2_K_S else NEEDY
+    needy = needy_types(file_type)
     for hf, target in names.items():
         if hf in schemes and schemes[hf].qtype in needy and target not in UNMEASURED and hf not in importance:
             raise RecipeError(

@@ -141,11 +141,12 @@ STORED_KEYS = {
     "num_key_value_heads": "attention.head_count_kv",
     "num_local_experts": "expert_count",
 }
-"""What a mix of types goes by: HF's word → GGUF's key."""
+"""What ``inspect`` and ``--memory`` ask of any config: HF's word → GGUF's key."""
 
 
 def stored_config(container: Container, gguf_arch: str) -> dict[str, Any]:
-    """The metadata, and Hugging Face's words for what llama-quantize goes by: 0 where nothing is said, of values by layer the first."""
+    """The metadata, by which a mix of types goes, and Hugging Face's words for a model's sizes: 0 where nothing is said, of values by layer
+    the first."""
     config: dict[str, Any] = {"architectures": [gguf_arch], "gguf_architecture": gguf_arch, "gguf_metadata": container.fields}
     for word, key in STORED_KEYS.items():
         value = container.get(f"{gguf_arch}.{key}", 0)
