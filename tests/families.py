@@ -17,7 +17,8 @@ import sentencepiece
 import torch
 from conftest import byte_level_bpe, write_tokenizer
 
-from quantcli.formats.gguf.container import Field, read_header
+from quantcli.formats.gguf.container import Field
+from quantcli.formats.gguf.headers import read_header
 
 SIZES = {
     "hidden_size": 64,

@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import GGUFValueType
 
-from quantcli.formats.gguf import container
+from quantcli.formats.gguf import container, headers
 from quantcli.formats.gguf.container import Field
 from quantcli.formats.gguf.filetypes import file_order
 
@@ -164,7 +164,7 @@ MODELS = {
 
 def sparse_file(model: Model, path: Path) -> Path:
     """A GGUF file of ``model`` whose float32 weights are a hole in the file."""
-    head, _, size = container.header(model.fields, [container.tensor_spec(name, "F32", model.shapes[name]) for name in model.names])
+    head, _, size = headers.header(model.fields, [container.tensor_spec(name, "F32", model.shapes[name]) for name in model.names])
     path.write_bytes(head)
     os.truncate(path, size)
     return path

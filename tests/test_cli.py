@@ -20,7 +20,7 @@ from quantcli import __version__
 from quantcli.cli import main
 from quantcli.cli.console import Console, Steps, count, size
 from quantcli.cli.memory import kv_cache_bytes
-from quantcli.formats.gguf.container import read_header
+from quantcli.formats.gguf.headers import read_header
 
 TinyLlama = Callable[..., Path]
 SHORT = ["--samples", "2", "--seq-len", "16"]

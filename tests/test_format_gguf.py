@@ -19,7 +19,7 @@ from quantcli import ops
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.formats import gguf
-from quantcli.formats.gguf import container, rope
+from quantcli.formats.gguf import container, headers, rope
 from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
@@ -108,13 +108,13 @@ def test_rotary_scaling_comes_back(tiny_llama: Any, tmp_path: Path, parameters: 
     folder = edit_config(tiny_llama(), rope_parameters=parameters)
     with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(export(source, tmp_path / "m.gguf", "F16"))) as back:
         assert back.config["rope_parameters"] == parameters
-        assert ("rope_freqs.weight" in container.read_header(back.path).specs) == (parameters["rope_type"] == "llama3")
+        assert ("rope_freqs.weight" in headers.read_header(back.path).specs) == (parameters["rope_type"] == "llama3")
 
 
 def test_transformers_4_configs_mean_the_same(tiny_llama: Any, tmp_path: Path) -> None:
     old = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     with Checkpoint.open(str(edit_config(tiny_llama(), **old))) as source:
-        fields = container.read_header(export(source, tmp_path / "m.gguf", "F16")).fields
+        fields = headers.read_header(export(source, tmp_path / "m.gguf", "F16")).fields
     assert fields["llama.rope.freq_base"].value == 5e5
     assert (fields["llama.rope.scaling.type"].value, fields["llama.rope.scaling.factor"].value) == ("linear", 2.0)
 
@@ -136,7 +136,7 @@ def test_factors_by_another_rule_are_refused() -> None:
 def test_metadata_names_the_file_type_and_carries_ours(tiny_llama: Any, tmp_path: Path) -> None:
     ours = {"version": "0.1", "seed": 3, "error": 0.25, "lossless": False, "schemes": {"b": 1, "a": [2]}}
     with Checkpoint.open(str(tiny_llama())) as source:
-        fields = container.read_header(export(source, tmp_path / "m.gguf", "Q4_K_S", ours)).fields
+        fields = headers.read_header(export(source, tmp_path / "m.gguf", "Q4_K_S", ours)).fields
     assert fields["general.file_type"].value == peer.LlamaFileType.MOSTLY_Q4_K_S
     assert fields["general.quantization_version"].value == peer.GGML_QUANT_VERSION
     assert {key: fields[f"quantcli.{key}"].value for key in ("version", "seed", "error", "lossless")} == {
@@ -151,22 +151,22 @@ def test_a_gguf_goes_to_another_type_with_its_metadata(tiny_llama: Any, tmp_path
         direct = export(source, tmp_path / "b.gguf", "Q4_K_M")
     with Checkpoint.open(str(first)) as source:
         second = export(source, tmp_path / "c.gguf", "Q4_K_M")
-    a, b, c = (container.read_header(path) for path in (first, direct, second))
+    a, b, c = (headers.read_header(path) for path in (first, direct, second))
     assert c.fields.keys() == a.fields.keys() - {"quantcli.seed"}
     assert direct.read_bytes()[b.offsets["output.weight"] :] == second.read_bytes()[c.offsets["output.weight"] :]
 
 
 def test_a_pre_tokenizer_can_be_named(tiny_llama: Any, tmp_path: Path) -> None:
     with Checkpoint.open(str(tiny_llama())) as source:
-        assert container.read_header(export(source, tmp_path / "a.gguf", "F16")).get("tokenizer.ggml.pre") == "gpt-2"
-        assert container.read_header(export(source, tmp_path / "b.gguf", "F16", pre_tokenizer="mpt")).get("tokenizer.ggml.pre") == "mpt"
+        assert headers.read_header(export(source, tmp_path / "a.gguf", "F16")).get("tokenizer.ggml.pre") == "gpt-2"
+        assert headers.read_header(export(source, tmp_path / "b.gguf", "F16", pre_tokenizer="mpt")).get("tokenizer.ggml.pre") == "mpt"
 
 
 def test_a_pre_tokenizer_can_be_named_for_a_gguf_source_too(tiny_llama: Any, tmp_path: Path) -> None:
     with Checkpoint.open(str(tiny_llama())) as source:
         first = export(source, tmp_path / "a.gguf", "F16")
     with Checkpoint.open(str(first)) as source:
-        assert container.read_header(export(source, tmp_path / "b.gguf", "F16", pre_tokenizer="mpt")).get("tokenizer.ggml.pre") == "mpt"
+        assert headers.read_header(export(source, tmp_path / "b.gguf", "F16", pre_tokenizer="mpt")).get("tokenizer.ggml.pre") == "mpt"
 
 
 def test_the_model_card_names_the_model(tiny_llama: Any) -> None:
@@ -272,11 +272,11 @@ def rewrite(
     path: Path, target: Path, *, drop: str = "", fields: Mapping[str, Any] | None = None, dtype: dict[str, str] | None = None
 ) -> Path:
     """The file at ``path`` again, with a tensor dropped, metadata replaced, or a tensor's type renamed (its data then zeros)."""
-    read = container.read_header(path)
+    read = headers.read_header(path)
     specs = [spec for name, spec in read.specs.items() if name != drop]
     specs = [container.tensor_spec(s.name, (dtype or {}).get(s.name, s.dtype), s.shape) for s in specs]
     kept = {key: field for key, field in read.fields.items() if key not in (fields or {})}
-    head, offsets, size = container.header(kept | dict(fields or {}), specs)
+    head, offsets, size = headers.header(kept | dict(fields or {}), specs)
     data = bytearray(head + bytes(size - len(head)))
     for spec in specs:
         if spec == read.specs[spec.name]:
@@ -341,7 +341,7 @@ def test_no_value_of_any_metadata_key_does_more_than_raise(tiny_llama: Any, tmp_
     with Checkpoint.open(str(edit_config(tiny_llama(layers=1, hidden=64, intermediate=64), rope_parameters=linear))) as source:
         path = export(source, tmp_path / "good.gguf", "F16")
     refused = 0
-    keys = [key for key in container.read_header(path).fields if key.startswith(("general", "llama")) or key.endswith("_id")]
+    keys = [key for key in headers.read_header(path).fields if key.startswith(("general", "llama")) or key.endswith("_id")]
     for key in [*keys, "split.count"]:
         for value in STRANGE:
             try:
@@ -431,5 +431,5 @@ def test_experts_of_every_source_come_out_as_the_same_file(tmp_path: Path) -> No
         with Checkpoint.open(str(families.make(name, tmp_path / name / "tiny"))) as source:
             files.append(export(source, tmp_path / f"{name}.gguf", "Q8_0", pre_tokenizer="gpt-2"))
     assert files[0].read_bytes() == files[1].read_bytes()
-    spec = container.read_header(files[0]).specs["blk.1.ffn_up_exps.weight"]
+    spec = headers.read_header(files[0]).specs["blk.1.ffn_up_exps.weight"]
     assert (spec.dtype, spec.shape, spec.nbytes) == ("Q8_0", (4, 48, 64), 4 * 48 * 2 * 34)

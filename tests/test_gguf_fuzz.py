@@ -22,7 +22,8 @@ from gguf import GGUFValueType as T
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import splits
-from quantcli.formats.gguf.container import BLOCKS, Container, Field, header, tensor_spec
+from quantcli.formats.gguf.container import BLOCKS, Container, Field, tensor_spec
+from quantcli.formats.gguf.headers import header
 from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.tensors import DTYPES
 

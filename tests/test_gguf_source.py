@@ -20,7 +20,8 @@ from quantcli.cli.memory import estimate
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.events import Finished, Planned
 from quantcli.formats import gguf
-from quantcli.formats.gguf.container import Container, Field, read_header
+from quantcli.formats.gguf.container import Container, Field
+from quantcli.formats.gguf.headers import read_header
 from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.forward import Forward
 from quantcli.recipe import Recipe, Rule

@@ -14,7 +14,8 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.cli import app
 from quantcli.errors import CheckpointError, RecipeError
 from quantcli.formats.gguf import splits
-from quantcli.formats.gguf.container import read_header, tensor_spec
+from quantcli.formats.gguf.container import tensor_spec
+from quantcli.formats.gguf.headers import read_header
 
 SPECS = [tensor_spec(name, "F32", (8,)) for name in "abcde"]  # 32 bytes each
 

@@ -29,8 +29,8 @@ from quantcli.cli.console import Console
 from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.events import Planned
 from quantcli.formats.gguf import imatrix, importance
-from quantcli.formats.gguf.container import read_header
 from quantcli.formats.gguf.filetypes import file_type
+from quantcli.formats.gguf.headers import read_header
 from quantcli.formats.gguf.imatrix import Measured
 from quantcli.formats.gguf.mixes import FileType
 from quantcli.formats.gguf.naming import gguf_names

@@ -17,7 +17,7 @@ from gguf_export import export
 from llamacpp_peer import assert_same, convert_all, log_probabilities, run
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.formats.gguf.container import read_header
+from quantcli.formats.gguf.headers import read_header
 
 pytestmark = pytest.mark.peer
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli import app
-from quantcli.formats.gguf.container import Container, read_header
+from quantcli.formats.gguf.container import Container
+from quantcli.formats.gguf.headers import read_header
 
 pytestmark = pytest.mark.peer
 

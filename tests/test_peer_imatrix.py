@@ -23,7 +23,8 @@ from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
 from quantcli.formats.gguf import imatrix
-from quantcli.formats.gguf.container import Field, read_header
+from quantcli.formats.gguf.container import Field
+from quantcli.formats.gguf.headers import read_header
 from quantcli.forward import tokenizer
 
 pytestmark = pytest.mark.peer

@@ -19,8 +19,8 @@ from quantcli import pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
-from quantcli.formats.gguf.container import read_header
 from quantcli.formats.gguf.filetypes import FILE_TYPES
+from quantcli.formats.gguf.headers import read_header
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.tensors import Scheme
 

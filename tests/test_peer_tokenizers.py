@@ -26,7 +26,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.formats.gguf.container import Container, read_header
+from quantcli.formats.gguf.container import Container
+from quantcli.formats.gguf.headers import read_header
 from quantcli.formats.gguf.merges import byte_alphabet
 from quantcli.formats.gguf.pretokenizers import FAMILIES, KNOWN_NAMES, Family
 from quantcli.formats.gguf.spm import read_sentencepiece

@@ -14,7 +14,7 @@ from quantcli import pipeline, texts
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.evaluate import Scores, compare, perplexity
-from quantcli.formats.gguf.container import read_header
+from quantcli.formats.gguf.headers import read_header
 from quantcli.forward import tokenizer
 from quantcli.pipeline import Calibrated
 

@@ -76,7 +76,7 @@ class Architecture:
     ``dropped``: patterns of tensors that have no place there → the reason.
 
     For reading GGUF files: ``present``: config word → the tensor of a layer that is there when it is true; ``fixed``: words that no key
-    tells; ``restored``: names in ``formats.gguf.metadata.RESTORED``, of words that follow from others; ``readable``: whether files
+    tells; ``restored``: names in ``formats.gguf.configuration.RESTORED``, of words that follow from others; ``readable``: whether files
     can be read under HF's names at all (what ``cuts`` has cut up is not put together again).
     """
 

@@ -97,7 +97,7 @@ def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], 
 def check_unseen(console: Console, checkpoint: Checkpoint, windows: Tensor) -> None:
     """Warn when the text was calibrated on, as far as ``checkpoint`` tells: its figures would then flatter it."""
     from quantcli import overlap
-    from quantcli.formats.gguf.container import read_header
+    from quantcli.formats.gguf.headers import read_header
     from quantcli.json_files import read_json
 
     record = checkpoint.path / "quantcli.json"

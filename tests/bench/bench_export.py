@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 
-from quantcli.formats.gguf.container import read_header
+from quantcli.formats.gguf.headers import read_header
 
 LLAMA_CPP = Path(os.environ.get("QUANTCLI_LLAMA_CPP", "/nowhere"))
 

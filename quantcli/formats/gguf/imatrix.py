@@ -23,7 +23,8 @@ from gguf import GGUFValueType
 from torch import Tensor
 
 from quantcli.errors import CheckpointError, NumericsError
-from quantcli.formats.gguf.container import MAGIC, Field, header, read_header, tensor_spec
+from quantcli.formats.gguf.container import MAGIC, Field, tensor_spec
+from quantcli.formats.gguf.headers import header, read_header
 from quantcli.json_files import shown
 from quantcli.locations import Location, read_tensor
 from quantcli.tensors import TensorSpec

@@ -16,9 +16,9 @@ from quantcli.archs import Architecture
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import rope
+from quantcli.formats.gguf.configuration import config_of
 from quantcli.formats.gguf.container import Container, qtype_of, row_bytes
 from quantcli.formats.gguf.expected import check_tensors
-from quantcli.formats.gguf.metadata import config_of
 from quantcli.formats.gguf.naming import slice_number
 from quantcli.formats.gguf.splits import read_model
 from quantcli.json_files import shown

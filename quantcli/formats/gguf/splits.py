@@ -16,7 +16,8 @@ from pathlib import Path
 from gguf import GGUFValueType
 
 from quantcli.errors import CheckpointError, RecipeError
-from quantcli.formats.gguf.container import Container, Field, aligned, header, read_header
+from quantcli.formats.gguf.container import Container, Field
+from quantcli.formats.gguf.headers import aligned, header, read_header
 from quantcli.json_files import shown
 from quantcli.tensors import TensorSpec
 from quantcli.writer import FileLayout, Slot

@@ -6,7 +6,6 @@ import base64
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFWriter, TokenType
@@ -18,8 +17,8 @@ from quantcli.formats.gguf.pretokenizers import KNOWN_NAMES, begins_text, name_f
 from quantcli.formats.gguf.recognition import drops_spaces, marks_spaces, prepends_space, recognise, removes_spaces, steps
 from quantcli.formats.gguf.roles import Roles, integers
 from quantcli.formats.gguf.spm import SentencePiece, read_sentencepiece
-from quantcli.formats.gguf.tekken import ROLES, as_tokenizer_json
 from quantcli.formats.gguf.templates import chat_templates, write_templates
+from quantcli.formats.gguf.tokenizer_files import Files
 from quantcli.formats.gguf.vocabulary import ADDED_SCORE, SPACE, Vocabulary
 
 CONVERTED_AS_LLAMA = frozenset({"llama", "granite", "granitemoe", "smollm3", "arcee", "apertus"})
@@ -30,37 +29,6 @@ OVER_CHARACTERS = "sarvam-moe"
 
 WORDS_ALONE = "whitespace"
 """Its tokenizer, and pre-tokenizer, of words that whitespace ends."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """A tokenizer's files, parsed ({} where there is none): ``settings`` is tokenizer_config.json over special_tokens_map.json, ``parsed``
-    tokenizer.json, ``config`` config.json with the words of its text model.
-    """
-
-    folder: Path
-    settings: Mapping
-    parsed: Mapping
-    config: Mapping
-
-    @classmethod
-    def of(cls, folder: Path, vocab_size: int) -> Files:
-        settings = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
-        parsed = read_object(folder / "tokenizer.json")
-        config = read_object(folder / "config.json")
-        config = {**(config.get("text_config") or {}), **config}
-        has_tekken = not parsed and not (folder / "tokenizer.model").is_file() and (folder / "tekken.json").is_file()
-        if has_tekken:
-            settings, parsed = ROLES | settings, as_tokenizer_json(read_object(folder / "tekken.json"), vocab_size)
-        return cls(folder, settings, parsed, config)
-
-    def added(self) -> dict[int, Mapping]:
-        """tokenizer.json's added tokens by id."""
-        return {token["id"]: token for token in self.parsed.get("added_tokens", [])}
-
-    def configured(self) -> dict[int, Mapping]:
-        """tokenizer_config.json's."""
-        return {int(id): token for id, token in (self.settings.get("added_tokens_decoder") or {}).items()}
 
 
 def add_tokenizer(keys: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizer: str | None = None) -> tuple[str, ...]:
