@@ -51,6 +51,8 @@ def make_inputs() -> dict[str, Tensor]:
     wild_scales = torch.exp(8 * randn(3, 2048 // 32, 1)).repeat(1, 1, 32).reshape(shape)
     half_zero = randn()
     half_zero[:, ::2] = 0
+    outliers = torch.zeros(shape)  # one in every 256, at another place each time, of either sign
+    outliers.view(-1, 256)[torch.arange(24), 37 * torch.arange(24) % 256] = torch.tensor([60.0, -60.0]).repeat(12)
     return {
         "gaussian": randn(),
         "heavy_tailed": torch.tan(1.5 * randn()),
@@ -70,6 +72,8 @@ def make_inputs() -> dict[str, Tensor]:
         "beyond_half": randn() * 1e7,
         "huge": randn() * 1e37,
         "largest": torch.where(randn() > 0, 1.0, -1.0) * 3.4e38,
+        "one_outlier": torch.where(outliers != 0, outliers, randn()),
+        "nothing_but_an_outlier": outliers,
     }
 
 
