@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from quantcli import regrid
 from quantcli.checkpoint import Checkpoint
+from quantcli.cuts import HEAD_WEIGHT, tied_embedding
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.outliers import Protected
 from quantcli.recipe import Recipe
@@ -44,13 +45,20 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
     used |= {i for i, rule in enumerate(recipe.rules) if rule.scheme is None and any(map(rule.matches, source.specs))}
     if idle := [rule.pattern for i, rule in enumerate(recipe.rules) if i not in used]:
         example = matrices[0] if matrices else "none"
-        if re.search(idle[0], "lm_head.weight") and source.config.get("tie_word_embeddings"):
+        if re.search(idle[0], HEAD_WEIGHT) and source.config.get("tie_word_embeddings"):
             raise RecipeError(
-                f"rule '{idle[0]}': the output embedding of {source.source} is its input embedding (tie_word_embeddings), which engines "
-                "load dense; leave the rule out"
+                f"rule '{idle[0]}': the output embedding of {source.source} is its input embedding (tie_word_embeddings) and stays so; "
+                "leave the rule out, or give it codes"
             )
         raise RecipeError(f"rule '{idle[0]}' matches no weight matrix of {source.source}; the first of them is {example}")
     return schemes
+
+
+def untied_head(source: Checkpoint, recipe: Recipe) -> str | None:
+    """The input embedding's weight, where the output embedding is tied to it and a rule gives the latter alone codes: it must be untied."""
+    rule = next((rule for rule in recipe.rules if rule.matches(HEAD_WEIGHT)), None)
+    embedding = tied_embedding(source) if rule is not None and is_coded(rule.scheme) else None
+    return None if embedding is None or rule is None or rule.matches(embedding) else embedding
 
 
 def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme]) -> dict[str, Scheme]:

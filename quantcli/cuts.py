@@ -1,4 +1,4 @@
-"""A checkpoint seen through cuts: tensors that it stores as one, such as a layer's experts, under the names they have one by one."""
+"""A checkpoint seen through cuts: tensors that it stores as one, a layer's experts or tied embeddings, under the names of each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from quantcli.errors import CheckpointError
 from quantcli.locations import Location
 from quantcli.tensors import DTYPES, QuantizedTensor, TensorSpec
 
+HEAD_WEIGHT = "lm_head.weight"
+"""The output embedding where it is a tensor of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -29,15 +33,16 @@ class Piece:
 
 
 class View(Checkpoint):
-    """``inner`` under other names: every tensor of ``pieces`` is a stored one, or cut from one that is not quantized."""
+    """``inner`` under other names: every tensor of ``pieces`` is a stored one, or cut from one that is not quantized. ``config``: in place
+    of that of ``inner``."""
 
-    def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece]) -> None:
+    def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece], config: dict[str, Any] | None = None) -> None:
         self._inner = inner
         self._pieces = dict(pieces)
         super().__init__(
             inner.path,
             kind=inner.kind,
-            config=inner.config,
+            config=inner.config if config is None else config,
             specs={name: _spec(name, piece, inner.specs[piece.stored]) for name, piece in pieces.items()},
             schemes={name: inner.schemes[piece.stored] for name, piece in pieces.items() if piece.stored in inner.schemes},
             quantization=inner.quantization,
@@ -93,6 +98,24 @@ def cut(source: Checkpoint, cuts: Mapping[str, Cut]) -> Checkpoint:
         else:
             pieces |= _pieces_of(spec, found, name.removesuffix(rest), config)
     return View(source, pieces) if pieces.keys() != source.specs.keys() or any(piece.take for piece in pieces.values()) else source
+
+
+def tied_embedding(source: Checkpoint) -> str | None:
+    """The input embedding's weight, where the output embedding is the same tensor; None where it is not, or not to be told from others."""
+    config = {**source.config, **(source.config.get("text_config") or {})}
+    if not config.get("tie_word_embeddings", HEAD_WEIGHT not in source.specs):
+        return None
+    matrices = (spec for name, spec in source.specs.items() if len(spec.shape) == 2 and name != HEAD_WEIGHT)
+    embeddings = [spec.name for spec in matrices if spec.shape[0] == config.get("vocab_size")]
+    return embeddings[0] if len(embeddings) == 1 else None
+
+
+def untied(source: Checkpoint, embedding: str) -> Checkpoint:
+    """``source`` with an output embedding of its own, the same numbers as ``embedding``, which the model tied it to."""
+    apart = {"tie_word_embeddings": False}
+    text = {"text_config": source.config["text_config"] | apart} if source.config.get("text_config") else {}
+    pieces = {name: Piece(name) for name in source.specs} | {HEAD_WEIGHT: Piece(embedding)}
+    return View(source, pieces, source.config | text | apart)
 
 
 def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping) -> dict[str, Piece]:

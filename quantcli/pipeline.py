@@ -17,7 +17,7 @@ from quantcli import __version__, archs, cuts, ops
 from quantcli import plan as planning
 from quantcli.calibrated import Calibrated, checked, protected_by
 from quantcli.checkpoint import Checkpoint
-from quantcli.choices import is_coded
+from quantcli.choices import is_coded, untied_head
 from quantcli.coding import Coding
 from quantcli.errors import RecipeError
 from quantcli.events import Event, Finished, LayerDone, Planned, timed
@@ -60,6 +60,8 @@ def quantize(
     fmt = find("formats", recipe.format)
     if hasattr(fmt, "native") and not recipe.is_calibrated:
         source = fmt.native(source)
+    if (embedding := untied_head(source, recipe)) is not None:
+        source = cuts.untied(source, embedding)
     is_known = archs.of(source.config) is not None or hasattr(fmt, "arranged")
     forward = None if is_known and not recipe.is_calibrated else _open_forward(source, device, recipe)
     # in which every expert's linear is a tensor, however they are stored
@@ -69,10 +71,10 @@ def quantize(
     taps = planning.declared_taps(source) if forward is None else forward.taps  # where the model is built, it knows best
     assert taps is not None
     taps = {name: tap for name, tap in taps.items() if name in source.specs}
-    made_by = provenance(source, recipe)
+    made_by = provenance(source, recipe) | ({} if embedding is None else {"untied": embedding})
     head, kv_caches = (forward.head_weight, forward.caches) if forward else (planning.declared_head(source), None)
     head = head if head in source.specs else None
-    make = partial(planning.make, source, recipe, taps, metadata=made_by, kv_caches=kv_caches, head=head)
+    make = partial(planning.make, source, recipe, taps, metadata=made_by, kv_caches=kv_caches, head=head, untied=embedding)
     plan = make()
     data: Calibrated | None = None
     protected: list[Protected] | None = None

@@ -12,6 +12,7 @@ from quantcli import archs, caches, regrid
 from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
 from quantcli.choices import carried_over, choose_schemes, is_coded, layer_of, listed, protect
+from quantcli.cuts import HEAD_WEIGHT
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.outliers import Protected
 from quantcli.recipe import PassSpec, Recipe
@@ -114,7 +115,7 @@ def declared_taps(source: Checkpoint) -> dict[str, str] | None:
 
 def declared_head(source: Checkpoint) -> str | None:
     """The output embedding's weight under its usual name; None where it has another, or is the input embedding's."""
-    return "lm_head.weight" if "lm_head.weight" in source.specs and not source.config.get("tie_word_embeddings") else None
+    return HEAD_WEIGHT if HEAD_WEIGHT in source.specs and not source.config.get("tie_word_embeddings") else None
 
 
 def make(
@@ -126,11 +127,12 @@ def make(
     protected: Sequence[Protected] | None = None,
     kv_caches: Sequence[KvCache] | None = None,
     head: str | None = None,
+    untied: str | None = None,
 ) -> Plan:
     """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header;
     ``protected``: what the recipe's ``protect_outliers`` found in their inputs, None as long as these are not known; ``kv_caches``: where
     its layers keep keys and values, None where that has not been traced; ``head``: the output embedding's weight, where what it reads can
-    be measured: given a scheme, it is solved like any linear.
+    be measured: given a scheme, it is solved like any linear; ``untied``: the input embedding's, where the model had them as one tensor.
 
     Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that
     the format cannot hold, and for a model in whose layers no linear is found.
@@ -177,6 +179,8 @@ def make(
     in_order = sorted(planned, key=_natural)
     layers = tuple(PlannedLayer(name, tuple(planned[name]), tuple(scaled.get(name, ()))) for name in in_order)
     notes = (*spared, *surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
+    if untied is not None:
+        notes += (f"{HEAD_WEIGHT} is written beside {untied}, which it was tied to: tie_word_embeddings is false from now on",)
     if dense:
         notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
     return Plan(recipe, layers, context, notes)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from quantcli import evaluate, pipeline, texts
@@ -35,17 +34,6 @@ def windows_of_pico(model: Checkpoint) -> tuple[Tensor, Tensor]:
     words = tokenizer(model)
     learned = texts.windows([texts.default_text()], words, n_samples=16, seq_len=128, seed=0)
     return learned, texts.eval_windows(texts.default_eval_text(), words, n_samples=8, seq_len=256)
-
-
-def untied(target: Path) -> Path:
-    """The pico model at ``target`` with an output embedding of its own, equal to its input embedding."""
-    shutil.copytree(PICO, target)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    tensors = load_file(target / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
 
 
 def quantized(model: Checkpoint, target: Path, how: Recipe, windows: Tensor) -> int:

@@ -1,19 +1,23 @@
-"""lm_head on request: measured, coded by the recipe's passes, and told to engines; a tied one is refused with a reason."""
+"""lm_head on request: measured, coded by the recipe's passes, and told to engines; a tied one becomes a tensor of its own."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from conftest import TinyLlama
+from safetensors.torch import load_file, save_file
 
 from quantcli import calibrate, pipeline, recipe
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
+from quantcli.evaluate import compare
 from quantcli.forward import Forward
 from quantcli.pipeline import Calibrated, Finished, LayerDone
 from quantcli.recipe import PassSpec, Rule
@@ -133,10 +137,71 @@ def test_a_gptq_folder_tells_engines_of_its_head_even_where_it_lists_modules(fol
     assert ["lm_head"] in words["modules_in_block_to_quantize"]  # which vLLM flattens, and takes no other module for quantized
 
 
+@pytest.fixture(scope="module")
+def tied(tiny_llama: TinyLlama) -> Path:
+    return tiny_llama(hidden=64, intermediate=128, layers=1, tied=True)
+
+
+@pytest.fixture(scope="module")
+def untied(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with an lm_head of its own."""
+    folder = tmp_path_factory.mktemp("untied") / "model"
+    shutil.copytree(tied, folder)
+    config = json.loads((tied / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {HEAD: weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize("format_", SCHEMES)
-def test_a_tied_head_is_refused_with_the_reason(tiny_llama: TinyLlama, tmp_path: Path, format_: str) -> None:
+def test_a_tied_head_with_a_rule_becomes_what_an_untied_one_does(tied: Path, untied: Path, tmp_path: Path, format_: str) -> None:
+    planned, *_ = quantize(tied, tmp_path / "tied", with_head(format_))
+    quantize(untied, tmp_path / "untied", with_head(format_))
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("tied", "untied")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    words = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("tied", "untied")]
+    for each in words:  # GPTQ's says where the model came from
+        each["quantization_config"].pop("meta", None)
+    assert words[0] == words[1]
+    assert words[0]["tie_word_embeddings"] is False
+    assert isinstance(planned, pipeline.Planned)
+    assert any("lm_head.weight is written beside model.embed_tokens.weight" in note for note in planned.plan.notes)
+    assert json.loads((tmp_path / "tied/quantcli.json").read_text())["untied"] == "model.embed_tokens.weight"
+    with Checkpoint.open(str(tmp_path / "tied")) as output, Checkpoint.open(str(tied)) as source:
+        assert HEAD in output.schemes
+        assert torch.equal(output.read("model.embed_tokens.weight"), source.read("model.embed_tokens.weight"))
+        scores = compare(output, source, IDS)
+    assert scores.kld_mean is not None
+    assert 0 < scores.kld_mean < 0.5
+
+
+def test_statistics_of_a_tied_model_serve_the_head_it_gets(tied: Path, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tied)) as source:
+        list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors", head=True))
+    stats = StatsFile(tmp_path / "stats.safetensors")
+    events = quantize(tied, tmp_path / "out", with_head("gptq"), calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    assert 0 < head_error(events) < 0.1
+
+
+def test_a_gguf_of_a_tied_model_has_an_output_where_a_rule_names_it(tied: Path, untied: Path, tmp_path: Path) -> None:
+    types = {}
+    for name, model, pattern in (("tied", tied, "lm_head"), ("untied", untied, "lm_head"), ("all", tied, "."), ("none", tied, None)):
+        base = recipe.load("q8_0")
+        quantize(model, tmp_path / f"{name}.gguf", base if pattern is None else replace(base, rules=(Rule.parse(pattern, "q4_0"),)))
+        types[name] = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+    assert types["tied"] == types["untied"]
+    assert types["tied"]["output.weight"] == "Q4_0"
+    assert types["tied"]["token_embd.weight"] == "Q8_0"
+    assert "output.weight" not in types["all"]  # a rule for both asks for no second matrix
+    assert types["all"]["token_embd.weight"] == "Q4_0"
+    assert "output.weight" not in types["none"]
+
+
+def test_a_rule_that_gives_a_tied_head_no_codes_is_refused_with_the_reason(tied: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is its input embedding"):
-        quantize(tiny_llama(hidden=64, intermediate=128, layers=1, tied=True), tmp_path / "out", with_head(format_))
+        quantize(tied, tmp_path / "out", replace(with_head("gptq"), rules=(Rule.parse("lm_head", "keep"),)))
 
 
 def test_hqq_solves_the_head_by_hqq(folder: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ CASES: dict[str, Recipe] = {
     "nf4-b32": Recipe("x", "bitsandbytes", RTN, scheme=Scheme.parse("nf4-b32")),
     "fp4-b4096-dq": Recipe("x", "bitsandbytes", RTN, scheme=Scheme.parse("fp4-b4096-dq")),
     "nf4, o_proj left dense": Recipe("x", "bitsandbytes", RTN, scheme=Scheme.parse("nf4-b64"), rules=(Rule.parse("o_proj", "keep"),)),
+    "nf4, the tied head too": Recipe("x", "bitsandbytes", RTN, scheme=Scheme.parse("nf4-b64"), rules=(Rule.parse("lm_head", "nf4-b64"),)),
     "nf4, down_proj in fp4": Recipe(
         "x", "bitsandbytes", RTN, scheme=Scheme.parse("nf4-b64"), rules=(Rule.parse("down_proj", "fp4-b128-dq"),)
     ),

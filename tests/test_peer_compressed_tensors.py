@@ -174,9 +174,9 @@ def test_the_newest_transformers_reads_asymmetric_folders_dense(
 
 
 @pytest.mark.parametrize("scheme", ["int4-g128-sym", "int8-channel-sym+int8-token"])
-def test_a_quantized_head_is_run_as_we_run_it(tmp_path: Path, scheme: str) -> None:
+def test_a_tied_head_that_was_quantized_is_run_as_we_run_it(tmp_path: Path, scheme: str) -> None:
     case = Case(scheme, rules=(("lm_head", scheme),), passes="gptq")
-    with Checkpoint.open(str(gptq_peer.untied(tmp_path / "untied"))) as model:
+    with Checkpoint.open(str(gptq_peer.PICO)) as model:
         learned, measured = gptq_peer.windows_of_pico(model)
         quantized(model, tmp_path / "out", case, learned)
     save_file({"windows": measured}, tmp_path / "windows.safetensors")

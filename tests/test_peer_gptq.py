@@ -90,9 +90,11 @@ def test_transformers_does_refuse_rules_as_our_note_says(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("rules", [(), (Rule.parse("o_proj", "keep"),)], ids=["all", "o_proj dense"])
-def test_gptqmodel_runs_a_quantized_head_and_transformers_does_not_as_our_note_says(tmp_path: Path, rules: tuple[Rule, ...]) -> None:
+def test_gptqmodel_runs_a_tied_head_once_quantized_and_transformers_does_not_as_our_note_says(
+    tmp_path: Path, rules: tuple[Rule, ...]
+) -> None:
     how = recipe_of(SYM4, (Rule.parse("lm_head", "int4-g128-sym"), *rules))
-    with Checkpoint.open(str(gptq_peer.untied(tmp_path / "untied"))) as model:
+    with Checkpoint.open(str(gptq_peer.PICO)) as model:
         learned, measured = gptq_peer.windows_of_pico(model)
         n_coded = gptq_peer.quantized(model, tmp_path / "out", how, learned)
     with Checkpoint.open(str(tmp_path / "out")) as back:
