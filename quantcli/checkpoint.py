@@ -18,7 +18,7 @@ from quantcli.json_files import read_json, shown
 from quantcli.locations import Location, first_bytes
 from quantcli.registry import find, names
 from quantcli.shards import open_folder
-from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
@@ -111,16 +111,20 @@ class Checkpoint(ABC):
     def quantized(self, name: str) -> QuantizedTensor:
         """The codes of a quantized tensor as they stand in the file, in the parts of its qtype."""
         self._check(name)
-        if name not in self.schemes:
+        if name not in self.schemes and not self.is_opaque(name):
             raise CheckpointError(f"{self.source}: {name} is not quantized")
         return self.load_quantized(name)
+
+    def is_opaque(self, name: str) -> bool:
+        """Whether the tensor is of a type that nobody here decodes: :meth:`quantized` gives its bytes, under a scheme without a qtype."""
+        return name not in self.schemes and self.specs[name].dtype not in DTYPES
 
     @abstractmethod
     def load(self, name: str) -> Tensor:
         """A dense tensor of ``specs`` in its stored dtype."""
 
     def load_quantized(self, name: str) -> QuantizedTensor:
-        """The parts of a tensor of ``schemes``; a reader of a format without any need not say."""
+        """The parts of a tensor of ``schemes``, or of an opaque one; a reader of a format without any need not say."""
         raise UnsupportedError(f"{self.kind} holds no quantized tensors")
 
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:

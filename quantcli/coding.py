@@ -78,6 +78,9 @@ class Coding:
         """Write a tensor that is not coded: as it is in the source, or ``changed`` by a pass."""
         if not tensor.outputs:
             return
+        if self.source.is_opaque(tensor.name):
+            self._put(tensor.name, self.source.quantized(tensor.name))
+            return
         data = self.source.read(tensor.name) if changed is None else changed
         check_finite(tensor.name, data)
         self._put(tensor.name, data)

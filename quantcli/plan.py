@@ -171,6 +171,8 @@ def make(
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
+        if outputs and source.is_opaque(name):
+            check_opaque(source, recipe, spec, outputs[0])
         tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in carried)
         planned.setdefault(layer_of(name), []).append(tensor)
     scaled: dict[str, list[PlannedCache]] = {}
@@ -184,6 +186,15 @@ def make(
     if dense:
         notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
     return Plan(recipe, layers, context, notes)
+
+
+def check_opaque(source: Checkpoint, recipe: Recipe, spec: TensorSpec, output: TensorSpec) -> None:
+    """Raise :class:`UnsupportedError` unless a tensor of a type that nobody here decodes goes over byte for byte, to a file of its kind."""
+    if (source.kind, spec.dtype) != (recipe.format, output.dtype):
+        raise UnsupportedError(
+            f"{spec.name}: {spec.dtype} cannot be decoded here, so nothing but a {source.kind} file can take it, and in that type alone "
+            f"(--tensor-type 'REGEX={spec.dtype}' for these tensors, or no TYPE at all); got {output.dtype} in {recipe.format}"
+        )
 
 
 def surprises(

@@ -15,13 +15,17 @@ import pytest
 import torch
 from gguf_export import LLAMA3, edit_config, export, quantized
 
-from quantcli import ops
+from quantcli import ops, pipeline
+from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
+from quantcli.cli.export import recipe_that_keeps
 from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
+from quantcli.events import Finished
 from quantcli.formats import gguf
 from quantcli.formats.gguf import container, headers, rope
 from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.ops.blocks import KINDS
+from quantcli.recipe import Recipe
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 
@@ -269,20 +273,29 @@ def test_unknown_options_are_refused(tiny_llama: Any) -> None:
 
 
 def rewrite(
-    path: Path, target: Path, *, drop: str = "", fields: Mapping[str, Any] | None = None, dtype: dict[str, str] | None = None
+    path: Path,
+    target: Path,
+    *,
+    drop: str = "",
+    fields: Mapping[str, Any] | None = None,
+    dtype: dict[str, str] | None = None,
+    data: dict[str, int] | None = None,
 ) -> Path:
-    """The file at ``path`` again, with a tensor dropped, metadata replaced, or a tensor's type renamed (its data then zeros)."""
+    """The file at ``path`` again, with a tensor dropped, metadata replaced, or a tensor's type renamed (its data then zeros, or a byte of
+    ``data`` over and over)."""
     read = headers.read_header(path)
     specs = [spec for name, spec in read.specs.items() if name != drop]
     specs = [container.tensor_spec(s.name, (dtype or {}).get(s.name, s.dtype), s.shape) for s in specs]
     kept = {key: field for key, field in read.fields.items() if key not in (fields or {})}
     head, offsets, size = headers.header(kept | dict(fields or {}), specs)
-    data = bytearray(head + bytes(size - len(head)))
+    out = bytearray(head + bytes(size - len(head)))
     for spec in specs:
+        start, end = offsets[spec.name], offsets[spec.name] + spec.nbytes
         if spec == read.specs[spec.name]:
-            start = read.offsets[spec.name]
-            data[offsets[spec.name] : offsets[spec.name] + spec.nbytes] = path.read_bytes()[start : start + spec.nbytes]
-    target.write_bytes(data)
+            out[start:end] = path.read_bytes()[read.offsets[spec.name] :][: spec.nbytes]
+        else:
+            out[start:end] = bytes([(data or {}).get(spec.name, 0)]) * spec.nbytes
+    target.write_bytes(out)
     return target
 
 
@@ -360,6 +373,37 @@ def test_a_type_nobody_here_decodes_is_listed_and_refused_when_read(tiny_llama: 
         with pytest.raises(UnsupportedError, match=r"up_proj\.weight is IQ1_S"):
             back.read("model.layers.0.mlp.up_proj.weight")
         assert np.isfinite(back.read("model.layers.0.mlp.gate_proj.weight").float().numpy()).all()
+
+
+def test_a_type_nobody_here_decodes_goes_over_byte_for_byte_where_it_is_kept(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "good.gguf", "F16")
+    opaque = "blk.0.ffn_up.weight"
+    rewrite(path, tmp_path / "iq.gguf", dtype={opaque: "IQ1_M"}, data={opaque: 0xA5})
+
+    def kept(source: Checkpoint, recipe: Recipe) -> tuple[bytes, bool]:
+        """The bytes of the opaque tensor in the file that ``recipe`` makes, and whether that is said to be lossless."""
+        *_, finished = pipeline.quantize(source, tmp_path / f"{recipe.name}.gguf", recipe)
+        assert isinstance(finished, Finished)
+        read = headers.read_header(finished.output)
+        assert read.specs[opaque].dtype == "IQ1_M"
+        return finished.output.read_bytes()[read.offsets[opaque] :][: read.specs[opaque].nbytes], finished.lossless
+
+    with Checkpoint.open(str(tmp_path / "iq.gguf")) as source:
+        n_bytes = source.specs["model.layers.0.mlp.up_proj.weight"].nbytes
+        assert kept(source, recipe_that_keeps(source, "gguf")) == (b"\xa5" * n_bytes, True)
+        mixed = replace(recipes.load("q8_0"), format_options={"tensor_type": ["blk.0.ffn_up=iq1_m"]})
+        assert kept(source, mixed) == (b"\xa5" * n_bytes, False)
+
+
+def test_a_type_nobody_here_decodes_is_refused_before_any_weight_is_read_where_it_is_not_kept(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "good.gguf", "F16")
+    with (
+        Checkpoint.open(str(rewrite(path, tmp_path / "iq.gguf", dtype={"blk.0.ffn_up.weight": "IQ1_S"}))) as source,
+        pytest.raises(UnsupportedError, match=r"blk\.0\.ffn_up\.weight: IQ1_S cannot be decoded here"),
+    ):
+        next(pipeline.quantize(source, tmp_path / "out.gguf", recipes.load("q8_0")))
 
 
 def test_layers_come_in_their_numbers_order(tiny_llama: Any, tmp_path: Path) -> None:

@@ -212,8 +212,16 @@ def _choose(kind: FileType, options: Options, chooser: Chooser, name: str, shape
 
 
 def _schemes(chosen: Mapping[str, str | None], names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
-    """HF name → scheme of what is to be coded. ``chosen``: GGUF name → ggml type of the matrices; ``names``: HF → GGUF name."""
-    return {hf: _scheme(hf, ggml_type, specs[hf]) for hf, target in names.items() if (ggml_type := chosen.get(target)) is not None}
+    """HF name → scheme of what is to be coded. ``chosen``: GGUF name → ggml type of the matrices; ``names``: HF → GGUF name.
+
+    What has the chosen type already, and one that quantcli does not write, needs no scheme to stay as it is.
+    """
+    schemes: dict[str, Scheme] = {}
+    for hf, target in names.items():
+        ggml_type = chosen.get(target)
+        if ggml_type is not None and (ggml_type in WRITABLE or ggml_type != specs[hf].dtype):
+            schemes[hf] = _scheme(hf, ggml_type, specs[hf])
+    return schemes
 
 
 def _scheme(name: str, ggml_type: str, spec: TensorSpec) -> Scheme:

@@ -26,6 +26,8 @@ from quantcli.locations import Location, read_tensor
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
+WAY_OUT = "llama-quantize --allow-requantize makes a file of it in a type that can be decoded"
+
 
 class GgufCheckpoint(Checkpoint):
     """``specs``: dtype as stored (Q4_K, BF16); ``schemes``: the block types among them that quantcli can decode.
@@ -61,12 +63,13 @@ class GgufCheckpoint(Checkpoint):
         return isinstance(self.arch, archs.StoredNames)
 
     def load(self, name: str) -> Tensor:
-        if self.specs[name].dtype not in DTYPES:
-            raise UnsupportedError(f"{self.path}: {name} is {self.specs[name].dtype}, which quantcli cannot decode yet")
+        if self.is_opaque(name):
+            raise UnsupportedError(f"{self.path}: {name} is {self.specs[name].dtype}, which quantcli cannot decode; {WAY_OUT}")
         return self._in_order(name)
 
     def load_quantized(self, name: str) -> QuantizedTensor:
-        return QuantizedTensor(self.schemes[name], self.specs[name].shape, {"blocks": self._in_order(name)})
+        scheme = self.schemes.get(name, Scheme.of(qtype_of(self.specs[name].dtype)))
+        return QuantizedTensor(scheme, self.specs[name].shape, {"blocks": self._in_order(name)})
 
     def locations(self) -> list[Location]:
         return [self.container.location(name) for name in self.container.specs]
