@@ -167,7 +167,7 @@ def make(
             with about(name):
                 check_codes(recipe, scheme, is_measured=name in taps, is_weighed=name in getattr(context, "importance", {}))
     if hasattr(fmt, "check_importance"):
-        fmt.check_importance(context, recipe.needs)
+        fmt.check_importance(context, recipe.needs, carried)
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))

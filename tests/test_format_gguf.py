@@ -396,6 +396,18 @@ def test_a_type_nobody_here_decodes_goes_over_byte_for_byte_where_it_is_kept(tin
         assert kept(source, mixed) == (b"\xa5" * n_bytes, False)
 
 
+def test_a_file_of_types_that_need_importance_is_copied_without_any(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "small.gguf", "IQ2_XXS")
+    with Checkpoint.open(str(path)) as source:
+        *_, finished = pipeline.quantize(source, tmp_path / "copy.gguf", recipe_that_keeps(source, "gguf"))
+        assert isinstance(finished, Finished)
+        assert finished.lossless
+        with Checkpoint.open(str(finished.output)) as back:
+            assert {"iq2_xxs"} < {scheme.qtype for scheme in back.schemes.values()}
+            assert all(torch.equal(back.quantized(n).parts["blocks"], source.quantized(n).parts["blocks"]) for n in source.schemes)
+
+
 def test_a_type_nobody_here_decodes_is_refused_before_any_weight_is_read_where_it_is_not_kept(tiny_llama: Any, tmp_path: Path) -> None:
     with Checkpoint.open(str(tiny_llama())) as source:
         path = export(source, tmp_path / "good.gguf", "F16")

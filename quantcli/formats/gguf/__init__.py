@@ -139,15 +139,17 @@ def context(
     return Context(arch, config, schemes, names, dropped, fields, extras, split_bytes, weighed, (*notes, *weighed.notes))
 
 
-def check_importance(context: Context, needs: Collection[str]) -> None:
+def check_importance(context: Context, needs: Collection[str], carried: Collection[str]) -> None:
     """Raise :class:`RecipeError` where a weight's type demands an importance that is not there, or one is that no pass would read.
 
-    ``needs``: the statistics that the recipe's passes read, which then weigh the inputs themselves.
+    ``needs``: the statistics that the recipe's passes read, which then weigh the inputs themselves; ``carried``: weights that keep the
+    codes of the source, for which nothing is weighed.
     """
     if needs and context.importance:
         raise RecipeError("an importance matrix weighs plain rounding; this recipe's passes learn from --dataset or --stats: leave one out")
     if not needs:
-        importance.check(context.importance, context.schemes, context.names, context.fields["general.file_type"].value)
+        coded = {name: scheme for name, scheme in context.schemes.items() if name not in carried}
+        importance.check(context.importance, coded, context.names, context.fields["general.file_type"].value)
 
 
 def file_type(
