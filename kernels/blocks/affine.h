@@ -62,22 +62,34 @@ QC_FN F zero_at(const AffineGroup<Run>& group, F low, F scale) {
     return group.sym ? splat(0.0f) : nearest_code(negate(low) / scale, 0.0f, group.levels);
 }
 
-/// error[c] = Σ h·(w − ŵ)² of kN candidates.
+/// Whether no lane's sums of kN candidates are below `bound` any more: they only grow. A NaN might be, so it says no.
+template <int kN>
+QC_FN bool have_lost(const F* sum, F bound) {
+    Mask lost = sum[0] >= bound;
+    for (int c = 1; c < kN; ++c) lost = lost & (sum[c] >= bound);
+    return all(lost);
+}
+
+/// error[c] = Σ h·(w − ŵ)² of kN candidates, or what it is so far once none can be below `bound`.
 template <int kN, class Run>
-QC_FN void judge(const AffineGroup<Run>& group, const F* scale, const F* zero, F* error) {
+QC_FN void judge(const AffineGroup<Run>& group, const F* scale, const F* zero, F bound, F* error) {
+    constexpr int kRunLength = 8;
     F offset[kN], sum[kN];
     for (int c = 0; c < kN; ++c) {
         offset[c] = negate(scale[c] * zero[c]);
         sum[c] = splat(0.0f);
     }
-    for (int j = 0; j < group.n; ++j) {
-        const F x = group.w[j];
-        const F h = splat(group.h[j]);
-        QC_UNROLL(4)
-        for (int c = 0; c < kN; ++c) {
-            const F q = nearest_code((x - offset[c]) / scale[c], group.lo, group.hi);
-            const F d = (q * scale[c] + offset[c]) - x;
-            sum[c] = sum[c] + (d * d) * h;
+    for (int start = 0; start < group.n && !have_lost<kN>(sum, bound); start += kRunLength) {
+        const int end = start + kRunLength < group.n ? start + kRunLength : group.n;
+        for (int j = start; j < end; ++j) {
+            const F x = group.w[j];
+            const F h = splat(group.h[j]);
+            QC_UNROLL(4)
+            for (int c = 0; c < kN; ++c) {
+                const F q = nearest_code((x - offset[c]) / scale[c], group.lo, group.hi);
+                const F d = (q * scale[c] + offset[c]) - x;
+                sum[c] = sum[c] + (d * d) * h;
+            }
         }
     }
     for (int c = 0; c < kN; ++c) error[c] = sum[c];
@@ -87,7 +99,7 @@ QC_FN void judge(const AffineGroup<Run>& group, const F* scale, const F* zero, F
 template <int kN, class Run>
 QC_FN void improve(const AffineGroup<Run>& group, const F* scale, const F* zero, AffineBest& best) {
     F error[kN];
-    judge<kN>(group, scale, zero, error);
+    judge<kN>(group, scale, zero, best.error, error);
     for (int c = 0; c < kN; ++c) {
         const Mask less = error[c] < best.error;
         best.error = select(less, error[c], best.error);
@@ -170,7 +182,7 @@ QC_FN AffineBest fit_group(AffineGroup<Run>& group, int bits, bool sym, bool sea
     find_ends(group);
     AffineBest best = minmax(group);
     if (!search) return best;
-    judge<1>(group, &best.scale, &best.zero, &best.error);
+    judge<1>(group, &best.scale, &best.zero, splat(INFINITY), &best.error);
     if (sym) {
         shrink_symmetric(group, best);
     } else {
