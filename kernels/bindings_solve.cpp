@@ -1,4 +1,4 @@
-// The solvers' ops in Python: group fits, the GPTQ chunk, dense bits.
+// The solvers' ops in Python: group fits, the GPTQ chunk, the choice among grids, dense bits.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
@@ -112,6 +112,34 @@ void gptq_chunk(const Array& W, const Array& U, const Array& scale, const Maybe&
     require_ok("gptq_chunk", ops.gptq_chunk(chunk, stream_of(stream)));
 }
 
+void choose_grid(const Array& W, const Array& blocks, const Array& scale, const Maybe& offset, float lo, float hi, const Array& best,
+                 uint64_t stream) {
+    const int64_t rows = size_at("W", W, 0), cols = size_at("W", W, 1), n_groups = size_at("best", best, 1);
+    const int64_t size = n_groups ? cols / n_groups : 0, n_candidates = static_cast<int64_t>(scale.ndim() ? scale.shape(0) : 0);
+    if (size != 32 && size != 64 && size != 128 && size != 256)
+        throw KernelFault("groups of " + std::to_string(size) + " weights; expected 32, 64, 128 or 256");
+    check("W", W, {kF32}, {rows, n_groups * size});
+    check("blocks", blocks, {kF32}, {n_groups, size, size}, &W);
+    check("scale", scale, {kF32}, {n_candidates, rows, n_groups}, &W);
+    if (offset) check("offset", *offset, {kF32}, {n_candidates, rows, n_groups}, &W);
+    check("best", best, {kI32}, {rows, n_groups}, &W);
+    const GridChoice choice{.W = pointer<float>(W),
+                            .blocks = pointer<float>(blocks),
+                            .scale = pointer<float>(scale),
+                            .offset = pointer<float>(offset),
+                            .rows = rows,
+                            .cols = cols,
+                            .group_size = size,
+                            .n_candidates = static_cast<int>(n_candidates),
+                            .lo = lo,
+                            .hi = hi,
+                            .best = pointer<int32_t>(best)};
+    const SolveOps& ops = ops_for(W);
+    const OnDevice device(W);
+    nb::gil_scoped_release release;
+    require_ok("choose_grid", ops.choose_grid(choice, stream_of(stream)));
+}
+
 /// Checks codes [rows, n] against words [rows, n · bits / 32].
 DenseBits bits_of(const Array& codes, const Array& words, int bits) {
     if (bits != 2 && bits != 3 && bits != 4 && bits != 8) throw KernelFault("bits is " + std::to_string(bits) + "; expected 2, 3, 4 or 8");
@@ -146,6 +174,8 @@ void register_solve(nb::module_& m) {
           arg("scale"), arg("zero"), arg("stream") = 0);
     m.def("gptq_chunk", &gptq_chunk, arg("W"), arg("U"), arg("scale"), arg("offset").none(), arg("group"), arg("lo"), arg("hi"),
           arg("book").none(), arg("mids").none(), arg("codes"), arg("E"), arg("stream") = 0);
+    m.def("choose_grid", &choose_grid, arg("W"), arg("blocks"), arg("scale"), arg("offset").none(), arg("lo"), arg("hi"), arg("best"),
+          arg("stream") = 0);
     m.def("pack_bits", &pack_bits, arg("codes"), arg("bits"), arg("words"), arg("stream") = 0);
     m.def("unpack_bits", &unpack_bits, arg("words"), arg("bits"), arg("codes"), arg("stream") = 0);
 }

@@ -34,6 +34,19 @@ struct GptqChunk {
     float* E;
 };
 
+/// A choice among grids: W [rows, cols], blocks [cols / group_size, group_size, group_size], scale and offset (null is 0)
+/// [n_candidates, rows, cols / group_size], best [rows, cols / group_size]; group_size is 32, 64, 128 or 256.
+struct GridChoice {
+    const float* W;
+    const float* blocks;
+    const float* scale;
+    const float* offset;
+    int64_t rows, cols, group_size;
+    int n_candidates;
+    float lo, hi;
+    int32_t* best;
+};
+
 /// Dense bits: codes [rows, n], words [rows, n · bits / 32].
 struct DenseBits {
     int64_t rows, n;
@@ -44,6 +57,7 @@ struct DenseBits {
 struct SolveOps {
     Status (*fit_affine)(const AffineFit&, void* stream);
     Status (*gptq_chunk)(const GptqChunk&, void* stream);
+    Status (*choose_grid)(const GridChoice&, void* stream);
     Status (*pack_bits)(const DenseBits&, const uint8_t* codes, uint32_t* words, void* stream);
     Status (*unpack_bits)(const DenseBits&, const uint32_t* words, uint8_t* codes, void* stream);
 };

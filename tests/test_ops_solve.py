@@ -1,4 +1,4 @@
-"""The solvers' ops against the slow truth: group fits, the GPTQ chunk, dense bits."""
+"""The solvers' ops against the slow truth: group fits, the GPTQ chunk, the choice among grids, dense bits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from quantcli import ops
 from quantcli.errors import KernelError, NumericsError
 from quantcli.ops.affine import TINY, fit_affine
 from quantcli.ops.bits import BITS, codes_per_run, pack_bits, unpack_bits
+from quantcli.ops.choice import choose_grid, group_errors
 from quantcli.ops.solve import gptq_chunk
 from quantcli.tensors import Grid
 
@@ -339,6 +340,84 @@ def test_the_chunk_refuses_what_does_not_fit_together() -> None:
     ):
         with pytest.raises(KernelError, match=message):
             gptq_chunk(**case | change)
+
+
+# --- choose_grid -----------------------------------------------------------------------------------------------------------------
+
+
+def choice_case(bits: int, size: int, sym: bool, n_rows: int, n_groups: int = 3, mean: float = 0.0) -> dict:
+    """Random weights, blocks of the moments of inputs about ``mean``, and the fitted grid with twenty multiples after it."""
+    W, X = random(n_rows, n_groups * size), random(200, n_groups * size, seed=1) + mean
+    X[:, ::7] *= 5
+    blocks = torch.stack([block.T @ block / len(X) for block in X.split(size, 1)])
+    scale, zero = fit_affine(W, X.square().mean(0), bits=bits, group_size=size, sym=sym, search=True)
+    grid = grid_of(scale, zero, bits, sym, size)
+    factors = torch.cat([torch.ones(1), torch.linspace(0.8, 1.15, 20)])[:, None, None]
+    offset = None if grid.offset is None else grid.offset * factors
+    return {"W": W, "blocks": blocks, "scale": grid.scale * factors, "offset": offset, "lo": grid.lo, "hi": grid.hi}
+
+
+def errors_of_all(case: dict) -> Tensor:
+    """eᵀ·B·e of every grid in float64: [n, out, n_groups]."""
+    offsets = [None] * len(case["scale"]) if case["offset"] is None else case["offset"].double()
+    grids = [Grid(s.double(), o, case["lo"], case["hi"], case["blocks"].shape[1]) for s, o in zip(case["scale"], offsets, strict=True)]
+    return torch.stack([group_errors(case["W"].double(), grid, case["blocks"].double()) for grid in grids])
+
+
+CHOICES = [(4, 128, False), (4, 32, True), (3, 64, False), (2, 16, False), (5, 48, True), (4, 200, False), (8, 32, False), (4, 300, True)]
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize(("bits", "size", "sym"), CHOICES)
+def test_the_grid_chosen_has_the_smallest_error(bits: int, size: int, sym: bool, mean: float) -> None:
+    case = choice_case(bits, size, sym, n_rows=37, mean=mean)
+    errors = errors_of_all(case)
+    for kernel in ("reference", ops.available()[-1]):
+        ops.use(kernel)
+        best = choose_grid(**case)
+        chosen = errors.gather(0, best[None].long())[0]
+        assert float((chosen / errors.amin(0)).max()) < 1.0005
+        assert float((best == errors.argmin(0)).double().mean()) > 0.97
+        assert len(best.unique()) > 5
+
+
+@on_every_kernel
+@pytest.mark.parametrize(("bits", "size", "sym"), CHOICES)
+@pytest.mark.parametrize("n_rows", [1, 70])
+def test_the_grid_chosen_is_the_same_on_every_kernel(kernel: str | None, device: str, bits: int, size: int, sym: bool, n_rows: int) -> None:
+    case = choice_case(bits, size, sym, n_rows) | {"W": weights_of_every_sort(n_rows, 3 * size)}
+    case["scale"][5, ::3] = torch.inf
+    case["scale"][0, ::5] = 0
+    ops.use(ops.available()[1])
+    expected = choose_grid(**case)
+    ops.use(kernel)
+    there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.items()}
+    for n_threads in (1, 3):
+        ops.set_threads(n_threads)
+        assert torch.equal(choose_grid(**there).cpu(), expected)
+
+
+@pytest.mark.parametrize("kernel", ops.available())
+def test_a_group_of_zeros_keeps_the_first_grid_and_one_without_an_error_is_never_chosen(kernel: str) -> None:
+    ops.use(kernel)
+    case = choice_case(4, 32, True, n_rows=4)
+    case["W"][1] = 0
+    case["scale"][:] = case["scale"][:1] * torch.cat([torch.tensor([0.5, torch.nan, torch.inf]), torch.linspace(0.6, 1, 18)])[:, None, None]
+    best = choose_grid(**case)
+    assert best[1].tolist() == [0] * 3
+    assert bool((best[[0, 2, 3]] > 2).all())
+
+
+def test_a_choice_refuses_what_does_not_fit_together() -> None:
+    case = choice_case(4, 32, False, n_rows=4)
+    for change, message in (
+        ({"W": case["W"].double()}, r"W is torch.float64 \[4, 96\]"),
+        ({"blocks": case["blocks"][:2]}, r"blocks is \[2, 32, 32\]; expected \[n_groups, size, size\] with 96 inputs"),
+        ({"scale": case["scale"][:, :3]}, r"scale is \[21, 3, 3\]; expected \[n, 4, 3\]"),
+        ({"offset": case["offset"][:5]}, r"offset is \[5, 4, 3\]; expected \[n, 4, 3\]"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            choose_grid(**case | change)
 
 
 # --- pack_bits, unpack_bits ------------------------------------------------------------------------------------------------------

@@ -42,6 +42,6 @@ Status unpack_bits(const DenseBits& shape, const uint32_t* words, uint8_t* codes
 }
 
 extern const SolveOps solve_ops;
-const SolveOps solve_ops = {fit_affine, gptq_chunk, pack_bits, unpack_bits};
+const SolveOps solve_ops = {fit_affine, gptq_chunk, choose_grid, pack_bits, unpack_bits};
 
 }  // namespace quantcli::cuda

@@ -9,6 +9,7 @@ namespace quantcli::cuda {
 
 Status fit_affine(const AffineFit&, void* stream);
 Status gptq_chunk(const GptqChunk&, void* stream);
+Status choose_grid(const GridChoice&, void* stream);
 Status pack_bits(const DenseBits&, const uint8_t* codes, uint32_t* words, void* stream);
 Status unpack_bits(const DenseBits&, const uint32_t* words, uint8_t* codes, void* stream);
 

@@ -21,20 +21,21 @@ Where we differ:
 Codes are chosen here; a later pass may choose them anew in the basis found. Before gptq the loss is another (``compensated``): scales
 that help rounding to nearest by 3 % cost GPTQ 1 % on the pico model, while those found so help it too, if little (0.3 %).
 
-Time for a tap: 20 roundings and products of [rows, in]·[in, in] to find r*, then 40 roundings and products with blocks of H. Memory: H,
-and E of the sampled rows.
+Time for a tap: 20 roundings and products of [rows, in]·[in, in] to find r*, then 40 roundings of all rows, each with the share of a
+product with blocks of H that :mod:`quantcli.ops.choice` needs. Memory: H, and E of the sampled rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import RecipeError, about
+from quantcli.ops.choice import choose_grid
 from quantcli.passes import _basis, _runs
 from quantcli.passes._fused import fused_parts
 from quantcli.registry import find
@@ -46,8 +47,9 @@ CHANGES_BASIS = True
 CLIP_FACTORS = tuple(0.80 + 0.35 * i / 39 for i in range(40))
 """What a group's scale is multiplied by in the clipping search."""
 
-CHUNK_ELEMENTS = 1 << 19
-"""Weights whose clipping is searched at once."""
+CPU_CHUNK = 1 << 19
+CUDA_CHUNK = 1 << 24
+"""Weights whose clipping is searched at once: what a cache, or a GPU, likes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,35 +110,23 @@ def left_by_gptq(H: Tensor) -> Tensor:
 
 def clipped(W: Tensor, grid: Grid, scheme: Scheme, H: Tensor) -> Grid:
     """``grid`` of ``W`` [out, in] float32 with each group's scale the best of its multiples under the group's block of ``H`` [in, in]."""
-    size, step = grid.group_size, max(1, CHUNK_ELEMENTS // W.shape[1])
+    size, step = grid.group_size, max(1, (CUDA_CHUNK if W.is_cuda else CPU_CHUNK) // W.shape[1])
     blocks = torch.stack([H[a : a + size, a : a + size] for a in range(0, len(H), size)])  # [n_groups, size, size]
     scales, offsets = [], []
     for rows in (slice(a, a + step) for a in range(0, len(W), step)):
-        here = Grid(grid.scale[rows], None if grid.offset is None else grid.offset[rows], grid.lo, grid.hi, size)
-        scale, offset = _clipped_rows(W[rows], here, scheme, blocks)
-        scales.append(scale)
-        offsets += [] if offset is None else [offset]
+        tried = multiples(Grid(grid.scale[rows], None if grid.offset is None else grid.offset[rows], grid.lo, grid.hi, size), scheme)
+        best = choose_grid(W[rows], blocks, tried.scale, tried.offset, grid.lo, grid.hi)[None].long()
+        scales.append(tried.scale.gather(0, best)[0])
+        offsets += [] if grid.offset is None or tried.offset is None else [tried.offset.gather(0, best)[0]]
     return find("qtypes", scheme.qtype).moved(grid, torch.cat(scales), torch.cat(offsets) if offsets else None, scheme)
 
 
-def _clipped_rows(W: Tensor, grid: Grid, scheme: Scheme, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scale and offset [rows, n_groups] of the best multiples; ``blocks``: [n_groups, size, size] of H."""
-    moved = find("qtypes", scheme.qtype).moved
-    scale, offset, least = grid.scale, grid.offset, _block_errors(W, grid, blocks)
-    for factor in CLIP_FACTORS:
-        candidate = moved(grid, grid.scale * factor, None if grid.offset is None else grid.offset * factor, scheme)
-        error = _block_errors(W, candidate, blocks)
-        less = error < least
-        least, scale = torch.where(less, error, least), torch.where(less, candidate.scale, scale)
-        if offset is not None and candidate.offset is not None:
-            offset = torch.where(less, candidate.offset, offset)
-    return scale, offset
-
-
-def _block_errors(W: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
-    """E[‖(W_g − Ŵ_g)·x_g‖²] of each row and group: [rows, n_groups]."""
-    E = (W - grid.decode(grid.encode(W))).view(len(W), len(blocks), -1).transpose(0, 1)  # [n_groups, rows, size]
-    return ((E @ blocks) * E).sum(2).T
+def multiples(grid: Grid, scheme: Scheme) -> Grid:
+    """``grid`` itself, then its multiples by :data:`CLIP_FACTORS` as ``scheme`` can hold them: scale and offset [41, rows, n_groups]."""
+    factors = torch.tensor(CLIP_FACTORS, device=grid.scale.device)[:, None, None]
+    moved = find("qtypes", scheme.qtype).moved(grid, grid.scale * factors, None if grid.offset is None else grid.offset * factors, scheme)
+    offset = None if grid.offset is None else torch.cat([grid.offset[None], moved.offset])
+    return replace(moved, scale=torch.cat([grid.scale[None], moved.scale]), offset=offset)
 
 
 def quantize(
