@@ -15,11 +15,15 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.passes import _basis
 from quantcli.passes._activations import static_scale
 from quantcli.ranges import find_range
 from quantcli.recipe import Recipe
 from quantcli.registry import find
 from quantcli.tensors import KvCache, Stats, TensorSpec
+
+Fold = tuple[Tensor, Tensor]
+"""``channel`` [in] int64, the row that makes each input of a tap, and ``s`` [in], by which that row was divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,26 @@ def planned(recipe: Recipe, caches: Sequence[KvCache], context: Any) -> list[Pla
         return []
     fmt = find("formats", recipe.format)
     return [PlannedCache(cache, tuple(fmt.cache_outputs(cache, recipe.kv_cache, context))) for cache in caches]
+
+
+def rebased(cache: KvCache, stats: Mapping[str, Stats], folds: Mapping[str, Sequence[Fold]]) -> dict[str, Stats]:
+    """``stats`` of ``cache``, gathered before the rows of its attention's value projection were divided as ``folds`` tell: what enters it
+    now. Keys are as they were: no fold reaches them.
+
+    The rows that a fold names are those that make values, in their order, wherever in a joined projection they lie.
+    """
+    now = {tap: stats[tap] for tap in cache.widths if tap in stats}
+    for weight in (weight for weight in folds if weight.startswith(f"{cache.attention}.")):
+        for channel, s in folds[weight]:
+            rows, value = channel.unique(return_inverse=True)
+            if len(rows) != cache.widths[cache.v_tap]:
+                raise UnsupportedError(
+                    f"{weight}: a scale was folded into {len(rows)} of its rows, the cache holds {cache.widths[cache.v_tap]} values of a "
+                    "token; give --dataset in place of --stats, so that the cache is measured as it is filled"
+                )
+            over = torch.ones(len(rows), dtype=s.dtype).index_put((value.cpu(),), s.cpu())
+            now[cache.v_tap] = _basis.rescaled(now[cache.v_tap], over)
+    return now
 
 
 def scales(cache: KvCache, recipe: Recipe, stats: Mapping[str, Stats]) -> tuple[Tensor, Tensor]:

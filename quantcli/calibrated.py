@@ -53,10 +53,10 @@ def check_stats(plan: Plan, stats: StatsFile) -> None:
     widths = {tap: width for layer in plan.layers for one in layer.caches for tap, width in one.cache.widths.items()}
     for tap, width in widths.items():
         stats.check_tap(tap, width, needs=plan.recipe.cache_needs)
-    if widths and plan.recipe.changes_basis:
+    if widths and plan.recipe.changes_basis and "histogram" in plan.recipe.cache_needs:
         raise RecipeError(
-            f"{stats.path}: was measured before {plan.recipe.passes[0].name} scales the values that go to the cache; give --dataset in "
-            "place of --stats, or leave kv_cache out"
+            f"{stats.path}: counts the values that go to the cache over all channels together, and {plan.recipe.passes[0].name} scales "
+            "each for itself; take input_range minmax, or give --dataset in place of --stats"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantcli import caches, regrid
 from quantcli import plan as planning
-from quantcli.caches import PlannedCache
+from quantcli.caches import Fold, PlannedCache
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError, about
 from quantcli.experts import expert_of
@@ -31,13 +31,17 @@ PIECE_ELEMENTS = 1 << 22
 
 @dataclass(slots=True)
 class Coding:
-    """A source, a plan and the writer of its output; ``reports`` gather what was done to each tensor. Thread-safe but for ``loaded``."""
+    """A source, a plan and the writer of its output; ``reports`` gather what was done to each tensor. Thread-safe but for ``loaded``.
+
+    ``folds``: weight of a linear → by what its rows were divided for other linears: the row that makes each of their inputs, and s [in].
+    """
 
     source: Checkpoint
     plan: Plan
     writer: Writer
     device: torch.device
     reports: list[TensorReport] = field(default_factory=list)
+    folds: dict[str, list[Fold]] = field(default_factory=dict)
 
     def code(
         self,
@@ -135,7 +139,7 @@ class Coding:
                 if (before := reports.get(report.name)) is not None:
                     report = replace(report, notes=before.notes + report.notes, settings={**before.settings, **report.settings})
                 reports[report.name] = report
-            stats = {tap: _basis.rescaled(s, unit.scales.pop(tap)) if tap in unit.scales else s for tap, s in stats.items()}
+            stats = self.rebased(unit, stats)
         for name in list(unit.quantized):
             tensor = unit.quantized.pop(name)
             method = self.plan.recipe.calibration.input_range
@@ -145,8 +149,18 @@ class Coding:
                 loaded.set(name, regrid.decode(tensor))
         return list(reports.values())
 
+    def rebased(self, unit: Layer, stats: Mapping[str, Stats]) -> dict[str, Stats]:
+        """The statistics of what ``unit``'s taps read after a pass that may have changed their basis; ``folds`` keeps what made them."""
+        now = {tap: stats[tap] for tap in dict.fromkeys(unit.taps.values()) if tap in stats}
+        for tap in [tap for tap in unit.scales if tap in now]:
+            s, prev = unit.scales.pop(tap), unit.prev[tap]
+            now[tap] = _basis.rescaled(now[tap], s)
+            if unit.tensors[prev.names[0]].ndim > 1:
+                self.folds.setdefault(prev.names[0], []).append((prev.channel, s))
+        return now
+
     def put_caches(self, planned: Iterable[PlannedCache], stats: Mapping[str, Stats]) -> None:
-        """Write the scales of a layer's key-value caches; ``stats``: of what enters them."""
+        """Write the scales of a layer's key-value caches; ``stats``: of what enters them as the layer is now."""
         fmt, recipe = find("formats", self.plan.recipe.format), self.plan.recipe
         for one in planned:
             parts = fmt.cache_parts(one.cache, caches.scales(one.cache, recipe, stats), self.plan.context)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__, archs, cuts, ops
+from quantcli import __version__, archs, caches, cuts, ops
 from quantcli import plan as planning
 from quantcli.calibrated import Calibrated, checked, protected_by
 from quantcli.checkpoint import Checkpoint
@@ -207,7 +207,8 @@ def _each_layer(run: Coding, stats: StatsFile, forward: Forward | None) -> Itera
         name = layer.planned.name
         prevs = absorbers(name) if absorbers else None
         layer.reports += run.code(name, layer.planned.tensors, stats, None, prevs)
-        run.put_caches(layer.planned.caches, stats)
+        for one in layer.planned.caches:
+            run.put_caches([one], caches.rebased(one.cache, stats, run.folds))
         yield layer.done()
 
 

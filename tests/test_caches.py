@@ -157,6 +157,32 @@ def test_statistics_from_a_file_serve_in_place_of_windows(folder: Path, tmp_path
             torch.testing.assert_close(files[f"model.layers.{i}.self_attn.{part}"].float(), expected, rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("word", ["fp8", "int8-head"])
+def test_statistics_from_before_a_change_of_basis_serve_too(tiny_llama: TinyLlama, tmp_path: Path, word: str, kv_heads: int) -> None:
+    """Values are divided by what o_proj is multiplied by, and scales follow. But for that 8-bit weights leave the cache much as it was."""
+    folder = tiny_llama(layers=2, kv_heads=kv_heads)
+    with Checkpoint.open(str(folder)) as source:
+        list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors"))
+    stats = StatsFile(tmp_path / "stats.safetensors")
+    given = {"calibrate": lambda: Calibrated(stats.dataset_sha256, stats=stats)}
+    how = with_cache(word, passes=(PassSpec("smoothquant", {"alpha": 0.8}), PassSpec("rtn")), scheme=Scheme.parse("int8-channel-sym"))
+    files = load_file(quantize(folder, tmp_path / "out", how, **given) / "model.safetensors")
+    largest = 448 if word == "fp8" else 127
+    with Checkpoint.open(str(tmp_path / "out")) as output:
+        forward = Forward(output)
+        activations, before = Activations.embed(forward, IDS), []
+        for i, cache in enumerate(forward.caches):
+            with forward.layer(i) as layer:
+                found = activations.measure_and_advance(layer, frozenset({"absmax"}), list(cache.widths))
+            for part, tap in (("k_scale", cache.k_tap), ("v_scale", cache.v_tap)):
+                heads = found[tap].absmax.view(kv_heads, -1).amax(1)
+                expected = (heads if word.endswith("head") else heads.max().view(1)) / largest
+                torch.testing.assert_close(files[f"{cache.attention}.{part}"].float().view(-1), expected, rtol=0.03, atol=0)
+            before.append(float(stats[cache.v_tap].absmax.max() / found[cache.v_tap].absmax.max()))
+    assert all(abs(ratio - 1) > 0.1 for ratio in before)
+
+
 def test_a_range_may_be_less_than_the_largest_value(folder: Path, tmp_path: Path) -> None:
     how = with_cache("int8")
     scales = []
@@ -211,9 +237,13 @@ def test_eval_tells_the_perplexity_of_a_model_whose_cache_rounds(folder: Path, t
     [
         ({"format": "gptq", "scheme": Scheme.parse("int4-g64-sym")}, UnsupportedError, "gptq format has no place for the scales"),
         (
-            {"passes": (PassSpec("awq"), PassSpec("rtn")), "scheme": Scheme.parse("int4-g64-sym")},
+            {
+                "passes": (PassSpec("awq"), PassSpec("rtn")),
+                "scheme": Scheme.parse("int4-g64-sym"),
+                "calibration": recipe.Calibration(input_range="percentile"),
+            },
             RecipeError,
-            "before awq scales the values",
+            "all channels together, and awq scales each for itself",
         ),
     ],
 )
@@ -221,7 +251,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     folder: Path, tmp_path: Path, changes: dict[str, Any], error: type[QuantcliError], message: str
 ) -> None:
     with Checkpoint.open(str(folder)) as source:
-        list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors"))
+        list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors", histograms=True))
     stats = StatsFile(tmp_path / "stats.safetensors")
     with pytest.raises(error, match=message):
         quantize(folder, tmp_path / "out", with_cache("fp8", **changes), calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
