@@ -22,7 +22,7 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) 
         fmt = find("formats", recipe.format)
         if not hasattr(fmt, "mix"):
             raise RecipeError(f"{recipe.mix} is a mix of types for GGUF; the {recipe.format} format has none: leave --format out")
-        schemes = fmt.mix(recipe.mix, source.specs, source.config, **recipe.format_options)
+        schemes = fmt.mix(recipe.mix, source.specs, source.config, is_measured=bool(recipe.needs), **recipe.format_options)
         if recipe.codes != "anew":  # what the mix leaves as it is stays so when it is codes of the format's own
             schemes = {name: have for name, have in source.schemes.items() if fmt.supports(have)} | schemes
     elif recipe.scheme is not None:

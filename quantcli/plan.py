@@ -160,8 +160,10 @@ def make(
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
         with about(name):
             find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
-    wanted = {word: value for word, value in (("kv_cache", recipe.kv_cache), ("mix", recipe.mix)) if value}
-    context = fmt.context(source, schemes, dict(metadata or {}), **wanted, **recipe.format_options)
+    words: dict[str, Any] = {"kv_cache": recipe.kv_cache} if recipe.kv_cache else {}
+    if recipe.mix is not None:
+        words |= {"mix": recipe.mix, "is_measured": bool(recipe.needs)}
+    context = fmt.context(source, schemes, dict(metadata or {}), **words, **recipe.format_options)
     for name, scheme in schemes.items():
         if name not in carried:
             with about(name):

@@ -16,6 +16,7 @@ from quantcli import plan as planning
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.forward import Forward
 from quantcli.plan import Plan
 from quantcli.recipe import PassSpec, Recipe, Rule
@@ -115,6 +116,17 @@ def test_a_type_that_needs_importance_is_refused_before_any_weight_is_read(tiny_
     assert schemes(make(folder, measured))["model.layers.0.mlp.down_proj.weight"] == "iq2_xs"
     with pytest.raises(RecipeError, match=r"embed_tokens.weight: iq2_xs needs importance, and what this tensor reads is not measured"):
         make(folder, replace(measured, rules=(Rule.parse("embed_tokens", "iq2_xs"),)))
+
+
+@pytest.mark.parametrize(("name", "blind", "measured"), [("q4_0", "q4_0", "q4_1"), ("iq4_xs", "q5_k", "iq4_xs")])
+def test_passes_that_know_the_inputs_choose_types_as_llama_quantize_with_an_importance_matrix(
+    tiny_llama: TinyLlama, name: str, blind: str, measured: str
+) -> None:
+    folder, recipe, down = tiny_llama(layers=8), recipes.load(name), "model.layers.0.mlp.down_proj.weight"
+    assert schemes(make(folder, recipe))[down] == blind
+    plan = make(folder, replace(recipe, passes=(PassSpec("gptq"),)))
+    assert schemes(plan)[down] == measured
+    assert plan.context.fields["general.file_type"].value == FILE_TYPES[name.upper()].number
 
 
 def test_a_mix_needs_a_format_that_has_mixes(tiny_llama: TinyLlama) -> None:

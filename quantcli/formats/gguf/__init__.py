@@ -100,13 +100,19 @@ def arranged(source: Checkpoint) -> Checkpoint:
 
 
 def context(
-    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, mix: str | None = None, **options: Any
+    source: Checkpoint,
+    schemes: Mapping[str, Scheme],
+    metadata: Mapping[str, Any],
+    *,
+    mix: str | None = None,
+    is_measured: bool = False,
+    **options: Any,
 ) -> Context:
     """Everything but the tensors' data of a GGUF file made from ``source``.
 
-    ``schemes``: as :func:`mix` chose them for the file type ``mix``, where one was asked for; ``metadata``: written as ``quantcli.<key>``;
-    ``options``: :class:`filetypes.Options`, of which ``pre_tokenizer`` and ``split_max_size`` count here. A GGUF source hands on its own
-    metadata.
+    ``schemes``: as :func:`mix` chose them for the file type ``mix``, where one was asked for, and ``is_measured``; ``metadata``: written
+    as ``quantcli.<key>``; ``options``: :class:`filetypes.Options`, of which ``pre_tokenizer`` and ``split_max_size`` count here. A GGUF
+    source hands on its own metadata.
     """
     arch = architecture(source.config)
     config = arch.usual(source.config)
@@ -123,7 +129,7 @@ def context(
         fields, notes = describe(source, arch, config, table.names, extras, chosen.pre_tokenizer)
     said = {
         "general.quantization_version": Field(GGUFValueType.UINT32, GGML_QUANT_VERSION),
-        "general.file_type": file_type(source, schemes, names, mix, options),
+        "general.file_type": file_type(source, schemes, names, mix, {"is_measured": is_measured, **options}),
         **chosen.overrides,
     }
     weighed = Importance({})

@@ -120,16 +120,18 @@ def n_layers_of(gguf_names: Iterable[str]) -> int:
     return 1 + max((file_order(name)[0] for name in gguf_names), default=-1)
 
 
-def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, **options: Any) -> dict[str, Scheme]:
+def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, *, is_measured: bool = False, **options: Any) -> dict[str, Scheme]:
     """The scheme of every matrix in a file of type ``name``: HF name → scheme. What is missing here is kept dense.
 
-    ``specs``: the model's tensors by HF name; ``options``: :class:`Options`. Raises :class:`RecipeError` for a type that quantcli cannot
-    write, and where a user's own type does not fit a row.
+    ``specs``: the model's tensors by HF name; ``is_measured``: the recipe's passes know their inputs, for which the rules choose as
+    llama-quantize's do with an importance matrix; ``options``: :class:`Options`. Raises :class:`RecipeError` for a type that quantcli
+    cannot write, and where a user's own type does not fit a row.
     """
     kind, said = file_type(name), Options.of(options)
     names = without_layers(gguf_names(specs, config), said.prune_layers)
     shapes = shapes_of(names, specs)
-    return _schemes(choose_types(kind, said, model_of(config, shapes, said.overrides), shapes), names, specs)
+    chosen = choose_types(kind, said, model_of(config, shapes, said.overrides), shapes, is_measured=is_measured)
+    return _schemes(chosen, names, specs)
 
 
 def general_file_type(
@@ -139,18 +141,20 @@ def general_file_type(
     config: Mapping,
     *,
     asked: str | None = None,
+    is_measured: bool = False,
     **options: Any,
 ) -> FileType:
     """What general.file_type is to say: the file type that was ``asked`` for, if with ``options`` it gave these ``schemes``, as it does
     but for rules and carried codes; else the one whose own mix gives the most weights the type they have.
 
-    ``names``: HF → GGUF name of the file's tensors.
+    ``names``: HF → GGUF name of the file's tensors; the rest as for :func:`mix`.
     """
     said = Options.of(options)
     shapes = shapes_of(names, specs)
     if asked is not None and asked in FILE_TYPES:
         model = model_of(config, shapes, said.overrides)
-        if _schemes(choose_types(FILE_TYPES[asked], said, model, shapes), names, specs) == schemes:
+        chosen = choose_types(FILE_TYPES[asked], said, model, shapes, is_measured=is_measured)
+        if _schemes(chosen, names, specs) == schemes:
             return FILE_TYPES[asked]
     model = model_of(config, shapes, {})
     n_weights: dict[str, Counter[str]] = defaultdict(Counter)  # of the tensor, by type
@@ -183,9 +187,11 @@ def shapes_of(names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict
     }
 
 
-def choose_types(kind: FileType, options: Options, model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | None]:
+def choose_types(
+    kind: FileType, options: Options, model: Model, shapes: Mapping[str, tuple[int, ...]], *, is_measured: bool = False
+) -> dict[str, str | None]:
     """GGUF name → ggml type of every matrix among a file's tensors of these ``shapes``, None for one that is to stay as it is."""
-    chooser = Chooser(kind, model, shapes, is_weighed=options.imatrix is not None)
+    chooser = Chooser(kind, model, shapes, is_weighed=is_measured or options.imatrix is not None)
     chosen: dict[str, str | None] = {}
     for name in sorted(shapes, key=file_order):
         if is_quantizable(name, shapes[name], model.arch):
