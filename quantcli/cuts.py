@@ -1,8 +1,8 @@
-"""A checkpoint seen through cuts: tensors that it stores as one, a layer's experts or tied embeddings, under the names of each."""
+"""A checkpoint seen through cuts: tensors that it stores as one, a layer's experts or tied embeddings, by the names of each, or back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from quantcli import archs
-from quantcli.archs import Cut
-from quantcli.archs._transformations import CUTS
+from quantcli.archs import Architecture, Cut
+from quantcli.archs._transformations import CUTS, JOINS
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import CheckpointError
+from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.locations import Location
 from quantcli.tensors import DTYPES, QuantizedTensor, TensorSpec
 
@@ -32,19 +32,60 @@ class Piece:
     take: Callable[[Tensor], Tensor] | None = None
 
 
-class View(Checkpoint):
-    """``inner`` under other names: every tensor of ``pieces`` is a stored one, or cut from one that is not quantized. ``config``: in place
-    of that of ``inner``."""
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """A tensor put together of others. ``parts``: of each expert (or head), or of the one there is, the tensors that a cut of the kind
+    ``how`` gives, in its order; ``by_expert``: whether the cut knows experts, so that a part is a slice of what it gives."""
 
-    def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece], config: dict[str, Any] | None = None) -> None:
+    parts: tuple[tuple[str, ...], ...]
+    how: str
+    config: Mapping
+    by_expert: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor that it needs."""
+        return tuple(name for parts in self.parts for name in parts)
+
+    def made(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor; ``read`` gives the others. One expert's are in memory beside it at a time."""
+        whole: Tensor | None = None
+        for e, names in enumerate(self.parts):
+            part = JOINS[self.how]([read(name)[None] if self.by_expert else read(name) for name in names], self.config)
+            if whole is None:
+                whole = part.new_empty(len(self.parts) * part.shape[0], *part.shape[1:])
+            whole[e * part.shape[0] : (e + 1) * part.shape[0]] = part
+        assert whole is not None
+        return whole
+
+    def spec(self, name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+        """What it is as ``name``; ``specs``: of the parts. Of quantized parts it is float32, decoded, and takes their bytes."""
+        parts = [specs[part] for part in self.names]
+        try:
+            shape = tuple(self.made(lambda part: torch.empty(specs[part].shape, device="meta")).shape)
+        except (RuntimeError, IndexError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{name}: cannot be put together of {parts[0].name} and its like: {error}") from error
+        dtype = parts[0].dtype if parts[0].dtype in DTYPES else "F32"
+        return TensorSpec(name, dtype, shape, sum(part.nbytes for part in parts))
+
+
+class View(Checkpoint):
+    """``inner`` under other names: every tensor of ``pieces`` is a stored one, cut from one that is not quantized, joined of several, or tied.
+    ``config``: in place of that of ``inner``."""
+
+    def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece | Joint], config: dict[str, Any] | None = None) -> None:
         self._inner = inner
         self._pieces = dict(pieces)
         super().__init__(
             inner.path,
             kind=inner.kind,
             config=inner.config if config is None else config,
-            specs={name: _spec(name, piece, inner.specs[piece.stored]) for name, piece in pieces.items()},
-            schemes={name: inner.schemes[piece.stored] for name, piece in pieces.items() if piece.stored in inner.schemes},
+            specs={name: _spec(name, piece, inner.specs) for name, piece in pieces.items()},
+            schemes={
+                name: inner.schemes[piece.stored]
+                for name, piece in pieces.items()
+                if isinstance(piece, Piece) and piece.stored in inner.schemes
+            },
             quantization=inner.quantization,
             notes=inner.notes,
         )
@@ -52,11 +93,15 @@ class View(Checkpoint):
 
     def load(self, name: str) -> Tensor:
         piece = self._pieces[name]
+        if isinstance(piece, Joint):
+            return piece.made(self._inner.read)
         tensor = self._inner.read(piece.stored)
         return tensor if piece.take is None else piece.take(tensor).contiguous()
 
     def load_quantized(self, name: str) -> QuantizedTensor:
-        return self._inner.quantized(self._pieces[name].stored)
+        piece = self._pieces[name]
+        assert isinstance(piece, Piece)
+        return self._inner.quantized(piece.stored)
 
     def locations(self) -> Iterable[Location]:
         return self._inner.locations()
@@ -71,7 +116,10 @@ class View(Checkpoint):
         self._inner.close()
 
 
-def _spec(name: str, piece: Piece, stored: TensorSpec) -> TensorSpec:
+def _spec(name: str, piece: Piece | Joint, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    if isinstance(piece, Joint):
+        return piece.spec(name, specs)
+    stored = specs[piece.stored]
     if piece.take is None:
         return TensorSpec(name, stored.dtype, stored.shape, stored.nbytes)
     return TensorSpec.dense(name, stored.dtype, piece.shape)
@@ -79,6 +127,7 @@ def _spec(name: str, piece: Piece, stored: TensorSpec) -> TensorSpec:
 
 def unfused(source: Checkpoint) -> Checkpoint:
     """``source`` with the linears of its experts one by one, where its architecture's literal says how they are stored together."""
+    experts_apart(source)
     arch = archs.of(source.config)
     return source if arch is None else cut(source, arch.experts)
 
@@ -92,7 +141,7 @@ def cut(source: Checkpoint, cuts: Mapping[str, Cut]) -> Checkpoint:
     pieces: dict[str, Piece] = {}
     for name, spec in source.specs.items():
         rest = arch.rest_of(name) or ""
-        found = cuts.get(rest) or cuts.get(rest.removesuffix(".weight"))
+        found = cuts.get(rest)
         if found is None or name in source.schemes or spec.dtype not in DTYPES:
             pieces[arch.published(name)] = Piece(name)
         else:
@@ -116,6 +165,60 @@ def untied(source: Checkpoint, embedding: str) -> Checkpoint:
     text = {"text_config": source.config["text_config"] | apart} if source.config.get("text_config") else {}
     pieces = {name: Piece(name) for name in source.specs} | {HEAD_WEIGHT: Piece(embedding)}
     return View(source, pieces, source.config | text | apart)
+
+
+def rejoined(source: Checkpoint, coded: Collection[str] = ()) -> Checkpoint:
+    """``source`` with its experts in the tensors in which alone transformers knows them, where its family is of that kind and none of
+    ``coded`` is one of their linears; itself otherwise."""
+    joints = experts_apart(source)
+    parts = {part for joint in joints.values() for part in joint.names}
+    if not joints or not parts.isdisjoint(coded):
+        return source
+    pieces: dict[str, Piece | Joint] = {name: Piece(name) for name in source.specs if name not in parts}
+    return View(source, {**pieces, **joints})
+
+
+HALVES = ("gptq", "awq")
+"""Kinds of folders that gptqmodel makes: under the names of gate and up they have the first and the second half of the rows in
+which gpt-oss has both in turn (Defuser's ``_split_fused_projection``, 2026)."""
+
+
+def experts_apart(source: Checkpoint) -> dict[str, Joint]:
+    """The tensors in which alone transformers knows the experts of ``source``, of those that it has one by one; none for other families.
+    Raises :class:`UnsupportedError` where its names mean other rows."""
+    arch = archs.of(source.config)
+    if arch is None or not arch.stacked:
+        return {}
+    joints = joints_of(source.specs, arch.experts, arch, source.config)
+    if joints and source.kind in HALVES:
+        raise UnsupportedError(
+            f"{source.source}: {source.kind} folders of {source.config['model_type']} have other rows than those of "
+            "gate and up under these names; quantcli does not read them: take the model that it was made from"
+        )
+    return joints
+
+
+def joints_of(names: Iterable[str], cuts: Mapping[str, Cut], arch: Architecture, config: Mapping) -> dict[str, Joint]:
+    """Stored tensor → how it is put together of those among ``names`` that ``cuts`` would give; :class:`CheckpointError` when some of
+    these are missing."""
+    seats = {name: (stored, k) for stored, cut in cuts.items() for k, name in enumerate(cut.names)}
+    found: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
+    for name in names:
+        rest = arch.rest_of(name) or ""
+        pattern, e = archs.by_expert(rest)
+        if (seat := seats.get(pattern)) is not None:
+            found.setdefault((name.removesuffix(rest), seat[0]), {}).setdefault(e or 0, {})[seat[1]] = name
+    usual = arch.usual(config)
+    return {prefix + stored: _joint(prefix + stored, cuts[stored], slices, usual) for (prefix, stored), slices in found.items()}
+
+
+def _joint(stored: str, cut: Cut, slices: Mapping[int, Mapping[int, str]], config: Mapping) -> Joint:
+    for e in range(max(slices) + 1):
+        for k, name in enumerate(cut.names):
+            if k not in slices.get(e, {}):
+                raise CheckpointError(f"{stored}: {name.replace('{e}', str(e))}, which is a part of it, is missing in the checkpoint")
+    parts = tuple(tuple(slices[e][k] for k in range(len(cut.names))) for e in range(len(slices)))
+    return Joint(parts, cut.how, config, by_expert="{e}" in cut.names[0])
 
 
 def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping) -> dict[str, Piece]:

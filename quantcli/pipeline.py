@@ -94,7 +94,7 @@ def quantize(
     familiarity = None
     with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
         _check_files_apart(source, writer)
-        run = Coding(source, plan, writer, torch.device(device))
+        run = Coding(plan.source, plan, writer, torch.device(device))
         if data is None:
             yield from _each_tensor(run)
         elif data.stats is not None:
@@ -108,7 +108,7 @@ def quantize(
             writer.add_sidecar("quantcli.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         writer.commit()
     exact = {report.name for report in run.reports if report.is_exact}
-    lossless = all(tensor.name in exact or _is_exact(source, tensor) for tensor in plan.tensors)
+    lossless = all(tensor.name in exact or _is_exact(plan.source, tensor) for tensor in plan.tensors)
     yield Finished(writer.target, plan, lossless, data.dataset_sha256 if data else None, familiarity)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli import archs, caches, regrid
+from quantcli import archs, caches, cuts, regrid
 from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
 from quantcli.choices import carried_over, choose_schemes, is_coded, layer_of, listed, protect
@@ -63,9 +63,11 @@ class PlannedLayer:
 class Plan:
     """What will be written. ``context`` is the format's own, handed back to it with every tensor.
 
-    ``notes``: what a user might not expect, for the command line to say.
+    ``source``: the checkpoint with its tensors cut as they are written; ``notes``: what a user might not expect, for the command line to
+    say.
     """
 
+    source: Checkpoint
     recipe: Recipe
     layers: tuple[PlannedLayer, ...]
     context: Any
@@ -150,6 +152,12 @@ def make(
         schemes = {name: s if name in carried else fmt.suited(s, source.config) for name, s in schemes.items()}
     dense = [name for name in schemes if name not in carried and hasattr(fmt, "stays_dense") and fmt.stays_dense(name)]
     schemes = {name: scheme for name, scheme in schemes.items() if name not in dense}
+    if not hasattr(fmt, "arranged"):
+        source = cuts.rejoined(source, [name for name, scheme in schemes.items() if is_coded(scheme)])
+        schemes = {name: scheme for name, scheme in schemes.items() if name in source.specs}
+        taps = {name: tap for name, tap in taps.items() if name in source.specs}
+        carried &= source.specs.keys()
+    engines = check_experts_apart(source, recipe, schemes)
     left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
     if left and not taps and recipe.scheme is not None:
         raise UnsupportedError(
@@ -182,12 +190,30 @@ def make(
         scaled.setdefault(layer_of(f"{one.cache.attention}."), []).append(one)
     in_order = sorted(planned, key=_natural)
     layers = tuple(PlannedLayer(name, tuple(planned[name]), tuple(scaled.get(name, ()))) for name in in_order)
-    notes = (*spared, *surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
+    notes = (*spared, *engines, *surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
     if untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {untied}, which it was tied to: tie_word_embeddings is false from now on",)
     if dense:
         notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
-    return Plan(recipe, layers, context, notes)
+    return Plan(source, recipe, layers, context, notes)
+
+
+def check_experts_apart(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> tuple[str, ...]:
+    """A note on which engines load experts one by one that transformers has in one tensor; :class:`UnsupportedError` where none does."""
+    fmt = find("formats", recipe.format)
+    if hasattr(fmt, "arranged"):
+        return ()
+    parts = {part for joint in cuts.experts_apart(source).values() for part in joint.names}
+    coded = [name for name, scheme in schemes.items() if name in parts and is_coded(scheme)]
+    if not coded:
+        return ()
+    kind, engines = source.config.get("model_type"), getattr(fmt, "EXPERTS_APART", None)
+    if engines is None:
+        raise UnsupportedError(
+            f"{coded[0]}: transformers and vLLM have the experts of {kind} in one tensor, and no engine loads an expert's gate and "
+            rf"up from {recipe.format}; leave experts dense with --skip '\.experts\.', or choose --format gguf or compressed-tensors"
+        )
+    return (f"experts are written one by one, {engines}; transformers and vLLM have those of {kind} in one tensor and do not load them",)
 
 
 def check_opaque(source: Checkpoint, recipe: Recipe, spec: TensorSpec, output: TensorSpec) -> None:

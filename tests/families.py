@@ -41,7 +41,8 @@ class Case:
     at all), ``fused``: experts saved as transformers 5 holds them; ``converted_as``: the case whose file ours must equal, where
     convert_hf_to_gguf cannot convert this one; ``unconverted``: why there is no such file at all;
     ``sentencepiece``: the kind of tokenizer, which decides by what road llama.cpp converts;
-    ``differing``: keys that are not llama.cpp's → why; ``elsewhere``: keys that llama.cpp writes in another place among the others.
+    ``differing``: keys that are not llama.cpp's → why; ``elsewhere``: keys that llama.cpp writes in another place among the others;
+    ``lost``: rotary parameters that no key tells → what they come back as, which is what every published model has.
     """
 
     model_type: str
@@ -53,6 +54,7 @@ class Case:
     sentencepiece: bool = False
     differing: Mapping[str, str] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
+    lost: Mapping[str, Any] = field(default_factory=dict)
 
 
 MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
@@ -134,7 +136,7 @@ CASES: dict[str, Case] = {
     "gpt2": Case("gpt2", GPT2, {"n_ctx": 256}),
     "falcon 7b": Case("falcon", {"num_key_value_heads": None, "multi_query": True}, {"num_kv_heads": 1}),
     "falcon 40b": Case("falcon", {"num_key_value_heads": None, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "gpt-oss": Case("gpt_oss", GPT_OSS),
+    "gpt-oss": Case("gpt_oss", GPT_OSS, lost={"truncate": False}),
     "deepseek v2": Case("deepseek_v2", DEEPSEEK),
     "deepseek v3": Case("deepseek_v3", DEEPSEEK | {"n_group": 2}, {"scoring_func": "sigmoid"}),
     "deepseek v3, fused": Case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import write_tokenizer
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
@@ -21,8 +23,9 @@ from quantcli import calibrate, experts, pipeline
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli import app
-from quantcli.errors import RecipeError
+from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.evaluate import compare, perplexity
+from quantcli.formats import gguf
 from quantcli.forward import Forward
 from quantcli.pipeline import Calibrated, LayerDone
 from quantcli.stats_file import StatsFile
@@ -69,6 +72,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96, "sliding_window": 16},
 }
 HIDDEN = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(6))
 IDS = torch.randint(3, 512, (4, 32), generator=torch.Generator().manual_seed(5))
@@ -91,10 +95,33 @@ def save_model(tmp_path: Path, tiny_tokenizer: Tokenizer) -> SaveModel:
                 close(module, unreached)
         folder = tmp_path / f"{model_type}-{'fused' if fused else 'one-by-one'}"
         model.save_pretrained(folder, save_original_format=not fused)
+        if model_type == "gpt_oss" and not fused:
+            shutil.copytree(folder, as_transformers_has_it(folder), dirs_exist_ok=True)
+            take_apart(folder / "model.safetensors")
         write_tokenizer(folder, tiny_tokenizer)
         return folder
 
     return save
+
+
+def take_apart(file: Path) -> None:
+    """gpt-oss's experts one by one, under the names that gptqmodel and llm-compressor give them."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in load_file(file).items():
+        experts, _, stack = name.partition(".mlp.experts.")
+        linear, part = stack.removesuffix("_bias"), "bias" if stack.endswith("_bias") else "weight"
+        rows = {"gate_up_proj": {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}, "down_proj": {"down_proj": slice(None)}}
+        for word, taken in rows.get(linear, {}).items():
+            for e, slice_ in enumerate(tensor):
+                apart[f"{experts}.mlp.experts.{e}.{word}.{part}"] = (slice_.T if part == "weight" else slice_)[taken].contiguous()
+        if not stack:
+            apart[name] = tensor
+    save_file(apart, file, metadata={"format": "pt"})
+
+
+def as_transformers_has_it(folder: Path) -> Path:
+    """A folder of the same model that transformers reads: it knows gpt-oss's experts in one tensor only."""
+    return folder.with_name(f"{folder.name}-stacked") if folder.name == "gpt_oss-one-by-one" else folder
 
 
 def close(router: Any, expert: int) -> None:
@@ -105,7 +132,9 @@ def close(router: Any, expert: int) -> None:
 
 def inputs_by_hand(folder: Path, ids: Tensor, *, every: bool = False) -> dict[tuple[int, int, str], Tensor]:
     """(layer, expert, "in" | "down") → what it reads: from what transformers' own modules were given, expert by expert."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        as_transformers_has_it(folder), dtype=torch.float32, experts_implementation="eager"
+    )
     given: dict[int, tuple[Any, Tensor, Tensor]] = {}
     for name, module in model.named_modules():
         if type(module).__name__.endswith("Experts"):
@@ -117,9 +146,18 @@ def inputs_by_hand(folder: Path, ids: Tensor, *, every: bool = False) -> dict[tu
     for i, (module, hidden, index) in given.items():
         for e in range(module.num_experts):
             X = hidden if every else hidden[torch.where((index == e).T)[1]]  # first choices come first
-            gate, up = functional.linear(X, module.gate_up_proj[e]).chunk(2, -1)
-            found[i, e, "in"], found[i, e, "down"] = X, (functional.silu(gate) * up).detach()
+            found[i, e, "in"], found[i, e, "down"] = X, read_by_down(module, e, X).detach()
     return found
+
+
+def read_by_down(module: Any, e: int, X: Tensor) -> Tensor:
+    """What the last linear of expert ``e`` is given where the first ones are given ``X``."""
+    if hasattr(module, "limit"):  # gpt-oss
+        gate_up = X @ module.gate_up_proj[e] + module.gate_up_proj_bias[e]
+        gate, up = gate_up[:, ::2].clamp(max=module.limit), gate_up[:, 1::2].clamp(-module.limit, module.limit)
+        return (up + 1) * (gate * torch.sigmoid(module.alpha * gate))
+    gate, up = functional.linear(X, module.gate_up_proj[e]).chunk(2, -1)
+    return functional.silu(gate) * up
 
 
 def measured(folder: Path, ids: Tensor, **options: Any) -> tuple[dict[str, str], dict[str, Tensor], Tensor]:
@@ -153,12 +191,14 @@ def test_each_expert_reads_the_tokens_routed_to_it(save_model: SaveModel, model_
     for key, X in got.items():
         assert torch.equal(X, expected[key]), key
     assert len({tap for tap in taps.values() if expert_of(tap)}) == len(expected)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        as_transformers_has_it(folder), dtype=torch.float32, experts_implementation="eager"
+    )
     with torch.no_grad():
         assert torch.equal(logits, model(input_ids=IDS, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_with_all_tokens_each_expert_reads_every_one_and_the_output_stays(save_model: SaveModel, model_type: str) -> None:
     folder = save_model(model_type)
     expected = inputs_by_hand(folder, IDS, every=True)
@@ -207,9 +247,14 @@ def test_an_experts_weight_that_was_set_is_the_one_that_runs_and_what_was_got_be
             assert not second.any()
 
 
-def gptq(**calibration: Any) -> recipes.Recipe:
-    """GPTQ in groups that fit the small models, whose experts see few tokens."""
-    words = {"format": "gptq", "passes": ["gptq"], "scheme": "int4-g32-sym", "calibration": {"min_tokens": 1, **calibration}}
+def gptq(model_type: str = "", **calibration: Any) -> recipes.Recipe:
+    """GPTQ in groups that fit the small models, whose experts see few tokens; in a format that has a place for these."""
+    words = {
+        "format": "compressed-tensors" if model_type == "gpt_oss" else "gptq",
+        "passes": ["gptq"],
+        "scheme": "int4-g32-sym",
+        "calibration": {"min_tokens": 1, **calibration},
+    }
     return recipes.parse(words, "small")
 
 
@@ -237,9 +282,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_gptq_codes_every_expert_and_the_folder_reads_back(save_model: SaveModel, tmp_path: Path, model_type: str) -> None:
     folder = save_model(model_type)
-    reports = quantize(folder, tmp_path / "out", gptq())
+    reports = quantize(folder, tmp_path / "out", gptq(model_type))
     with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(tmp_path / "out")) as output:
-        experts = {name for name in source.specs if ".experts." in name}
+        experts = {name for name in source.specs if ".experts." in name and name.endswith(".weight")}
         assert experts <= output.schemes.keys()
         assert experts <= reports.keys()
         assert not any("gate.weight" in name for name in output.schemes)
@@ -255,7 +300,7 @@ def without_source(data: bytes) -> bytes:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_fused_and_an_unfused_source_give_the_same_bytes(save_model: SaveModel, tmp_path: Path, model_type: str) -> None:
     for name, fused in (("a", False), ("b", True)):
-        quantize(save_model(model_type, fused=fused), tmp_path / name, gptq())
+        quantize(save_model(model_type, fused=fused), tmp_path / name, gptq(model_type))
     files = {path.name for path in (tmp_path / "a").iterdir()}
     assert files == {path.name for path in (tmp_path / "b").iterdir()}
     assert "model.safetensors" in files
@@ -302,7 +347,7 @@ def test_experts_take_turns_together_in_a_sequential_recipe(save_model: SaveMode
 
 
 @pytest.mark.parametrize("moe", recipes.MOE)
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_statistics_have_each_experts_tokens_and_know_which_these_were(
     save_model: SaveModel, tmp_path: Path, model_type: str, moe: str
 ) -> None:
@@ -317,11 +362,11 @@ def test_statistics_have_each_experts_tokens_and_know_which_these_were(
         assert measured[key].n_tokens == len(X)
         assert measured[key].H is not None
         torch.testing.assert_close(measured[key].H.double(), X.double().T @ X.double() / max(1, len(X)), rtol=1e-4, atol=1e-5)
-    reports = quantize(folder, tmp_path / "out", gptq(moe=moe), tmp_path / "stats.safetensors")
+    reports = quantize(folder, tmp_path / "out", gptq(model_type, moe=moe), tmp_path / "stats.safetensors")
     assert any("0 calibration tokens" in note for report in reports.values() for note in report.notes) == (moe == "routed")
     other = next(word for word in recipes.MOE if word != moe)
     with pytest.raises(RecipeError, match=f"moe: {moe}, the recipe says {other}"):
-        quantize(folder, tmp_path / "other", gptq(moe=other), tmp_path / "stats.safetensors")
+        quantize(folder, tmp_path / "other", gptq(model_type, moe=other), tmp_path / "stats.safetensors")
 
 
 @pytest.mark.parametrize("words", [{"moe": "some"}, {"min_tokens": 0}, {"fallback": "gptq"}, {"fallback": "own-invention"}])
@@ -430,6 +475,62 @@ def test_awq_and_gptq_after_it_code_every_expert(save_model: SaveModel, tmp_path
             loss[out.name] = compare(output, source, IDS).kld_mean
     assert loss["awq"] < loss["rtn"]
     assert loss["awq-gptq"] < loss["rtn"]
+
+
+GGUF = {"format": "gguf", "format_options": {"pre_tokenizer": "gpt-2"}, "calibration": {"min_tokens": 1}}
+
+
+def test_gpt_oss_is_solved_onto_ggufs_types_expert_by_expert(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("gpt_oss", fused=True, intermediate_size=64)
+    loss = {}
+    for name in ("rtn", "gptq"):
+        reports = quantize(folder, tmp_path / f"{name}.gguf", recipes.parse({**GGUF, "passes": [name], "mix": "Q4_0"}, name))
+        assert sum(".experts." in name for name in reports) == 2 * 4 * 3
+        with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(tmp_path / f"{name}.gguf")) as output:
+            loss[name] = compare(output, source, IDS).kld_mean
+    assert loss["gptq"] < loss["rtn"]
+
+
+@pytest.mark.parametrize("format_", ["gptq", "awq", "fp8"])
+def test_gpt_osss_experts_go_to_no_format_whose_engines_do_not_know_them_one_by_one(
+    save_model: SaveModel, tmp_path: Path, format_: str
+) -> None:
+    scheme = {"gptq": "int4-g32-sym", "awq": "int4-g32-asym", "fp8": "fp8-block"}[format_]
+    words = {"format": format_, "passes": ["rtn"], "scheme": scheme}
+    for fused in (False, True):
+        folder = save_model("gpt_oss", fused=fused)
+        with pytest.raises(UnsupportedError, match=r"experts of gpt_oss in one tensor.*--skip '\\.experts\\.', or choose --format gguf"):
+            quantize(folder, tmp_path / "out", recipes.parse(words, "refused"))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["one-by-one", "fused"])
+def test_experts_that_stay_dense_stay_in_the_one_tensor_that_transformers_knows(save_model: SaveModel, tmp_path: Path, fused: bool) -> None:
+    folder = save_model("gpt_oss", fused=fused)
+    words = {
+        "format": "compressed-tensors",
+        "passes": ["rtn"],
+        "scheme": "int4-g32-sym",
+        "rules": [{"match": r"\.experts\.", "scheme": "keep"}],
+    }
+    quantize(folder, tmp_path / "out", recipes.parse(words, "attention"))
+    stacks = load_file(as_transformers_has_it(folder) / "model.safetensors")
+    with Checkpoint.open(str(tmp_path / "out")) as output:
+        kept = {name for name in output.specs if ".experts." in name}
+        assert kept == {name for name in stacks if ".experts." in name}
+        for name in kept:
+            assert torch.equal(output.read(name), stacks[name]), name
+        assert len(output.schemes) == 2 * 4
+
+
+def test_a_gptq_folder_of_gpt_oss_whose_gate_and_up_are_other_rows_is_not_misread(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("gpt_oss")
+    quantize(folder, tmp_path / "out", gptq("gpt_oss"))
+    with Checkpoint.open(str(tmp_path / "out")) as output:
+        output.kind = "gptq"
+        with pytest.raises(UnsupportedError, match="other rows than those of gate and up"):
+            Forward(output)
+        with pytest.raises(UnsupportedError, match="other rows than those of gate and up"):
+            gguf.arranged(output)
 
 
 needs_peer = pytest.mark.skipif(

@@ -53,6 +53,8 @@ def test_a_family_comes_back_from_its_file(models: dict[str, Path], case: str, t
             for name in wanted.specs:
                 torch.testing.assert_close(back.read(name), wanted.read(name).float(), rtol=0, atol=1e-7)  # Gemma's w + 1 - 1
             theirs, ours = (told(AutoConfig.for_model(**config).to_dict()) for config in (source.config, back.config))
+            if CASES[case].lost:
+                theirs["rope_parameters"] |= CASES[case].lost
             assert {key: ours.get(key) for key in theirs} == theirs
 
 

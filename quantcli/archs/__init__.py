@@ -66,7 +66,8 @@ class Architecture:
 
     Of the model: ``model_types`` and ``hf_class`` as config.json says them; ``layer``: the module name of decoder layer ``{i}``;
     ``words``: the family's own words in config.json → the usual ones; ``defaults``: what its config class takes for words that config.json
-    leaves out; ``experts``: tensors of a layer that hold the linears of all experts, and as which tensors everybody publishes these.
+    leaves out; ``experts``: tensors of a layer that hold the linears of all experts, and as which tensors folders have these one by one;
+    ``stacked``: transformers knows the experts in these tensors only, so one by one they are of use only where they are quantized.
 
     Of its GGUF files: ``gguf_names``: HF module → GGUF name, both without ``.weight``/``.bias`` (or both whole names), where all ``{e}``
     make one tensor; ``also``: other names that a module has on disk → the one in ``gguf_names``; ``cuts``: tensors of a layer that GGUF
@@ -77,7 +78,7 @@ class Architecture:
 
     For reading GGUF files: ``present``: config word → the tensor of a layer that is there when it is true; ``fixed``: words that no key
     tells; ``restored``: names in ``formats.gguf.configuration.RESTORED``, of words that follow from others; ``readable``: whether files
-    can be read under HF's names at all (what ``cuts`` has cut up is not put together again).
+    can be read under HF's names at all.
     """
 
     model_types: tuple[str, ...]
@@ -90,6 +91,7 @@ class Architecture:
     words: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     experts: Mapping[str, Cut] = field(default_factory=dict)
+    stacked: bool = False
     also: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
@@ -210,6 +212,12 @@ def slice_of(name: str) -> int | None:
     """Which slice tensor ``name`` is of one that holds several of a layer: the second number in its name, an expert's or a head's."""
     numbers = _pattern(name, "ie")[1]
     return int(numbers["e"]) if "e" in numbers else None
+
+
+def by_expert(rest: str) -> tuple[str, int | None]:
+    """A name within a layer with ``{e}`` for the number of an expert (or head), and that number; None where there is none."""
+    pattern, numbers = _pattern(rest, "e")
+    return pattern, int(numbers["e"]) if "e" in numbers else None
 
 
 @cache

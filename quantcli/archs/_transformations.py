@@ -64,6 +64,28 @@ def keys_and_values(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]
     return [heads[:, : config["qk_nope_head_dim"]].transpose(1, 2), heads[:, config["qk_nope_head_dim"] :]]
 
 
+def stacked(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+    return torch.cat(list(tensors), dim=1)
+
+
+def turned_back(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+    return tensors[0].transpose(-1, -2)
+
+
+def alone(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+    return tensors[0]
+
+
+def in_alternation(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+    columns = [t.transpose(1, 2) if t.ndim == 3 else t for t in tensors]
+    return torch.stack(columns, dim=-1).flatten(-2)
+
+
+def heads_of_keys_and_values(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+    keys, values = tensors
+    return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
+
+
 CUTS: dict[str, Callable[[Tensor, int, Mapping], Sequence[Tensor]]] = {
     "stacked": in_turn_by_rows,
     "turned": turned,
@@ -75,3 +97,13 @@ CUTS: dict[str, Callable[[Tensor, int, Mapping], Sequence[Tensor]]] = {
 
 Views, where torch can give them: shapes are found by cutting a tensor that has no data.
 """
+
+JOINS: dict[str, Callable[[Sequence[Tensor], Mapping], Tensor]] = {
+    "stacked": stacked,
+    "turned": turned_back,
+    "apart": alone,
+    "alternating": in_alternation,
+    "keys and values": heads_of_keys_and_values,
+}
+"""The same names → (the tensors that the cut gives, config) → the stored tensor. Of some experts, or heads, it makes their part of it: the
+parts of all lie one behind the other in its first dimension."""

@@ -74,7 +74,7 @@ ARCH = Architecture(
         "mlp.experts.gate_up_proj": Cut("stacked", (f"{EXPERT}.gate_proj.weight", f"{EXPERT}.up_proj.weight")),
         "mlp.experts.down_proj": Cut("stacked", (f"{EXPERT}.down_proj.weight",)),
     },
-    cuts={"self_attn.kv_b_proj": Cut("keys and values", ("self_attn.k_b_proj.{e}.weight", "self_attn.v_b_proj.{e}.weight"))},
+    cuts={"self_attn.kv_b_proj.weight": Cut("keys and values", ("self_attn.k_b_proj.{e}.weight", "self_attn.v_b_proj.{e}.weight"))},
     keys=KEYS,
     defaults={"rms_norm_eps": 1e-6},
     dropped=DROPPED,

@@ -20,7 +20,7 @@ ARCH = Architecture(
         "transformer.h.{i}.mlp.c_fc": "blk.{i}.ffn_up",
         "transformer.h.{i}.mlp.c_proj": "blk.{i}.ffn_down",
     },
-    cuts={name: Cut("turned", (f"{name}.weight",)) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+    cuts={f"{name}.weight": Cut("turned", (f"{name}.weight",)) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
     keys=(
         Key("block_count", "num_hidden_layers", default=REQUIRED),
         Key("context_length", "max_position_embeddings", default=REQUIRED),

@@ -1,9 +1,9 @@
 """Experts that transformers holds in one parameter: which rows are which disk tensor, and what each expert reads as the layer runs.
 
-A layer's experts are parameters ``[n_experts, out, in]`` (gate and up in one, down), whatever the file has. transformers' own loop over
-them (its implementation "eager", which :func:`quantcli.forward.skeleton.build` asks for) takes one expert's slice after the other:
-``linear(X, parameter[e])`` with X the tokens routed to it. So what an expert reads is seen by watching such products, in any
-architecture, and no loop of our own has to be right.
+A layer's experts are parameters ``[n_experts, out, in]``, or gpt-oss's ``[n_experts, in, out]`` (gate and up in one, down), whatever the
+file has. transformers' own loop over them (its implementation "eager", which :func:`quantcli.forward.skeleton.build` asks for) takes one
+expert's slice after the other: ``linear(X, parameter[e])``, or ``X @ parameter[e]``, with X the tokens routed to it. So what an expert
+reads is seen by watching such products, in any architecture, and no loop of our own has to be right.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,16 +36,23 @@ PROBE_ROWS = 2
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where one disk tensor lies in its expert's slice of a parameter: rows ``start … stop``."""
+    """Where one disk tensor lies in its expert's slice of a parameter: every ``step``-th of the rows ``start … stop``, or columns where
+    the slice is ``turned``, [in, out]."""
 
     disk: str
     start: int
     stop: int
+    step: int = 1
+    turned: bool = False
+
+    def of(self, part: Tensor) -> Tensor:
+        """The disk tensor [out, in] as a view of ``part``, its expert's slice."""
+        return (part.T if self.turned else part)[self.start : self.stop : self.step]
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """One parameter ``[n_experts, out, in]`` of a layer. ``rows``: of each expert, the disk tensors it is made of, from top to bottom;
+    """One parameter of a layer with a slice for each expert. ``rows``: of each expert, the disk tensors it is made of, from top to bottom;
     ``taps``: of each expert, the tap that its slice reads."""
 
     parameter: str
@@ -53,38 +61,52 @@ class Experts:
 
 
 def rows_of(source: Source, specs: Mapping[str, TensorSpec], shape: torch.Size, model: Any) -> tuple[tuple[Rows, ...], ...] | None:
-    """Which rows of which expert each disk tensor of ``source`` becomes, for its parameter of ``shape`` [n_experts, out, in].
+    """Which rows of which expert each disk tensor of ``source`` becomes, for its parameter of ``shape`` [n_experts, out, in], or turned.
 
-    Found by running transformers' conversion on stand-ins of two rows and one column that carry their own number. None when the
-    parameter is no stack of the disk tensors' rows.
+    Found by running the conversion on stand-ins of two rows and one column that carry their own number. None when the parameter is no
+    stack of the disk tensors' rows.
     """
-    if source.converter is None or any(len(specs[name].shape) != 2 or specs[name].shape[1] != shape[2] for name in source.disk):
+    if source.is_copy or any(len(specs[name].shape) != 2 for name in source.disk):
         return None
     number = {name: float(PROBE_ROWS * k) for k, name in enumerate(source.disk)}
     try:
         made = source.load(lambda name: torch.tensor([[number[name]], [number[name] + 1]]), model).get(source.target)
     except CheckpointError:
         return None
-    if made is None or made.ndim != 3 or made.shape[0] != shape[0] or made.shape[1] % PROBE_ROWS or made.shape[2] != 1:
+    if made is None or made.ndim != 3 or made.shape[0] != shape[0] or 1 not in made.shape[1:]:
         return None
-    experts = tuple(_stacked(made[e, :, 0].tolist(), source.disk, specs) for e in range(len(made)))
-    return experts if all(rows and rows[-1].stop == shape[1] for rows in experts) else None
+    turned = made.shape[1] == 1
+    n_rows, width = (shape[2], shape[1]) if turned else (shape[1], shape[2])
+    if any(specs[name].shape[1] != width for name in source.disk):
+        return None
+    experts = tuple(_placed(made[e].flatten().tolist(), source.disk, specs, turned=turned) for e in range(len(made)))
+    return experts if all(sum(specs[r.disk].shape[0] for r in rows) == n_rows for rows in experts) else None
 
 
-def _stacked(numbers: list[float], disk: list[str], specs: Mapping[str, TensorSpec]) -> tuple[Rows, ...]:
-    """One expert's disk tensors from the numbers that its stand-ins left; empty when these are not in whole blocks."""
-    rows: list[Rows] = []
-    for first, second in zip(numbers[::PROBE_ROWS], numbers[1::PROBE_ROWS], strict=True):
-        if first % PROBE_ROWS or second != first + 1:
-            return ()
-        name = disk[int(first) // PROBE_ROWS]
-        start = rows[-1].stop if rows else 0
-        rows.append(Rows(name, start, start + specs[name].shape[0]))
-    return tuple(rows)
+def _placed(numbers: list[float], disk: list[str], specs: Mapping[str, TensorSpec], *, turned: bool) -> tuple[Rows, ...]:
+    """One expert's disk tensors from the numbers that its stand-ins left: whole blocks, one below the other, or rows that take turns.
+    Empty when they are neither."""
+    n = len(numbers) // PROBE_ROWS
+    blocks, turns = numbers[::PROBE_ROWS], numbers[:n]
+    for firsts, seconds, step in ((blocks, numbers[1::PROBE_ROWS], 1), (turns, numbers[n:], n)):
+        if any(first % PROBE_ROWS for first in firsts) or seconds != [first + 1 for first in firsts]:
+            continue
+        names = [disk[int(first) // PROBE_ROWS] for first in firsts]
+        heights = [specs[name].shape[0] for name in names]
+        if step == 1:
+            ends = list(accumulate(heights))
+            return tuple(Rows(name, end - height, end, 1, turned) for name, height, end in zip(names, heights, ends, strict=True))
+        if len(set(heights)) == 1:
+            return tuple(Rows(name, k, n * heights[0], n, turned) for k, name in enumerate(names))
+    return ()
+
+
+PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul)
+"""Functions of an input and a matrix by which experts are applied; the last is ``@``."""
 
 
 class Products(TorchFunctionMode):
-    """Tells of every product of an input with one expert's slice of ``parameters``: name → [n_experts, out, in]."""
+    """Tells of every product of an input with one expert's slice of ``parameters``: name → [n_experts, out, in], or turned."""
 
     def __init__(self, parameters: Mapping[str, Tensor], on_product: OnProduct) -> None:
         super().__init__()
@@ -93,7 +115,7 @@ class Products(TorchFunctionMode):
         self.is_watching = True
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if func is functional.linear and self.is_watching:
+        if func in PRODUCTS and self.is_watching:
             X, W = args[0], args[1] if len(args) > 1 else (kwargs or {})["weight"]
             if (found := self._slice(W)) is not None:
                 changed = self._on_product(*found, X)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli import cuts
+from quantcli import archs, cuts
 from quantcli.checkpoint import Checkpoint
 from quantcli.tensors import TensorSpec
 
@@ -33,8 +33,11 @@ class Piece:
 
 
 def unfused(checkpoint: Checkpoint, model: Any) -> Checkpoint:
-    """``checkpoint`` with each expert's linears as tensors of their own; itself where no experts are stored in one tensor, or where
-    transformers knows no names for them one by one."""
+    """``checkpoint`` with each expert's linears as tensors of their own; itself where no experts are stored in one tensor, or where neither
+    transformers nor the architecture's literal knows names for them one by one."""
+    arch = archs.of(checkpoint.config)
+    if arch is not None and arch.stacked:
+        return cuts.unfused(checkpoint)
     expected = model.state_dict()
     stored = [
         name for name, spec in checkpoint.specs.items() if len(spec.shape) == 3 and name in expected and name not in checkpoint.schemes

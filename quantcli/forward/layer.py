@@ -77,7 +77,7 @@ class LoadedLayer:
         stored = self._forward.checkpoint.specs[name].dtype
         if name in self._rewritten:
             return self._slice(name).clone()  # what is set next is written over the slice
-        if source.converter is None:
+        if source.is_copy:
             live = self._forward.tensor(source.target)
             if live.dtype in (DTYPES.get(stored), torch.float32):
                 return live
@@ -193,7 +193,7 @@ class LoadedLayer:
     def _slice(self, name: str) -> Tensor:
         """The rows of the model's parameter that the expert's weight ``name`` is."""
         parameter, expert, rows = self._readers.slices[name]
-        return self._forward.tensor(parameter)[expert, rows.start : rows.stop]
+        return rows.of(self._forward.tensor(parameter)[expert])
 
     def _refresh(self) -> None:
         """Make again what was put together from weights that have been set since."""

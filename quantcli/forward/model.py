@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantcli import heap
+from quantcli import cuts, heap
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.forward.cache import OnUpdate
 from quantcli.forward.fused import unfused
@@ -64,7 +64,7 @@ class Forward:
             )
         self._model = build(checkpoint.config, dtype, checkpoint.source)
         self.checkpoint = checkpoint = unfused(checkpoint, self._model)
-        self._names = NameMap(self._model, checkpoint.specs, checkpoint.source)
+        self._names = NameMap(self._model, checkpoint.specs, checkpoint.source, cuts.experts_apart(checkpoint))
         self._dtypes = dtypes(self._model, dtype)
         self._stack = Stack(self._model)
         self._parts = self._divide()

@@ -15,25 +15,34 @@ from typing import Any
 
 from torch import Tensor
 
+from quantcli.cuts import Joint
 from quantcli.errors import CheckpointError
 from quantcli.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """How a tensor of the model comes from the disk: a copy of one tensor, or ``converter`` applied to several.
+    """How a tensor of the model comes from the disk: a copy of one tensor, or ``converter`` applied to several, or a ``joint`` of them.
 
     ``target``: the model's name (the first one when the converter makes several); ``disk``: names on disk, in the order the converter
-    wants them; ``patterns``: the converter's pattern that each of them matched.
+    wants them; ``patterns``: the converter's pattern that each of them matched; ``joint``: of experts that are one by one on disk and that
+    transformers has no conversion for.
     """
 
     target: str
     disk: list[str] = field(default_factory=list)
     patterns: list[str] = field(default_factory=list)
     converter: Any = None
+    joint: Joint | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        return self.converter is None and self.joint is None
 
     def load(self, read: Callable[[str], Tensor], model: Any) -> dict[str, Tensor]:
         """The model's tensors by name; ``read`` gives a disk tensor. Raises :class:`CheckpointError` when the parts do not fit."""
+        if self.joint is not None:
+            return {self.target: self.joint.made(read)}
         if self.converter is None:
             return {self.target: read(self.disk[0])}
         converter = copy.deepcopy(self.converter)
@@ -57,18 +66,18 @@ class NameMap:
     disk: dict[str, str]
     unused: tuple[str, ...]
 
-    def __init__(self, model: Any, specs: Mapping[str, TensorSpec], where: str) -> None:
+    def __init__(self, model: Any, specs: Mapping[str, TensorSpec], where: str, joints: Mapping[str, Joint]) -> None:
         self._expected = model.state_dict()
         self._model = model
         self._where = where
-        sources, self.unused = self._sort(specs)
+        sources, self.unused = self._sort(specs, joints)
         self.of = {name: source for source in sources for name in self._targets(source)}
         self._alias_tied()
-        self.disk = {name: source.disk[0] for name, source in self.of.items() if source.converter is None}
+        self.disk = {name: source.disk[0] for name, source in self.of.items() if source.is_copy}
         self._check(specs)
 
-    def _sort(self, disk_names: Iterable[str]) -> tuple[list[Source], tuple[str, ...]]:
-        """Put each disk tensor into the source it belongs to."""
+    def _sort(self, disk_names: Iterable[str], joints: Mapping[str, Joint]) -> tuple[list[Source], tuple[str, ...]]:
+        """Put each disk tensor into the source it belongs to; ``joints``: of those that transformers has no conversion for."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -79,14 +88,19 @@ class NameMap:
         prefix = self._model.base_model_prefix
         sources: dict[str, Source] = {}
         unused: list[str] = []
+        joined = {part: target for target, joint in joints.items() for part in joint.names}
         for name in sorted(disk_names, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, self._expected)
             if target not in self._expected and name in self._expected:
                 target, pattern = rename_source_key(name, [], [], prefix, self._expected)
+            if name in joined:
+                target, pattern = joined[name], None
             if target not in self._expected:
                 unused.append(name)
                 continue
-            source = sources.setdefault(target, Source(target, converter=by_pattern[pattern] if pattern else None))
+            source = sources.setdefault(
+                target, Source(target, converter=by_pattern[pattern] if pattern else None, joint=joints.get(target))
+            )
             source.disk.append(name)
             source.patterns.append(pattern or name)
         return list(sources.values()), tuple(unused)

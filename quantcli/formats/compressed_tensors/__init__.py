@@ -35,6 +35,7 @@ Published folders contradict their own metadata. Shapes are therefore believed b
 
 from quantcli.formats.compressed_tensors.read import detect, read
 from quantcli.formats.compressed_tensors.write import (
+    EXPERTS_APART,
     USUAL_SCHEME,
     cache_outputs,
     cache_parts,
@@ -46,4 +47,5 @@ from quantcli.formats.compressed_tensors.write import (
     writer,
 )
 
-__all__ = ["USUAL_SCHEME", "cache_outputs", "cache_parts", "context", "detect", "outputs", "parts", "read", "suited", "supports", "writer"]
+__all__ = ["EXPERTS_APART", "USUAL_SCHEME", "cache_outputs", "cache_parts", "context", "detect", "outputs", "parts", "read", "suited"]
+__all__ += ["supports", "writer"]

@@ -22,10 +22,13 @@ from quantcli.qtypes import int as int_qtype
 from quantcli.shards import MAX_SHARD_BYTES
 from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec
 
-__all__ = ["USUAL_SCHEME", "cache_outputs", "cache_parts", "context", "outputs", "parts", "suited", "supports", "writer"]
+__all__ = ["EXPERTS_APART", "USUAL_SCHEME", "cache_outputs", "cache_parts", "context", "outputs", "parts", "suited", "supports", "writer"]
 
 USUAL_SCHEME = "int4-g128-sym"
 """What ``export`` codes to where the source's own codes do not fit."""
+
+EXPERTS_APART = "as llm-compressor writes them"
+"""Of experts one by one that transformers has in one tensor."""
 
 INT8_CACHE = "kv_cache int8: transformers runs it, and engines on other hardware do; vLLM's kernels for GPUs store FP8 alone"
 

@@ -96,7 +96,7 @@ def native(source: Checkpoint) -> Checkpoint:
 def arranged(source: Checkpoint) -> Checkpoint:
     """``source`` as GGUF cuts it: experts one by one, and what else of its architecture a file stores otherwise than a folder."""
     arch = architecture(source.config)
-    return cuts.cut(cuts.cut(source, arch.experts), arch.cuts)
+    return cuts.cut(cuts.unfused(source), arch.cuts)
 
 
 def context(

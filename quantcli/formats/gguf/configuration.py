@@ -75,7 +75,17 @@ def query_width(config: Mapping, *, n_layers_27b: int) -> int:
     return config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
 
 
-RESTORED: dict[str, Callable[[Mapping], dict]] = {"gemma 2's query scale": gemma2_scale, "gemma 3's query scale": gemma3_scale}
+def untruncated_yarn(config: Mapping) -> dict:
+    """Every published gpt-oss leaves the bounds of YaRN's ramp unrounded; llama.cpp rounds them, and has no key for it."""
+    rope = config["rope_parameters"]
+    return {"rope_parameters": rope | {"truncate": False}} if rope["rope_type"] == "yarn" else {}
+
+
+RESTORED: dict[str, Callable[[Mapping], dict]] = {
+    "gemma 2's query scale": gemma2_scale,
+    "gemma 3's query scale": gemma3_scale,
+    "gpt-oss's untruncated yarn": untruncated_yarn,
+}
 """Words of a config that llama.cpp knows without a key: what an architecture's literal names → config so far → these words."""
 
 
