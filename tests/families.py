@@ -16,6 +16,7 @@ import numpy as np
 import sentencepiece
 import torch
 from conftest import byte_level_bpe, write_tokenizer
+from safetensors.torch import load_file, save_file
 
 from quantcli.formats.gguf.container import Field
 from quantcli.formats.gguf.headers import read_header
@@ -42,7 +43,8 @@ class Case:
     convert_hf_to_gguf cannot convert this one; ``unconverted``: why there is no such file at all;
     ``sentencepiece``: the kind of tokenizer, which decides by what road llama.cpp converts;
     ``differing``: keys that are not llama.cpp's → why; ``elsewhere``: keys that llama.cpp writes in another place among the others;
-    ``lost``: rotary parameters that no key tells → what they come back as, which is what every published model has.
+    ``packed``: experts in MXFP4; ``lost``: rotary parameters that no key tells → what they come back as, which is what every published
+    model has.
     """
 
     model_type: str
@@ -54,7 +56,12 @@ class Case:
     sentencepiece: bool = False
     differing: Mapping[str, str] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
+    packed: bool = False
     lost: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def file_type(self) -> str:
+        return "MXFP4_MOE" if self.packed else "BF16"
 
 
 MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
@@ -137,6 +144,7 @@ CASES: dict[str, Case] = {
     "falcon 7b": Case("falcon", {"num_key_value_heads": None, "multi_query": True}, {"num_kv_heads": 1}),
     "falcon 40b": Case("falcon", {"num_key_value_heads": None, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt-oss": Case("gpt_oss", GPT_OSS, lost={"truncate": False}),
+    "gpt-oss, mxfp4": Case("gpt_oss", GPT_OSS, packed=True, lost={"truncate": False}),
     "deepseek v2": Case("deepseek_v2", DEEPSEEK),
     "deepseek v3": Case("deepseek_v3", DEEPSEEK | {"n_group": 2}, {"scoring_func": "sigmoid"}),
     "deepseek v3, fused": Case(
@@ -161,6 +169,8 @@ def make(name: str, folder: Path) -> Path:
             p.copy_(random_like(key, p, generator, is_offset="gemma" in case.model_type))
     model.to(torch.bfloat16).save_pretrained(folder, save_original_format=not case.fused)
     publish(folder / "config.json", case.published)
+    if case.packed:
+        pack_as_mxfp4(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if case.sentencepiece:
         write_sentencepiece(folder)
@@ -171,6 +181,22 @@ def make(name: str, folder: Path) -> Path:
     if case.model_type == "phi3":
         publish(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})  # by which llama.cpp tells Phi-4's
     return folder
+
+
+def pack_as_mxfp4(folder: Path) -> None:
+    """The gpt-oss in ``folder`` as it is published: its experts in random MXFP4 (quantcli/formats/mxfp4.py has the layout)."""
+    random = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor
+            continue
+        n, columns, rows = tensor.shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (n, rows, columns // 32, 16), generator=random, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 126, (n, rows, columns // 32), generator=random, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    dense = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    publish(folder / "config.json", {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": dense}})
 
 
 def write_sentencepiece(folder: Path) -> None:

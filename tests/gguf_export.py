@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantcli import ops
+from quantcli import ops, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.formats import gguf
 from quantcli.formats.gguf.chooser import DENSE
@@ -28,10 +28,18 @@ def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str
     outputs = [out for name, spec in source.specs.items() for out in gguf.outputs(spec, schemes.get(name), context)]
     with gguf.writer(path, outputs, context, overwrite=False) as writer:
         for name in source.specs:
-            for part, data in gguf.parts(name, quantized(source.read(name), schemes.get(name)), context).items():
+            for part, data in gguf.parts(name, coded(source, name, schemes.get(name)), context).items():
                 writer.put(part, data)
         writer.commit()
     return path
+
+
+def coded(source: Checkpoint, name: str, scheme: Scheme | None) -> torch.Tensor | QuantizedTensor:
+    """The source's own codes where ``scheme`` holds them."""
+    have = source.schemes.get(name)
+    if have is not None and scheme is not None and regrid.exactness(have, scheme, source.specs[name].shape[-1]) == regrid.EXACT:
+        return regrid.regrid(source.quantized(name), scheme)[0]
+    return quantized(source.read(name), scheme)
 
 
 def quantized(tensor: torch.Tensor, scheme: Scheme | None) -> torch.Tensor | QuantizedTensor:

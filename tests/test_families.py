@@ -29,7 +29,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.unconverted])
 def test_a_family_is_written_as_llama_cpp_writes_it(models: dict[str, Path], case: str, tmp_path: Path) -> None:
     with Checkpoint.open(str(models[case])) as source:
-        found = families.manifest(export(source, tmp_path / "m.gguf", "BF16", **families.options(case)))
+        found = families.manifest(export(source, tmp_path / "m.gguf", CASES[case].file_type, **families.options(case)))
     golden = json.loads(families.golden(case).read_text())
     assert found["tensors"] == golden["tensors"]
     assert list(found["tensors"]) == list(golden["tensors"])
@@ -60,7 +60,16 @@ def test_a_family_comes_back_from_its_file(models: dict[str, Path], case: str, t
 
 def told(config: dict) -> dict:
     """What a model is computed by, of its config."""
-    other = ("dtype", "architectures", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "original_max_position_embeddings")
+    other = (
+        "dtype",
+        "quantization_config",
+        "architectures",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "use_cache",
+        "original_max_position_embeddings",
+    )
     config.pop("sliding_window_pattern", None)  # an old word for layer_types
     if config.get("head_dim") == config["hidden_size"] // config["num_attention_heads"]:
         config.pop("head_dim")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from mutations import wrong_answers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from quantcli import pipeline
 from quantcli.checkpoint import Checkpoint
+from quantcli.cli.export import recipe_that_keeps
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import mxfp4
 from quantcli.tensors import Scheme
@@ -58,6 +61,19 @@ def test_weights_are_those_that_transformers_decodes(tmp_path: Path) -> None:
                 W = source.read(f"{EXPERTS}.{e}.{name}_proj.weight")
                 assert torch.equal(W, expected), (e, name)
                 assert source.specs[f"{EXPERTS}.{e}.{name}_proj.weight"].shape == tuple(W.shape)
+
+
+def test_made_dense_it_is_the_folder_that_transformers_decodes_it_to(tmp_path: Path) -> None:
+    folder = families.make("gpt-oss, mxfp4", tmp_path / "model")
+    with Checkpoint.open(str(folder)) as source:
+        list(pipeline.quantize(source, tmp_path / "dense", recipe_that_keeps(source, "hf")))
+    packed, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "dense"))
+    stacks = {name.removesuffix("_blocks") for name in packed if name.endswith("_blocks")}
+    assert dense.keys() == {name for name in packed if not name.endswith(("_blocks", "_scales"))} | stacks
+    for name in stacks:
+        expected = convert_moe_packed_tensors(packed[f"{name}_blocks"], packed[f"{name}_scales"], dtype=torch.bfloat16)
+        assert torch.equal(dense[name], expected)
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
 
 
 def test_every_byte_is_counted_and_what_is_dense_stays(tmp_path: Path) -> None:

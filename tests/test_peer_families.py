@@ -42,9 +42,9 @@ def converted(folder: Path) -> Path:
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.unconverted])
 def test_our_file_is_llama_cpps_own(models: dict[str, Path], case: str, tmp_path: Path) -> None:
     folder = models[case]
-    run("llama-quantize", converted(models[CASES[case].converted_as or case]), tmp_path / "theirs.gguf", "BF16", "1")
+    run("llama-quantize", converted(models[CASES[case].converted_as or case]), tmp_path / "theirs.gguf", CASES[case].file_type, "1")
     with Checkpoint.open(str(folder)) as source:
-        ours = export(source, tmp_path / f"{folder.name}.gguf", "BF16", {"seed": 0}, **families.options(case))
+        ours = export(source, tmp_path / f"{folder.name}.gguf", CASES[case].file_type, {"seed": 0}, **families.options(case))
     assert_same(ours, tmp_path / "theirs.gguf", but=tuple(CASES[case].differing), elsewhere=CASES[case].elsewhere)
 
 

@@ -2,7 +2,8 @@
 
     QUANTCLI_LLAMA_CPP=… PYTHONPATH=.:tests python tests/data/make_families.py [CASE…]
 
-convert_hf_to_gguf --outtype bf16 and llama-quantize … BF16 on the models of tests/families.py; one file a case in tests/data/families.
+convert_hf_to_gguf --outtype bf16 and llama-quantize … BF16 (or the case's file type) on the models of tests/families.py; one file a case in
+tests/data/families.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main(asked: list[str]) -> None:
         folders = {name: families.make(name, Path(root, str(k), "tiny")) for k, name in enumerate(cases)}
         convert_all({folder: folder.with_suffix(".gguf") for folder in folders.values()})
         for name, folder in folders.items():
-            run("llama-quantize", folder.with_suffix(".gguf"), folder.with_suffix(".bf16"), "BF16", "1")
+            run("llama-quantize", folder.with_suffix(".gguf"), folder.with_suffix(".bf16"), families.CASES[name].file_type, "1")
             text = families.as_text(families.manifest(folder.with_suffix(".bf16")))
             families.golden(name).write_text(text)
 
