@@ -70,7 +70,7 @@ class Joint:
 
 
 class View(Checkpoint):
-    """``inner`` under other names: every tensor of ``pieces`` is a stored one, cut from one that is not quantized, joined of several, or tied.
+    """``inner`` under other names: every tensor of ``pieces`` is a stored one, cut from one that is not quantized, or joined of several.
     ``config``: in place of that of ``inner``."""
 
     def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece | Joint], config: dict[str, Any] | None = None) -> None:
