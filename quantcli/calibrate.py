@@ -122,6 +122,15 @@ class Activations:
             layer.inputs(hidden, ids, partial(_gather, meters, X0), meters)
         return _finished(meters)
 
+    def histograms(self, layer: LoadedLayer, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tap → histogram [ranges.N_BINS] of what it reads divided by s [in], for ``scales``: tap → s. A run of ``layer`` as it is."""
+        meters = {tap: StatsMeter(len(s), False, layer.device, histogram=True) for tap, s in scales.items()}
+        divisors = {tap: s.to(layer.device, torch.float32) for tap, s in scales.items()}
+        for hidden, ids in self.batches():
+            layer.inputs(hidden, ids, lambda tap, X: meters[tap].add(X / divisors[tap]), meters)
+        found = {tap: stats.histogram for tap, stats in _finished(meters).items()}
+        return {tap: histogram for tap, histogram in found.items() if histogram is not None}
+
     def measure_and_advance(
         self, layer: LoadedLayer, needs: frozenset[str] = EVERYTHING, taps: Sequence[str] | None = None
     ) -> dict[str, Stats]:

@@ -53,10 +53,11 @@ def check_stats(plan: Plan, stats: StatsFile) -> None:
     widths = {tap: width for layer in plan.layers for one in layer.caches for tap, width in one.cache.widths.items()}
     for tap, width in widths.items():
         stats.check_tap(tap, width, needs=plan.recipe.cache_needs)
-    if widths and plan.recipe.changes_basis and "histogram" in plan.recipe.cache_needs:
+    counted = plan.recipe.needs | (plan.recipe.cache_needs if widths else frozenset())
+    if plan.recipe.changes_basis and "histogram" in counted:
         raise RecipeError(
-            f"{stats.path}: counts the values that go to the cache over all channels together, and {plan.recipe.passes[0].name} scales "
-            "each for itself; take input_range minmax, or give --dataset in place of --stats"
+            f"{stats.path}: counts the magnitudes of all inputs of a tap together, and {plan.recipe.passes[0].name} scales each for "
+            "itself; take input_range minmax, or give --dataset in place of --stats"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 PIECE_ELEMENTS = 1 << 22
 
 
+Recount = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""tap → s [in], by which its inputs are divided from now on; tap → the histogram of its inputs then."""
+
+
 @dataclass(slots=True)
 class Coding:
     """A source, a plan and the writer of its output; ``reports`` gather what was done to each tensor. Thread-safe but for ``loaded``.
@@ -50,11 +54,13 @@ class Coding:
         stats: Mapping[str, Stats],
         loaded: LoadedLayer | None = None,
         prevs: Mapping[str, Prev] | None = None,
+        recount: Recount | None = None,
     ) -> list[TensorReport]:
         """Run the passes over what is to be solved, round to nearest what else has a scheme, carry over and copy the rest.
 
         ``stats``: tap → Stats. ``loaded`` has the solved weights in memory already, and receives each one as the engine will see it.
         ``prevs``: tap → what can absorb a scale of its inputs, for a recipe that changes the basis; all tensors of the layer are here then.
+        ``recount`` counts inputs anew in the basis found, where their range is told by a histogram.
         """
         tensors = list(tensors)
         few = [t for t in tensors if self.is_starved(t, stats)]
@@ -66,7 +72,7 @@ class Coding:
             unit = self.unit(layer, solved, loaded)
             if prevs is not None:
                 self.add_readers(unit, tensors, prevs)
-            reports += self.solve(unit, self.plan.recipe.passes, stats, loaded)
+            reports += self.solve(unit, self.plan.recipe.passes, stats, loaded, recount)
             changed = {name: tensor for name, tensor in unit.tensors.items() if name not in unit.schemes}
         if few:
             reports += self.fall_back(layer, few, stats, loaded)
@@ -130,16 +136,25 @@ class Coding:
                     unit.tensors[name] = self.source.read(name).to(self.device)
 
     def solve(
-        self, unit: Layer, passes: Sequence[PassSpec], stats: Mapping[str, Stats], loaded: LoadedLayer | None = None
+        self,
+        unit: Layer,
+        passes: Sequence[PassSpec],
+        stats: Mapping[str, Stats],
+        loaded: LoadedLayer | None = None,
+        recount: Recount | None = None,
     ) -> list[TensorReport]:
         """All ``passes`` over one unit of work, then its codes to the file, and decoded to ``loaded`` for the runs that follow."""
         reports: dict[str, TensorReport] = {}
+        scaled: dict[str, Tensor] = {}
         for spec in passes:
             for report in find("passes", spec.name).run(unit, stats, spec.build_options()).tensors:
                 if (before := reports.get(report.name)) is not None:
                     report = replace(report, notes=before.notes + report.notes, settings={**before.settings, **report.settings})
                 reports[report.name] = report
+            scaled |= {tap: s * scaled.get(tap, 1.0) for tap, s in unit.scales.items()}
             stats = self.rebased(unit, stats)
+        if recount is not None and scaled:
+            stats = {**stats, **{tap: replace(stats[tap], histogram=histogram) for tap, histogram in recount(scaled).items()}}
         for name in list(unit.quantized):
             tensor = unit.quantized.pop(name)
             method = self.plan.recipe.calibration.input_range

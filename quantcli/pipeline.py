@@ -289,7 +289,8 @@ def _measure_and_code(
     taps = [tap for tap in order if tap in wanted]
     if prevs is not None:
         stats = activations.measure(loaded, taps, run.plan.recipe.needs)
-        return run.code(planned.name, planned.tensors, stats, loaded, prevs)
+        recount = partial(activations.histograms, loaded) if "histogram" in run.plan.recipe.needs else None
+        return run.code(planned.name, planned.tensors, stats, loaded, prevs, recount)
     stages = in_turn(taps) if run.plan.recipe.true_sequential else [taps]
     stages = [share for stage in stages for share in shares(stage, loaded.tap_widths, run.plan.recipe.needs)]
     reports: list[TensorReport] = []

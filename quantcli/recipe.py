@@ -251,7 +251,7 @@ def parse(data: Any, name: str) -> Recipe:
     if (kv_cache := data.get("kv_cache")) and kv_cache not in KV_CACHES:
         raise RecipeError(f"recipe '{name}': kv_cache is one of {', '.join(KV_CACHES)}, not '{kv_cache}'")
     scheme = data.get("scheme")
-    recipe = replace(
+    return replace(
         Recipe(name=str(data.get("name") or name), format=data["format"], passes=_parse_passes(data["passes"], name)),
         **{
             key: data[key]
@@ -263,12 +263,6 @@ def parse(data: Any, name: str) -> Recipe:
         protect_outliers=None if (protect := data.get("protect_outliers")) is None else Protection.parse(protect, name),
         calibration=_parse_calibration(data.get("calibration") or {}, name),
     )
-    scaling = [p.name for p in recipe.passes if hasattr(find("passes", p.name), "CHANGES_BASIS")]
-    if scaling and "histogram" in recipe.needs:
-        raise RecipeError(
-            f"recipe '{name}': {scaling[0]} scales inputs one by one, and their magnitudes are counted before it; take input_range minmax"
-        )
-    return recipe
 
 
 def _check_types(data: Mapping[str, Any], recipe: str) -> None:

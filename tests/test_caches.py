@@ -243,7 +243,7 @@ def test_eval_tells_the_perplexity_of_a_model_whose_cache_rounds(folder: Path, t
                 "calibration": recipe.Calibration(input_range="percentile"),
             },
             RecipeError,
-            "all channels together, and awq scales each for itself",
+            "all inputs of a tap together, and awq scales each for itself",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from quantcli.calibrate import calibrate
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
 from quantcli.forward import Forward
+from quantcli.passes import _basis
 from quantcli.ranges import find_range
-from quantcli.recipe import Recipe
+from quantcli.recipe import PassSpec, Recipe
 from quantcli.stats_file import StatsFile
+from quantcli.tensors import Layer
 
 ACTS = ("int8-tensor", "fp8-tensor")
 
@@ -159,9 +162,51 @@ def test_statistics_from_a_file_serve_as_well_and_say_when_they_lack_the_histogr
     assert all(torch.allclose(files[0][name].float(), tensor.float(), rtol=1e-6) for name, tensor in files[1].items())
 
 
-def test_a_range_that_is_none_and_one_that_a_pass_would_move_are_refused() -> None:
+@pytest.mark.parametrize("method", ranges.METHODS)
+@pytest.mark.parametrize("name", ["smoothquant", "awq"])
+def test_ranges_are_of_the_inputs_as_a_change_of_basis_leaves_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, name: str
+) -> None:
+    ids = torch.randint(2, 500, (6, 64), generator=torch.Generator().manual_seed(5))
+    seen: dict[str, Tensor] = {}
+    folded: dict[str, Tensor] = {}
+
+    def fold(layer: Layer, tap: str, s: Tensor) -> Tensor:
+        s = real(layer, tap, s)
+        if layer.name:  # not a trial of what can absorb a scale
+            folded[tap] = s
+        return s
+
+    real = _basis.fold
+    monkeypatch.setattr(_basis, "fold", fold)
+    how = replace(static_recipe(method), passes=(PassSpec(name, {"alpha": 0.7} if name == "smoothquant" else {}), PassSpec("rtn")))
+    with Checkpoint.open(str(model)) as source:
+        list(pipeline.quantize(source, tmp_path / "out", how, calibrate=lambda: pipeline.Calibrated("0", windows=ids)))
+        forward = Forward(source)
+        with forward.layer(0) as layer:
+            layer.inputs(forward.embed(ids), ids, lambda tap, X: seen.__setitem__(tap, X.clone()))
+        taps = dict(forward.taps)
+    assert folded.keys() == set(taps.values()) if name == "smoothquant" else folded  # awq leaves taps that a scale does not help
+    with Checkpoint.open(str(tmp_path / "out")) as written:
+        for weight, tap in taps.items():
+            scale = float(written.quantized(weight).parts["input_scale"])
+            expected, before = (
+                found(method, "int8-tensor", X) / 127 for X in (seen[tap] / folded.get(tap, torch.ones(1)).float(), seen[tap])
+            )
+            assert scale == pytest.approx(expected, rel=1e-2)
+            assert name == "awq" or abs(before / expected - 1) > 0.05
+
+
+def test_counts_in_a_file_are_refused_where_a_pass_would_move_them(model: Path, tmp_path: Path) -> None:
+    ids = torch.randint(2, 500, (6, 64), generator=torch.Generator().manual_seed(5))
+    how = replace(static_recipe("mse"), passes=(PassSpec("smoothquant"), PassSpec("rtn")))
+    with Checkpoint.open(str(model)) as source:
+        list(calibrate(source, ids, tmp_path / "stats.safetensors", histograms=True))
+        data = pipeline.Calibrated("0", stats=StatsFile(tmp_path / "stats.safetensors"))
+        with pytest.raises(RecipeError, match="smoothquant scales each for itself; take input_range minmax, or give --dataset"):
+            list(pipeline.quantize(source, tmp_path / "out", how, calibrate=lambda: data))
+
+
+def test_a_range_that_is_none_is_refused() -> None:
     with pytest.raises(RecipeError, match="input_range is one of minmax, percentile, mse, entropy, not 'median'"):
         static_recipe("median")
-    words = {"format": "compressed-tensors", "passes": ["smoothquant"], "scheme": "int8-channel-sym+int8-tensor"}
-    with pytest.raises(RecipeError, match="smoothquant scales inputs one by one"):
-        recipe.parse({**words, "passes": ["smoothquant", "rtn"], "calibration": {"input_range": "mse"}}, "x")

@@ -70,12 +70,12 @@ def _scaled(layer: Layer, name: str, tensor: Tensor, factor: Tensor, offset: flo
 
 
 def rescaled(stats: Stats, s: Tensor) -> Stats:
-    """The statistics of inputs divided by ``s`` [in]."""
+    """The statistics of inputs divided by ``s`` [in]; of all inputs counted together nothing can be told any more."""
     s = s.to(stats.importance.device, torch.float32)
     H, dXXT = (None if M is None else M / s / s[:, None] for M in (stats.H, stats.dXXT))
     fourth = None if stats.fourth is None else stats.fourth / s.square().square()
     scaled = replace(stats, importance=stats.importance / s.square(), absmax=stats.absmax / s, mean=stats.mean / s)
-    return replace(scaled, H=H, fourth=fourth, dXXT=dXXT)
+    return replace(scaled, H=H, fourth=fourth, dXXT=dXXT, histogram=None)
 
 
 def on(stats: Stats, device: torch.device) -> Stats:
