@@ -29,8 +29,8 @@ build: setup  ## compile the kernels (setup does it too, whenever a source has c
 demo: setup  ## the main job on the model that ships with the tests
 	BIN=$(BIN) MODEL=$(PICO) ./demo.sh
 
-test: setup  ## the tests
-	$(BIN)/pytest -q
+test: setup  ## the tests, in a process of one thread for each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 peer-test: setup  ## the tests against the peers' own programs (see tests/PEERS.md)
 	$(BIN)/pytest -q -m peer
