@@ -37,6 +37,7 @@ peer-test: setup  ## the tests against the peers' own programs (see tests/PEERS.
 
 bench: setup  ## timings of the kernels against their torch references
 	$(BIN)/python tests/bench/bench_solve.py
+	$(BIN)/python tests/bench/bench_awq.py
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

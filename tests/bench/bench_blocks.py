@@ -8,26 +8,16 @@ Each figure is the best of several runs on a [512, 4096] matrix of the test's Ga
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ggml_peer import Ggml
+from stopwatch import best_seconds
 from test_ops_blocks import KINDS, weightings
 
 from quantcli import ops
-
-
-def best_seconds(run: Callable[[], object], n_runs: int = 5) -> float:
-    times = []
-    for _ in range(n_runs):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def main(library: str, sets: list[str]) -> None:

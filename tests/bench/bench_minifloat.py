@@ -9,10 +9,10 @@ kernels runs. Decoding pays for fresh pages of float32.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 
 import torch
+from stopwatch import best_seconds
 from torch import Tensor
 
 from quantcli import ops
@@ -24,15 +24,6 @@ from quantcli.ops.minifloat import (
     quantize_fp8,
     tile_absmax,
 )
-
-
-def best_seconds(run: Callable[[], object], n_runs: int = 5) -> float:
-    times = []
-    for _ in range(n_runs):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def cases(W: Tensor) -> dict[str, Callable[[], object]]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
+from stopwatch import best_seconds
 
 from quantcli import ops
 from quantcli.qtypes import fp4, nf4
@@ -37,15 +36,6 @@ for kind in ("nf4", "fp4"):
             times[0].append(middle - start); times[1].append(time.perf_counter() - middle)
         print(min(times[0]), min(times[1]))
 """
-
-
-def best_seconds(run: Callable[[], object], n_runs: int = 5) -> float:
-    times = []
-    for _ in range(n_runs):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def main(python: str | None) -> None:
