@@ -53,7 +53,7 @@ Float float_named(const std::string& name) {
 }
 
 void fit_affine(const Array& W, const Array& importance, int bits, int64_t group_size, bool sym, bool search, const std::string& held,
-                const Array& scale, const Array& zero, uint64_t stream) {
+                const Array& scale, const Array& zero, const Maybe& basis, const Maybe& E, uint64_t stream) {
     const int64_t rows = size_at("W", W, 0), cols = size_at("W", W, 1);
     check("W", W, {kF32}, {rows, cols});
     check("importance", importance, {kF32}, {cols}, &W);
@@ -62,8 +62,12 @@ void fit_affine(const Array& W, const Array& importance, int bits, int64_t group
         throw KernelFault("group_size " + std::to_string(group_size) + " does not divide the " + std::to_string(cols) + " inputs of W");
     check("scale", scale, {kF32}, {rows, cols / group_size}, &W);
     check("zero", zero, {kI32}, {rows, cols / group_size}, &W);
+    if (basis.has_value() != E.has_value()) throw KernelFault("a basis needs E, and the other way round");
+    if (basis) check("basis", *basis, {kF32}, {cols}, &W);
+    if (E) check("E", *E, {kF32}, {rows, cols}, &W);
     const AffineFit fit{.W = pointer<float>(W),
                         .importance = pointer<float>(importance),
+                        .basis = pointer<float>(basis),
                         .rows = rows,
                         .cols = cols,
                         .group_size = group_size,
@@ -72,7 +76,8 @@ void fit_affine(const Array& W, const Array& importance, int bits, int64_t group
                         .search = search,
                         .held = float_named(held),
                         .scale = pointer<float>(scale),
-                        .zero = pointer<int32_t>(zero)};
+                        .zero = pointer<int32_t>(zero),
+                        .E = E ? pointer<float>(*E) : nullptr};
     const SolveOps& ops = ops_for(W);
     const OnDevice device(W);
     nb::gil_scoped_release release;
@@ -171,7 +176,7 @@ void unpack_bits(const Array& words, int bits, const Array& codes, uint64_t stre
 void register_solve(nb::module_& m) {
     using nb::arg;
     m.def("fit_affine", &fit_affine, arg("W"), arg("importance"), arg("bits"), arg("group_size"), arg("sym"), arg("search"), arg("held"),
-          arg("scale"), arg("zero"), arg("stream") = 0);
+          arg("scale"), arg("zero"), arg("basis") = nb::none(), arg("E") = nb::none(), arg("stream") = 0);
     m.def("gptq_chunk", &gptq_chunk, arg("W"), arg("U"), arg("scale"), arg("offset").none(), arg("group"), arg("lo"), arg("hi"),
           arg("book").none(), arg("mids").none(), arg("codes"), arg("E"), arg("stream") = 0);
     m.def("choose_grid", &choose_grid, arg("W"), arg("blocks"), arg("scale"), arg("offset").none(), arg("lo"), arg("hi"), arg("best"),

@@ -6,16 +6,19 @@
 namespace quantcli {
 
 /// A group fit: `group_size` divides cols; `importance` [cols] is at most 1; scale, zero are [rows, cols / group_size]. Scales are numbers
-/// that `held` can store.
+/// that `held` can store. With a basis [cols], above zero, the weights are W·diag(basis), and E [rows, cols] is what rounding leaves of
+/// them, over the basis; both null or neither.
 struct AffineFit {
     const float* W;
     const float* importance;
+    const float* basis;
     int64_t rows, cols, group_size;
     int bits;
     bool sym, search;
     Float held;
     float* scale;
     int32_t* zero;
+    float* E;
 };
 
 /// A GPTQ chunk: W, E, codes [rows, n], U [n, n], scale, offset [rows, n_groups] (offset null is 0), group [n]; book [hi + 1] with mids

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import KernelError, NumericsError
-from quantcli.ops.affine import TINY, fit_affine
+from quantcli.ops.affine import TINY, affine_errors, fit_affine
 from quantcli.ops.bits import BITS, codes_per_run, pack_bits, unpack_bits
 from quantcli.ops.choice import choose_grid, group_errors
 from quantcli.ops.solve import gptq_chunk
@@ -214,6 +214,34 @@ def test_fit_affine_is_the_reference_on_every_kernel(
     options = {"bits": bits, "group_size": group_size, "sym": sym, "scale_dtype": dtype}
     assert equals_reference(kernel, device, lambda d: fit_affine(W.to(d), importance, search=True, **options))
     assert equals_reference(kernel, device, lambda d: fit_affine(W.to(d), None, search=False, **options))
+
+
+@on_every_kernel
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("n_rows", "n", "group_size"), [(19, 96, 32), (1, 21, 7), (34, 40, -1)])
+def test_errors_in_another_basis_are_those_of_scaling_fitting_and_decoding(
+    kernel: str | None, device: str, sym: bool, n_rows: int, n: int, group_size: int
+) -> None:
+    W, importance, basis = weights_of_every_sort(n_rows, n), importance_of(n), random(n, seed=2).exp()
+    options = {"bits": 4, "group_size": group_size, "sym": sym, "search": True}
+    scale, zero = fit_affine(W * basis, importance, **options)
+    size = n if group_size == -1 else group_size
+    grid = grid_of(scale, zero - (8 if sym else 0), 4, sym, size)
+    expected = (W * basis - grid.decode(grid.encode(W * basis))) / basis
+    assert torch.equal(affine_errors(W, basis, importance, **options), expected)
+    assert equals_reference(kernel, device, lambda there: (affine_errors(W.to(there), basis.to(there), importance.to(there), **options),))
+
+
+def test_errors_in_another_basis_name_the_group_whose_scale_overflows_there() -> None:
+    W, basis = torch.ones(3, 8), torch.ones(8)
+    basis[5] = 1e9
+    for kernel in ops.available():
+        ops.use(kernel)
+        with pytest.raises(NumericsError, match=r"row 0, group 1: the largest weight 1e\+09"):
+            affine_errors(W, basis, torch.ones(8), bits=4, group_size=4, sym=True, search=True)
+    basis[5] = torch.inf
+    with pytest.raises(NumericsError, match="column 5"):
+        affine_errors(W, basis, torch.ones(8), bits=4, group_size=4, sym=True, search=True)
 
 
 # --- gptq_chunk ------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from quantcli.forward import Forward
 from quantcli.passes import _basis, awq, gptq, rtn
 from quantcli.pipeline import Calibrated
 from quantcli.registry import find
-from quantcli.tensors import Layer, Prev, Scheme, Stats, relative_error
+from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error, relative_error
 
 ASYM = Scheme.parse("int4-g32-asym")
 
@@ -68,6 +68,16 @@ def test_the_loss_from_h_is_the_loss_of_the_modules_output(scheme: str) -> None:
     s = torch.rand(64, generator=torch.Generator().manual_seed(5)) + 0.5
     loss = float(_basis.rounding_error({parsed: [W, W[:8]]}, s, stats.importance, stats.H))
     assert loss == pytest.approx(output_loss(W, X, s, parsed) + output_loss(W[:8], X, s, parsed), rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 700])
+def test_an_output_error_is_taken_from_the_upper_blocks_of_h(n: int) -> None:
+    E, X = problem(n_out=9, n_in=n)
+    H = X.T @ X / len(X)
+    expected = float((X.double() @ E.T.double()).square().sum() / len(X))
+    assert float(output_error(E, H)) == pytest.approx(expected, rel=1e-5)
+    H[256:, :256] = torch.nan
+    assert float(output_error(E, H)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -197,4 +197,12 @@ QC_FN AffineBest fit_group(AffineGroup<Run>& group, int bits, bool sym, bool sea
     return best;
 }
 
+/// What rounding to `best` leaves of weight j.
+template <class Run>
+QC_FN F error_at(const AffineGroup<Run>& group, const AffineBest& best, int j) {
+    const F offset = negate(best.scale * best.zero);
+    const F q = nearest_code((group.w[j] - offset) / best.scale, group.lo, group.hi);
+    return group.w[j] - (q * best.scale + offset);
+}
+
 }  // namespace quantcli::QC_ISA

@@ -5,7 +5,7 @@ Each op lives in one file of this package with its ``_reference`` twin; both giv
 """
 
 from quantcli.ops.activations import round_cache, round_inputs
-from quantcli.ops.affine import fit_affine
+from quantcli.ops.affine import affine_errors, fit_affine
 from quantcli.ops.bits import pack_bits, unpack_bits
 from quantcli.ops.blocks import dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks, unpack_blocks
 from quantcli.ops.choice import choose_grid
@@ -16,6 +16,7 @@ from quantcli.ops.solve import gptq_chunk
 
 __all__ = [
     "active",
+    "affine_errors",
     "available",
     "choose_grid",
     "dequantize_blocks",

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from quantcli.errors import KernelError, NumericsError
 from quantcli.ops.dispatch import kernel, stream
+from quantcli.tensors import Grid
 
 TINY = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 """The smallest scale in each dtype: a group of weights that are not all zero keeps one."""
@@ -73,11 +74,53 @@ def fit_affine(
     if kernels is None:
         scale, zero = fit_affine_reference(W, importance, bits=bits, group_size=group_size, sym=sym, search=search, scale_dtype=scale_dtype)
     else:
-        scale = torch.empty(W.shape[0], W.shape[1] // group_size, device=W.device)
-        zero = torch.empty_like(scale, dtype=torch.int32)
+        scale, zero = _fitted_like(W, group_size)
         kernels.fit_affine(W, importance, bits, group_size, sym, search, HELD[scale_dtype], scale, zero, stream=stream(W))
     _check_scale(W, scale, group_size, scale_dtype)
     return scale, zero
+
+
+def affine_errors(
+    W: Tensor,
+    basis: Tensor,
+    importance: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """What rounding in another basis leaves of ``W`` [out, in] float32: W − Q(W·diag(basis))·diag(1/basis), [out, in].
+
+    ``basis``: [in] float32, above zero; ``importance`` [in]: of the inputs in that basis; the rest as in :func:`fit_affine`.
+    """
+    size = W.shape[-1] if group_size == -1 else group_size
+    kernels = kernel(W)
+    if kernels is None:
+        scaled = W * basis
+        scale, zero = fit_affine(scaled, importance, bits=bits, group_size=size, sym=sym, search=search, scale_dtype=scale_dtype)
+        grid = affine_grid(scale, zero, bits=bits, group_size=size, sym=sym)
+        return (scaled - grid.decode(grid.encode(scaled))) / basis
+    _check(W, importance, bits, size)
+    check_finite("the basis", basis[None])
+    W, importance, basis = W.detach().contiguous(), relative_importance(W, importance), basis.contiguous()
+    scale, zero, E = *_fitted_like(W, size), torch.empty_like(W)
+    kernels.fit_affine(W, importance, bits, size, sym, search, HELD[scale_dtype], scale, zero, basis, E, stream=stream(W))
+    _check_scale(W, scale, size, scale_dtype, basis)
+    return E
+
+
+def affine_grid(scale: Tensor, zero: Tensor, *, bits: int, group_size: int, sym: bool) -> Grid:
+    """The grid of a fit: ``scale``, ``zero`` [out, n_groups]. Codes are signed when symmetric, else they have ``offset`` −scale·zero."""
+    half = 2 ** (bits - 1)
+    lo, hi = (-half, half - 1) if sym else (0, 2 * half - 1)
+    return Grid(scale, None if sym else -(scale * zero), lo, hi, group_size, parts={"zero": zero.to(torch.uint8)})
+
+
+def _fitted_like(W: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    scale = torch.empty(W.shape[0], W.shape[1] // group_size, device=W.device)
+    return scale, torch.empty_like(scale, dtype=torch.int32)
 
 
 def relative_importance(W: Tensor, importance: Tensor | None) -> Tensor:
@@ -230,13 +273,14 @@ def check_finite(name: str, W: Tensor) -> None:
     raise NumericsError(f"{name} holds {float(W[row, column])} at row {row}, column {column}; expected finite numbers")
 
 
-def _check_scale(W: Tensor, scale: Tensor, group_size: int, scale_dtype: torch.dtype) -> None:
+def _check_scale(W: Tensor, scale: Tensor, group_size: int, scale_dtype: torch.dtype, basis: Tensor | None = None) -> None:
     largest_scale = torch.finfo(scale_dtype).max
     over = scale > largest_scale
     if not bool(over.any()):
         return
     row, group = over.nonzero()[0].tolist()
-    largest = float(W[row, group * group_size : (group + 1) * group_size].abs().max())
+    inputs = slice(group * group_size, (group + 1) * group_size)
+    largest = float((W[row, inputs] if basis is None else W[row, inputs] * basis[inputs]).abs().max())
     raise NumericsError(
         f"row {row}, group {group}: the largest weight {largest:g} needs a scale above {HELD[scale_dtype]}'s largest, {largest_scale:g}; "
         "expected weights of a sane size, so check the source or keep this tensor in its own dtype"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantcli.registry import find
-from quantcli.tensors import Layer, Prev, Scheme, Stats
+from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error
 
 SAMPLED_ROWS = 256
 """Rows of a tap's weights that a search looks at: enough to rank scales that all rows share, whatever the size of the matrices."""
@@ -111,11 +111,19 @@ def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Ten
     """
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     for scheme, weights in Ws.items():
-        qtype, scaled = find("qtypes", scheme.qtype), [W * s for W in weights]
-        fused = qtype.fused(scaled, scheme) if hasattr(qtype, "fused") else {}
-        E = torch.cat([(W - nearest(W, scheme, importance / s.square(), fused)) / s for W in scaled])
-        total += ((E * H if H.ndim == 1 else E @ H) * E).sum()
+        E = torch.cat(rounding_errors(weights, scheme, s, importance / s.square()))
+        total += (E.square() @ H).sum() if H.ndim == 1 else output_error(E, H)
     return total
+
+
+def rounding_errors(Ws: Sequence[Tensor], scheme: Scheme, s: Tensor, importance: Tensor) -> list[Tensor]:
+    """W − Ŵ·diag(1/s) of each of ``Ws`` [out, in] float32 coded in the basis ``s``, where inputs have ``importance``."""
+    qtype = find("qtypes", scheme.qtype)
+    if hasattr(qtype, "errors_in"):
+        return [qtype.errors_in(s, W, scheme, importance) for W in Ws]
+    scaled = [W * s for W in Ws]
+    fused = qtype.fused(scaled, scheme) if hasattr(qtype, "fused") else {}
+    return [(W - nearest(W, scheme, importance, fused)) / s for W in scaled]
 
 
 def notes(layer: Layer, tap: str, method: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import RecipeError
-from quantcli.ops.affine import TINY, fit_affine
+from quantcli.ops.affine import TINY, affine_errors, affine_grid, fit_affine
 from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 OPTIONS = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "search": "mse", "scale_dtype": "F16", "act": ""}
@@ -57,19 +57,16 @@ def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
 def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
     """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
     layout(tuple(W.shape), scheme)
-    bits, sym, group_size = _get(scheme, "bits"), _get(scheme, "sym"), _group_size(tuple(W.shape), scheme)
-    search = scheme.get("search", "mse") == "mse"
-    dtype = DTYPES[_get(scheme, "scale_dtype")]
-    scale, zero = fit_affine(W, importance, bits=bits, group_size=group_size, sym=sym, search=search, scale_dtype=dtype)
-    half = 2 ** (bits - 1)
-    return Grid(
-        scale=scale,
-        offset=None if sym else -(scale * zero),
-        lo=-half if sym else 0,
-        hi=half - 1 if sym else 2 * half - 1,
-        group_size=group_size,
-        parts={"zero": zero.to(torch.uint8)},
-    )
+    options = _fit_options(tuple(W.shape), scheme)
+    scale, zero = fit_affine(W, importance, **options)
+    return affine_grid(scale, zero, bits=options["bits"], group_size=options["group_size"], sym=options["sym"])
+
+
+def errors_in(basis: Tensor, W: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
+    """W − Q(W·diag(basis))·diag(1/basis) of ``W`` [out, in] float32, rounded on the grid fitted to it in ``basis`` [in], where its inputs
+    have ``importance`` [in]."""
+    layout(tuple(W.shape), scheme)
+    return affine_errors(W, basis, importance, **_fit_options(tuple(W.shape), scheme))
 
 
 def moved(grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
@@ -109,6 +106,17 @@ def unpack(tensor: QuantizedTensor) -> Tensor:
         return scale.float()[:, index] * (codes.to(torch.int16) - zero[:, index]).float()
     grouped = codes.view(codes.shape[0], scale.shape[1], -1).to(torch.int16)
     return (scale.float()[:, :, None] * (grouped - zero[:, :, None]).float()).view(codes.shape)
+
+
+def _fit_options(shape: tuple[int, ...], scheme: Scheme) -> dict[str, Any]:
+    """What :func:`fit_affine` is told."""
+    return {
+        "bits": _get(scheme, "bits"),
+        "group_size": _group_size(shape, scheme),
+        "sym": _get(scheme, "sym"),
+        "search": _get(scheme, "search") == "mse",
+        "scale_dtype": DTYPES[_get(scheme, "scale_dtype")],
+    }
 
 
 def _get(scheme: Scheme, option: str) -> Any:
