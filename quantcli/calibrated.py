@@ -30,12 +30,16 @@ class Calibrated:
     windows: Tensor | None = None
     stats: StatsFile | None = None
 
+    @property
+    def kind(self) -> str:
+        """What it is: "windows", run behind quantized layers, or "statistics", gathered before on the source."""
+        return "statistics" if self.stats is not None else "windows"
+
     def provenance(self) -> dict[str, str]:
         """What an output says of the text: ``dataset_sha256``, ``dataset_sketch`` by which another text is compared with
-        it, and ``calibrated_by`` "windows", run behind quantized layers, or "statistics", gathered before on the source."""
+        it, and ``calibrated_by``: :attr:`kind`."""
         sketch = overlap.sketch(self.windows) if self.windows is not None else self.stats and self.stats.dataset_sketch
-        how = "statistics" if self.stats is not None else "windows"
-        return {"dataset_sha256": self.dataset_sha256, "calibrated_by": how} | ({"dataset_sketch": sketch} if sketch else {})
+        return {"dataset_sha256": self.dataset_sha256, "calibrated_by": self.kind} | ({"dataset_sketch": sketch} if sketch else {})
 
 
 def check_stats(plan: Plan, stats: StatsFile) -> None:

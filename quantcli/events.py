@@ -39,13 +39,15 @@ class LayerDone:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The output stands under its final name. ``familiarity``: of the source with the calibration text, where windows were run."""
+    """The output stands under its final name. ``calibrated_by``: "windows" or "statistics"; ``familiarity``: of the source with the
+    calibration text, where windows were run."""
 
     output: Path
     plan: Plan
     lossless: bool
     dataset_sha256: str | None = None
     familiarity: Familiarity | None = None
+    calibrated_by: str | None = None
 
 
 Event = Planned | LayerDone | Finished

@@ -109,7 +109,8 @@ def quantize(
         writer.commit()
     exact = {report.name for report in run.reports if report.is_exact}
     lossless = all(tensor.name in exact or _is_exact(plan.source, tensor) for tensor in plan.tensors)
-    yield Finished(writer.target, plan, lossless, data.dataset_sha256 if data else None, familiarity)
+    sha256, kind = (None, None) if data is None else (data.dataset_sha256, data.kind)
+    yield Finished(writer.target, plan, lossless, sha256, familiarity, kind)
 
 
 def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:

@@ -251,6 +251,7 @@ def test_calibrate_then_quantize_from_its_statistics(cli: Callable[..., Run], mo
     assert json.loads(Path("out/quantcli.json").read_text())["dataset_sha256"] == run.json["dataset_sha256"] == done.json["dataset_sha256"]
     assert run.json["calibration_perplexity"] > 1
     assert done.json["calibration_perplexity"] is None  # no window was run
+    assert done.json["calibrated_by"] == "statistics"
 
 
 @pytest.mark.parametrize("type_", [[], ["--type", "Q4_K_M"]])

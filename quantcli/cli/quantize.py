@@ -215,6 +215,7 @@ def summarize(plan: Plan, target: Path, layers: list[LayerDone], finished: Finis
         "peak_ram_bytes": heap.peak_bytes(),
         "lossless": finished.lossless if finished is not None else None,
         "dataset_sha256": finished.dataset_sha256 if finished is not None else None,
+        "calibrated_by": finished.calibrated_by if finished is not None else None,
         "calibration_perplexity": known.perplexity if known is not None else None,
         "layers": walked if done else planned,
     }
@@ -243,5 +244,6 @@ def render_result(data: dict[str, Any]) -> list[str]:
         f"{size(data['n_bytes'])}, {data['bpw']:.3f}bpw{error}",
         f"tensors: {census}{', lossless' if data['lossless'] else ''}",
         f"{data['seconds']:.1f} s, peak memory {size(data['peak_ram_bytes'])}",
+        *([f"calibrated by {how} of text {data['dataset_sha256'][:12]}"] if (how := data["calibrated_by"]) else []),
         *([f"perplexity of the calibration text {perplexity:.1f}"] if (perplexity := data["calibration_perplexity"]) else []),
     ]
