@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import NumericsError, UnsupportedError
-from quantcli.ops.blocks import pack_blocks, unpack_blocks
+from quantcli.ops.blocks import KINDS, pack_blocks, unpack_blocks
 from quantcli.ops.minifloat import pack_fp4, unpack_fp4
 from quantcli.qtypes._float4 import scales_of
 from quantcli.registry import find
@@ -42,6 +42,9 @@ WIDER = {"F16": ("F16", "F32"), "BF16": ("BF16", "F32"), "F32": ("F32",)}
 
 MXFP4 = {"mxfp4", "ggml_mxfp4"}
 """The same numbers in two packings."""
+
+LARGEST_E4M3 = 126
+"""The byte of 448; those after it are no number, or have a sign."""
 
 COARSE_TO_FINE = ("tensor", "block", "channel")
 FP8_HOLDS = {("tensor", "block"), ("tensor", "channel")}
@@ -65,6 +68,8 @@ def exactness(source: Scheme, target: Scheme, in_features: int) -> str | None:
         return None
     if grid_of(source) == grid_of(target) or {source.qtype, target.qtype} == MXFP4:
         return EXACT
+    if (source.qtype, target.qtype) == ("nvfp4", "ggml_nvfp4"):  # which stores the reciprocal of the matrix's scale
+        return CODES if target.option("scaled") and in_features % KINDS["ggml_nvfp4"].block == 0 else None
     if source.qtype == target.qtype == "fp8":
         return fp8_exactness(source, target)
     if source.qtype == target.qtype == "nf4" or source.qtype == target.qtype == "fp4":
@@ -87,6 +92,8 @@ def candidates(source: Scheme) -> Iterator[Scheme]:
         yield from variants(source.with_options(act=""))
     if source.qtype in MXFP4:
         yield Scheme.parse(*(MXFP4 - {source.qtype}))
+    if source.qtype == "nvfp4":
+        yield Scheme.of("ggml_nvfp4", scaled=True)
     yield from (Scheme.of(name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"))
 
 
@@ -127,6 +134,8 @@ def regrid(tensor: QuantizedTensor, target: Scheme) -> tuple[QuantizedTensor, bo
         out = spread_fp8(tensor, target)
     elif source.qtype in MXFP4:
         out = repacked_mxfp4(tensor, target)
+    elif source.qtype == "nvfp4":
+        out = repacked_nvfp4(tensor, target)
     elif source.qtype in ("nf4", "fp4"):
         out = QuantizedTensor(target, tensor.shape, {"packed": tensor.parts["packed"], "absmax": scales_of(tensor.parts)})
     elif source.qtype == "hqq":
@@ -273,6 +282,15 @@ def repacked_mxfp4(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
         codes, params = unpack_blocks(tensor.parts["blocks"], tensor.scheme.qtype, tensor.shape[-1])
         parts = {"packed": pack_fp4(codes.to(torch.uint8)), "scale": params["scale"]}
     return QuantizedTensor(target, tensor.shape, parts)
+
+
+def repacked_nvfp4(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+    """NVFP4 in GGUF's packing: the same 4 bits and the same bytes of scale, and for the matrix 1 / global_scale."""
+    scale = tensor.parts["scale"].view(torch.uint8)
+    if int(scale.max()) > LARGEST_E4M3:
+        raise NumericsError("a scale of the source is negative or no number, which GGUF's NVFP4 cannot hold; the file is damaged")
+    blocks = pack_blocks(unpack_fp4(tensor.parts["packed"]).to(torch.int8), {"scale": scale}, target.qtype)
+    return QuantizedTensor(target, tensor.shape, {"blocks": blocks, "scale": 1 / tensor.parts["global_scale"].float()})
 
 
 def spread_fp8(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:

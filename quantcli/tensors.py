@@ -66,6 +66,7 @@ WORDS: dict[str, tuple[tuple[str, Any], ...]] = {
     "desc": (("desc_act", True),),
     "minmax": (("search", "minmax"),),
     "dq": (("double_quant", True),),
+    "scaled": (("scaled", True),),
     "e4m3": (("dtype", "e4m3"),),
     "e5m2": (("dtype", "e5m2"),),
     "sf16": (("scale_dtype", "F16"),),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from gguf_export import LLAMA3, edit_config, export, quantized
 
-from quantcli import ops, pipeline
+from quantcli import ops, pipeline, regrid
 from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
@@ -489,3 +489,41 @@ def test_experts_of_every_source_come_out_as_the_same_file(tmp_path: Path) -> No
     assert files[0].read_bytes() == files[1].read_bytes()
     spec = headers.read_header(files[0]).specs["blk.1.ffn_up_exps.weight"]
     assert (spec.dtype, spec.shape, spec.nbytes) == ("Q8_0", (4, 48, 64), 4 * 48 * 2 * 34)
+
+
+def test_an_nvfp4_folder_keeps_its_codes_and_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Experts too. The scale of a matrix stands beside it, as convert_hf_to_gguf writes it, and counts when the file is read."""
+    monkeypatch.setitem(families.CASES, "nvfp4", families.Case("qwen3_moe", families.QWEN_MOE | {"moe_intermediate_size": 64}))
+    with Checkpoint.open(str(families.make("nvfp4", tmp_path / "dense"))) as source:
+        list(pipeline.quantize(source, tmp_path / "coded", recipes.load("nvfp4")))
+    with Checkpoint.open(str(tmp_path / "coded")) as source:
+        recipe = replace(recipe_that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
+        *_, finished = pipeline.quantize(source, tmp_path / "m.gguf", recipe)
+        read = headers.read_header(tmp_path / "m.gguf")
+        assert read.specs["blk.1.attn_q.scale"] == TensorSpec.dense("blk.1.attn_q.scale", "F32", (1,))
+        assert read.specs["blk.1.ffn_up_exps.scale"] == TensorSpec.dense("blk.1.ffn_up_exps.scale", "F32", (4,))
+        assert read.get("general.file_type") == peer.LlamaFileType.MOSTLY_NVFP4
+        with Checkpoint.open(str(tmp_path / "m.gguf")) as back:
+            assert back.specs.keys() == source.specs.keys()
+            assert set(map(str, back.schemes.values())) == {"ggml_nvfp4-scaled"}
+            for name in source.schemes:
+                kept, _ = regrid.regrid(source.quantized(name), back.schemes[name])
+                assert all(torch.equal(back.quantized(name).parts[part], kept.parts[part]) for part in ("blocks", "scale")), name
+                torch.testing.assert_close(back.read(name), source.read(name), rtol=3e-7, atol=0)
+            *_, again = pipeline.quantize(back, tmp_path / "copy.gguf", recipe_that_keeps(back, "gguf"))
+    assert isinstance(finished, Finished)
+    assert isinstance(again, Finished)
+    assert (finished.lossless, again.lossless) == (False, True)
+    copy = headers.read_header(tmp_path / "copy.gguf")
+    assert copy.specs == read.specs
+
+
+def test_a_scale_beside_nvfp4_that_is_not_one_a_matrix_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "good.gguf", "F32")
+    read = headers.read_header(path)
+    specs = [container.tensor_spec(s.name, "NVFP4" if s.name == "blk.0.ffn_up.weight" else s.dtype, s.shape) for s in read.specs.values()]
+    head, _, size = headers.header(read.fields, [*specs, container.tensor_spec("blk.0.ffn_up.scale", "F32", (2,))])
+    path.write_bytes(head + bytes(size - len(head)))
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.scale' is F32 \[2\], expected F32 \[1\]"):
+        Checkpoint.open(str(path))

@@ -6,6 +6,7 @@ Needs a built llama.cpp source tree at QUANTCLI_LLAMA_CPP.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -138,3 +139,23 @@ def test_llama_cpp_loads_what_a_recipe_writes_and_finds_the_decoded_weights_perp
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
     theirs = perplexity_in_llama_cpp(decoded, text)
     assert perplexity_in_llama_cpp(tmp_path / "ours.gguf", text) == pytest.approx(theirs, rel=0.01)
+
+
+def test_an_nvfp4_folder_becomes_the_file_that_convert_makes(tmp_path: Path) -> None:
+    """Tensors and the scales beside them; llama.cpp runs it as well as the decoded weights."""
+    text = tmp_path / "text.txt"
+    text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
+    with Checkpoint.open(str(PICO)) as source:
+        list(pipeline.quantize(source, tmp_path / "coded", recipes.load("nvfp4")))
+    with Checkpoint.open(str(tmp_path / "coded")) as source:
+        decoded = export(source, tmp_path / "decoded.gguf", "F32")
+        recipe = replace(recipe_that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
+        list(pipeline.quantize(source, tmp_path / "ours.gguf", recipe))
+    a, b = (read_header(path) for path in (tmp_path / "ours.gguf", convert(tmp_path / "coded", tmp_path / "theirs.gguf", "gpt-2")))
+    assert a.specs == {name: b.specs[name] for name in a.specs}
+    assert b.specs.keys() == a.specs.keys()
+    assert a.get("general.file_type") == b.get("general.file_type")
+    ours, theirs = a.path.read_bytes(), b.path.read_bytes()
+    for name, spec in a.specs.items():
+        assert ours[a.offsets[name] :][: spec.nbytes] == theirs[b.offsets[name] :][: spec.nbytes], name
+    assert perplexity_in_llama_cpp(a.path, text) == pytest.approx(perplexity_in_llama_cpp(decoded, text), rel=0.01)

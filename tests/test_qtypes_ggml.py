@@ -10,7 +10,7 @@ from quantcli import ops
 from quantcli.errors import NumericsError, RecipeError, UnsupportedError
 from quantcli.ops.blocks import KINDS
 from quantcli.registry import find
-from quantcli.tensors import Scheme
+from quantcli.tensors import DTYPES, Scheme
 
 BITS_PER_WEIGHT = {"q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q5_1": 6.0, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
 BITS_PER_WEIGHT |= {"q2_k": 2.625, "q3_k": 3.4375, "iq4_nl": 4.5, "iq4_xs": 4.25}
@@ -100,6 +100,29 @@ def test_an_offset_beyond_float16_is_an_error_too(name: str, W: Tensor) -> None:
     W[3] = -1e5 + torch.arange(512) % 2  # a scale that fits, an offset that does not
     with pytest.raises(NumericsError, match=f"a scale or offset of {name} does not fit float16"):
         find("qtypes", name).encode(W, Scheme.parse(name))
+
+
+def test_a_scaled_matrix_keeps_in_nvfp4_what_its_blocks_alone_lose_or_refuse(W: Tensor) -> None:
+    qtype, plain, scaled = find("qtypes", "ggml_nvfp4"), Scheme.parse("ggml_nvfp4"), Scheme.parse("ggml_nvfp4-scaled")
+    usual = float((qtype.unpack(qtype.encode(W, plain)) - W).square().sum() / W.square().sum())
+    for factor in (1e-6, 1e-3, 0.7, 3.3, 1e6):
+        V = factor * W
+        tensor = qtype.encode(V, scaled)
+        assert {name: (part.dtype, tuple(part.shape)) for name, part in tensor.parts.items()} == {
+            name: (DTYPES[spec.dtype], spec.shape) for name, spec in qtype.layout(tuple(V.shape), scaled).items()
+        }
+        assert float((qtype.unpack(tensor) - V).square().sum() / V.square().sum()) < 1.5 * usual
+        grid = qtype.fit(V, scaled)
+        codes = grid.encode(V)
+        torch.testing.assert_close(qtype.unpack(qtype.pack(codes, grid, scaled)), grid.decode(codes), rtol=3e-7, atol=0)
+    assert not qtype.unpack(qtype.encode(torch.zeros(2, 64), scaled)).any()
+
+
+def test_the_largest_weight_of_a_scaled_matrix_always_fits(W: Tensor) -> None:
+    qtype, scaled = find("qtypes", "ggml_nvfp4"), Scheme.parse("ggml_nvfp4-scaled")
+    for peak in torch.rand(200, generator=torch.Generator().manual_seed(3)) * 1000 + 10:
+        row = torch.cat((peak.view(1), W[0, :63])).view(1, 64)
+        assert float(qtype.unpack(qtype.encode(row, scaled))[0, 0]) == pytest.approx(float(peak), rel=1e-6)
 
 
 def test_a_weight_beyond_nvfp4s_largest_scale_is_an_error(W: Tensor) -> None:

@@ -36,6 +36,7 @@ SCHEMES = [
         "nvfp4",
         "ggml_mxfp4",
         "ggml_nvfp4",
+        "ggml_nvfp4-scaled",
     ),
 ]
 
@@ -111,6 +112,7 @@ def test_an_exact_pair_decodes_bit_for_bit_and_kept_codes_nearly_so(sources: dic
         ("ggml_mxfp4", "mxfp4", "exact"),
         ("ggml_mxfp4", "mxfp4+mxfp4-g32", "exact"),
         ("nvfp4", "ggml_nvfp4", None),
+        ("nvfp4", "ggml_nvfp4-scaled", "codes"),
         ("int4-g32-sym", "int4-g128-sym", None),
         ("int4-g128-asym", "int4-g128-sym", None),
         ("int4-g128-asym", "q4_0", None),
@@ -188,3 +190,23 @@ def test_hqqs_codes_go_over_with_the_zero_point_in_the_minimum(bits: float, targ
 )
 def test_hqqs_codes_stay_behind_where_there_is_no_place_for_them(bits: float, group_size: int, axis: int, target: str) -> None:
     assert regrid.exactness(hqq_coded(bits, group_size, axis).scheme, Scheme.of(target), IN_FEATURES) is None
+
+
+def nvfp4_with(global_scale: float, sign: int = 0) -> QuantizedTensor:
+    tensor = rtn.quantize(weights(), known("nvfp4"))
+    scale = (tensor.parts["scale"].view(torch.uint8) | sign).view(torch.float8_e4m3fn)
+    return replace(tensor, parts={**tensor.parts, "scale": scale, "global_scale": torch.tensor([global_scale])})
+
+
+def test_nvfp4_goes_over_exactly_where_the_reciprocal_of_its_global_scale_is_a_float() -> None:
+    target = known("ggml_nvfp4-scaled")
+    for global_scale, is_exact in ((64.0, True), (70.7, False)):
+        tensor = nvfp4_with(global_scale)
+        out, said = regrid.regrid(tensor, target)
+        assert said == is_exact
+        torch.testing.assert_close(regrid.decode(out), regrid.decode(tensor), rtol=3e-7, atol=0)
+
+
+def test_nvfp4_with_a_negative_scale_is_refused() -> None:
+    with pytest.raises(NumericsError, match="negative or no number"):
+        regrid.regrid(nvfp4_with(64.0, sign=128), known("ggml_nvfp4-scaled"))

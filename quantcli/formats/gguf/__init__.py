@@ -217,11 +217,16 @@ def extra_tensors(arch: Architecture, config: Mapping) -> dict[str, Tensor]:
 
 
 def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
-    """The file's tensor for a logical one: ``scheme``'s type, F32 for norms and biases, and the stored type for a matrix left alone."""
+    """The file's tensor for a logical one: ``scheme``'s type, F32 for norms and biases, and the stored type for a matrix left alone; and
+    the tensor of its scale where it has one for the whole matrix."""
     target = context.names.get(spec.name)
     if target is None:
         return []
-    return [tensor_spec(slot(context.arch, spec.name, target), stored_type(target, spec, scheme, context), spec.shape)]
+    name = slot(context.arch, spec.name, target)
+    stored = tensor_spec(name, stored_type(target, spec, scheme, context), spec.shape)
+    if scheme is None or not scheme.get("scaled"):
+        return [stored]
+    return [stored, TensorSpec.dense(naming.scale_name(name), "F32", () if name != target else (1,))]  # of experts: one number each
 
 
 def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None, context: Context) -> str:
@@ -244,7 +249,11 @@ def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict
     else:
         data = dense(name, target, tensor, context)
     order = context.arch.row_order(name, data.shape[0], context.config)
-    return {slot(context.arch, name, target): data if order is None else data[order]}
+    place = slot(context.arch, name, target)
+    found = {place: data if order is None else data[order]}
+    if isinstance(tensor, QuantizedTensor) and "scale" in tensor.parts:
+        found[naming.scale_name(place)] = tensor.parts["scale"].view(() if place != target else (1,))
+    return found
 
 
 def dense(name: str, target: str, tensor: Tensor, context: Context) -> Tensor:

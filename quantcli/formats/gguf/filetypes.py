@@ -17,7 +17,7 @@ from quantcli.errors import RecipeError
 from quantcli.formats.gguf import metadata as keyed
 from quantcli.formats.gguf.chooser import DENSE, EMBEDDINGS, Chooser, fit, is_quantizable
 from quantcli.formats.gguf.container import BLOCKS, Field, ggml_type_of, qtype_of
-from quantcli.formats.gguf.mixes import TABLE, FileType, Model
+from quantcli.formats.gguf.mixes import CONVERTED, TABLE, FileType, Model
 from quantcli.formats.gguf.naming import architecture, file_order, gguf_names, slices_of
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import Scheme, TensorSpec
@@ -162,11 +162,13 @@ def general_file_type(
         if hf in names:
             n_weights[names[hf]][ggml_type_of(scheme.qtype)] += specs[hf].n_elements
 
+    known = FILE_TYPES | CONVERTED
+
     def agreement(name: str) -> tuple[int, bool]:
-        chosen = choose_types(FILE_TYPES[name], Options(), model, shapes)
+        chosen = choose_types(known[name], Options(), model, shapes)
         return sum(n_weights[target][ggml_type] for target, ggml_type in chosen.items() if ggml_type is not None), name == asked
 
-    return FILE_TYPES[max(FILE_TYPES, key=agreement)]
+    return known[max(known, key=agreement)]
 
 
 def model_of(config: Mapping, names: Collection[str], overrides: dict[str, Field]) -> Model:

@@ -292,3 +292,6 @@ TABLE: dict[str, FileType] = {
     "IQ4_XS": FileType(LlamaFileType.MOSTLY_IQ4_XS, "IQ4_XS", rules=BESIDE_Q5_K),
 }
 """Every file type that llama-quantize names, but Q1_0, Q2_0 and IQ1_*."""
+
+CONVERTED = {"NVFP4": FileType(LlamaFileType.MOSTLY_NVFP4, "NVFP4")}
+"""What convert_hf_to_gguf alone makes, from folders that have the type."""

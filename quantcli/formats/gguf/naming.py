@@ -123,6 +123,11 @@ def slice_name(gguf_name: str, number: int) -> str:
     return f"{gguf_name}[{number}]"
 
 
+def scale_name(gguf_name: str) -> str:
+    """The tensor beside a matrix, or beside a slice, whose scale it holds."""
+    return gguf_name.replace(".weight", ".scale")
+
+
 def whole(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, list[TensorSpec]]]:
     """The tensors that ``specs`` make: each with its slices by number, or with itself alone. In the file's order."""
     groups: dict[str, dict[int, TensorSpec]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from quantcli.formats.gguf import rope
 from quantcli.formats.gguf.configuration import config_of
 from quantcli.formats.gguf.container import Container, qtype_of, row_bytes
 from quantcli.formats.gguf.expected import check_tensors
-from quantcli.formats.gguf.naming import slice_number
+from quantcli.formats.gguf.naming import scale_name, slice_number
 from quantcli.formats.gguf.splits import read_model
 from quantcli.json_files import shown
 from quantcli.locations import Location, read_tensor
@@ -41,7 +42,9 @@ class GgufCheckpoint(Checkpoint):
         view = stored_view(container) if as_stored else view_of(container)
         self.container, self.arch, self.gguf_names = container, view.arch, view.names
         specs = {name: spec_of(container, view.arch, stored, name) for name, stored in view.names.items()}
-        schemes = {name: Scheme.of(qtype_of(s.dtype)) for name, s in specs.items() if qtype_of(s.dtype) in KINDS}
+        # among a file's own names such a scale is a tensor like any other
+        self.scales = {} if self.is_stored else scales_beside(container)
+        schemes = {name: self._scheme(name, s) for name, s in specs.items() if qtype_of(s.dtype) in KINDS}
         super().__init__(
             path,
             kind="gguf",
@@ -69,14 +72,23 @@ class GgufCheckpoint(Checkpoint):
 
     def load_quantized(self, name: str) -> QuantizedTensor:
         scheme = self.schemes.get(name, Scheme.of(qtype_of(self.specs[name].dtype)))
-        return QuantizedTensor(scheme, self.specs[name].shape, {"blocks": self._in_order(name)})
+        parts = {"blocks": self._in_order(name)}
+        if scheme.get("scaled"):
+            beside = self.scales[self.gguf_names[name]]
+            number = slice_number(self.arch, name, self.gguf_names[name]) or 0
+            parts["scale"] = self._raw(beside, self.container.specs[beside])[number].view(1)
+        return QuantizedTensor(scheme, self.specs[name].shape, parts)
+
+    def _scheme(self, name: str, spec: TensorSpec) -> Scheme:
+        qtype = qtype_of(spec.dtype)
+        return Scheme.of(qtype, scaled=True) if self.gguf_names[name] in self.scales else Scheme.of(qtype)
 
     def locations(self) -> list[Location]:
         return [self.container.location(name) for name in self.container.specs]
 
     def unnamed(self) -> dict[str, Tensor]:
         """The stored tensors that ``specs`` has no name for, because the config says what they hold: by GGUF name."""
-        named = set(self.gguf_names.values())
+        named = {*self.gguf_names.values(), *apart(self.container)}
         return {name: self._raw(name, spec) for name, spec in self.container.specs.items() if name not in named}
 
     def _in_order(self, name: str) -> Tensor:
@@ -117,7 +129,8 @@ def view_of(container: Container) -> View:
     arch = archs.of_gguf(name, container.specs, container.fields)
     if arch is None or not arch.readable:
         return stored_view(container, f"architecture '{name}' has no Hugging Face names here")
-    table = {hf: stored for stored in container.specs if stored != rope.TENSOR for hf in hf_names(container, arch, stored)}
+    beside = {rope.TENSOR, *apart(container)}
+    table = {hf: stored for stored in container.specs if stored not in beside for hf in hf_names(container, arch, stored)}
     if "" in table:
         return stored_view(container, f"'{table['']}' has no Hugging Face name in architecture '{name}' here")
     try:
@@ -126,6 +139,23 @@ def view_of(container: Container) -> View:
         return stored_view(container, str(error))
     check_tensors(container, arch, config)
     return View(arch, table, config)
+
+
+def scales_beside(container: Container) -> dict[str, str]:
+    """The matrices in NVFP4 that have a scale for the whole of each, as convert_hf_to_gguf writes it → the tensor that holds it."""
+    found = {name: scale_name(name) for name, spec in container.specs.items() if spec.dtype == "NVFP4" and name.endswith(".weight")}
+    found = {name: beside for name, beside in found.items() if beside in container.specs}
+    for name, beside in found.items():
+        have, shape = container.specs[beside], (math.prod(container.specs[name].shape[:-2]),)
+        if (have.dtype, have.shape) != ("F32", shape):
+            raise CheckpointError(f"{container.path}: tensor '{beside}' is {have.dtype} {list(have.shape)}, expected F32 {list(shape)}")
+    return found
+
+
+def apart(container: Container) -> list[str]:
+    """The tensors beside matrices in NVFP4 that Hugging Face has no names for: their scales, and those of what they read."""
+    scales = scales_beside(container).values()
+    return [name for beside in scales for name in (beside, beside.replace(".scale", ".input_scale")) if name in container.specs]
 
 
 def stored_view(container: Container, reason: str | None = None) -> View:
