@@ -80,6 +80,7 @@ def test_the_table_has_the_worst_tap_first() -> None:
     _, header, first, second, legend = render_stats(Console(), [calm, wild])
     assert header.split()[:3] == ["tap", "inputs", "tokens"]
     assert (first.split()[0], second.split()[0]) == ("wild", "calm")
+    assert (header.split()[-1], first.split()[-1]) == ("coverage", "99.7%")
     assert legend.startswith(">= 6.0: channels that LLM.int8 keeps")
 
 

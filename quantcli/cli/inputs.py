@@ -40,7 +40,7 @@ def warnings(row: dict[str, Any]) -> list[str]:
 def render_stats(console: Console, rows: list[dict[str, Any]]) -> list[str]:
     """The taps as a table, those with the widest range for their size first."""
     worst_first = sorted(rows, key=lambda row: row["absmax_over_rms"], reverse=True)
-    headers = ["tap", "inputs", "tokens", "absmax", "rms", "absmax/rms", "kurtosis", ">= 6.0", "top 1 %", "dead"]
+    headers = ["tap", "inputs", "tokens", "absmax", "rms", "absmax/rms", "kurtosis", ">= 6.0", "top 1 %", "coverage"]
     cells = [
         [
             row["tap"],
@@ -52,7 +52,7 @@ def render_stats(console: Console, rows: list[dict[str, Any]]) -> list[str]:
             "-" if row["kurtosis"] is None else f"{row['kurtosis']:.1f}",
             str(row["outlier_channels"]),
             f"{row['energy_top1pct']:.1%}",
-            str(row["dead"]),
+            f"{row['coverage']:.1%}",
         ]
         for row in worst_first
     ]
