@@ -88,6 +88,7 @@ class View(Checkpoint):
             },
             quantization=inner.quantization,
             notes=inner.notes,
+            kv_cache=inner.kv_cache,
         )
         self.source = inner.source
 
@@ -102,6 +103,9 @@ class View(Checkpoint):
         piece = self._pieces[name]
         assert isinstance(piece, Piece)
         return self._inner.quantized(piece.stored)
+
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        return self._inner.cache_scales(attention)
 
     def locations(self) -> Iterable[Location]:
         return self._inner.locations()

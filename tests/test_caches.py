@@ -14,14 +14,14 @@ from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli import calibrate, pipeline, recipe
+from quantcli import calibrate, cuts, pipeline, recipe
 from quantcli.calibrate import Activations
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.evaluate import perplexity
 from quantcli.forward import Forward
 from quantcli.pipeline import Calibrated
-from quantcli.recipe import PassSpec
+from quantcli.recipe import PassSpec, Rule
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import KV_CACHES, KvCache, Scheme
 
@@ -266,6 +266,18 @@ def test_scales_that_are_there_already_are_carried_over_and_not_measured_twice(f
     with Checkpoint.open(str(again)) as output, Checkpoint.open(str(first)) as before:
         assert output.kv_cache == before.kv_cache
         assert all(map(torch.equal, output.cache_scales("model.layers.1.self_attn"), before.cache_scales("model.layers.1.self_attn")))
+
+
+def test_a_view_of_a_checkpoint_has_its_caches_scales(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Or an untied head would have them measured anew, beside those that are carried over."""
+    first = quantize(tiny_llama(layers=1, tied=True), tmp_path / "first", with_cache("fp8"))
+    with Checkpoint.open(str(first)) as source:
+        view = cuts.untied(source, "model.embed_tokens.weight")
+        assert view.kv_cache == source.kv_cache
+        assert all(map(torch.equal, view.cache_scales("model.layers.0.self_attn"), source.cache_scales("model.layers.0.self_attn")))
+    head = with_cache("int8", rules=(Rule.parse("lm_head", "fp8-channel"),))
+    with pytest.raises(RecipeError, match="has scales for its cache already"):
+        quantize(first, tmp_path / "second", head)
 
 
 def test_a_latent_attention_is_refused(tmp_path: Path) -> None:
