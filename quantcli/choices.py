@@ -70,7 +70,8 @@ def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme
     schemes = {name: scheme for name, scheme in wanted.items() if name not in source.schemes and not is_coded(scheme)}
     for name, scheme in source.schemes.items():
         shape = source.specs[name].shape
-        fitting = (s for s in regrid.candidates(scheme) if fmt.supports(s) and regrid.exactness(scheme, s, shape[-1]) and fits(shape, s))
+        held = (s for s in regrid.candidates(scheme) if fmt.supports(s) and regrid.exactness(scheme, s, shape[-1]) and fits(shape, s))
+        fitting = (s for s in held if not hasattr(fmt, "why_not") or fmt.why_not(s, source.config) is None)
         if (chosen := next(fitting, None)) is None and fmt.USUAL_SCHEME is not None:
             chosen = Scheme.parse(fmt.USUAL_SCHEME)
         if chosen is not None:

@@ -166,6 +166,8 @@ def make(
     for name, scheme in schemes.items():
         if not fmt.supports(scheme):
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
+        if hasattr(fmt, "why_not") and (reason := fmt.why_not(scheme, source.config)) is not None:
+            raise UnsupportedError(f"{name}: {scheme}: {reason}; choose another scheme")
         with about(name):
             find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
     words: dict[str, Any] = {"kv_cache": recipe.kv_cache} if recipe.kv_cache else {}

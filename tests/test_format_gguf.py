@@ -20,12 +20,12 @@ from quantcli import recipe as recipes
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
-from quantcli.events import Finished
+from quantcli.events import Finished, Planned
 from quantcli.formats import gguf
 from quantcli.formats.gguf import container, headers, rope
 from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.ops.blocks import KINDS
-from quantcli.recipe import Recipe
+from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 
@@ -527,3 +527,16 @@ def test_a_scale_beside_nvfp4_that_is_not_one_a_matrix_is_refused(tiny_llama: An
     path.write_bytes(head + bytes(size - len(head)))
     with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.scale' is F32 \[2\], expected F32 \[1\]"):
         Checkpoint.open(str(path))
+
+
+def test_nvfp4_is_rounded_anew_where_llama_cpp_forgets_the_scale_of_a_matrix(tmp_path: Path) -> None:
+    with Checkpoint.open(str(families.make("qwen2", tmp_path / "dense"))) as source:
+        list(pipeline.quantize(source, tmp_path / "coded", recipes.load("nvfp4")))
+    with Checkpoint.open(str(tmp_path / "coded")) as source:
+        recipe = replace(recipe_that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
+        planned = next(pipeline.quantize(source, tmp_path / "m.gguf", recipe))
+        assert isinstance(planned, Planned)
+        assert {t.scheme for t in planned.plan.tensors if t.name in source.schemes} == {Scheme.of("q8_0")}
+        wanted = replace(recipe, rules=(Rule.parse("down_proj", "ggml_nvfp4-scaled"),))
+        with pytest.raises(UnsupportedError, match=r"down_proj.weight: ggml_nvfp4-scaled: llama.cpp does not multiply .* in qwen2"):
+            next(pipeline.quantize(source, tmp_path / "m.gguf", wanted))

@@ -30,10 +30,13 @@ from quantcli.tensors import DTYPE_NAMES, DTYPES, QuantizedTensor, Scheme, Tenso
 from quantcli.writer import Writer
 
 __all__ = ["Context", "context", "detect", "mix", "outputs", "parts", "read", "supports", "writer"]
-__all__ += ["USUAL_SCHEME", "arranged", "check_importance", "native"]
+__all__ += ["USUAL_SCHEME", "arranged", "check_importance", "native", "why_not"]
 
 USUAL_SCHEME = "q8_0"
 """What ``export`` codes to where the source's own codes do not fit."""
+
+SCALED_IN = ("llama", "qwen3", "qwen3moe")
+"""GGUF architectures where llama.cpp multiplies by the scale beside every matrix; in others it loads those of the MLP and forgets them."""
 
 NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quantcli.")
 """Metadata that says how a file was made, and that a file made from it must say for itself."""
@@ -69,6 +72,13 @@ def detect(path: Path, config: dict | None) -> bool:
 def supports(scheme: Scheme) -> bool:
     """ggml's own types: ``q4_k`` and its kin, and the dense ``f32``, ``f16``, ``bf16``."""
     return scheme.qtype in KINDS or scheme.qtype.upper() in DENSE
+
+
+def why_not(scheme: Scheme, config: Mapping[str, Any]) -> str | None:
+    """Why llama.cpp would run a model of ``config`` wrongly with ``scheme``; None where it would not."""
+    if not scheme.get("scaled") or (gguf_arch := architecture(config).gguf_arch) in SCALED_IN:
+        return None
+    return f"llama.cpp does not multiply by a matrix's own scale everywhere in {gguf_arch}, only in {', '.join(SCALED_IN)}"
 
 
 def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:

@@ -76,7 +76,10 @@ class GgufCheckpoint(Checkpoint):
         if scheme.get("scaled"):
             beside = self.scales[self.gguf_names[name]]
             number = slice_number(self.arch, name, self.gguf_names[name]) or 0
-            parts["scale"] = self._raw(beside, self.container.specs[beside])[number].view(1)
+            scales = self._raw(beside, self.container.specs[beside])
+            if number >= len(scales):
+                raise CheckpointError(f"{self.path}: tensor '{beside}' has {len(scales)} scales, and {name} is number {number}")
+            parts["scale"] = scales[number].view(1)
         return QuantizedTensor(scheme, self.specs[name].shape, parts)
 
     def _scheme(self, name: str, spec: TensorSpec) -> Scheme:
@@ -154,8 +157,9 @@ def scales_beside(container: Container) -> dict[str, str]:
 
 def apart(container: Container) -> list[str]:
     """The tensors beside matrices in NVFP4 that Hugging Face has no names for: their scales, and those of what they read."""
-    scales = scales_beside(container).values()
-    return [name for beside in scales for name in (beside, beside.replace(".scale", ".input_scale")) if name in container.specs]
+    matrices = [name for name, spec in container.specs.items() if spec.dtype == "NVFP4" and name.endswith(".weight")]
+    beside = [scale for name in matrices for scale in (scale_name(name), name.replace(".weight", ".input_scale"))]
+    return [name for name in beside if name in container.specs]
 
 
 def stored_view(container: Container, reason: str | None = None) -> View:
