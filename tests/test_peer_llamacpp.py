@@ -22,7 +22,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.formats.gguf.headers import read_header
-from quantcli.recipe import PassSpec, Recipe
+from quantcli.recipe import PassSpec, Recipe, Rule
 from quantcli.tensors import Scheme
 
 pytestmark = pytest.mark.peer
@@ -127,6 +127,21 @@ def test_llama_cpp_runs_what_we_export_from_every_dialect_as_well_as_the_decoded
         list(pipeline.quantize(source, tmp_path / "kept.gguf", recipe_that_keeps(source, "gguf")))
     theirs = perplexity_in_llama_cpp(decoded, text)
     assert perplexity_in_llama_cpp(tmp_path / "kept.gguf", text) == pytest.approx(theirs, rel=0.01)  # ggml rounds activations to 8 bits
+
+
+def test_llama_cpp_runs_the_head_that_a_rule_untied(tmp_path: Path) -> None:
+    """Coded so roughly that it shows which matrix is run."""
+    text = tmp_path / "text.txt"
+    text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
+    found = {}
+    with Checkpoint.open(str(PICO)) as source:
+        for name, rules in (("tied", ()), ("untied", (Rule.parse("lm_head", "q2_k"),))):
+            list(pipeline.quantize(source, tmp_path / f"{name}.gguf", replace(recipes.load("f32"), rules=rules)))
+            found[name] = perplexity_in_llama_cpp(tmp_path / f"{name}.gguf", text)
+    with Checkpoint.open(str(tmp_path / "untied.gguf")) as source:
+        decoded = export(source, tmp_path / "decoded.gguf", "F32")
+    assert found["untied"] == pytest.approx(perplexity_in_llama_cpp(decoded, text), rel=0.01)
+    assert abs(found["untied"] / found["tied"] - 1) > 0.03
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.shipped() if recipes.load(name).format == "gguf"])
