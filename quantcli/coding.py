@@ -160,7 +160,7 @@ class Coding:
             method = self.plan.recipe.calibration.input_range
             tensor = with_input_scale(name, tensor, stats.get(unit.taps.get(name, "")), method)
             self._put(name, tensor)
-            if loaded is not None:
+            if loaded is not None and name in loaded.tensors:  # which the format may have cut from one that the model has whole
                 loaded.set(name, regrid.decode(tensor))
         return list(reports.values())
 

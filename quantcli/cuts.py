@@ -74,7 +74,7 @@ class View(Checkpoint):
     ``config``: in place of that of ``inner``."""
 
     def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece | Joint], config: dict[str, Any] | None = None) -> None:
-        self._inner = inner
+        self.inner = inner
         self._pieces = dict(pieces)
         super().__init__(
             inner.path,
@@ -95,29 +95,29 @@ class View(Checkpoint):
     def load(self, name: str) -> Tensor:
         piece = self._pieces[name]
         if isinstance(piece, Joint):
-            return piece.made(self._inner.read)
-        tensor = self._inner.read(piece.stored)
+            return piece.made(self.inner.read)
+        tensor = self.inner.read(piece.stored)
         return tensor if piece.take is None else piece.take(tensor).contiguous()
 
     def load_quantized(self, name: str) -> QuantizedTensor:
         piece = self._pieces[name]
         assert isinstance(piece, Piece)
-        return self._inner.quantized(piece.stored)
+        return self.inner.quantized(piece.stored)
 
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
         return self._inner.cache_scales(attention)
 
     def locations(self) -> Iterable[Location]:
-        return self._inner.locations()
+        return self.inner.locations()
 
     def fingerprint(self) -> str:
-        return self._inner.fingerprint()
+        return self.inner.fingerprint()
 
     def sidecars(self) -> dict[str, Path]:
-        return self._inner.sidecars()
+        return self.inner.sidecars()
 
     def close(self) -> None:
-        self._inner.close()
+        self.inner.close()
 
 
 def _spec(name: str, piece: Piece | Joint, specs: Mapping[str, TensorSpec]) -> TensorSpec:

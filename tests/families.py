@@ -43,8 +43,8 @@ class Case:
     convert_hf_to_gguf cannot convert this one; ``unconverted``: why there is no such file at all;
     ``sentencepiece``: the kind of tokenizer, which decides by what road llama.cpp converts;
     ``differing``: keys that are not llama.cpp's → why; ``elsewhere``: keys that llama.cpp writes in another place among the others;
-    ``packed``: experts in MXFP4; ``lost``: rotary parameters that no key tells → what they come back as, which is what every published
-    model has.
+    ``packed``: experts in MXFP4; ``lost``: words of the config, or rotary parameters, that no key tells → what they come back as, which
+    is what every published model has.
     """
 
     model_type: str
@@ -111,6 +111,7 @@ DEEPSEEK |= {
 }
 DEEPSEEK |= {"n_group": 1, "topk_group": 1}
 
+FALCON_LOST = {"max_position_embeddings": 2048}
 LOST_NORMS = "its stablelm.py gathers the heads' norms and then returns them from a generator, so that they are lost"
 
 CASES: dict[str, Case] = {
@@ -141,8 +142,8 @@ CASES: dict[str, Case] = {
     "phi3, longrope": Case("phi3", LONGROPE, elsewhere=("phi3.rope.scaling.attn_factor",)),
     "glm4": Case("glm4", {"head_dim": 16}),
     "gpt2": Case("gpt2", GPT2, {"n_ctx": 256}),
-    "falcon 7b": Case("falcon", {"num_key_value_heads": None, "multi_query": True}, {"num_kv_heads": 1}),
-    "falcon 40b": Case("falcon", {"num_key_value_heads": None, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon 7b": Case("falcon", {"num_key_value_heads": None, "multi_query": True}, {"num_kv_heads": 1}, lost=FALCON_LOST),
+    "falcon 40b": Case("falcon", {"num_key_value_heads": None, "new_decoder_architecture": True, "num_kv_heads": 2}, lost=FALCON_LOST),
     "gpt-oss": Case("gpt_oss", GPT_OSS, lost={"truncate": False}),
     "gpt-oss, mxfp4": Case("gpt_oss", GPT_OSS, packed=True, lost={"truncate": False}),
     "deepseek v2": Case("deepseek_v2", DEEPSEEK),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -76,9 +77,9 @@ class Architecture:
     of keys in ``formats.gguf.metadata.GROUPS``; ``computed``: tensors that no checkpoint stores, names in ``formats.gguf.rope.COMPUTED``;
     ``dropped``: patterns of tensors that have no place there → the reason.
 
-    For reading GGUF files: ``present``: config word → the tensor of a layer that is there when it is true; ``fixed``: words that no key
-    tells; ``restored``: names in ``formats.gguf.configuration.RESTORED``, of words that follow from others; ``readable``: whether files
-    can be read under HF's names at all.
+    For reading GGUF files: ``present``: config word → the tensor of some layer that is there when it is true; ``renamed``: config word →
+    the one of ``also`` that the disk has when it is true; ``fixed``: words that no key tells; ``restored``: names in
+    ``formats.gguf.configuration.RESTORED``, of words that follow from others.
     """
 
     model_types: tuple[str, ...]
@@ -100,8 +101,8 @@ class Architecture:
     dropped: Mapping[str, str] = field(default_factory=dict)
     present: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     restored: tuple[str, ...] = ()
-    readable: bool = True
 
     def usual(self, config: Mapping) -> dict:
         """``config`` in the usual words: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
@@ -118,9 +119,10 @@ class Architecture:
         """The name that everybody's folders have for the HF tensor ``name``."""
         return _renamed(self.rooted(name), dict(self.also)) or name
 
-    def hf_name(self, name: str) -> str | None:
+    def hf_name(self, name: str, config: Mapping = MappingProxyType({})) -> str | None:
         """The HF name of the GGUF tensor ``name``, with ``{e}`` where it holds one of each expert; None when there is no such tensor."""
-        return _renamed(name, self._to_hf)
+        others = {self._to_gguf[other]: other for word, other in self.renamed.items() if config.get(word)}
+        return _renamed(name, self._to_hf | others)
 
     def tap(self, name: str) -> str | None:
         """The tap of the HF weight ``name``: the name of the linear that is first to read its input; None when it is no known linear."""
@@ -175,7 +177,7 @@ class StoredNames(Architecture):
     def gguf_name(self, name: str) -> str | None:
         return name
 
-    def hf_name(self, name: str) -> str | None:
+    def hf_name(self, name: str, config: Mapping = MappingProxyType({})) -> str | None:
         return name
 
 

@@ -18,21 +18,21 @@ KEYS = (
     Key("expert_used_count", "num_experts_per_tok"),
     Key("expert_group_count", "n_group"),
     Key("expert_group_used_count", "topk_group"),
-    Key("expert_gating_func", computed="gating function"),
+    Key("expert_gating_func", "scoring_func", computed="gating function"),
     Key("attention.key_length", computed="MLA's key width"),
     Key("attention.value_length", "kv_lora_rank"),
     Key("leading_dense_block_count", "first_k_dense_replace", default=0),
     Key("vocab_size", "vocab_size"),
     Key("attention.q_lora_rank", "q_lora_rank"),
     Key("attention.kv_lora_rank", "kv_lora_rank", default=REQUIRED),
-    Key("attention.key_length_mla", computed="MLA's key width, uncompressed"),
+    Key("attention.key_length_mla", "qk_head_dim", computed="MLA's key width, uncompressed", default=REQUIRED),
     Key("attention.value_length_mla", "v_head_dim", default=REQUIRED),
     Key("expert_feed_forward_length", "moe_intermediate_size", default=REQUIRED),
     Key("expert_shared_count", "n_shared_experts", default=0),
     Key("expert_weights_scale", "routed_scaling_factor", "f32"),
-    Key("expert_weights_norm", kind="bool", computed="normed expert weights"),
+    Key("expert_weights_norm", "norm_topk_prob", "bool", computed="normed expert weights"),
     Key("rope.dimension_count", "qk_rope_head_dim", default=REQUIRED),
-    Key("rope.scaling.yarn_log_multiplier", kind="f32", computed="yarn's log multiplier"),
+    Key("rope.scaling.yarn_log_multiplier", "mscale_all_dim", "f32", computed="yarn's log multiplier"),
 )
 
 ARCH = Architecture(
@@ -79,5 +79,6 @@ ARCH = Architecture(
     defaults={"rms_norm_eps": 1e-6},
     dropped=DROPPED,
     fixed={"hidden_act": "silu"},
-    readable=False,
+    present={"has_score_correction": "mlp.gate.e_score_correction_bias"},
+    restored=("deepseek's words",),
 )

@@ -43,5 +43,8 @@ ARCH = Architecture(
         "n_head_kv": "num_key_value_heads",
     },
     defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-    readable=False,
+    present={"new_decoder_architecture": "ln_attn.weight", "bias": "self_attention.dense.bias"},
+    renamed={"new_decoder_architecture": "transformer.h.{i}.ln_mlp"},
+    fixed={"alibi": False, "parallel_attn": True, "activation": "gelu"},
+    restored=("falcon's heads",),
 )

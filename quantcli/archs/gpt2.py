@@ -38,5 +38,4 @@ ARCH = Architecture(
     defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     dropped={r"\.attn\.(masked_)?bias$": "the causal mask, which every engine knows"},
     fixed={"activation_function": "gelu_new"},
-    readable=False,
 )

@@ -229,6 +229,9 @@ class _Tensors(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._get(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

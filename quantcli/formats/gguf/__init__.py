@@ -103,6 +103,13 @@ def native(source: Checkpoint) -> Checkpoint:
     return stored
 
 
+def file_behind(source: Checkpoint) -> GgufCheckpoint | None:
+    """The GGUF file that ``source`` is, or shows under other names."""
+    while isinstance(source, cuts.View):
+        source = source.inner
+    return source if isinstance(source, GgufCheckpoint) else None
+
+
 def arranged(source: Checkpoint) -> Checkpoint:
     """``source`` as GGUF cuts it: experts one by one, and what else of its architecture a file stores otherwise than a folder."""
     arch = architecture(source.config)
@@ -131,8 +138,8 @@ def context(
     names = filetypes.without_layers(table.names, chosen.prune_layers)
     split_bytes = None if chosen.split_max_size is None else splits.parse_size(chosen.split_max_size)
     notes: tuple[str, ...] = ()
-    if isinstance(source, GgufCheckpoint):
-        fields, extras = inherited(source, chosen.pre_tokenizer), source.unnamed()
+    if (file := file_behind(source)) is not None:
+        fields, extras = inherited(file, chosen.pre_tokenizer), file.unnamed()
     else:
         check_complete(source, config, table.names.values())
         extras = extra_tensors(arch, config)
@@ -172,7 +179,7 @@ def file_type(
     source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[str, str], asked: str | None, options: Mapping[str, Any]
 ) -> Field:
     """general.file_type: that of a GGUF source whose tensors are handed on, else of the mix that ``schemes`` are nearest to."""
-    if asked is None and isinstance(source, GgufCheckpoint) and (stated := source.container.fields.get("general.file_type")):
+    if asked is None and (file := file_behind(source)) and (stated := file.container.fields.get("general.file_type")):
         return stated
     kind = filetypes.general_file_type(schemes, names, source.specs, source.config, asked=asked, **options)
     return Field(GGUFValueType.UINT32, int(kind.number))

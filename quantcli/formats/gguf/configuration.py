@@ -11,6 +11,7 @@ import numpy as np
 from quantcli.archs import REQUIRED, Architecture, Key
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.container import Container
+from quantcli.formats.gguf.metadata import GATING_FUNCTIONS
 from quantcli.json_files import shown
 
 YARN_WORDS = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
@@ -25,7 +26,8 @@ def config_of(container: Container, arch: Architecture) -> dict:
             value = _value(container, f"{p}.{key.name}", key)
             config |= {} if value in (None, key.default) else {key.all_words[0]: value}
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    if any(isinstance(key, Key) and key.name == "attention.key_length" for key in arch.keys):  # elsewhere no width but the usual is known
+        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config |= {
         "rope_parameters": _rope(container, p),
         "vocab_size": specs["token_embd.weight"].shape[0] if "token_embd.weight" in specs else 0,
@@ -33,11 +35,13 @@ def config_of(container: Container, arch: Architecture) -> dict:
         "dtype": "float32",
     }
     for word, tensor in arch.present.items():
-        config[word] = arch.gguf_name(f"{arch.layer}.{tensor}".replace("{i}", "0")) in specs
+        layers = range(min(config["num_hidden_layers"], len(specs)))
+        config[word] = any(arch.gguf_name(f"{arch.layer}.{tensor}".replace("{i}", str(i))) in specs for i in layers)
     for word in arch.restored:
         config |= RESTORED[word](config)
     ids = {word: container.get(f"tokenizer.ggml.{key}_token_id") for word, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
-    return config | {f"{word}_token_id": value for word, value in ids.items() if isinstance(value, int)}
+    # A family's own default may be beyond this model's vocabulary.
+    return config | {"pad_token_id": None} | {f"{word}_token_id": value for word, value in ids.items() if isinstance(value, int)}
 
 
 def _value(container: Container, name: str, key: Key) -> Any:
@@ -81,10 +85,39 @@ def untruncated_yarn(config: Mapping) -> dict:
     return {"rope_parameters": rope | {"truncate": False}} if rope["rope_type"] == "yarn" else {}
 
 
+def falcon_heads(config: Mapping) -> dict:
+    """The words that the family has of its own: where not all heads have keys, ``multi_query``; the newer models have two norms."""
+    n_kv, is_new = config["num_key_value_heads"], config["new_decoder_architecture"]
+    return {"num_kv_heads": n_kv, "multi_query": n_kv == 1 or is_new, "num_ln_in_parallel_attn": 2 if is_new else None}
+
+
+def deepseek_words(config: Mapping) -> dict:
+    """V3 is the one whose routers have a correction. What the file leaves out was zero, or false."""
+    rotated = config["qk_rope_head_dim"]
+    rope = {word: value for word, value in config["rope_parameters"].items() if word != "partial_rotary_factor"}
+    if (mscale := config.get("mscale_all_dim")) is not None:
+        rope["mscale"] = rope["mscale_all_dim"] = float(f"{10 * mscale:.6g}")  # llama.cpp takes both to be the same
+    words: dict[str, Any] = {"qk_nope_head_dim": config["qk_head_dim"] - rotated, "head_dim": rotated, "rope_parameters": rope}
+    absent = {"q_lora_rank": None, "n_shared_experts": 0, "first_k_dense_replace": 0, "norm_topk_prob": False}
+    words |= {word: value for word, value in absent.items() if word not in config}
+    if config["has_score_correction"]:
+        words |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "topk_method": "noaux_tc"}
+    else:
+        words["topk_method"] = "group_limited_greedy" if config.get("n_group", 1) > 1 else "greedy"
+    if (number := config.get("scoring_func")) is not None:
+        known = {number: word for word, number in GATING_FUNCTIONS.items()}
+        if number not in known:
+            raise UnsupportedError(f"expert_gating_func {number}: quantcli knows {', '.join(f'{n} ({word})' for n, word in known.items())}")
+        words["scoring_func"] = known[number]
+    return words
+
+
 RESTORED: dict[str, Callable[[Mapping], dict]] = {
     "gemma 2's query scale": gemma2_scale,
     "gemma 3's query scale": gemma3_scale,
     "gpt-oss's untruncated yarn": untruncated_yarn,
+    "falcon's heads": falcon_heads,
+    "deepseek's words": deepseek_words,
 }
 """Words of a config that llama.cpp knows without a key: what an architecture's literal names → config so far → these words."""
 

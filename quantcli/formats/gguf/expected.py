@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from quantcli.archs import Architecture
 from quantcli.errors import CheckpointError
 from quantcli.formats.gguf.container import Container
+from quantcli.formats.gguf.metadata import head_dim
 
 
 def check_tensors(container: Container, arch: Architecture, config: Mapping) -> None:
@@ -32,7 +33,7 @@ def check_tensors(container: Container, arch: Architecture, config: Mapping) -> 
 def expected_shapes(arch: Architecture, config: Mapping) -> dict[str, tuple[int, ...]]:
     """Ending of a module's name → the shape of its weight in the file, where the usual words of a config tell it."""
     hidden, wide, vocab = config["hidden_size"], config.get("intermediate_size"), config["vocab_size"]
-    q, kv = (config["head_dim"] * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
+    q, kv = (head_dim(config) * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
     shapes: dict[str, tuple[int, ...]] = {
         ".self_attn.q_proj": (q, hidden),
         ".self_attn.k_proj": (kv, hidden),
@@ -43,6 +44,26 @@ def expected_shapes(arch: Architecture, config: Mapping) -> dict[str, tuple[int,
         "layernorm": (hidden,),
         ".model.norm": (hidden,),
     }
+    if config.get("kv_lora_rank"):
+        shapes = latent_shapes(config) | {name: shape for name, shape in shapes.items() if ".self_attn." not in name}
     if wide is not None:
         shapes |= {".mlp.gate_proj": (wide, hidden), ".mlp.up_proj": (wide, hidden), ".mlp.down_proj": (hidden, wide)}
+    return shapes
+
+
+def latent_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """The same of DeepSeek's attention, whose keys and values are made of a few shared numbers: keys turned, head by head."""
+    heads, hidden, rank = config["num_attention_heads"], config["hidden_size"], config["kv_lora_rank"]
+    width, values = config["qk_head_dim"], config["v_head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        ".self_attn.q_proj": (heads * width, hidden),
+        ".self_attn.kv_a_proj_with_mqa": (rank + config["qk_rope_head_dim"], hidden),
+        ".self_attn.kv_a_layernorm": (rank,),
+        ".self_attn.k_b_proj.{e}": (heads, rank, config["qk_nope_head_dim"]),
+        ".self_attn.v_b_proj.{e}": (heads, values, rank),
+        ".self_attn.o_proj": (hidden, heads * values),
+    }
+    if q_rank := config.get("q_lora_rank"):
+        shapes |= {".self_attn.q_a_proj": (q_rank, hidden), ".self_attn.q_a_layernorm": (q_rank,)}
+        shapes |= {".self_attn.q_b_proj": (heads * width, q_rank)}
     return shapes

@@ -115,14 +115,16 @@ def falcon_key_heads(config: Mapping) -> int:
     return config.get("num_key_value_heads") or config["num_attention_heads"]
 
 
+GATING_FUNCTIONS = {"softmax": int(gguf.ExpertGatingFuncType.SOFTMAX), "sigmoid": int(gguf.ExpertGatingFuncType.SIGMOID)}
+
+
 def gating_function(config: Mapping) -> int | None:
     """llama.cpp's number for how a router's scores become weights; None where config.json does not say."""
-    known = {"softmax": gguf.ExpertGatingFuncType.SOFTMAX, "sigmoid": gguf.ExpertGatingFuncType.SIGMOID}
     if (name := config.get("scoring_func")) is None:
         return None
-    if name not in known:
-        raise UnsupportedError(f"config.json: scoring_func '{name}' cannot be written as GGUF; known are {', '.join(known)}")
-    return int(known[name])
+    if name not in GATING_FUNCTIONS:
+        raise UnsupportedError(f"config.json: scoring_func '{name}' cannot be written as GGUF; known are {', '.join(GATING_FUNCTIONS)}")
+    return GATING_FUNCTIONS[name]
 
 
 COMPUTED: dict[str, Callable[[Mapping], Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcli import archs
+from quantcli import archs, cuts
 from quantcli.archs import Architecture
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
@@ -25,6 +26,7 @@ from quantcli.formats.gguf.splits import read_model
 from quantcli.json_files import shown
 from quantcli.locations import Location, read_tensor
 from quantcli.ops.blocks import KINDS
+from quantcli.registry import find
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 WAY_OUT = "llama-quantize --allow-requantize makes a file of it in a type that can be decoded"
@@ -41,24 +43,29 @@ class GgufCheckpoint(Checkpoint):
         container = read_model(path)
         view = stored_view(container) if as_stored else view_of(container)
         self.container, self.arch, self.gguf_names = container, view.arch, view.names
-        specs = {name: spec_of(container, view.arch, stored, name) for name, stored in view.names.items()}
+        self._stored = {name: spec_of(container, view.arch, stored, name) for name, stored in view.names.items()}
         # among a file's own names such a scale is a tensor like any other
         self.scales = {} if self.is_stored else scales_beside(container)
-        schemes = {name: self._scheme(name, s) for name, s in specs.items() if qtype_of(s.dtype) in KINDS}
+        self._coded = {name: self._scheme(name, s) for name, s in self._stored.items() if qtype_of(s.dtype) in KINDS}
+        self._joints = cuts.joints_of(self._stored, view.arch.cuts, view.arch, view.config)
+        parts = {part for joint in self._joints.values() for part in joint.names}
+        specs = {name: spec for name, spec in self._stored.items() if name not in parts}
+        specs |= {name: joint.spec(name, self._stored) for name, joint in self._joints.items()}
         super().__init__(
             path,
             kind="gguf",
             config=view.config,
             specs=dict(sorted(specs.items(), key=lambda item: natural(item[0]))),
-            schemes=schemes,
+            schemes={name: scheme for name, scheme in self._coded.items() if name not in parts},
             quantization=summary(container),
             notes=view.notes,
         )
-        if rope.TENSOR in container.specs and not self.is_stored:
-            if container.specs[rope.TENSOR].dtype != "F32":
-                raise CheckpointError(f"{path}: tensor '{rope.TENSOR}' is {container.specs[rope.TENSOR].dtype}, expected F32")
-            theta = self.config["rope_parameters"]["rope_theta"]
-            self.config["rope_parameters"] = rope.llama3_parameters(self._raw(rope.TENSOR, container.specs[rope.TENSOR]), theta)
+        if not self.is_stored and (tables := self._rotary_tables()):
+            if rope.TENSOR in tables:
+                scaled = rope.llama3_parameters(tables[rope.TENSOR], self.config["rope_parameters"]["rope_theta"])
+            else:
+                scaled = rope.longrope_parameters(tables, self.config)
+            self.config["rope_parameters"] = scaled
 
     @property
     def is_stored(self) -> bool:
@@ -66,12 +73,10 @@ class GgufCheckpoint(Checkpoint):
         return isinstance(self.arch, archs.StoredNames)
 
     def load(self, name: str) -> Tensor:
-        if self.is_opaque(name):
-            raise UnsupportedError(f"{self.path}: {name} is {self.specs[name].dtype}, which quantcli cannot decode; {WAY_OUT}")
-        return self._in_order(name)
+        return self._joints[name].made(self._dense) if name in self._joints else self._dense(name)
 
     def load_quantized(self, name: str) -> QuantizedTensor:
-        scheme = self.schemes.get(name, Scheme.of(qtype_of(self.specs[name].dtype)))
+        scheme = self._coded.get(name, Scheme.of(qtype_of(self._stored[name].dtype)))
         parts = {"blocks": self._in_order(name)}
         if scheme.get("scaled"):
             beside = self.scales[self.gguf_names[name]]
@@ -80,7 +85,7 @@ class GgufCheckpoint(Checkpoint):
             if number >= len(scales):
                 raise CheckpointError(f"{self.path}: tensor '{beside}' has {len(scales)} scales, and {name} is number {number}")
             parts["scale"] = scales[number].view(1)
-        return QuantizedTensor(scheme, self.specs[name].shape, parts)
+        return QuantizedTensor(scheme, self._stored[name].shape, parts)
 
     def _scheme(self, name: str, spec: TensorSpec) -> Scheme:
         qtype = qtype_of(spec.dtype)
@@ -94,9 +99,28 @@ class GgufCheckpoint(Checkpoint):
         named = {*self.gguf_names.values(), *apart(self.container)}
         return {name: self._raw(name, spec) for name, spec in self.container.specs.items() if name not in named}
 
+    def _rotary_tables(self) -> dict[str, Tensor]:
+        """The tables from which the config is completed: by GGUF name."""
+        found = {name: self.container.specs[name] for name in rotary_tables(self.arch) if name in self.container.specs}
+        for name, spec in found.items():
+            if spec.dtype != "F32":
+                raise CheckpointError(f"{self.path}: tensor '{name}' is {spec.dtype}, expected F32")
+        if missing := found.keys() & set(rope.LONGROPE.values()) and rope.LONGROPE.values() - found.keys():
+            raise CheckpointError(f"{self.path}: tensor '{min(missing)}' is missing, and the other table of longrope is there")
+        return {name: self._raw(name, spec) for name, spec in found.items()}
+
+    def _dense(self, name: str) -> Tensor:
+        """A stored tensor under its HF name, decoded where it is blocks."""
+        if name in self._coded:
+            decoded: Tensor = find("qtypes", self._coded[name].qtype).unpack(self.load_quantized(name))
+            return decoded
+        if (dtype := self._stored[name].dtype) not in DTYPES:
+            raise UnsupportedError(f"{self.path}: {name} is {dtype}, which quantcli cannot decode; {WAY_OUT}")
+        return self._in_order(name)
+
     def _in_order(self, name: str) -> Tensor:
         """The stored tensor with its rows where HF has them: GGUF's row ``r`` is HF's row ``order[r]``."""
-        stored = self._raw(self.gguf_names[name], self.specs[name])
+        stored = self._raw(self.gguf_names[name], self._stored[name])
         if self.arch.norm_offset and self.gguf_names[name].endswith("_norm.weight"):
             stored = stored - self.arch.norm_offset
         order = self.arch.row_order(name, stored.shape[0], self.config)
@@ -130,18 +154,23 @@ def view_of(container: Container) -> View:
     """Hugging Face's view where ``archs/`` has a name for every tensor and a config for the metadata, else the file's own."""
     name = architecture_name(container)
     arch = archs.of_gguf(name, container.specs, container.fields)
-    if arch is None or not arch.readable:
+    if arch is None:
         return stored_view(container, f"architecture '{name}' has no Hugging Face names here")
-    beside = {rope.TENSOR, *apart(container)}
-    table = {hf: stored for stored in container.specs if stored not in beside for hf in hf_names(container, arch, stored)}
-    if "" in table:
-        return stored_view(container, f"'{table['']}' has no Hugging Face name in architecture '{name}' here")
+    beside = {*rotary_tables(arch), *apart(container)}
+    named = [stored for stored in container.specs if stored not in beside]
+    if unknown := next((stored for stored in named if arch.hf_name(stored) is None), None):
+        return stored_view(container, f"'{unknown}' has no Hugging Face name in architecture '{name}' here")
     try:
         config = config_of(container, arch)
     except UnsupportedError as error:
         return stored_view(container, str(error))
     check_tensors(container, arch, config)
-    return View(arch, table, config)
+    return View(arch, {hf: stored for stored in named for hf in hf_names(container, arch, stored, config)}, config)
+
+
+def rotary_tables(arch: Architecture) -> tuple[str, ...]:
+    """Tensors without a Hugging Face name: the config says what they hold."""
+    return (rope.TENSOR, *(rope.LONGROPE.values() if "longrope" in arch.computed else ()))
 
 
 def scales_beside(container: Container) -> dict[str, str]:
@@ -203,9 +232,9 @@ def architecture_name(container: Container) -> str:
     return name
 
 
-def hf_names(container: Container, arch: Architecture, gguf_name: str) -> list[str]:
-    """What a stored tensor is in Hugging Face's words: one tensor, or one for each of its slices; [""] when ``arch`` has no name for it."""
-    name = arch.hf_name(gguf_name) or ""
+def hf_names(container: Container, arch: Architecture, gguf_name: str, config: Mapping) -> list[str]:
+    """What a stored tensor is in Hugging Face's words: one tensor, or one for each of its slices."""
+    name = arch.hf_name(gguf_name, config) or ""
     return [name.replace("{e}", str(e)) for e in range(container.specs[gguf_name].shape[0])] if "{e}" in name else [name]
 
 

@@ -1,4 +1,4 @@
-"""Llama 3's rotary scaling: the table of factors a GGUF file holds, and the parameters a table came from."""
+"""Llama 3's and Phi-3's rotary scaling: the tables of factors a GGUF file holds, and the parameters they came from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.metadata import head_dim, rope_parameters, rotary_width
 
 TENSOR = "rope_freqs.weight"
+LONGROPE = {"long": "rope_factors_long.weight", "short": "rope_factors_short.weight"}
 
 PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 """(factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of Llama 3.1 and of 3.2."""
@@ -75,12 +76,24 @@ def _solve(factors: Tensor, theta: float, head_dim: int) -> list[tuple[float, fl
 def longrope_tensors(config: Mapping) -> dict[str, Tensor]:
     """The two tables of a model with Phi-3's scaling, none for others. ``config``: in the usual words."""
     rope, width = rope_parameters(config), rotary_width(config)
-    tables = {word: rope.get(f"{word}_factor") for word in ("long", "short")}
+    tables = {word: rope.get(f"{word}_factor") for word in LONGROPE}
     if not tables["long"]:
         return {}
     if any(table is None or len(table) != width / 2 for table in tables.values()):
         raise CheckpointError(f"config.json: longrope's long_factor and short_factor need {width // 2} numbers each")
-    return {f"rope_factors_{word}.weight": torch.tensor(table, dtype=torch.float32) for word, table in tables.items()}
+    return {LONGROPE[word]: torch.tensor(table, dtype=torch.float32) for word, table in tables.items()}
+
+
+def longrope_parameters(tables: Mapping[str, Tensor], config: Mapping) -> dict:
+    """HF's rope_parameters of the tables :data:`LONGROPE`; ``config``: as far as the file's metadata tells it."""
+    n, before = rotary_width(config) // 2, config.get("original_max_position_embeddings")
+    for name, table in tables.items():
+        if tuple(table.shape) != (n,) or not table.isfinite().all():
+            raise CheckpointError(f"tensor '{name}' is {list(table.shape)}, expected {n} finite factors, one for each rotary frequency")
+    if before is None:
+        raise CheckpointError("rope.scaling.original_context_length is missing in the metadata, and the file has the tables of longrope")
+    factors = {f"{word}_factor": [float(str(x)) for x in tables[name].numpy()] for word, name in LONGROPE.items()}
+    return config["rope_parameters"] | {"rope_type": "longrope", **factors, "original_max_position_embeddings": before}
 
 
 COMPUTED: dict[str, Callable[[Mapping], dict[str, Tensor]]] = {"llama3": llama3_tensors, "longrope": longrope_tensors}
