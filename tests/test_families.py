@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
 import torch
 from families import CASES
 from gguf_export import export
+from test_format_gguf import rewrite, u32
 
 from quantcli import archs, cuts, pipeline
 from quantcli.checkpoint import Checkpoint
+from quantcli.errors import CheckpointError
 from quantcli.evaluate import compare
 from quantcli.formats.gguf import metadata
 from quantcli.forward import Forward
@@ -25,7 +28,8 @@ from quantcli.recipe import parse
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Case → its model folder; only of the cases that this run asks for."""
     root = tmp_path_factory.mktemp("families")
-    asked = {item.callspec.params["case"] for item in request.session.items if item.module is request.module and hasattr(item, "callspec")}
+    here = [item for item in request.session.items if item.module is request.module]
+    asked = {item.callspec.params["case"] for item in here if hasattr(item, "callspec")} | {"falcon 40b"}
     return {name: families.make(name, root / str(k) / "tiny") for k, name in enumerate(CASES) if name in asked}
 
 
@@ -88,6 +92,32 @@ def test_a_file_is_solved_onto_other_types_of_its_own_kind(models: dict[str, Pat
     assert {k: v for k, v in after["fields"].items() if k not in ("general.file_type", "general.quantization_version")} == {
         k: v for k, v in before["fields"].items() if k not in ("general.file_type", "general.quantization_version")
     }
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [
+        ("falcon 40b", {"falcon.attention.head_count_kv": u32(4)}),
+        ("gpt2", {"gpt2.embedding_length": u32(32)}),
+        ("deepseek v3", {"deepseek2.attention.key_length_mla": u32(40)}),
+        ("phi3, longrope", {"phi3.rope.dimension_count": u32(8), "phi3.embedding_length": u32(32)}),
+    ],
+)
+def test_metadata_that_does_not_fit_the_tensors_is_an_error(
+    models: dict[str, Path], case: str, wrong: dict[str, Any], tmp_path: Path
+) -> None:
+    with Checkpoint.open(str(models[case])) as source:
+        file = export(source, tmp_path / "m.gguf", "F32", **families.options(case))
+    with pytest.raises(CheckpointError, match="metadata says"):
+        Checkpoint.open(str(rewrite(file, tmp_path / "wrong.gguf", fields=wrong)))
+
+
+def test_heads_that_cannot_share_their_keys_leave_a_file_as_it_is(models: dict[str, Path], tmp_path: Path) -> None:
+    with Checkpoint.open(str(models["falcon 40b"])) as source:
+        file = export(source, tmp_path / "m.gguf", "F32", **families.options("falcon 40b"))
+    with Checkpoint.open(str(rewrite(file, tmp_path / "odd.gguf", fields={"falcon.attention.head_count_kv": u32(3)}))) as odd:
+        assert odd.is_stored
+        assert "4 heads cannot share 3 heads of keys" in odd.notes[0]
 
 
 def told(config: dict) -> dict:

@@ -33,7 +33,7 @@ ARCH = Architecture(
         Key("feed_forward_length", computed="four times the width"),
         Key("block_count", "num_hidden_layers", default=REQUIRED),
         Key("attention.head_count", "num_attention_heads", default=REQUIRED),
-        Key("attention.head_count_kv", "num_key_value_heads", computed="falcon's key heads"),
+        Key("attention.head_count_kv", "num_key_value_heads", computed="falcon's key heads", default=REQUIRED),
         Key("attention.layer_norm_epsilon", "layer_norm_epsilon", "f32", default=REQUIRED),
     ),
     words={

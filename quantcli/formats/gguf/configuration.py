@@ -88,6 +88,8 @@ def untruncated_yarn(config: Mapping) -> dict:
 def falcon_heads(config: Mapping) -> dict:
     """The words that the family has of its own: where not all heads have keys, ``multi_query``; the newer models have two norms."""
     n_kv, is_new = config["num_key_value_heads"], config["new_decoder_architecture"]
+    if config["num_attention_heads"] % n_kv:
+        raise UnsupportedError(f"{config['num_attention_heads']} heads cannot share {n_kv} heads of keys")
     return {"num_kv_heads": n_kv, "multi_query": n_kv == 1 or is_new, "num_ln_in_parallel_attn": 2 if is_new else None}
 
 
