@@ -105,7 +105,7 @@ class View(Checkpoint):
         return self.inner.quantized(piece.stored)
 
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
-        return self._inner.cache_scales(attention)
+        return self.inner.cache_scales(attention)
 
     def locations(self) -> Iterable[Location]:
         return self.inner.locations()
