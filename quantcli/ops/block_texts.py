@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantcli.ops.block_e2m1 import MXFP4, NVFP4
-from quantcli.ops.block_grid import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
+from quantcli.ops.block_iq2_iq3 import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from quantcli.ops.block_iq4 import IQ4_NL, IQ4_XS
 from quantcli.ops.block_k import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from quantcli.ops.block_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
