@@ -178,11 +178,7 @@ struct IQ4_XS : Text {
     }
 
     QC_FN void decode(const I* codes, const Params& params, F* x) {
-        const F d = from_half(params.d);
-        for (int j = 0; j < kSubs; ++j) {
-            const F scale = d * to_float(params.scale[j]);
-            for (int i = kSub * j; i < kSub * (j + 1); ++i) x[i] = scale * level_at(codes[i]);
-        }
+        decode_scaled<IQ4_XS>(codes, params, x, [](const I& code) { return level_at(code); });
     }
 };
 

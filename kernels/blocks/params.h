@@ -68,4 +68,14 @@ QC_FN I bytes_of(I a, I b, I c, I d) { return (a & 255) | (b & 255) << 8 | (c & 
 QC_FN I byte_at(I word, int k) { return shift_right_logical(word, 8 * k) & 255; }
 QC_FN I signed_byte_at(I word, int k) { return (word << (24 - 8 * k)) >> 24; }
 
+/// x = d · scale of its sub-block · value(code): types with a scale for each sub-block and no minimum.
+template <class T, class Value>
+QC_FN void decode_scaled(const I* codes, const Params& params, F* x, const Value& value) {
+    const F d = from_half(params.d);
+    for (int j = 0; j < T::kSubs; ++j) {
+        const F scale = d * to_float(params.scale[j]);
+        for (int i = T::kSub * j; i < T::kSub * (j + 1); ++i) x[i] = scale * value(codes[i]);
+    }
+}
+
 }  // namespace quantcli::QC_ISA

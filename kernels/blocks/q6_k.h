@@ -84,11 +84,7 @@ struct Q6_K : Text {
     }
 
     QC_FN void decode(const I* codes, const Params& params, F* x) {
-        const F d = from_half(params.d);
-        for (int j = 0; j < kSubs; ++j) {
-            const F scale = d * to_float(params.scale[j]);
-            for (int i = kSub * j; i < kSub * (j + 1); ++i) x[i] = scale * to_float(codes[i]);
-        }
+        decode_scaled<Q6_K>(codes, params, x, [](const I& code) { return to_float(code); });
     }
 };
 
