@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import families
 import gptq_peer
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import evaluate, pipeline, recipe, texts
+from quantcli import cuts, evaluate, pipeline, recipe, texts
 from quantcli.checkpoint import Checkpoint
 from quantcli.formats import compressed_tensors as ct
 from quantcli.forward import tokenizer
@@ -263,3 +264,22 @@ def test_a_folder_of_llm_compressor_is_written_again_as_it_was(theirs: Path, tmp
     words = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (theirs / preset, tmp_path / "out")]
     for key in ("format", "ignore", "kv_cache_scheme", "quantization_status", "quant_method"):
         assert words[0][key] == words[1][key]
+
+
+def test_gpt_oss_is_written_as_llm_compressor_writes_it(tmp_path: Path) -> None:
+    """Expert by expert, gate and up being the rows that these are: what transformers has in one tensor."""
+    folder = families.make("gpt-oss", tmp_path / "model")
+    ask(LLMCOMPRESSOR, "llmcompressor_client.py", str(folder), str(tmp_path), "W8A8")
+    how = recipe.parse({"format": "compressed-tensors", "passes": ["rtn"], "scheme": "int8-channel-sym+int8-token"}, "w8a8")
+    with Checkpoint.open(str(folder)) as source:
+        list(pipeline.quantize(source, tmp_path / "ours", how))
+        dense = cuts.unfused(source)
+        with Checkpoint.open(str(tmp_path / "ours")) as ours, Checkpoint.open(str(tmp_path / "W8A8")) as theirs:
+            assert ours.specs.keys() == theirs.specs.keys()
+            assert ours.schemes == theirs.schemes
+            for name in theirs.schemes:
+                W = dense.read(name).float()
+                assert (theirs.read(name) - W).norm() < 0.01 * W.norm(), name
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("ours", "W8A8")]
+    assert files[0].keys() == files[1].keys()
+    assert {name: tensor.shape for name, tensor in files[0].items()} == {name: tensor.shape for name, tensor in files[1].items()}
