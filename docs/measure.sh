@@ -14,6 +14,7 @@ machine() {
 speed() {
     machine
     "$python" "$root/tests/bench/bench_solve.py"
+    "$python" "$root/tests/bench/bench_awq.py"
     [ -z "${QUANTCLI_LIBGGML:-}" ] || "$python" "$root/tests/bench/bench_blocks.py" "$QUANTCLI_LIBGGML"
 }
 

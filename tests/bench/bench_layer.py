@@ -1,14 +1,18 @@
-"""One decoder layer of Llama-3-8B's shape through every stage of the calibrated passes: python tests/bench/bench_layer.py
+"""One decoder layer of Llama-3-8B's shape through every stage of the calibrated passes, and through GPTQModel's where it is at hand.
+
+    python tests/bench/bench_layer.py --device cuda --samples 128 --seq-len 2048 [--peer PYTHON_WITH_GPTQMODEL]
 
 Prints seconds, operations, bytes and the share of the floor that they set: the longer of operations over the speed of a large product, and
-bytes over the speed of a large copy, both measured here first. ``--device cuda --samples 128 --seq-len 2048`` is the whole measurement;
-on a CPU a few thousand tokens tell the speed of each stage, and ``--hidden 1024 --intermediate 3584`` the same in a minute.
+bytes over the speed of a large copy, both measured here first. On a CPU a few thousand tokens tell the speed of each stage, and
+``--hidden 1024 --intermediate 3584`` the same in a minute. The model is random and made here: nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import llama_config, llama_groups, write_shards
+from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
+from safetensors.torch import save_file
 
 from quantcli import ops
 from quantcli.calibrate import EVERYTHING, Activations, run_dtype
@@ -117,17 +122,27 @@ def rescaled(bench: Bench, word: str, Ws: list[Tensor], H: Tensor) -> None:
     n, rows = len(H), sum(len(W) for W in Ws)
     names = [f"{i}.weight" for i in range(len(Ws))]
     few = _basis.sampled(Layer("", dict(zip(names, Ws, strict=True)), dict.fromkeys(names, SCHEME)), names)
-    work = 20 * 2 * sum(len(W) for W in few[SCHEME]) * n * n
+    work = 20 * sum(len(W) for W in few[SCHEME]) * n * n  # the upper half of each product
     bench.stage(f"awq ratios {word}", lambda: awq.search(few, H, Prev(("",), torch.arange(n))), work, 20 * 4 * n * n)
     importance, qtype = H.diagonal().contiguous(), find("qtypes", SCHEME.qtype)
     pairs = [(W, qtype.fit(W, SCHEME, importance)) for W in Ws]
-    work = (len(awq.CLIP_FACTORS) + 1) * 2 * rows * n * GROUP
+    work = rows * n * (4 * GROUP + 20 * len(awq.CLIP_FACTORS))  # two products with a block of H, then each factor's codes and errors
     bench.stage(f"awq clipping {word}", lambda: [awq.clipped(W, grid, SCHEME, H) for W, grid in pairs], work, 4 * rows * n)
 
 
-def run(folder: Path, words: argparse.Namespace) -> dict[str, float]:
+def peer_seconds(python: str, folder: Path, ids: Tensor, device: str, method: str) -> float:
+    """GPTQModel's, on the same layer and tokens. It fills the folder it runs in with logs."""
+    save_file({"windows": ids.int()}, folder / "windows.safetensors")
+    script = Path(__file__).with_name("gptqmodel_layer.py")
+    command = [python, script, folder, folder / "windows.safetensors", device, method]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=folder)
+    if done.returncode:
+        raise SystemExit(f"GPTQModel's {method} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def run(folder: Path, words: argparse.Namespace, ids: Tensor) -> dict[str, float]:
     device = torch.device(words.device)
-    ids = torch.randint(words.vocab, (words.samples, words.seq_len), generator=torch.Generator().manual_seed(0))
     with Checkpoint.open(str(folder)) as source:
         dtype = run_dtype(source.specs.values(), device)
         machine = Machine(device)
@@ -155,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--peer", default=os.environ.get("QUANTCLI_GPTQMODEL_PYTHON"), help="a Python with gptqmodel; '' leaves it out")
     for name, value in {
         "hidden": 4096,
         "intermediate": 14336,
@@ -169,14 +185,19 @@ def main() -> None:
     if words.threads:
         ops.set_threads(words.threads)
     config = llama_config(words.hidden, words.intermediate, 1, words.heads, words.kv_heads, words.vocab, "bfloat16", False, False)
+    ids = torch.randint(words.vocab, (words.samples, words.seq_len), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "config.json").write_text(json.dumps(config))
-        write_shards(Path(name), llama_groups(config), torch.bfloat16, 1, 0)
-        seconds = run(Path(name), words)
-    gptq_s = sum(s for stage, s in seconds.items() if stage.split()[0] in ("factor", "grid", "solve", "pack"))
-    awq_s = sum(s for stage, s in seconds.items() if stage.startswith("awq"))
-    walk = seconds["read"] + seconds["forward + statistics"] + seconds["forward"]
-    print(f"a layer by gptq {walk + gptq_s:.1f} s, by awq {walk + awq_s:.1f} s; of which its two runs and statistics {walk:.1f} s")  # noqa: T201
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(config))
+        write_tokenizer(folder, byte_level_bpe(words.vocab))
+        write_shards(folder, llama_groups(config), torch.bfloat16, 1, 0)
+        seconds = run(folder, words, ids)
+        walk = seconds["read"] + seconds["forward + statistics"] + seconds["forward"]
+        steps = {"gptq": ("factor", "grid", "solve", "pack"), "awq": ("awq", "grid", "pack")}
+        for method, kinds in steps.items():
+            ours = walk + sum(s for stage, s in seconds.items() if stage.split()[0] in kinds)
+            theirs = f", GPTQModel {peer_seconds(words.peer, folder, ids, words.device, method):.1f} s" if words.peer else ""
+            print(f"a layer by {method} {ours:.1f} s, of which its two runs and statistics {walk:.1f} s{theirs}")  # noqa: T201
 
 
 if __name__ == "__main__":
