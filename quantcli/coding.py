@@ -68,16 +68,20 @@ class Coding:
         rounded = [t for t in tensors if not t.is_solved and t.scheme is not None and t.outputs and not t.carried]
         reports = [self.carry(t) for t in tensors if t.carried]
         changed: dict[str, Tensor] = {}
+        now: Mapping[str, Stats] = {}
         if solved:
             unit = self.unit(layer, solved, loaded)
             if prevs is not None:
-                self.add_readers(unit, tensors, prevs)
-            reports += self.solve(unit, self.plan.recipe.passes, stats, loaded, recount)
+                self.add_readers(unit, tensors, prevs, few)
+            solved_reports, now = self.solve(unit, self.plan.recipe.passes, stats, loaded, recount)
+            reports += solved_reports
             changed = {name: tensor for name, tensor in unit.tensors.items() if name not in unit.schemes}
         if few:
-            reports += self.fall_back(layer, few, stats, loaded)
+            left = self.unit(layer, few, loaded)
+            left.tensors |= {t.name: changed[t.name] for t in few if t.name in changed}
+            reports += self.fall_back(left, {t.tap: now[t.tap] if t.tap in now else stats[t.tap] for t in few if t.tap}, loaded)
         if rounded:
-            reports += self.solve(self.unit(layer, rounded, None), (planning.RTN,), stats, loaded)
+            reports += self.solve(self.unit(layer, rounded, None), (planning.RTN,), stats, loaded)[0]
         for t in tensors:
             if not t.carried and (t.scheme is None or not t.outputs):
                 self.copy(t, changed.get(t.name), loaded)
@@ -118,19 +122,26 @@ class Coding:
             importance={t.name: weighed[t.name].to(self.device) for t in tensors if t.name in weighed},
         )
 
-    def add_readers(self, unit: Layer, tensors: Sequence[PlannedTensor], prevs: Mapping[str, Prev]) -> None:
-        """Give ``unit`` what a change of basis touches beside what is to be solved: dense tensors that read its taps, or absorb a scale.
+    def add_readers(
+        self, unit: Layer, tensors: Sequence[PlannedTensor], prevs: Mapping[str, Prev], few: Sequence[PlannedTensor] = ()
+    ) -> None:
+        """Give ``unit`` what a change of basis touches beside what is to be solved: dense tensors that read its taps, or absorb a scale,
+        and what of ``few``, to be coded later, reads the same.
 
         A tap has no ``prev`` there when that would touch a tensor whose bytes are settled: carried over, dropped, or rounded apart.
         """
-        free = {t.name for t in tensors if t.name in unit.schemes or (t.scheme is None and t.outputs and not t.carried)}
-        for tap in dict.fromkeys(unit.taps.values()):
-            readers = [t.name for t in tensors if t.tap == tap]
-            touched = (*readers, *(prevs[tap].names if tap in prevs else ()))
-            if tap not in prevs or not all(name in free for name in touched):
+        later = {t.name: t.scheme for t in few if t.scheme}
+        free = {t.name for t in tensors if t.name in unit.schemes or (t.scheme is None and t.outputs and not t.carried)} | later.keys()
+        for tap in [tap for tap in dict.fromkeys(unit.taps.values()) if tap in prevs]:
+            if tap in unit.prev:
                 continue
-            unit.prev[tap] = prevs[tap]
-            unit.taps |= dict.fromkeys(readers, tap)
+            readers = prevs[tap].readers or {t.name: tap for t in tensors if t.tap == tap}
+            touched = (*readers, *prevs[tap].names)
+            if not all(name in free for name in touched):
+                continue
+            unit.prev |= dict.fromkeys(prevs[tap].taps(tap), prevs[tap])
+            unit.taps |= readers
+            unit.deferred |= {name: later[name] for name in touched if name in later}
             for name in touched:
                 if name not in unit.tensors:
                     unit.tensors[name] = self.source.read(name).to(self.device)
@@ -142,8 +153,11 @@ class Coding:
         stats: Mapping[str, Stats],
         loaded: LoadedLayer | None = None,
         recount: Recount | None = None,
-    ) -> list[TensorReport]:
-        """All ``passes`` over one unit of work, then its codes to the file, and decoded to ``loaded`` for the runs that follow."""
+    ) -> tuple[list[TensorReport], Mapping[str, Stats]]:
+        """All ``passes`` over one unit of work, then its codes to the file, and decoded to ``loaded`` for the runs that follow.
+
+        Returns the reports, and the statistics of what its taps read now.
+        """
         reports: dict[str, TensorReport] = {}
         scaled: dict[str, Tensor] = {}
         for spec in passes:
@@ -151,7 +165,7 @@ class Coding:
                 if (before := reports.get(report.name)) is not None:
                     report = replace(report, notes=before.notes + report.notes, settings={**before.settings, **report.settings})
                 reports[report.name] = report
-            scaled |= {tap: s * scaled.get(tap, 1.0) for tap, s in unit.scales.items()}
+            scaled |= {tap: s * scaled.get(tap, 1.0) for tap, s in unit.scales.items() if tap in stats}
             stats = self.rebased(unit, stats)
         if recount is not None and scaled:
             stats = {**stats, **{tap: replace(stats[tap], histogram=histogram) for tap, histogram in recount(scaled).items()}}
@@ -162,14 +176,14 @@ class Coding:
             self._put(name, tensor)
             if loaded is not None and name in loaded.tensors:  # which the format may have cut from one that the model has whole
                 loaded.set(name, regrid.decode(tensor))
-        return list(reports.values())
+        return list(reports.values()), stats
 
     def rebased(self, unit: Layer, stats: Mapping[str, Stats]) -> dict[str, Stats]:
         """The statistics of what ``unit``'s taps read after a pass that may have changed their basis; ``folds`` keeps what made them."""
         now = {tap: stats[tap] for tap in dict.fromkeys(unit.taps.values()) if tap in stats}
-        for tap in [tap for tap in unit.scales if tap in now]:
+        for tap in list(unit.scales):
             s, prev = unit.scales.pop(tap), unit.prev[tap]
-            now[tap] = _basis.rescaled(now[tap], s)
+            now |= {tap: _basis.rescaled(now[tap], s)} if tap in now else {}  # nobody asked for those of an expert that stays dense
             if unit.tensors[prev.names[0]].ndim > 1:
                 self.folds.setdefault(prev.names[0], []).append((prev.channel, s))
         return now
@@ -189,14 +203,12 @@ class Coding:
             return False
         return tensor.tap in stats and stats[tensor.tap].n_tokens < recipe.calibration.min_tokens
 
-    def fall_back(
-        self, layer: str, tensors: Sequence[PlannedTensor], stats: Mapping[str, Stats], loaded: LoadedLayer | None
-    ) -> list[TensorReport]:
+    def fall_back(self, unit: Layer, stats: Mapping[str, Stats], loaded: LoadedLayer | None) -> list[TensorReport]:
         """Code starved tensors by the recipe's fallback, with what their few tokens tell, and say so in their reports."""
         calibration, passes = self.plan.recipe.calibration, ", ".join(spec.name for spec in self.plan.recipe.passes)
-        n_tokens = {t.name: stats[t.tap].n_tokens for t in tensors if t.tap}
-        reached = {t.tap: stats[t.tap] for t in tensors if t.tap and n_tokens[t.name]}
-        reports = self.solve(self.unit(layer, tensors, loaded), (PassSpec(calibration.fallback),), reached, loaded)
+        n_tokens = {name: stats[tap].n_tokens for name, tap in unit.taps.items()}
+        reached = {tap: stats[tap] for tap in stats if stats[tap].n_tokens}
+        reports, _ = self.solve(unit, (PassSpec(calibration.fallback),), reached, loaded)
         few = f"calibration tokens reached it, fewer than min_tokens {calibration.min_tokens}: {calibration.fallback} in place of {passes}"
         return [replace(r, notes=(f"{n_tokens[r.name]} {few}", *r.notes)) for r in reports]
 

@@ -256,12 +256,19 @@ class Prev:
     """What can take over a scale of a tap's inputs: the op that makes them, a norm or a linear.
 
     ``names``: its tensors that have a row for each output channel (weight, bias). ``channel``: [in] int64, the row that makes each input;
-    grouped-query heads share rows. ``offset``: what the op adds to a norm weight before it multiplies by it (Gemma: 1).
+    grouped-query heads share rows. ``offset``: what the op adds to a norm weight before it multiplies by it (Gemma: 1). ``readers``: where
+    it makes the inputs of several taps (all experts', a shared expert's), every matrix that reads them → its tap, a router among them;
+    they are scaled together or not at all. Empty where all its readers are those of one tap.
     """
 
     names: tuple[str, ...]
     channel: Tensor
     offset: float = 0.0
+    readers: Mapping[str, str] = field(default_factory=dict)
+
+    def taps(self, tap: str) -> tuple[str, ...]:
+        """The taps that are scaled with ``tap``, itself among them."""
+        return tuple(dict.fromkeys(self.readers.values())) or (tap,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +303,7 @@ class Layer:
     changes the basis ``prev`` names what can absorb a scale of a tap's inputs; then ``tensors`` holds that too, ``taps`` names every
     tensor that reads the tap, coded or not, and the pass leaves in ``scales`` what it multiplied the weights' columns by: tap → s [in].
     ``importance``: tensor name → mean square of its inputs [in], where that comes from elsewhere than its tap's statistics.
+    ``deferred``: tensors that follow a change of basis and are coded after it by other passes, with their schemes.
     """
 
     name: str
@@ -306,6 +314,7 @@ class Layer:
     prev: dict[str, Prev] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
+    deferred: dict[str, Scheme] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

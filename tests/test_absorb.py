@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import TinyLlama
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli.archs.llama import ARCH
@@ -70,6 +71,9 @@ MODELS: dict[str, tuple[dict, dict[str, str]]] = {
 FLOAT32_NORMS = ("gemma2", "cohere")
 """Their norms multiply by their weight in float32, even in a float64 model."""
 
+FLOAT32_ROUTERS = ("deepseek_v3",)
+"""Their routers multiply in float32."""
+
 
 def model_of(model_type: str, folder: Path, **options: object) -> transformers.PreTrainedModel:
     """A random float64 model, saved to ``folder``."""
@@ -90,11 +94,14 @@ def found_in(folder: Path) -> tuple[dict[str, Prev], dict[str, str]]:
         return {tap: prev for i in range(len(forward.layers)) for tap, prev in absorbers.of(i).items()}, forward.taps
 
 
-def folded(model: transformers.PreTrainedModel, prevs: dict[str, Prev], taps: dict[str, str]) -> dict[str, Tensor]:
-    """The weights of ``model`` with random scales folded at every tap."""
-    unit = Layer("", dict(model.state_dict()), {}, dict(taps), prev=prevs)
+def folded(weights: Mapping[str, Tensor], prevs: dict[str, Prev], taps: dict[str, str]) -> dict[str, Tensor]:
+    """``weights`` with random scales folded at every tap."""
+    unit = Layer("", dict(weights), {}, dict(taps), prev=prevs)
+    unit.taps |= {name: tap for prev in prevs.values() for name, tap in prev.readers.items()}
     generator = torch.Generator().manual_seed(1)
     for tap, prev in prevs.items():
+        if tap in unit.scales:
+            continue
         s = torch.rand(len(prev.channel), generator=generator, dtype=torch.float64) * 4 + 0.1
         _basis.fold(unit, tap, _basis.shared(s, prev, "mean"))
     return unit.tensors
@@ -116,7 +123,7 @@ def test_folding_scales_changes_nothing(model_type: str, tmp_path: Path) -> None
     ids = torch.arange(2, 34).view(2, 16)
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        tensors = folded(model, *found_in(tmp_path))
+        tensors = folded(model.state_dict(), *found_in(tmp_path))
         assert not all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
         model.load_state_dict(tensors)
         after = model(input_ids=ids).logits
@@ -138,13 +145,79 @@ def test_each_head_of_a_group_reads_the_rows_of_its_own_values(tiny_llama: TinyL
     assert channel.tolist() == [*range(16), *range(16), *range(16, 32), *range(16, 32)]
 
 
-def test_a_norm_that_a_router_reads_too_is_left_alone_and_experts_are_not(tmp_path: Path) -> None:
-    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    model = model_of("mixtral", tmp_path, **options)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model.config.model_type
+EXPERTS: dict[str, tuple[dict, set[str]]] = {
+    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size": 32}, {"gate.weight"}),
+    "qwen3_moe": ({"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "head_dim": 8}, {"gate.weight"}),
+    "qwen2_moe": (
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32},
+        {"gate.weight", "shared_expert_gate.weight", "shared_expert.gate_proj.weight", "shared_expert.up_proj.weight"},
+    ),
+    "deepseek_v3": (
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        {"gate.weight", "shared_experts.gate_proj.weight", "shared_experts.up_proj.weight"},
+    ),
+}
+"""Model type → options, and what reads the norm before the experts beside them. Some down_proj are as wide as the norm."""
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_the_norm_before_experts_takes_one_scale_for_all_that_reads_it(model_type: str, tmp_path: Path) -> None:
+    options, beside = EXPERTS[model_type]
+    model_of(model_type, tmp_path, **options)
     prevs, taps = found_in(tmp_path)
-    kinds = {prev.names[0].split(".")[-2] for prev in prevs.values()}
-    assert "post_attention_layernorm" not in kinds
-    assert prevs["model.layers.1.self_attn.o_proj"].names == ("model.layers.1.self_attn.v_proj.weight",)
-    for tap, prev in prevs.items():
-        assert tap.split(".")[:-1] == prev.names[0].split(".")[:-2] or prev.names[0].endswith("norm.weight"), (tap, prev.names, taps)
+    for layer in ("model.layers.0.", "model.layers.1."):
+        norm = f"{layer}post_attention_layernorm.weight"
+        groups = {tap: prev for tap, prev in prevs.items() if prev.names == (norm,)}
+        readers = next(iter(groups.values())).readers
+        assert all(prev.readers == readers for prev in groups.values())
+        assert groups.keys() == set(readers.values())
+        first = {name for name in taps if name.startswith(layer) and ".experts." in name and name.split(".")[-2][:2] not in ("w2", "do")}
+        others = {name.split(".", 4)[4] for name in readers.keys() - first}
+        assert first <= readers.keys()
+        assert others == beside
+        assert all(taps.get(name, tap) == tap for name, tap in readers.items())
+    downs = {tap for tap in prevs if tap.endswith((".w2", ".down_proj"))}
+    assert downs == {tap for tap in taps.values() if tap.endswith((".w2", ".down_proj"))}
+    assert prevs.keys() >= {tap for tap in taps.values() if ".mlp." in tap or ".block_sparse_moe." in tap}
+
+
+def logits_of(folder: Path) -> Tensor:
+    """Of the model in ``folder``, in float64, experts one by one."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 34).view(2, 16)).logits
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_folding_scales_before_experts_changes_nothing(model_type: str, tmp_path: Path) -> None:
+    model_of(model_type, tmp_path, **EXPERTS[model_type][0])
+    before, was = logits_of(tmp_path), load_file(tmp_path / "model.safetensors")
+    unit = folded(was, *found_in(tmp_path))
+    save_file({name: tensor.contiguous() for name, tensor in unit.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert sum(not torch.equal(unit[name], was[name]) for name in was if ".experts." in name) == len([n for n in was if ".experts." in n])
+    tolerance = 1e-5 if model_type in FLOAT32_ROUTERS else 1e-10
+    torch.testing.assert_close(logits_of(tmp_path), before, rtol=0, atol=tolerance * float(before.abs().max()))
+
+
+def test_a_norm_before_experts_that_something_unseen_reads_too_is_left_alone(tmp_path: Path) -> None:
+    model_of("mixtral", tmp_path, **EXPERTS["mixtral"][0])
+    with Checkpoint.open(str(tmp_path)) as source:
+        forward = Forward(source)
+        forward.untapped = ()  # as if the router were no matrix of the file
+        prevs = Absorbers(forward).of(0)
+    assert not any("post_attention_layernorm" in prev.names[0] for prev in prevs.values())
+    assert "model.layers.0.self_attn.q_proj" in prevs

@@ -477,6 +477,60 @@ def test_awq_and_gptq_after_it_code_every_expert(save_model: SaveModel, tmp_path
     assert loss["awq-gptq"] < loss["rtn"]
 
 
+def by_awq(*passes: str, **calibration: Any) -> recipes.Recipe:
+    return recipes.parse(gptq(**calibration).to_dict() | {"passes": list(passes)}, "small")
+
+
+@pytest.mark.parametrize(("model_type", "passes"), [("mixtral", ["awq"]), ("qwen2_moe", ["smoothquant", "gptq"]), ("deepseek_v3", ["awq"])])
+def test_experts_share_one_scale_whether_stored_one_by_one_or_fused(
+    save_model: SaveModel, tmp_path: Path, model_type: str, passes: list[str]
+) -> None:
+    for name, fused in (("a", False), ("b", True)):
+        reports = quantize(save_model(model_type, fused=fused), tmp_path / name, by_awq(*passes))
+    a, b = (without_source((tmp_path / out / "model.safetensors").read_bytes()) for out in "ab")
+    assert a == b
+    word = {"awq": "awq_ratio", "smoothquant": "smoothquant_alpha"}[passes[0]]
+    first = {
+        name: report for name, report in reports.items() if re.search(r"layers\.1\..*expert.*\.(w1|w3|gate_proj|up_proj)\.weight", name)
+    }
+    assert len(first) >= 8
+    assert len({report.settings[word] for report in first.values()}) == 1
+    assert not any("stay as they are" in note for report in first.values() for note in report.notes)
+    assert all(report.settings.get("awq_loss", 0) <= 1 for report in first.values())
+
+
+def test_experts_are_scaled_by_statistics_from_a_file_as_by_windows(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("qwen2_moe", num_hidden_layers=1, mlp_only_layers=[])
+    with Checkpoint.open(str(folder)) as checkpoint:
+        list(calibrate.calibrate(checkpoint, IDS, tmp_path / "stats.safetensors"))
+    quantize(folder, tmp_path / "windows", by_awq("awq", "gptq"))
+    quantize(folder, tmp_path / "stats", by_awq("awq", "gptq"), tmp_path / "stats.safetensors")
+    for name, parts in codes(tmp_path / "windows", "").items():
+        assert same(parts, codes(tmp_path / "stats", name)[name]), name
+
+
+def test_starved_experts_routers_and_shared_experts_are_scaled_as_their_norm_is(save_model: SaveModel, tmp_path: Path) -> None:
+    folder = save_model("qwen2_moe", num_hidden_layers=1, mlp_only_layers=[])
+    n_tokens = sorted(len(X) for (_, _, k), X in inputs_by_hand(folder, IDS).items() if k == "in")
+    words = by_awq("awq", min_tokens=n_tokens[4]).to_dict() | {"scheme": "int8-g32-sym"}
+    reports = quantize(folder, tmp_path / "out", recipes.parse(words, "eight bits"))
+    few = {name for name, report in reports.items() if any("calibration tokens reached it" in note for note in report.notes)}
+    assert 0 < len(few) < sum(".experts." in name for name in reports)
+    mlp = "model.layers.0.mlp."
+    with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(tmp_path / "out")) as output:
+        norm = "model.layers.0.post_attention_layernorm.weight"
+        s = source.read(norm) / output.read(norm)
+        assert s.max() / s.min() > 1.1
+        for name in (f"{mlp}gate.weight", f"{mlp}shared_expert_gate.weight"):
+            torch.testing.assert_close(output.read(name), source.read(name) * s, rtol=1e-5, atol=0)
+        coded = [name for name in output.schemes if name.startswith(mlp) and name.endswith(("gate_proj.weight", "up_proj.weight"))]
+        assert len(coded) == 2 * (8 + 1)
+        for name in coded:
+            rows = 1 if name.endswith("gate_proj.weight") else (output.read(name) / source.read(name) / s).median(1, keepdim=True).values
+            W, scaled = source.read(name) * s * rows, output.read(name)
+            assert float((scaled - W).norm() / W.norm()) < 0.03, name
+
+
 GGUF = {"format": "gguf", "format_options": {"pre_tokenizer": "gpt-2"}, "calibration": {"min_tokens": 1}}
 
 

@@ -86,7 +86,7 @@ def test_the_search_finds_the_ratio_that_a_search_on_the_modules_outputs_finds(s
     prev = layer_of(W).prev["a"]
     scales = [awq.input_scales(X.square().mean(0), prev, i / 20) for i in range(20)]
     direct = [output_loss(W, X, s, ASYM) for s in scales]
-    found = awq.search({ASYM: [W]}, stats_of(X).H, prev)
+    found = awq.search([_basis.Read({ASYM: [W]}, stats_of(X))], prev)
     assert found.ratio > 0
     assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct)
     assert found.loss == pytest.approx(direct[round(found.ratio * 20)] / direct[0], rel=1e-3)
@@ -107,7 +107,7 @@ def test_on_a_model_the_ratios_are_those_of_a_search_on_what_its_modules_put_out
         prev = Prev(("",), torch.arange(X.shape[1]))
         scales = [awq.input_scales(X.square().mean(0), prev, i / 20) for i in range(20)]
         direct = [sum(output_loss(W, X, s, ASYM) for W in Ws) for s in scales]
-        found = awq.search({ASYM: Ws}, stats_of(X).H, prev)
+        found = awq.search([_basis.Read({ASYM: Ws}, stats_of(X))], prev)
         assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct), tap
 
 
@@ -193,6 +193,55 @@ def test_a_dense_reader_of_the_same_input_is_scaled_with_the_coded_ones() -> Non
     torch.testing.assert_close(
         layer.tensors["router.weight"].float(), (W[:4].bfloat16() * layer.scales["a"].float()).float(), rtol=2**-7, atol=0
     )
+
+
+def shared_by_two(schemes: int = 2) -> tuple[Layer, dict[str, Tensor]]:
+    """Two experts behind one norm, ``schemes`` of them coded now, and their router; what they read: 64 and 256 tokens."""
+    Ws, inputs = {}, {}
+    for e, n_tokens in enumerate((64, 256)):
+        Ws[f"{e}.weight"], inputs[str(e)] = problem(seed=e, n_tokens=n_tokens)
+    prev = Prev(("norm.weight",), torch.arange(64), readers={"0.weight": "0", "1.weight": "1", "router.weight": "0"})
+    tensors = {**Ws, "router.weight": torch.ones(2, 64), "norm.weight": torch.ones(64)}
+    coded = [(name, ASYM) for name in Ws]
+    layer = Layer("l", tensors, dict(coded[:schemes]), dict(prev.readers), prev=dict.fromkeys("01", prev), deferred=dict(coded[schemes:]))
+    return layer, inputs
+
+
+def test_experts_behind_one_norm_share_the_ratio_that_is_best_for_all_their_tokens() -> None:
+    layer, inputs = shared_by_two()
+    before, stats = dict(layer.tensors), {tap: stats_of(X) for tap, X in inputs.items()}
+    every = torch.cat(list(inputs.values())).square().mean(0)
+    scales = [awq.input_scales(every, layer.prev["0"], i / 20) for i in range(20)]
+    losses = [sum(len(X) * output_loss(before[f"{tap}.weight"], X, s, ASYM) for tap, X in inputs.items()) for s in scales]
+    reports = awq.run(layer, stats).tensors
+    best = min(range(20), key=losses.__getitem__)
+    assert best > 0
+    assert {report.settings["awq_ratio"] for report in reports} == {best / 20}
+    assert reports[0].settings["awq_loss"] == pytest.approx(losses[best] / losses[0], abs=1e-3)
+    torch.testing.assert_close(layer.scales["0"], layer.scales["1"])
+    torch.testing.assert_close(layer.scales["0"].float(), scales[best], rtol=1e-4, atol=0)
+    for name in ("0.weight", "1.weight", "router.weight"):
+        torch.testing.assert_close(layer.tensors[name], before[name] * layer.scales["0"].float())
+
+
+def test_an_expert_that_is_coded_later_takes_part_and_is_scaled_without_rounding() -> None:
+    ratios = {}
+    for n_coded in (2, 1):
+        layer, inputs = shared_by_two(n_coded)
+        layer.tensors["1.weight"] = layer.tensors["1.weight"].bfloat16()
+        W = layer.tensors["1.weight"].float()
+        ratios[n_coded] = awq.run(layer, {tap: stats_of(X) for tap, X in inputs.items()}).tensors[0].settings["awq_ratio"]
+        torch.testing.assert_close(layer.tensors["1.weight"], W * layer.scales["1"].float())
+        assert len(layer.quantized) == n_coded
+    assert ratios[1] == ratios[2] > 0
+
+
+def test_experts_without_tokens_leave_the_choice_to_the_others() -> None:
+    layer, inputs = shared_by_two(1)
+    alone = awq.run(layer_of(layer.tensors["0.weight"]), {"a": stats_of(inputs["0"])}).tensors[0].settings
+    none = Stats(torch.zeros(64), torch.zeros(64), torch.zeros(64), 0, torch.zeros(64, 64))
+    assert awq.run(layer, {"0": stats_of(inputs["0"]), "1": none}).tensors[0].settings == alone
+    assert torch.equal(layer.scales["1"], layer.scales["0"])
 
 
 def test_a_tap_that_nothing_can_absorb_is_reported_and_clipped_all_the_same() -> None:

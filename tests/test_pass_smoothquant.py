@@ -63,11 +63,24 @@ def test_heads_that_share_a_value_share_its_scale() -> None:
     W, X = problem()
     prev = Prev(("v.weight",), torch.arange(32).view(2, 16).repeat_interleave(2, 0).flatten())
     layer = Layer("l", {"a.weight": W, "v.weight": torch.randn(32, 8)}, {"a.weight": W8A8}, {"a.weight": "a"}, prev={"a": prev})
-    alpha, s = smoothquant.scales(layer, ["a.weight"], stats_of(X), prev, 0.5)
+    alpha, s = smoothquant.scales(layer, "a", {"a": stats_of(X)}, 0.5)
     assert alpha == 0.5
     for j in range(64):
         twins = (prev.channel == prev.channel[j]).nonzero().flatten()
         assert float(s[j]) == pytest.approx(float(X[:, twins].abs().max()) ** 0.5 / float(W[:, twins].abs().max()) ** 0.5, rel=1e-5)
+
+
+def test_experts_behind_one_norm_share_the_largest_magnitudes_of_all() -> None:
+    (W0, X0), (W1, X1) = problem(0), problem(1, loud=90.0)
+    prev = Prev(("norm.weight",), torch.arange(64), readers={"0.weight": "0", "1.weight": "1"})
+    tensors = {"0.weight": W0.clone(), "1.weight": W1.clone(), "norm.weight": torch.ones(64)}
+    layer = Layer("l", tensors, {"0.weight": W8A8}, dict(prev.readers), prev=dict.fromkeys("01", prev), deferred={"1.weight": W8A8})
+    report = smoothquant.run(layer, {"0": stats_of(X0), "1": stats_of(X1)}, smoothquant.Options(alpha=0.5)).tensors
+    s = torch.cat([X0, X1]).abs().amax(0).sqrt() / torch.cat([W0, W1]).abs().amax(0).sqrt()
+    assert [r.settings for r in report] == [{"smoothquant_alpha": 0.5}]
+    for name, W in (("0.weight", W0), ("1.weight", W1)):
+        torch.testing.assert_close(layer.tensors[name], W * s)
+    assert layer.scales.keys() == {"0", "1"}
 
 
 def test_the_expected_error_of_static_inputs_is_the_error() -> None:
@@ -85,7 +98,7 @@ def test_the_alpha_found_is_nearly_the_best_on_the_inputs_themselves(scheme: Sch
     absmax, largest = X.abs().amax(0), W.abs().amax(0)
     errors = [true_error(W, X, smoothquant.input_scales(absmax, largest, alpha), scheme) for alpha in smoothquant.ALPHAS]
     plain = true_error(W, X, torch.ones(64), scheme)
-    _, s = smoothquant.search({scheme: [W]}, stats_of(X), absmax, largest)
+    _, s = smoothquant.search([_basis.Read({scheme: [W]}, stats_of(X))], absmax, largest)
     assert true_error(W, X, s, scheme) <= min(1.15 * min(errors), plain)
 
 

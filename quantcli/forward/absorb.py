@@ -3,9 +3,13 @@
 AWQ and SmoothQuant divide what a linear reads by s, multiply its columns by s, and fold 1/s into the op that makes the input: a norm, the
 linear of the values (grouped-query heads share its rows), the up half of a gated MLP. A table of such pairs covers the models that
 somebody thought of. Here every op of the right width is tried: scale, fold, run the layer. If its output stays what it was, for random
-scales on random hidden states, nothing else reads that input and nothing bends it on the way. A gate behind SiLU fails, a router that
-reads the same norm fails, ReLU between two linears holds. Float32 keeps such an output to 1e-5 of what the scale alone does to it; what
-is wrong anywhere changes about as much as that.
+scales on random hidden states, nothing else reads that input and nothing bends it on the way. A gate behind SiLU fails, ReLU between two
+linears holds. Float32 keeps such an output to 1e-5 of what the scale alone does to it; what is wrong anywhere changes about as much as
+that.
+
+A norm before experts feeds all of them, their router and often a shared expert, which are scaled together or not at all. Which taps it
+feeds is seen by dividing the norm and looking at what they read then. With the dense matrices of that width beside the experts they are
+tried as one.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from quantcli import archs
+from quantcli.experts import expert_of
 from quantcli.passes import _basis
 from quantcli.tensors import Layer, Prev
 
@@ -53,7 +58,12 @@ class Absorbers:
 
 def moved(prev: Prev, old: str, new: str) -> Prev:
     """``prev`` with names that begin with ``new`` where they began with ``old``."""
-    return replace(prev, names=tuple(new + name.removeprefix(old) if name.startswith(old) else name for name in prev.names))
+
+    def at(name: str) -> str:
+        return new + name.removeprefix(old) if name.startswith(old) else name
+
+    readers = {at(name): at(tap) for name, tap in prev.readers.items()}
+    return replace(prev, names=tuple(at(name) for name in prev.names), readers=readers)
 
 
 class _Trial:
@@ -71,13 +81,14 @@ class _Trial:
         self.ids = torch.arange(N_TOKENS)[None] % forward.vocab_size
         self.output = layer(self.hidden, self.ids)
         self.declared = declared(forward.checkpoint.config)
+        self.untapped = [name for name in forward.untapped if len(self.shapes.get(name, ())) == 2]
 
     def all(self) -> dict[str, Prev]:
         """Tap → the first op that holds. Of numbered modules (experts) that are alike the first that any token reaches speaks for all."""
         found: dict[str, Prev] = {}
         settled: dict[str, tuple[str, Prev | None]] = {}
         for tap in self.readers:
-            kind = re.sub(r"(?<=\.)\d+(?=\.)", "#", tap)
+            kind = kind_of(tap)
             if kind not in settled:
                 prev, was_reached = self.first(tap)
                 if was_reached:
@@ -85,26 +96,74 @@ class _Trial:
             if kind in settled:
                 twin, prev = settled[kind]
                 found |= {} if prev is None else {tap: moved(prev, twin, parent(tap))}
+        return found | self.before_experts()
+
+    def before_experts(self) -> dict[str, Prev]:
+        """Tap → the norm that feeds experts, for all taps that it feeds."""
+        found: dict[str, Prev] = {}
+        widths = {self.width(tap) for tap in self.readers if expert_of(tap)}
+        if not widths:
+            return found
+        read = self.read_by_kind()
+        norms = [name for name in self.shapes if numbers(parent(name)) == numbers(self.layer.name)]
+        for norm in (norm for name in norms for width in widths for norm in self.norms(name, width)):
+            prev = replace(norm, readers=self.fed_by(norm, read))
+            if prev.readers and found.keys().isdisjoint(prev.readers.values()) and self.holds(prev, prev.readers)[0]:
+                found |= dict.fromkeys(prev.readers.values(), prev)
         return found
+
+    def fed_by(self, norm: Prev, read: Mapping[str, Tensor]) -> dict[str, str]:
+        """Matrix → tap for all that reads ``norm``, where experts do; ``read``: what each kind of tap reads while the norm is as it was.
+
+        With a divided norm the router sends tokens elsewhere. So rows are looked for among those that any expert was given.
+        """
+        was = {name: self.layer.get(name) for name in norm.names}
+        unit = Layer("", {name: W.float() for name, W in was.items()}, {}, prev={"": norm})
+        s = _basis.fold(unit, "", self.random_scales(norm)).float()
+        for name in was:
+            self.layer.set(name, unit.tensors[name])
+        divided = {kind: X * s for kind, X in self.read_by_kind().items() if kind in read and X.shape[-1] == len(s)}
+        for name, W in was.items():
+            self.layer.set(name, W)
+        taps = [tap for tap in self.readers if (kind := kind_of(tap)) in divided and are_among(divided[kind], read[kind])]
+        stacks = [at.stack for tap in taps if (at := expert_of(tap))]
+        if not stacks:
+            return {}
+        beside = [name for name in self.untapped if name.startswith(module_of(stacks[0]) + ".") and self.shapes[name][-1] == len(s)]
+        return {name: tap for tap in taps for name in self.readers[tap]} | dict.fromkeys(beside, taps[0])
+
+    def read_by_kind(self) -> dict[str, Tensor]:
+        """Kind of tap → the rows [n, in] that taps of that kind read."""
+        seen: dict[str, list[Tensor]] = {}
+        self.layer.inputs(self.hidden, self.ids, lambda tap, X: seen.setdefault(kind_of(tap), []).append(X.clone()))
+        return {kind: torch.cat(Xs) for kind, Xs in seen.items()}
 
     def first(self, tap: str) -> tuple[Prev | None, bool]:
         """The first op that takes over a scale of ``tap``, and whether a scale of ``tap`` shows in the output at all."""
         reached = True
         for prev in self.candidates(tap):
-            s = torch.empty(len(prev.channel)).uniform_(-1, 1, generator=self.random).exp2()
-            s = _basis.shared(s, prev, "mean")
-            reached = (effect := self.change(tap, s, prev, folded=False)) > 0
-            if not reached or self.change(tap, s, prev, folded=True) < TOLERANCE * effect:
-                return (prev if reached else None), reached
+            holds, reached = self.holds(prev, dict.fromkeys(self.readers[tap], tap))
+            if holds or not reached:
+                return (prev if holds else None), reached
         return None, reached
 
-    def change(self, tap: str, s: Tensor, prev: Prev, *, folded: bool) -> float:
-        """How far the layer's output moves when the columns that read ``tap`` are multiplied by ``s``, ``folded`` into prev or not."""
-        touched = (*self.readers[tap], *prev.names)
+    def holds(self, prev: Prev, readers: Mapping[str, str]) -> tuple[bool, bool]:
+        """Whether ``prev`` takes over a scale of all ``readers`` (matrix → tap), and whether that shows in the output at all."""
+        s = self.random_scales(prev)
+        effect = self.change(readers, s, prev, folded=False)
+        return effect > 0 and self.change(readers, s, prev, folded=True) < TOLERANCE * effect, effect > 0
+
+    def random_scales(self, prev: Prev) -> Tensor:
+        s = torch.empty(len(prev.channel)).uniform_(-1, 1, generator=self.random).exp2()
+        return _basis.shared(s, prev, "mean")
+
+    def change(self, readers: Mapping[str, str], s: Tensor, prev: Prev, *, folded: bool) -> float:
+        """How far the layer's output moves when the columns of ``readers`` are multiplied by ``s``, ``folded`` into prev or not."""
+        touched = (*readers, *prev.names)
         was = {name: self.layer.get(name) for name in touched}
-        unit = Layer("", {name: W.float() for name, W in was.items()}, {}, dict.fromkeys(self.readers[tap], tap), prev={tap: prev})
-        _basis.fold(unit, tap, s)
-        for name in touched if folded else self.readers[tap]:
+        unit = Layer("", {name: W.float() for name, W in was.items()}, {}, dict(readers), prev=dict.fromkeys(readers.values(), prev))
+        _basis.fold(unit, next(iter(readers.values())), s)
+        for name in touched if folded else readers:
             self.layer.set(name, unit.tensors[name])
         output = self.layer(self.hidden, self.ids)
         for name in touched:
@@ -113,20 +172,28 @@ class _Trial:
 
     def candidates(self, tap: str) -> Iterator[Prev]:
         """Every op whose output could be what ``tap`` reads, likely ones first."""
-        width = self.shapes[self.readers[tap][0]][-1]
+        width = self.width(tap)
         hinted = self.declared.get(tap.removeprefix(self.layer.name + "."))
         near = sorted(self.shapes, key=lambda name: (module_of(name) != f"{self.layer.name}.{hinted}", parent(name) != parent(tap)))
         for name in near:
             shape = self.shapes[name]
             if name in self.readers[tap] or not name.endswith(".weight") or numbers(parent(name)) != numbers(parent(tap)):
                 continue
-            bias = module_of(name) + ".bias"
-            names = (name, bias) if bias in self.shapes else (name,)
-            if len(shape) == 1 and shape[0] == width:
-                yield Prev(names, torch.arange(width))
-                yield Prev(names, torch.arange(width), 1.0)
-            elif len(shape) == 2:
-                yield from (Prev(names, channel) for channel in self.channels(shape[0], width))
+            yield from self.norms(name, width)
+            if len(shape) == 2:
+                yield from (Prev(self.with_bias(name), channel) for channel in self.channels(shape[0], width))
+
+    def norms(self, name: str, width: int) -> Iterator[Prev]:
+        """Tensor ``name`` as the weight of a norm of ``width`` channels, where it may be one."""
+        if self.shapes[name] == (width,) and name.endswith(".weight"):
+            yield from (Prev(self.with_bias(name), torch.arange(width), offset) for offset in (0.0, 1.0))
+
+    def with_bias(self, weight: str) -> tuple[str, ...]:
+        bias = module_of(weight) + ".bias"
+        return (weight, bias) if bias in self.shapes else (weight,)
+
+    def width(self, tap: str) -> int:
+        return self.shapes[self.readers[tap][0]][-1]
 
     def channels(self, n_rows: int, width: int) -> Iterator[Tensor]:
         """How the rows of a linear may make ``width`` inputs: one each, one for all heads of a group, or the last part of a fused one."""
@@ -156,6 +223,17 @@ def declared(config: Mapping) -> dict[str, str]:
 
 def module_of(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def kind_of(tap: str) -> str:
+    """``tap`` without its numbers: one word for all experts'."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", tap)
+
+
+def are_among(rows: Tensor, others: Tensor) -> bool:
+    """Whether each of ``rows`` [n, in] is one of ``others`` [m, in], but for rounding."""
+    nearest = torch.cdist(rows.double(), others.double()).amin(1)
+    return bool((nearest < TOLERANCE * rows.double().norm(dim=1)).all())
 
 
 def parent(name: str) -> str:

@@ -13,7 +13,7 @@ rule keeps) is rounded to its own dtype, as it was when it was published.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,11 +33,12 @@ def shared(values: Tensor, prev: Prev, reduce: str) -> Tensor:
 
 
 def fold(layer: Layer, tap: str, s: Tensor) -> Tensor:
-    """Change the basis of ``tap`` by about ``s``: [in] above zero, alike where one channel of its prev makes several inputs.
+    """Change the basis of ``tap``, and of the taps that share its prev, by about ``s``.
 
-    Edits ``layer.tensors`` and ``layer.scales``; returns the s [in] float64 that was folded.
+    ``s``: [in] above zero, alike where one channel of the prev makes several inputs. Edits ``layer.tensors`` and ``layer.scales``; returns
+    the s [in] float64 that was folded.
     """
-    prev = layer.prev[tap]
+    prev, taps = layer.prev[tap], layer.prev[tap].taps(tap)
     tensors = {name: layer.tensors[name] for name in prev.names}
     s = s.to(tensors[prev.names[0]].device, torch.float64)
     if tensors[prev.names[0]].ndim == 1:
@@ -46,9 +47,9 @@ def fold(layer: Layer, tap: str, s: Tensor) -> Tensor:
         over = torch.ones(len(tensor), dtype=s.dtype, device=s.device).index_put((prev.channel.to(s.device),), s)
         offset = prev.offset if name == prev.names[0] else 0.0
         layer.tensors[name] = _scaled(layer, name, tensor, (1 / over).view(-1, *[1] * (tensor.ndim - 1)), offset)
-    for name in (name for name, read in layer.taps.items() if read == tap):
+    for name in (name for name, read in layer.taps.items() if read in taps):
         layer.tensors[name] = _scaled(layer, name, layer.tensors[name], s)
-    layer.scales[tap] = s * layer.scales.get(tap, 1.0)
+    layer.scales |= {each: s * layer.scales.get(each, 1.0) for each in taps}
     return s
 
 
@@ -66,7 +67,7 @@ def _scaled(layer: Layer, name: str, tensor: Tensor, factor: Tensor, offset: flo
     coded = torch.promote_types(tensor.dtype, torch.float32)
     if tensor.ndim == 1:  # a norm or a bias: few numbers
         return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
-    return (tensor.to(coded) * factor.to(coded)).to(coded if name in layer.schemes else tensor.dtype)
+    return (tensor.to(coded) * factor.to(coded)).to(coded if name in layer.schemes or name in layer.deferred else tensor.dtype)
 
 
 def rescaled(stats: Stats, s: Tensor) -> Stats:
@@ -84,12 +85,44 @@ def on(stats: Stats, device: torch.device) -> Stats:
     return replace(stats, importance=stats.importance.to(device), absmax=stats.absmax.to(device), mean=stats.mean.to(device), H=H)
 
 
-def sampled(layer: Layer, names: Sequence[str]) -> dict[Scheme, list[Tensor]]:
-    """The weights ``names`` by scheme, float32, all rows or about :data:`SAMPLED_ROWS` of them, evenly spread."""
-    step = max(1, sum(len(layer.tensors[name]) for name in names) // SAMPLED_ROWS)
-    Ws: dict[Scheme, list[Tensor]] = {}
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a search of scales learns of one tap. ``Ws``: rows of its weights [n, in] float32 by scheme; ``stats``: of its inputs, on the
+    weights' device; ``share``: its tokens over those of the busiest tap that the scales are for, 1 where there is no other."""
+
+    Ws: Mapping[Scheme, list[Tensor]]
+    stats: Stats
+    share: float = 1.0
+
+
+def reads(layer: Layer, tap: str, stats: Mapping[str, Stats]) -> list[Read]:
+    """The taps whose scales are ``tap``'s, those without tokens left out. Their losses by their shares add up to that of all tokens.
+
+    :data:`SAMPLED_ROWS` are spread over all of them, so that many experts cost about as much as one; each matrix has a row at least.
+    """
+    names = {each: members for each in layer.prev[tap].taps(tap) if (members := coded(layer, each)) and each in stats}
+    seen = [each for each in names if stats[each].n_tokens] or [tap]
+    among = [name for each in seen for name in names[each]]
+    most = max(stats[each].n_tokens for each in seen)
+    device = layer.tensors[among[0]].device
+    return [
+        Read(sampled(layer, names[each], among=among), on(stats[each], device), stats[each].n_tokens / most if most else 1.0)
+        for each in seen
+    ]
+
+
+def coded(layer: Layer, tap: str) -> list[str]:
+    """The tensors that read ``tap`` and are coded, now or by later passes."""
+    return [name for name in (*layer.schemes, *layer.deferred) if layer.taps.get(name) == tap]
+
+
+def sampled(layer: Layer, names: Sequence[str], *, among: Sequence[str] = ()) -> dict[Scheme, list[Tensor]]:
+    """The weights ``names`` by scheme, float32: all rows, or those that are theirs of about :data:`SAMPLED_ROWS` of ``among`` (of
+    ``names`` where it is empty), evenly spread."""
+    step = max(1, sum(len(layer.tensors[name]) for name in among or names) // SAMPLED_ROWS)
+    schemes, Ws = layer.schemes | layer.deferred, dict[Scheme, list[Tensor]]()
     for name in names:
-        Ws.setdefault(layer.schemes[name], []).append(layer.tensors[name][::step].float().contiguous())
+        Ws.setdefault(schemes[name], []).append(layer.tensors[name][::step].float().contiguous())
     return Ws
 
 

@@ -23,7 +23,7 @@ The pass chooses no codes: rtn or gptq follow. Time for a tap: 18 roundings and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from quantcli.errors import RecipeError, about
 from quantcli.passes import _basis, _runs
-from quantcli.tensors import Layer, Prev, Report, Scheme, Stats, TensorReport
+from quantcli.tensors import Layer, Report, Scheme, Stats, TensorReport
 
 NEEDS: frozenset[str] = frozenset({"H", "absmax"})
 CHANGES_BASIS = True
@@ -84,36 +84,43 @@ def expected_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, stats: Stats) -
     return total
 
 
-def search(Ws: Mapping[Scheme, list[Tensor]], stats: Stats, absmax: Tensor, largest: Tensor) -> tuple[float, Tensor]:
-    """The α with the smallest expected error and its scales; 0 and ones where no α does better than the basis as it is."""
+def search(reads: Sequence[_basis.Read], absmax: Tensor, largest: Tensor) -> tuple[float, Tensor]:
+    """The α with the smallest expected error over the taps ``reads`` and its scales; 0 and ones where no α does better than the basis as
+    it is."""
+
+    def error(s: Tensor) -> Tensor:
+        return torch.stack([read.share * expected_error(read.Ws, s, read.stats) for read in reads]).sum()
+
     candidates = [(0.0, torch.ones_like(absmax)), *((alpha, input_scales(absmax, largest, alpha)) for alpha in ALPHAS)]
-    errors = torch.stack([expected_error(Ws, s, stats) for _, s in candidates]).tolist()  # a GPU is waited for once
+    errors = torch.stack([error(s) for _, s in candidates]).tolist()  # a GPU is waited for once
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
 def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
     """Change the basis of every tap whose ``layer.prev`` may take scales over. Quantizes nothing."""
     reports = []
+    settings: dict[str, dict[str, float]] = {}
     for tap, names in _runs.by_tap(layer, stats).items():
-        notes, settings = _basis.notes(layer, tap, "smoothquant"), {}
-        if tap in layer.prev and (options.linears or layer.tensors[layer.prev[tap].names[0]].ndim == 1):
+        notes = _basis.notes(layer, tap, "smoothquant")
+        if tap in layer.prev and tap not in settings and (options.linears or layer.tensors[layer.prev[tap].names[0]].ndim == 1):
             with about(tap):
-                alpha, s = scales(layer, names, stats[tap], layer.prev[tap], options.alpha)
-            settings = {"smoothquant_alpha": alpha}
+                alpha, s = scales(layer, tap, stats, options.alpha)
+            settings |= {each: {"smoothquant_alpha": alpha} for each in layer.prev[tap].taps(tap)}
             if bool((s != 1).any()):
                 _basis.fold(layer, tap, s)
-        reports += [TensorReport(name, 0.0, notes, settings=settings) for name in names]
+        reports += [TensorReport(name, 0.0, notes, settings=settings.get(tap, {})) for name in names]
     return Report(tuple(reports))
 
 
-def scales(layer: Layer, names: list[str], stats: Stats, prev: Prev, alpha: float | str) -> tuple[float, Tensor]:
-    """α and s [in] of the tap that the tensors ``names`` read."""
-    stats = _basis.on(stats, layer.tensors[names[0]].device)
-    absmax = _basis.shared(stats.absmax, prev, "amax")
+def scales(layer: Layer, tap: str, stats: Mapping[str, Stats], alpha: float | str) -> tuple[float, Tensor]:
+    """α and s [in] of ``tap``, and of the taps that share its prev."""
+    prev, reads = layer.prev[tap], _basis.reads(layer, tap, stats)
+    names = [name for each in prev.taps(tap) for name in _basis.coded(layer, each)]
+    absmax = _basis.shared(torch.stack([read.stats.absmax for read in reads]).amax(0), prev, "amax")
     columns = torch.stack([layer.tensors[name].abs().amax(0).float() for name in names]).amax(0)
     largest = _basis.shared(columns, prev, "amax")
     if alpha != AUTO:
         return float(alpha), input_scales(absmax, largest, float(alpha))
-    if stats.H is None:
+    if any(read.stats.H is None for read in reads):
         raise RecipeError(f"{names[0]}: alpha: auto needs the Hessian, and these statistics were gathered with --no-hessian")
-    return search(_basis.sampled(layer, names), stats, absmax, largest)
+    return search(reads, absmax, largest)

@@ -123,7 +123,8 @@ def rescaled(bench: Bench, word: str, Ws: list[Tensor], H: Tensor) -> None:
     names = [f"{i}.weight" for i in range(len(Ws))]
     few = _basis.sampled(Layer("", dict(zip(names, Ws, strict=True)), dict.fromkeys(names, SCHEME)), names)
     work = 20 * sum(len(W) for W in few[SCHEME]) * n * n  # the upper half of each product
-    bench.stage(f"awq ratios {word}", lambda: awq.search(few, H, Prev(("",), torch.arange(n))), work, 20 * 4 * n * n)
+    read = _basis.Read(few, Stats(H.diagonal(), torch.ones(n), torch.zeros(n), 1, H))
+    bench.stage(f"awq ratios {word}", lambda: awq.search([read], Prev(("",), torch.arange(n))), work, 20 * 4 * n * n)
     importance, qtype = H.diagonal().contiguous(), find("qtypes", SCHEME.qtype)
     pairs = [(W, qtype.fit(W, SCHEME, importance)) for W in Ws]
     work = rows * n * (4 * GROUP + 20 * len(awq.CLIP_FACTORS))  # two products with a block of H, then each factor's codes and errors
