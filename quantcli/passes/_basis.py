@@ -101,14 +101,12 @@ def reads(layer: Layer, tap: str, stats: Mapping[str, Stats]) -> list[Read]:
     :data:`SAMPLED_ROWS` are spread over all of them, so that many experts cost about as much as one; each matrix has a row at least.
     """
     names = {each: members for each in layer.prev[tap].taps(tap) if (members := coded(layer, each)) and each in stats}
-    seen = [each for each in names if stats[each].n_tokens] or [tap]
+    known = {each: stats[each] for each in names}
+    seen = {each: one for each, one in known.items() if one.n_tokens} or {tap: known[tap]}
     among = [name for each in seen for name in names[each]]
-    most = max(stats[each].n_tokens for each in seen)
+    most = max(1, *(one.n_tokens for one in seen.values()))
     device = layer.tensors[among[0]].device
-    return [
-        Read(sampled(layer, names[each], among=among), on(stats[each], device), stats[each].n_tokens / most if most else 1.0)
-        for each in seen
-    ]
+    return [Read(sampled(layer, names[each], among=among), on(one, device), one.n_tokens / most) for each, one in seen.items()]
 
 
 def coded(layer: Layer, tap: str) -> list[str]:

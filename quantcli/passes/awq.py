@@ -162,7 +162,8 @@ def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) 
         if tap not in layer.prev or options.n_grid == 1 or tap in settings:
             continue
         together = layer.prev[tap].taps(tap)
-        known = {each: replace(stats[each], H=hessians.get(each, stats[each].H)) for each in together if each in stats}
+        known = {each: stats[each] for each in together if each in stats}
+        known |= {each: replace(known[each], H=hessians[each]) for each in together if each in hessians}
         with about(tap):
             found = search(_basis.reads(layer, tap, known), layer.prev[tap], options.n_grid, compensated=options.compensated)
         settings |= {each: {"awq_ratio": found.ratio, "awq_loss": round(found.loss, 4)} for each in together}
