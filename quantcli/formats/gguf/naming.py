@@ -39,11 +39,6 @@ def architecture(config: Mapping) -> Architecture:
     return arch
 
 
-def usual_config(config: Mapping) -> dict:
-    """``config`` in the words that every family shares, its family's defaults filled in."""
-    return architecture(config).usual(config)
-
-
 def file_order(gguf_name: str) -> tuple[int, str]:
     """llama-quantize's order of tensors: those outside the layers first, then layer by layer, by name."""
     match = re.match(r"blk\.(\d+)\.", gguf_name)
