@@ -163,13 +163,7 @@ def make(
         raise UnsupportedError(
             f"{source.source}: its layers have no linears, only matrices of other kinds such as {left[0]}; nothing here can be quantized"
         )
-    for name, scheme in schemes.items():
-        if not fmt.supports(scheme):
-            raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
-        if hasattr(fmt, "why_not") and (reason := fmt.why_not(scheme, source.config)) is not None:
-            raise UnsupportedError(f"{name}: {scheme}: {reason}; choose another scheme")
-        with about(name):
-            find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
+    check_held(source, recipe, schemes)
     words: dict[str, Any] = {"kv_cache": recipe.kv_cache} if recipe.kv_cache else {}
     if recipe.mix is not None:
         words |= {"mix": recipe.mix, "is_measured": bool(recipe.needs)}
@@ -180,6 +174,38 @@ def make(
                 check_codes(recipe, scheme, is_measured=name in taps, is_weighed=name in getattr(context, "importance", {}))
     if hasattr(fmt, "check_importance"):
         fmt.check_importance(context, recipe.needs, carried)
+    layers = planned_layers(source, recipe, schemes, taps, carried, kv_caches or (), context)
+    notes = (*spared, *engines, *surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
+    if untied is not None:
+        notes += (f"{HEAD_WEIGHT} is written beside {untied}, which it was tied to: tie_word_embeddings is false from now on",)
+    if dense:
+        notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
+    return Plan(source, recipe, layers, context, notes)
+
+
+def check_held(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> None:
+    """Raise :class:`UnsupportedError` for a scheme that the format cannot hold, :class:`RecipeError` for one that a shape does not fit."""
+    fmt = find("formats", recipe.format)
+    for name, scheme in schemes.items():
+        if not fmt.supports(scheme):
+            raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
+        if hasattr(fmt, "why_not") and (reason := fmt.why_not(scheme, source.config)) is not None:
+            raise UnsupportedError(f"{name}: {scheme}: {reason}; choose another scheme")
+        with about(name):
+            find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
+
+
+def planned_layers(
+    source: Checkpoint,
+    recipe: Recipe,
+    schemes: Mapping[str, Scheme],
+    taps: Mapping[str, str],
+    carried: Collection[str],
+    kv_caches: Sequence[KvCache],
+    context: Any,
+) -> tuple[PlannedLayer, ...]:
+    """Every tensor of ``source`` with what the format makes of it, layer by layer, and the caches that get scales."""
+    fmt = find("formats", recipe.format)
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
         outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
@@ -188,16 +214,9 @@ def make(
         tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in carried)
         planned.setdefault(layer_of(name), []).append(tensor)
     scaled: dict[str, list[PlannedCache]] = {}
-    for one in caches.planned(recipe, kv_caches or (), context):
+    for one in caches.planned(recipe, kv_caches, context):
         scaled.setdefault(layer_of(f"{one.cache.attention}."), []).append(one)
-    in_order = sorted(planned, key=_natural)
-    layers = tuple(PlannedLayer(name, tuple(planned[name]), tuple(scaled.get(name, ()))) for name in in_order)
-    notes = (*spared, *engines, *surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
-    if untied is not None:
-        notes += (f"{HEAD_WEIGHT} is written beside {untied}, which it was tied to: tie_word_embeddings is false from now on",)
-    if dense:
-        notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
-    return Plan(source, recipe, layers, context, notes)
+    return tuple(PlannedLayer(name, tuple(planned[name]), tuple(scaled.get(name, ()))) for name in sorted(planned, key=_natural))
 
 
 def check_experts_apart(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> tuple[str, ...]:
