@@ -11,14 +11,17 @@ if TYPE_CHECKING:
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer that comes with ``checkpoint``; from the metadata of a GGUF file. Raises :class:`CheckpointError`."""
+    """The tokenizer that comes with ``checkpoint``; from the metadata of a GGUF file. Raises :class:`CheckpointError`.
+
+    ``trust_remote_code=False`` is said, not left out: without it transformers asks on the terminal whether to run the repository's code.
+    """
     from transformers import AutoTokenizer
 
     path = checkpoint.path
     try:
         if path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")
         raise CheckpointError(f"{checkpoint.source}: no tokenizer that transformers can read: {reason}") from error
