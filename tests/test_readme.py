@@ -123,11 +123,11 @@ def test_architectures_rooms_exist() -> None:
         folder = folder if line.startswith("  ") else ROOT
         for word in words[1].split():
             assert list(folder.glob(word.rstrip("/"))), f"{folder.name}/{word}"
-            shown.add((folder.name, word.strip("/")))
+            shown.add((folder, word.strip("/")))
         if not line.startswith("  ") and words[1].endswith("/"):
             folder = ROOT / words[1]
     inside = {path.name for path in (ROOT / "quantcli").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert {name for name in inside if not name.startswith("__")} == {word for room, word in shown if room == "quantcli"}
+    assert {name for name in inside if not name.startswith("__")} == {word for room, word in shown if room == ROOT / "quantcli"}
 
 
 def test_architectures_import_line_is_the_one_that_is_tested() -> None:
