@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from quantcli import errors, recipe, regrid
-from quantcli.registry import find, names
+from quantcli import errors, formats, recipe, regrid
+from quantcli.registry import names
 from quantcli.tensors import Scheme
 
 ROOT = Path(__file__).parent.parent
@@ -112,12 +112,12 @@ def exit_codes() -> str:
 
 def writable() -> list[str]:
     """The formats that export can write."""
-    return [name for name in names("formats") if hasattr(find("formats", name), "USUAL_SCHEME")]
+    return [name for name in names("formats") if hasattr(formats.of(name), "USUAL_SCHEME")]
 
 
 def conversion(source: Scheme, target: str) -> tuple[Scheme | None, str]:
     """What ``export --format TARGET`` makes of a tensor: its scheme there (None: dense), and "exact", "codes" or "anew"."""
-    fmt = find("formats", target)
+    fmt = formats.of(target)
     for scheme in regrid.candidates(source):
         if fmt.supports(scheme) and (degree := regrid.exactness(source, scheme, WIDTH)):
             return scheme, degree

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantcli import formats
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats import OutputLayout
 from quantcli.passes import _basis
 from quantcli.passes._activations import static_scale
 from quantcli.ranges import find_range
 from quantcli.recipe import Recipe
-from quantcli.registry import find
 from quantcli.tensors import KvCache, Stats, TensorSpec
 
 Fold = tuple[Tensor, Tensor]
@@ -38,7 +38,7 @@ def check(source: Checkpoint, recipe: Recipe, caches: Sequence[KvCache]) -> None
     """Raise for a format that has no place for the scales, and for a model whose engine would not use them."""
     if not recipe.kv_cache:
         return
-    if not hasattr(find("formats", recipe.format), "cache_outputs"):
+    if not formats.of(recipe.format).has_cache_scales:
         raise UnsupportedError(f"the {recipe.format} format has no place for the scales of a key-value cache; use compressed-tensors")
     config = source.config.get("text_config") or source.config
     if config.get("kv_lora_rank"):
@@ -52,12 +52,11 @@ def check(source: Checkpoint, recipe: Recipe, caches: Sequence[KvCache]) -> None
         raise RecipeError(f"{source.source}: {old[0]} has scales for its cache already, which are carried over; leave kv_cache out")
 
 
-def planned(recipe: Recipe, caches: Sequence[KvCache], context: Any) -> list[PlannedCache]:
+def planned(recipe: Recipe, caches: Sequence[KvCache], layout: OutputLayout) -> list[PlannedCache]:
     """What is written for ``caches``; nothing where the recipe does not ask for it."""
     if not recipe.kv_cache:
         return []
-    fmt = find("formats", recipe.format)
-    return [PlannedCache(cache, tuple(fmt.cache_outputs(cache, recipe.kv_cache, context))) for cache in caches]
+    return [PlannedCache(cache, tuple(layout.cache_outputs(cache))) for cache in caches]
 
 
 def rebased(cache: KvCache, stats: Mapping[str, Stats], folds: Mapping[str, Sequence[Fold]]) -> dict[str, Stats]:

@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 from quantcli import familiarity
+from quantcli.arrange import open_forward
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError
 from quantcli.experts import expert_of
 from quantcli.familiarity import Familiarity
-from quantcli.forward import Forward, LoadedLayer
+from quantcli.forward import Forward, LoadedLayer, run_dtype
 from quantcli.meter import StatsMeter
 from quantcli.outliers import Figures, figures_of
 from quantcli.readahead import reading_ahead
 from quantcli.shards import file_layout
 from quantcli.stats_file import DIAGONAL_PARTS, put_stats, stats_metadata, stats_specs
-from quantcli.tensors import HEAD, Stats, TensorSpec
+from quantcli.tensors import HEAD, Stats
 from quantcli.writer import Writer
 
 if TYPE_CHECKING:
@@ -53,15 +54,6 @@ def kept_on(device: torch.device, n_bytes: int) -> torch.device:
     if device.type == "cuda" and n_bytes > torch.cuda.mem_get_info(device)[0] // 2:
         return torch.device("cpu")
     return device
-
-
-def run_dtype(specs: Iterable[TensorSpec], device: str | torch.device) -> torch.dtype:
-    """What a model is run in to be measured: float32, but bfloat16 on a GPU for a model whose matrices are stored in it.
-
-    There it is 15 times as fast, and what engines compute in. A CPU without instructions for it takes over a hundred times as long.
-    """
-    stored = {spec.dtype for spec in specs if len(spec.shape) > 1}
-    return torch.bfloat16 if torch.device(device).type == "cuda" and stored == {"BF16"} else torch.float32
 
 
 def at_once(ids: Tensor) -> list[slice]:
@@ -228,7 +220,7 @@ def calibrate(
     """
     needs = (EVERYTHING if hessian else DIAGONALS) | ({"histogram"} if histograms else set())
     dtype = run_dtype(checkpoint.specs.values(), device)
-    forward = Forward(checkpoint, dtype=dtype, device=device, all_tokens=moe == "all")
+    forward = open_forward(checkpoint, dtype=dtype, device=device, all_tokens=moe == "all")
     specs = stats_specs(tap_widths(forward, head=head), hessian=hessian, histograms=histograms)
     caches = {tap: width for cache in forward.caches for tap, width in cache.widths.items()}
     specs += stats_specs(caches, hessian=False, histograms=histograms)

@@ -1,15 +1,16 @@
-"""What the calibrated passes learn from: token windows, or a file of statistics that is checked against plan and recipe."""
+"""What a run learns from: token windows, statistics or an importance matrix, checked against plan and recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor
 
-from quantcli import outliers, overlap
+from quantcli import formats, outliers, overlap, texts
 from quantcli.errors import RecipeError, about
+from quantcli.importance import Importance, ImportanceSource
 from quantcli.outliers import Protected
 from quantcli.plan import Plan
 from quantcli.recipe import Recipe
@@ -20,26 +21,67 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
-    """What the calibrated passes learn from: token windows to run through the model, or statistics gathered before.
+class Windows:
+    """Token windows, ``ids``: [n, seq_len] int64, that are run through the model behind the layers already quantized."""
 
-    ``windows``: [n, seq_len] int64; ``stats``: tap → Stats; exactly one of them. ``dataset_sha256`` is of the token ids.
-    """
-
-    dataset_sha256: str
-    windows: Tensor | None = None
-    stats: StatsFile | None = None
+    ids: Tensor
 
     @property
-    def kind(self) -> str:
-        """What it is: "windows", run behind quantized layers, or "statistics", gathered before on the source."""
-        return "statistics" if self.stats is not None else "windows"
+    def dataset_sha256(self) -> str:
+        return texts.sha256(self.ids)
+
+
+Data = Windows | StatsFile | ImportanceSource
+"""What a run learns from: token windows, statistics gathered before on the source, or an importance matrix for plain rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Data that was checked against a plan: exactly one of the three, or ``importance`` beside nothing else.
+
+    ``windows`` and ``stats`` calibrate the recipe's passes; ``importance`` weighs the rounding of a recipe whose passes read nothing.
+    """
+
+    windows: Windows | None = None
+    stats: StatsFile | None = None
+    importance: Importance | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """What calibrated: "windows", run behind quantized layers, or "statistics", gathered before on the source."""
+        if self.stats is not None:
+            return "statistics"
+        return None if self.windows is None else "windows"
+
+    @property
+    def dataset_sha256(self) -> str | None:
+        """Of the token ids; None where nothing was calibrated."""
+        known = self.stats or self.windows
+        return None if known is None else known.dataset_sha256
 
     def provenance(self) -> dict[str, str]:
         """What an output says of the text: ``dataset_sha256``, ``dataset_sketch`` by which another text is compared with
         it, and ``calibrated_by``: :attr:`kind`."""
-        sketch = overlap.sketch(self.windows) if self.windows is not None else self.stats and self.stats.dataset_sketch
+        if self.dataset_sha256 is None or self.kind is None:
+            return {}
+        sketch = overlap.sketch(self.windows.ids) if self.windows is not None else self.stats and self.stats.dataset_sketch
         return {"dataset_sha256": self.dataset_sha256, "calibrated_by": self.kind} | ({"dataset_sketch": sketch} if sketch else {})
+
+
+def is_importance(data: Data | Callable[[], Data] | None, recipe: Recipe) -> TypeGuard[ImportanceSource]:
+    """Whether ``data`` weighs the rounding of ``recipe`` rather than calibrate its passes: an importance matrix always, statistics where no
+    pass reads any and the format's types are rounded by importance."""
+    if data is None or callable(data) or isinstance(data, Windows):
+        return False
+    return not isinstance(data, StatsFile) or (not recipe.is_calibrated and formats.of(recipe.format).has_mixes)
+
+
+def weighed(plan: Plan, data: ImportanceSource) -> Learned:
+    """The importance that ``data`` gives the weights of ``plan``; :class:`RecipeError` where passes would have to read it."""
+    if plan.recipe.needs:
+        raise RecipeError("an importance matrix weighs plain rounding; this recipe's passes learn from --dataset or --stats: leave one out")
+    schemes = {t.name: t.scheme for t in plan.tensors if t.scheme is not None}
+    return Learned(importance=plan.layout.importance(data, plan.source, schemes))
 
 
 def check_stats(plan: Plan, stats: StatsFile) -> None:
@@ -75,18 +117,22 @@ def check_moe(recipe: Recipe, stats: StatsFile) -> None:
         )
 
 
-def checked(plan: Plan, calibrate: Callable[[], Calibrated] | None) -> Calibrated:
+def checked(plan: Plan, data: Data | Callable[[], Data] | None) -> Learned:
     """What the passes learn from; :class:`RecipeError` where there is none, or statistics do not fit."""
-    if calibrate is None:
+    if data is None:
         raise RecipeError(f"recipe '{plan.recipe.name}' needs calibration data; give a dataset or --stats")
-    data = calibrate()
-    if data.stats is not None:
-        check_stats(plan, data.stats)
-        check_moe(plan.recipe, data.stats)
-    return data
+    if callable(data):
+        data = data()
+    if isinstance(data, Windows):
+        return Learned(windows=data)
+    if not isinstance(data, StatsFile):
+        return weighed(plan, data)
+    check_stats(plan, data)
+    check_moe(plan.recipe, data)
+    return Learned(stats=data)
 
 
-def protected_by(plan: Plan, data: Calibrated, forward: Forward | None) -> list[Protected]:
+def protected_by(plan: Plan, data: Learned, forward: Forward | None) -> list[Protected]:
     """What the recipe's ``protect_outliers`` protects: by statistics gathered before, else by a walk of the windows through the source."""
     assert plan.recipe.protect_outliers is not None
     n_weights: dict[str, int] = {}
@@ -100,5 +146,5 @@ def protected_by(plan: Plan, data: Calibrated, forward: Forward | None) -> list[
 
         assert forward is not None
         assert data.windows is not None
-        figures = {tap: f for tap, f in figures_by_tap(forward, data.windows).items() if tap in n_weights}
+        figures = {tap: f for tap, f in figures_by_tap(forward, data.windows.ids).items() if tap in n_weights}
     return outliers.choose(plan.recipe.protect_outliers, figures, n_weights)

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantcli.errors import CheckpointError, QuantcliError, UnsupportedError
 from quantcli.json_files import read_json, shown
 from quantcli.locations import Location, first_bytes
-from quantcli.registry import find, names
+from quantcli.registry import find
 from quantcli.shards import open_folder
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
@@ -38,7 +38,10 @@ SIDECAR_PATTERNS = (
     "additional_chat_templates/*.jinja",
 )
 MAX_SIDECAR_BYTES = 200_000_000
-FORMAT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "quantcli.json", "trainer_state.json")
+RECORD = "quantcli.json"
+"""How a folder came to be."""
+
+FORMAT_FILES = ("config.json", "quantize_config.json", "quant_config.json", RECORD, "trainer_state.json")
 """Written by the output's own format, or telling how *this* folder came to be: not carried over to another."""
 
 FINGERPRINT_BYTES = 1024
@@ -83,23 +86,6 @@ class Checkpoint(ABC):
         self.notes = tuple(notes)
         self.kv_cache = dict(kv_cache or {})
 
-    @staticmethod
-    def open(source: str) -> Checkpoint:
-        """The checkpoint at ``source``: a folder, a file, or a Hub id ``org/name[@revision]``. Reads headers, no weights.
-
-        Raises :class:`CheckpointError` for what is missing, damaged or unsafe, :class:`UnsupportedError` for a dialect nobody here reads.
-        """
-        path = locate(source)
-        config = read_config(path) if path.is_dir() else None
-        # The dense reader takes whatever no dialect claims, so it is asked last.
-        for name in sorted(names("formats"), key=lambda n: (n == "hf", n)):
-            module = find("formats", name)
-            if module.detect(path, config):
-                checkpoint: Checkpoint = module.read(path)
-                checkpoint.source = source
-                return checkpoint
-        raise unread(path, config)
-
     def read(self, name: str) -> Tensor:
         """The tensor ``name``: its stored dtype when dense, float32 as its engine decodes it when quantized."""
         if name in self.schemes:
@@ -130,6 +116,22 @@ class Checkpoint(ABC):
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
         """The scales of keys and of values of a module in ``kv_cache``: float32 [1] or [heads]."""
         raise UnsupportedError(f"{self.kind} holds no scales of a key-value cache")
+
+    @property
+    def file_metadata(self) -> Mapping[str, Any]:
+        """Key → value of the metadata that a single-file format has, in the file's order and that format's own words; {} for a folder."""
+        return {}
+
+    def unnamed(self) -> dict[str, Tensor]:
+        """Tensors that the file stores and ``specs`` has no name for, since the config says what they hold: by the file's own names."""
+        return {}
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """How quantcli made this model: what quantcli.json, or a file's ``quantcli.*`` keys, say of it; {} where there is nothing."""
+        record = self.path / RECORD
+        known = read_json(record) if record.is_file() else None
+        return known if isinstance(known, dict) else {}
 
     def locations(self) -> Iterable[Location]:
         """Where the tensors of the file or files lie, by their own names; a format other than a folder of safetensors says it anew."""
@@ -250,10 +252,10 @@ def hub_way_out(error: Exception) -> str:
     return f"the download failed ({reason}); try again, or give a local folder"
 
 
-def unread(path: Path, config: dict[str, Any] | None) -> QuantcliError:
-    """The error for a source that no format claims."""
+def unread(path: Path, config: dict[str, Any] | None, formats: Sequence[str]) -> QuantcliError:
+    """The error for a source that none of ``formats`` claims."""
     if config is None:
         return CheckpointError(f"{path}: no model file that quantcli reads (a folder, or a .gguf file)")
     words = config.get("quantization_config")
     method = words.get("quant_method") if isinstance(words, dict) else words
-    return UnsupportedError(f"{path}: is quantized by {shown(method)}; quantcli reads {', '.join(names('formats'))}")
+    return UnsupportedError(f"{path}: is quantized by {shown(method)}; quantcli reads {', '.join(formats)}")

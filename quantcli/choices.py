@@ -5,24 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from quantcli import regrid
+from quantcli import formats, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.cuts import HEAD_WEIGHT, tied_embedding
 from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats import Request
 from quantcli.outliers import Protected
 from quantcli.recipe import Recipe
 from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 
-def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str]) -> dict[str, Scheme]:
+def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], request: Request) -> dict[str, Scheme]:
     """Tensor name → scheme of the tensors that do not stay as they are: the first rule that matches, else the mix or the scheme."""
     schemes: dict[str, Scheme] = {}
     if recipe.mix is not None:
-        fmt = find("formats", recipe.format)
-        if not hasattr(fmt, "mix"):
+        fmt = formats.of(recipe.format)
+        if not fmt.has_mixes:
             raise RecipeError(f"{recipe.mix} is a mix of types for GGUF; the {recipe.format} format has none: leave --format out")
-        schemes = fmt.mix(recipe.mix, source.specs, source.config, is_measured=bool(recipe.needs), **recipe.format_options)
+        schemes = fmt.mix(recipe.mix, source.specs, source.config, request)
         if recipe.codes != "anew":  # what the mix leaves as it is stays so when it is codes of the format's own
             schemes = {name: have for name, have in source.schemes.items() if fmt.supports(have)} | schemes
     elif recipe.scheme is not None:
@@ -66,14 +67,14 @@ def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme
 
     ``wanted``: what the recipe says of all tensors; of those that the source left dense a plain dtype alone is taken from it.
     """
-    fmt = find("formats", recipe.format)
+    fmt = formats.of(recipe.format)
     schemes = {name: scheme for name, scheme in wanted.items() if name not in source.schemes and not is_coded(scheme)}
     for name, scheme in source.schemes.items():
         shape = source.specs[name].shape
         held = (s for s in regrid.candidates(scheme) if fmt.supports(s) and regrid.exactness(scheme, s, shape[-1]) and fits(shape, s))
-        fitting = (s for s in held if not hasattr(fmt, "why_not") or fmt.why_not(s, source.config) is None)
-        if (chosen := next(fitting, None)) is None and fmt.USUAL_SCHEME is not None:
-            chosen = Scheme.parse(fmt.USUAL_SCHEME)
+        fitting = (s for s in held if fmt.why_not(s, source.config) is None)
+        if (chosen := next(fitting, None)) is None and fmt.usual_scheme is not None:
+            chosen = Scheme.parse(fmt.usual_scheme)
         if chosen is not None:
             schemes[name] = chosen
     return schemes
@@ -103,7 +104,7 @@ def protect(
     if recipe.protect_outliers is None:
         return dict(schemes), ()
     scheme, chosen = recipe.protect_outliers.scheme, dict(schemes)
-    if scheme is not None and not find("formats", recipe.format).supports(scheme):
+    if scheme is not None and not formats.of(recipe.format).supports(scheme):
         raise UnsupportedError(f"protect_outliers: the {recipe.format} format cannot hold {scheme}; choose another, or 'keep'")
     if protected is None:
         return chosen, ("protect_outliers: what it protects is known once inputs are measured, or from --stats",)

@@ -37,6 +37,8 @@ Recount = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 class Coding:
     """A source, a plan and the writer of its output; ``reports`` gather what was done to each tensor. Thread-safe but for ``loaded``.
 
+    ``importance``: weight → the mean squares of its inputs [in], where a file gives them for a recipe whose passes measure nothing.
+
     ``folds``: weight of a linear → by what its rows were divided for other linears: the row that makes each of their inputs, and s [in].
     """
 
@@ -44,6 +46,7 @@ class Coding:
     plan: Plan
     writer: Writer
     device: torch.device
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     reports: list[TensorReport] = field(default_factory=list)
     folds: dict[str, list[Fold]] = field(default_factory=dict)
 
@@ -113,13 +116,12 @@ class Coding:
 
     def unit(self, layer: str, tensors: Sequence[PlannedTensor], loaded: LoadedLayer | None) -> Layer:
         """``tensors`` as the passes see them; weights that are in memory are taken from ``loaded``."""
-        weighed = getattr(self.plan.context, "importance", {})
         return Layer(
             layer,
             {t.name: loaded.tensors[t.name] if loaded else self.source.read(t.name).to(self.device) for t in tensors},
             {t.name: t.scheme for t in tensors if t.scheme},
             {t.name: t.tap for t in tensors if t.tap},
-            importance={t.name: weighed[t.name].to(self.device) for t in tensors if t.name in weighed},
+            importance={t.name: self.importance[t.name].to(self.device) for t in tensors if t.name in self.importance},
         )
 
     def add_readers(
@@ -190,9 +192,8 @@ class Coding:
 
     def put_caches(self, planned: Iterable[PlannedCache], stats: Mapping[str, Stats]) -> None:
         """Write the scales of a layer's key-value caches; ``stats``: of what enters them as the layer is now."""
-        fmt, recipe = find("formats", self.plan.recipe.format), self.plan.recipe
         for one in planned:
-            parts = fmt.cache_parts(one.cache, caches.scales(one.cache, recipe, stats), self.plan.context)
+            parts = self.plan.layout.cache_parts(one.cache, caches.scales(one.cache, self.plan.recipe, stats))
             for name, data in parts.items():
                 self.writer.put(name, data)
 
@@ -228,8 +229,7 @@ class Coding:
         return record
 
     def _put(self, name: str, tensor: Tensor | QuantizedTensor) -> None:
-        fmt = find("formats", self.plan.recipe.format)
-        for part, data in fmt.parts(name, tensor, self.plan.context).items():
+        for part, data in self.plan.layout.parts(name, tensor).items():
             self.writer.put(part, data)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,17 @@ class View(Checkpoint):
         )
         self.source = inner.source
 
+    @property
+    def file_metadata(self) -> Mapping[str, Any]:
+        return self.inner.file_metadata
+
+    def unnamed(self) -> dict[str, Tensor]:
+        return self.inner.unnamed()
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self.inner.provenance
+
     def load(self, name: str) -> Tensor:
         piece = self._pieces[name]
         if isinstance(piece, Joint):
@@ -129,18 +140,11 @@ def _spec(name: str, piece: Piece | Joint, specs: Mapping[str, TensorSpec]) -> T
     return TensorSpec.dense(name, stored.dtype, piece.shape)
 
 
-def unfused(source: Checkpoint) -> Checkpoint:
-    """``source`` with the linears of its experts one by one, where its architecture's literal says how they are stored together."""
-    experts_apart(source)
-    arch = archs.of(source.config)
-    return source if arch is None else cut(source, arch.experts)
-
-
-def cut(source: Checkpoint, cuts: Mapping[str, Cut]) -> Checkpoint:
-    """``source`` with the tensors that ``cuts`` names cut up; itself where it has none of them. Quantized ones stay whole."""
+def pieces_of(source: Checkpoint, cuts: Mapping[str, Cut]) -> dict[str, Piece]:
+    """Every tensor of ``source``, those that ``cuts`` names cut up; quantized ones stay whole. Nothing where no name or shape changes."""
     arch = archs.of(source.config)
     if arch is None or not cuts:
-        return source
+        return {}
     config = arch.usual(source.config)
     pieces: dict[str, Piece] = {}
     for name, spec in source.specs.items():
@@ -150,7 +154,7 @@ def cut(source: Checkpoint, cuts: Mapping[str, Cut]) -> Checkpoint:
             pieces[arch.published(name)] = Piece(name)
         else:
             pieces |= _pieces_of(spec, found, name.removesuffix(rest), config)
-    return View(source, pieces) if pieces.keys() != source.specs.keys() or any(piece.take for piece in pieces.values()) else source
+    return pieces if pieces.keys() != source.specs.keys() or any(piece.take for piece in pieces.values()) else {}
 
 
 def tied_embedding(source: Checkpoint) -> str | None:
@@ -161,25 +165,6 @@ def tied_embedding(source: Checkpoint) -> str | None:
     matrices = (spec for name, spec in source.specs.items() if len(spec.shape) == 2 and name != HEAD_WEIGHT)
     embeddings = [spec.name for spec in matrices if spec.shape[0] == config.get("vocab_size")]
     return embeddings[0] if len(embeddings) == 1 else None
-
-
-def untied(source: Checkpoint, embedding: str) -> Checkpoint:
-    """``source`` with an output embedding of its own, the same numbers as ``embedding``, which the model tied it to."""
-    apart = {"tie_word_embeddings": False}
-    text = {"text_config": source.config["text_config"] | apart} if source.config.get("text_config") else {}
-    pieces = {name: Piece(name) for name in source.specs} | {HEAD_WEIGHT: Piece(embedding)}
-    return View(source, pieces, source.config | text | apart)
-
-
-def rejoined(source: Checkpoint, coded: Collection[str] = ()) -> Checkpoint:
-    """``source`` with its experts in the tensors in which alone transformers knows them, where its family is of that kind and none of
-    ``coded`` is one of their linears; itself otherwise."""
-    joints = experts_apart(source)
-    parts = {part for joint in joints.values() for part in joint.names}
-    if not joints or not parts.isdisjoint(coded):
-        return source
-    pieces: dict[str, Piece | Joint] = {name: Piece(name) for name in source.specs if name not in parts}
-    return View(source, {**pieces, **joints})
 
 
 HALVES = ("gptq", "awq")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantcli.arrange import open_forward
 from quantcli.calibrate import Activations
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, RecipeError
@@ -100,7 +101,7 @@ def evaluate(
     """
     if ids.shape[1] < 2:
         raise RecipeError(f"windows of {ids.shape[1]} token leave nothing to predict; give a longer text or --seq-len")
-    models = [Forward(source, device=device) for source in (checkpoint, baseline) if source is not None]
+    models = [open_forward(source, device=device) for source in (checkpoint, baseline) if source is not None]
     if len(models) == 2:
         _check_alike(*models)
     left = [simulate(model) for model in models] if activations else [()]

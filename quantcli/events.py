@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The plan stands; nothing has been written."""
+    """The plan stands; nothing has been written. ``notes``: what a user might not expect of it, or of the data that it is given."""
 
     plan: Plan
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

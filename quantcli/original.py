@@ -21,7 +21,7 @@ class Original:
 
     def __init__(self, like: Forward, ids: Tensor) -> None:
         """Of the checkpoint of ``like``, run as that runs it; ``ids``: [n, T] int64."""
-        self._forward = Forward(like.checkpoint, dtype=like.dtype, device=like.device, all_tokens=like.all_tokens)
+        self._forward = like.another()
         self._layer: LoadedLayer | None = None
         self.activations = Activations.embed(self._forward, ids)
 

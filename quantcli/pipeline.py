@@ -6,23 +6,26 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quantcli import __version__, archs, caches, cuts, ops
+from quantcli import caches, ops
 from quantcli import plan as planning
-from quantcli.calibrated import Calibrated, checked, protected_by
+from quantcli.arrange import arrange
+from quantcli.calibrated import Data, Learned, checked, is_importance, protected_by, weighed
 from quantcli.checkpoint import Checkpoint
-from quantcli.choices import is_coded, untied_head
+from quantcli.choices import is_coded
 from quantcli.coding import Coding
 from quantcli.errors import RecipeError
 from quantcli.events import Event, Finished, LayerDone, Planned, timed
 from quantcli.outliers import Protected
 from quantcli.plan import PlannedLayer, PlannedTensor
+from quantcli.provenance import Provenance
 from quantcli.readahead import reading_ahead
 from quantcli.recipe import Recipe
 from quantcli.registry import find
@@ -44,83 +47,58 @@ def quantize(
     target: Path,
     recipe: Recipe,
     *,
-    calibrate: Callable[[], Calibrated] | None = None,
+    data: Data | Callable[[], Data] | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Generator[Event, None, None]:
     """Write ``source`` to ``target`` as ``recipe`` says.
 
-    ``calibrate`` is called, once the plan stands or for it (``protect_outliers``), when a pass needs statistics. With token windows each
-    layer is measured on what the layers before it, already quantized, hand it; with statistics gathered before no layer runs. Nothing
-    stands at ``target`` until the last event; ``overwrite`` replaces what stood there only then. Close the walk
-    (``contextlib.closing``) where you may leave it half way: that removes the unfinished output.
+    ``data``: what the recipe learns from; a function that gives it is called once the plan stands, or for it (``protect_outliers``). With
+    token windows each layer is measured on what the layers before it, already quantized, hand it; with statistics gathered before no layer
+    runs; an importance matrix weighs plain rounding. Nothing stands at ``target`` until the last event; ``overwrite`` replaces what stood
+    there only then. Close the walk (``contextlib.closing``) where you may leave it half way: that removes the unfinished output.
     """
     _check_apart(source, target)
-    fmt = find("formats", recipe.format)
-    if hasattr(fmt, "native") and not recipe.is_calibrated:
-        source = fmt.native(source)
-    if (embedding := untied_head(source, recipe)) is not None:
-        source = cuts.untied(source, embedding)
-    is_known = archs.of(source.config) is not None or hasattr(fmt, "arranged")
-    forward = None if is_known and not recipe.is_calibrated else _open_forward(source, device, recipe)
-    # in which every expert's linear is a tensor, however they are stored
-    source = cuts.unfused(source) if forward is None else forward.checkpoint
-    if hasattr(fmt, "arranged"):
-        source = fmt.arranged(source)
-    taps = planning.declared_taps(source) if forward is None else forward.taps  # where the model is built, it knows best
-    assert taps is not None
-    taps = {name: tap for name, tap in taps.items() if name in source.specs}
-    made_by = provenance(source, recipe) | ({} if embedding is None else {"untied": embedding})
-    head, kv_caches = (forward.head_weight, forward.caches) if forward else (planning.declared_head(source), None)
-    head = head if head in source.specs else None
-    make = partial(planning.make, source, recipe, taps, metadata=made_by, kv_caches=kv_caches, head=head, untied=embedding)
-    plan = make()
-    data: Calibrated | None = None
+    arranged = arrange(source, recipe, device)
+    plan = planning.make(arranged, recipe, is_weighed=is_importance(data, recipe))
+    learned = weighed(plan, data) if is_importance(data, recipe) else Learned()
+    planning.check_importance(plan, learned.importance or ())
     protected: list[Protected] | None = None
     if recipe.protect_outliers is not None:  # whose plan follows from the inputs
-        data = checked(plan, calibrate)
-        if data.stats is not None or not dry_run:
-            protected = protected_by(plan, data, forward)
-            plan = make(protected=protected)
-    yield Planned(plan)
+        learned = checked(plan, data)
+        if learned.stats is not None or not dry_run:
+            protected = protected_by(plan, learned, arranged.forward)
+            plan = planning.make(arranged, recipe, protected=protected)
+    yield Planned(plan, (*plan.notes, *(learned.importance.notes if learned.importance is not None else ())))
     if dry_run:
         return
-    if recipe.is_calibrated:
-        data = data or checked(plan, calibrate)
-        made_by |= data.provenance() | ({} if protected is None else {"protected": [unit.to_dict() for unit in protected]})
-        # Again, because a GGUF says in its header which text it was.
-        plan = make(protected=protected)
+    if recipe.is_calibrated and learned.kind is None:
+        learned = checked(plan, data)
+    provenance = replace(
+        Provenance.of(arranged.source, recipe, untied=arranged.untied),
+        data=learned.provenance(),
+        protected=None if protected is None else tuple(unit.to_dict() for unit in protected),
+    )
     familiarity = None
-    with fmt.writer(target, plan.outputs, plan.context, overwrite=overwrite) as writer:
+    layout, record = plan.layout, provenance.to_dict()
+    with layout.writer(target, plan.outputs, record, importance=learned.importance, overwrite=overwrite) as writer:
         _check_files_apart(source, writer)
-        run = Coding(plan.source, plan, writer, torch.device(device))
-        if data is None:
-            yield from _each_tensor(run)
-        elif data.stats is not None:
-            yield from _each_layer(run, data.stats, forward)
+        run = Coding(plan.source, plan, writer, torch.device(device), learned.importance or {})
+        if learned.stats is not None:
+            yield from _each_layer(run, learned.stats, arranged.forward)
+        elif learned.windows is not None:
+            assert arranged.forward is not None
+            familiarity = yield from _propagate(run, arranged.forward, learned.windows.ids)
         else:
-            assert forward is not None
-            assert data.windows is not None
-            familiarity = yield from _propagate(run, forward, data.windows)
+            yield from _each_tensor(run)
         if writer.folder:
-            record = {"dataset_sha256": None, **made_by, "tensors": run.record()}
-            writer.add_sidecar("quantcli.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+            told = {"dataset_sha256": None, **record, "tensors": run.record()}
+            writer.add_sidecar("quantcli.json", (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
         writer.commit()
     exact = {report.name for report in run.reports if report.is_exact}
     lossless = all(tensor.name in exact or _is_exact(plan.source, tensor) for tensor in plan.tensors)
-    sha256, kind = (None, None) if data is None else (data.dataset_sha256, data.kind)
-    yield Finished(writer.target, plan, lossless, sha256, familiarity, kind)
-
-
-def provenance(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    """What repeats a run: version, recipe, source and the fingerprint of its weights."""
-    return {
-        "version": __version__,
-        "recipe": recipe.to_dict(),
-        "source": source.source,
-        "source_fingerprint": source.fingerprint(),
-    }
+    yield Finished(writer.target, plan, lossless, learned.dataset_sha256, familiarity, learned.kind)
 
 
 def _check_apart(source: Checkpoint, target: Path) -> None:
@@ -146,14 +124,6 @@ def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
     read = torch.float32 if tensor.name in source.schemes else DTYPES.get(tensor.source.dtype)
     stored = DTYPES.get(tensor.outputs[0].dtype)
     return read == stored or (read is not None and stored is not None and torch.promote_types(read, stored) == stored)
-
-
-def _open_forward(source: Checkpoint, device: str, recipe: Recipe) -> Forward:
-    from quantcli.calibrate import run_dtype
-    from quantcli.forward import Forward  # transformers takes seconds to import
-
-    dtype = run_dtype(source.specs.values(), device)
-    return Forward(source, dtype=dtype, device=device, all_tokens=recipe.calibration.moe == "all")
 
 
 def _each_tensor(run: Coding) -> Iterator[LayerDone]:
@@ -263,12 +233,10 @@ def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[
     """Layer name → its taps' :class:`Prev`, where a pass of the recipe changes the basis."""
     if forward is None or not run.plan.recipe.changes_basis:
         return None
-    from quantcli.forward import Forward
     from quantcli.forward.absorb import Absorbers
 
     if forward.dtype != torch.float32:  # trials tell what holds from what does not by less than other types can show
-        forward = Forward(run.source, device=forward.device)
-
+        forward = forward.another(dtype=torch.float32)
     found, index = Absorbers(forward), {name: i for i, name in enumerate(forward.layers)}
     return lambda name: found.of(index[name]) if name in index else {}
 

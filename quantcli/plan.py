@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli import archs, caches, cuts, regrid
+from quantcli import caches, cuts, regrid
+from quantcli.arrange import Arranged, experts_joined
 from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
 from quantcli.choices import carried_over, choose_schemes, is_coded, layer_of, listed, protect
 from quantcli.cuts import HEAD_WEIGHT
 from quantcli.errors import RecipeError, UnsupportedError, about
+from quantcli.formats import Format, OutputLayout, Request
 from quantcli.outliers import Protected
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
@@ -61,16 +62,17 @@ class PlannedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will be written. ``context`` is the format's own, handed back to it with every tensor.
+    """What will be written, and how it lies in the files: ``layout``.
 
-    ``source``: the checkpoint with its tensors cut as they are written; ``notes``: what a user might not expect, for the command line to
-    say.
+    ``source``: the checkpoint with its tensors cut as they are written; ``is_weighed``: made for rounding that is given the importance of
+    inputs; ``notes``: what a user might not expect, for the command line to say.
     """
 
     source: Checkpoint
     recipe: Recipe
     layers: tuple[PlannedLayer, ...]
-    context: Any
+    layout: OutputLayout
+    is_weighed: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -94,8 +96,7 @@ class Plan:
 
     def why_dropped(self, tensor: PlannedTensor) -> str:
         """Why ``tensor`` has no outputs."""
-        reasons: Mapping[str, str] = getattr(self.context, "dropped", {})
-        return reasons.get(tensor.name, f"the {self.recipe.format} format has no place for it")
+        return self.layout.dropped.get(tensor.name, f"the {self.recipe.format} format has no place for it")
 
     def census(self) -> dict[str, int]:
         """How many tensors are quantized, copied and dropped: together every tensor of the source."""
@@ -105,91 +106,79 @@ class Plan:
         return {"quantized": quantized, "copied": len(tensors) - quantized - dropped, "dropped": dropped}
 
 
-def declared_taps(source: Checkpoint) -> dict[str, str] | None:
-    """Disk name of each linear's weight → its tap, from the architecture's literal; None when no literal answers to the model."""
-    arch = archs.of(source.config)
-    if arch is None:
-        return None
-    if isinstance(arch, archs.StoredNames):
-        return {name: name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name}
-    return {name: tap for name in source.specs if (tap := arch.tap(name)) is not None}
-
-
-def declared_head(source: Checkpoint) -> str | None:
-    """The output embedding's weight under its usual name; None where it has another, or is the input embedding's."""
-    return HEAD_WEIGHT if HEAD_WEIGHT in source.specs and not source.config.get("tie_word_embeddings") else None
-
-
-def make(
-    source: Checkpoint,
-    recipe: Recipe,
-    taps: Mapping[str, str],
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    protected: Sequence[Protected] | None = None,
-    kv_caches: Sequence[KvCache] | None = None,
-    head: str | None = None,
-    untied: str | None = None,
-) -> Plan:
-    """The plan for ``source``. ``taps``: its linears' weights → tap, declared or traced. ``metadata`` goes into the output's own header;
-    ``protected``: what the recipe's ``protect_outliers`` found in their inputs, None as long as these are not known; ``kv_caches``: where
-    its layers keep keys and values, None where that has not been traced; ``head``: the output embedding's weight, where what it reads can
-    be measured: given a scheme, it is solved like any linear; ``untied``: the input embedding's, where the model had them as one tensor.
+def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protected: Sequence[Protected] | None = None) -> Plan:
+    """The plan for what :func:`quantcli.arrange.arrange` made of a source for ``recipe``. ``is_weighed``: plain rounding is given the
+    importance of inputs, by which GGUF's mixes choose; ``protected``: what the recipe's ``protect_outliers`` found in the inputs, None as
+    long as these are not known.
 
     Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that
     the format cannot hold, and for a model in whose layers no linear is found.
     """
-    fmt = find("formats", recipe.format)
-    check_format_options(recipe)
+    source, fmt, taps = arranged.source, arranged.format, arranged.taps
+    fmt.check_options(recipe.format_options)
     check_passes(recipe)
-    if kv_caches is not None:
-        caches.check(source, recipe, kv_caches)
-    schemes = choose_schemes(source, recipe, taps)
+    if arranged.caches is not None:
+        caches.check(source, recipe, arranged.caches)
+    request = Request(recipe.format_options, recipe.mix, recipe.kv_cache, is_measured=bool(recipe.needs), is_weighed=is_weighed)
+    schemes = choose_schemes(source, recipe, taps, request)
     schemes, spared = protect(recipe, schemes, taps, protected)
-    taps = {**taps, head: HEAD} if head is not None and is_coded(schemes.get(head)) else taps
+    taps = {**taps, arranged.head: HEAD} if arranged.head is not None and is_coded(schemes.get(arranged.head)) else taps
     carried = carried_over(source, recipe, schemes)
-    if hasattr(fmt, "suited"):
-        schemes = {name: s if name in carried else fmt.suited(s, source.config) for name, s in schemes.items()}
-    dense = [name for name in schemes if name not in carried and hasattr(fmt, "stays_dense") and fmt.stays_dense(name)]
+    schemes = {name: s if name in carried else fmt.suited(s, source.config) for name, s in schemes.items()}
+    dense = [name for name in schemes if name not in carried and fmt.stays_dense(name)]
     schemes = {name: scheme for name, scheme in schemes.items() if name not in dense}
-    if not hasattr(fmt, "arranged"):
-        source = cuts.rejoined(source, [name for name, scheme in schemes.items() if is_coded(scheme)])
+    if not fmt.has_own_names:
+        source = experts_joined(source, [name for name, scheme in schemes.items() if is_coded(scheme)])
         schemes = {name: scheme for name, scheme in schemes.items() if name in source.specs}
         taps = {name: tap for name, tap in taps.items() if name in source.specs}
         carried &= source.specs.keys()
-    engines = check_experts_apart(source, recipe, schemes)
+    engines = check_experts_apart(source, fmt, recipe, schemes)
     left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
     if left and not taps and recipe.scheme is not None:
         raise UnsupportedError(
             f"{source.source}: its layers have no linears, only matrices of other kinds such as {left[0]}; nothing here can be quantized"
         )
-    check_held(source, recipe, schemes)
-    words: dict[str, Any] = {"kv_cache": recipe.kv_cache} if recipe.kv_cache else {}
-    if recipe.mix is not None:
-        words |= {"mix": recipe.mix, "is_measured": bool(recipe.needs)}
-    context = fmt.context(source, schemes, dict(metadata or {}), **words, **recipe.format_options)
+    check_held(source, fmt, recipe, schemes)
+    layout = fmt.layout(source, schemes, request)
     for name, scheme in schemes.items():
-        if name not in carried:
+        if name not in carried and name in taps:
             with about(name):
-                check_codes(recipe, scheme, is_measured=name in taps, is_weighed=name in getattr(context, "importance", {}))
-    if hasattr(fmt, "check_importance"):
-        fmt.check_importance(context, recipe.needs, carried)
-    layers = planned_layers(source, recipe, schemes, taps, carried, kv_caches or (), context)
-    notes = (*spared, *engines, *surprises(source, recipe, schemes, taps, left, carried), *getattr(context, "notes", ()))
-    if untied is not None:
-        notes += (f"{HEAD_WEIGHT} is written beside {untied}, which it was tied to: tie_word_embeddings is false from now on",)
+                check_grid(recipe, scheme)
+    layers = planned_layers(source, recipe, schemes, taps, carried, arranged.caches or (), layout)
+    notes = (*spared, *engines, *surprises(source, recipe, schemes, taps, left, carried), *layout.notes)
+    if arranged.untied is not None:
+        notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
     if dense:
         notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
-    return Plan(source, recipe, layers, context, notes)
+    return Plan(source, recipe, layers, layout, is_weighed, notes)
 
 
-def check_held(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> None:
+def check_importance(plan: Plan, importance: Collection[str]) -> None:
+    """Raise :class:`RecipeError` where a type of ``plan`` is useless without importance, and neither ``importance`` (names of weights) nor
+    what the recipe's passes measure gives it."""
+    recipe, kept = plan.recipe, {t.name for t in plan.tensors if t.carried}
+    for tensor in plan.tensors:
+        if tensor.scheme is None or tensor.carried or not qtypes_need_importance(tensor.scheme):
+            continue
+        if tensor.name not in importance and not (recipe.needs and tensor.tap is not None):
+            why = f"recipe '{recipe.name}' measures none" if tensor.tap is not None else "what this tensor reads is not measured"
+            raise RecipeError(
+                f"{tensor.name}: {tensor.scheme} needs importance, and {why}; give --imatrix FILE, or a recipe whose passes read statistics"
+            )
+    if not recipe.needs:
+        plan.layout.check_importance(importance, kept)
+
+
+def qtypes_need_importance(scheme: Scheme) -> bool:
+    return bool(getattr(find("qtypes", scheme.qtype), "NEEDS_IMPORTANCE", False))
+
+
+def check_held(source: Checkpoint, fmt: Format, recipe: Recipe, schemes: Mapping[str, Scheme]) -> None:
     """Raise :class:`UnsupportedError` for a scheme that the format cannot hold, :class:`RecipeError` for one that a shape does not fit."""
-    fmt = find("formats", recipe.format)
     for name, scheme in schemes.items():
         if not fmt.supports(scheme):
             raise UnsupportedError(f"{name}: the {recipe.format} format cannot hold {scheme}; choose another --format or scheme")
-        if hasattr(fmt, "why_not") and (reason := fmt.why_not(scheme, source.config)) is not None:
+        if (reason := fmt.why_not(scheme, source.config)) is not None:
             raise UnsupportedError(f"{name}: {scheme}: {reason}; choose another scheme")
         with about(name):
             find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
@@ -202,33 +191,31 @@ def planned_layers(
     taps: Mapping[str, str],
     carried: Collection[str],
     kv_caches: Sequence[KvCache],
-    context: Any,
+    layout: OutputLayout,
 ) -> tuple[PlannedLayer, ...]:
     """Every tensor of ``source`` with what the format makes of it, layer by layer, and the caches that get scales."""
-    fmt = find("formats", recipe.format)
     planned: dict[str, list[PlannedTensor]] = {}
     for name, spec in source.specs.items():
-        outputs = tuple(fmt.outputs(spec, schemes.get(name), context))
+        outputs = tuple(layout.outputs(spec, schemes.get(name)))
         if outputs and source.is_opaque(name):
             check_opaque(source, recipe, spec, outputs[0])
         tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in carried)
         planned.setdefault(layer_of(name), []).append(tensor)
     scaled: dict[str, list[PlannedCache]] = {}
-    for one in caches.planned(recipe, kv_caches, context):
+    for one in caches.planned(recipe, kv_caches, layout):
         scaled.setdefault(layer_of(f"{one.cache.attention}."), []).append(one)
     return tuple(PlannedLayer(name, tuple(planned[name]), tuple(scaled.get(name, ()))) for name in sorted(planned, key=_natural))
 
 
-def check_experts_apart(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> tuple[str, ...]:
+def check_experts_apart(source: Checkpoint, fmt: Format, recipe: Recipe, schemes: Mapping[str, Scheme]) -> tuple[str, ...]:
     """A note on which engines load experts one by one that transformers has in one tensor; :class:`UnsupportedError` where none does."""
-    fmt = find("formats", recipe.format)
-    if hasattr(fmt, "arranged"):
+    if fmt.has_own_names:
         return ()
     parts = {part for joint in cuts.experts_apart(source).values() for part in joint.names}
     coded = [name for name, scheme in schemes.items() if name in parts and is_coded(scheme)]
     if not coded:
         return ()
-    kind, engines = source.config.get("model_type"), getattr(fmt, "EXPERTS_APART", None)
+    kind, engines = source.config.get("model_type"), fmt.experts_apart
     if engines is None:
         raise UnsupportedError(
             f"{coded[0]}: transformers and vLLM have the experts of {kind} in one tensor, and no engine loads an expert's gate and "
@@ -272,15 +259,6 @@ def surprises(
     return tuple(notes)
 
 
-def check_format_options(recipe: Recipe) -> None:
-    """Raise :class:`RecipeError` for an option that the format does not have; one that takes any keyword checks them itself."""
-    parameters = inspect.signature(find("formats", recipe.format).context).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(recipe.format_options) - set(known))
-    if unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters):
-        raise RecipeError(f"the {recipe.format} format has no option '{unknown[0]}'; it has: {', '.join(known) or 'none'}")
-
-
 def check_passes(recipe: Recipe) -> None:
     """Raise :class:`RecipeError` where the passes leave no codes, or change a basis that ties together what is to be coded apart."""
     last = recipe.passes[-1].name
@@ -291,16 +269,12 @@ def check_passes(recipe: Recipe) -> None:
         raise RecipeError(f"recipe '{recipe.name}': {names} works on a whole layer at once; leave true_sequential out")
 
 
-def check_codes(recipe: Recipe, scheme: Scheme, *, is_measured: bool, is_weighed: bool) -> None:
-    """Raise :class:`RecipeError` where the recipe's passes cannot choose codes of ``scheme``. ``is_measured``: the tensor has a tap;
-    ``is_weighed``: an importance matrix has a row for it."""
+def check_grid(recipe: Recipe, scheme: Scheme) -> None:
+    """Raise :class:`RecipeError` where a pass of ``recipe`` chooses codes one by one, and ``scheme`` has none for a single weight."""
     qtype = find("qtypes", scheme.qtype)
-    if is_measured and hasattr(qtype, "NO_GRID"):
+    if hasattr(qtype, "NO_GRID"):
         for name in (p.name for p in recipe.passes if getattr(find("passes", p.name), "NEEDS_GRID", False)):
             raise RecipeError(f"the pass {name} needs a grid, and {qtype.NO_GRID}")
-    if getattr(qtype, "NEEDS_IMPORTANCE", False) and not (is_weighed or (recipe.needs and is_measured)):
-        why = f"recipe '{recipe.name}' measures none" if is_measured else "what this tensor reads is not measured"
-        raise RecipeError(f"{scheme} needs importance, and {why}; give --imatrix FILE, or a recipe whose passes read statistics")
 
 
 def _natural(layer: str) -> tuple[int, Sequence[Any]]:

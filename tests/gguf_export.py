@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from quantcli import ops, regrid
+from quantcli.arrange import cut_for
 from quantcli.checkpoint import Checkpoint
-from quantcli.formats import gguf
+from quantcli.formats import Request, gguf
+from quantcli.formats.gguf import filetypes
 from quantcli.formats.gguf.chooser import DENSE
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import QuantizedTensor, Scheme
@@ -22,13 +24,13 @@ LLAMA3 |= {"original_max_position_embeddings": 8192}
 
 def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str, Any] | None = None, **options: Any) -> Path:
     """``source`` as a file of ``file_type`` at ``path``."""
-    source = gguf.arranged(source)
-    schemes = gguf.mix(file_type, source.specs, source.config, **options)
-    context = gguf.context(source, schemes, metadata or {}, mix=file_type, **options)
-    outputs = [out for name, spec in source.specs.items() for out in gguf.outputs(spec, schemes.get(name), context)]
-    with gguf.writer(path, outputs, context, overwrite=False) as writer:
+    source = cut_for(source, gguf.FORMAT)
+    schemes = filetypes.mix(file_type, source.specs, source.config, options=options)
+    context = gguf.FORMAT.layout(source, schemes, Request(options=options, mix=file_type))
+    outputs = [out for name, spec in source.specs.items() for out in context.outputs(spec, schemes.get(name))]
+    with context.writer(path, outputs, metadata or {}) as writer:
         for name in source.specs:
-            for part, data in gguf.parts(name, coded(source, name, schemes.get(name)), context).items():
+            for part, data in context.parts(name, coded(source, name, schemes.get(name))).items():
                 writer.put(part, data)
         writer.commit()
     return path

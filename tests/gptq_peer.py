@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantcli import evaluate, pipeline, texts
+from quantcli.calibrated import Windows
 from quantcli.checkpoint import Checkpoint
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe
 
@@ -39,10 +41,10 @@ def windows_of_pico(model: Checkpoint) -> tuple[Tensor, Tensor]:
 def quantized(model: Checkpoint, target: Path, how: Recipe, windows: Tensor) -> int:
     """Write ``target``; how many tensors were coded."""
 
-    def calibrate() -> pipeline.Calibrated:
-        return pipeline.Calibrated(dataset_sha256=texts.sha256(windows), windows=windows)
+    def calibrate() -> Windows:
+        return Windows(windows)
 
-    events = list(pipeline.quantize(model, target, how, calibrate=calibrate))
+    events = list(pipeline.quantize(model, target, how, data=calibrate))
     assert isinstance(events[0], pipeline.Planned)
     return events[0].plan.census()["quantized"]
 
@@ -64,11 +66,11 @@ def ask_client(windows_file: Path, words: Sequence[str]) -> list[Answer]:
 def measured_by_both(root: Path, recipes: Mapping[str, Recipe], loaders: Mapping[str, str]) -> dict[str, Answer]:
     """Case → {"ours": perplexity, "n_coded", "theirs": the client's answer}; ``loaders``: case → transformers or gptqmodel."""
     found: dict[str, Answer] = {}
-    with Checkpoint.open(str(PICO)) as model:
+    with open_checkpoint(str(PICO)) as model:
         learned, measured = windows_of_pico(model)
         for i, (case, how) in enumerate(recipes.items()):
             n_coded = quantized(model, root / str(i), how, learned)
-            with Checkpoint.open(str(root / str(i))) as back:
+            with open_checkpoint(str(root / str(i))) as back:
                 assert back.notes == ()
                 found[case] = {"ours": evaluate.perplexity(back, measured).perplexity, "n_coded": n_coded}
     save_file({"windows": measured}, root / "windows.safetensors")
@@ -87,13 +89,13 @@ def ask(root: Path, windows: Tensor, loader: str, folder: Path) -> Answer:
 
 def read_what_they_made(method: str, root: Path) -> tuple[float, Answer]:
     """(our perplexity, transformers' answer) of the pico model as gptqmodel itself quantized it."""
-    with Checkpoint.open(str(PICO)) as model:
+    with open_checkpoint(str(PICO)) as model:
         learned, measured = windows_of_pico(model)
     save_file({"windows": learned[:4]}, root / "learned.safetensors")
     run("gptqmodel_maker.py", method, PICO, root / "learned.safetensors", root / "theirs", where=root)
     answer = ask(root, measured, "transformers", root / "theirs")
     assert "error" not in answer, answer["error"]
-    with Checkpoint.open(str(root / "theirs")) as back:
+    with open_checkpoint(str(root / "theirs")) as back:
         assert back.kind == method
         assert back.notes == ()
         assert len(back.schemes) == sum(answer["kernels"].values())

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.formats import open_checkpoint
 from quantcli.tensors import DTYPES
 
 ODD_VALUES: tuple[Any, ...] = (
@@ -113,7 +113,7 @@ def wrong_answers(folder: Path, scratch: Path, *, seed: int = 0, n: int = 5000, 
 
 def read_everything(path: Path) -> None:
     """Open ``path`` and read each of its tensors: as announced, dense and as codes."""
-    with Checkpoint.open(str(path)) as checkpoint:
+    with open_checkpoint(str(path)) as checkpoint:
         for name, spec in checkpoint.specs.items():
             W = checkpoint.read(name)
             if tuple(W.shape) != spec.shape:

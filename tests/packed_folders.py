@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint import Checkpoint
+from quantcli.formats import Request, open_checkpoint
 from quantcli.tensors import QuantizedTensor, Scheme
 
 
@@ -46,15 +46,15 @@ def random_codes(scheme: Scheme, out: int, n_in: int, seed: int = 0) -> Quantize
 
 
 def write(
-    fmt: ModuleType, source: Checkpoint, target: Path, tensors: Mapping[str, QuantizedTensor], metadata: Mapping = {}, **options: int
+    fmt: Any, source: Checkpoint, target: Path, tensors: Mapping[str, QuantizedTensor], metadata: Mapping = {}, **options: int
 ) -> Any:
-    """``source`` with ``tensors`` in the place of its own as a folder of ``fmt``; returns the context."""
+    """``source`` with ``tensors`` in the place of its own as a folder of the format in module ``fmt``; returns the layout."""
     schemes = {name: tensor.scheme for name, tensor in tensors.items()}
-    context = fmt.context(source, schemes, dict(metadata), **options)
-    outputs = [out for spec in source.specs.values() for out in fmt.outputs(spec, schemes.get(spec.name), context)]
-    with fmt.writer(target, outputs, context, overwrite=False) as writer:
+    context = fmt.FORMAT.layout(source, schemes, Request(options=options))
+    outputs = [out for spec in source.specs.values() for out in context.outputs(spec, schemes.get(spec.name))]
+    with context.writer(target, outputs, metadata) as writer:
         for name in source.specs:
-            for part, tensor in fmt.parts(name, tensors.get(name, source.read(name) if name not in tensors else None), context).items():
+            for part, tensor in context.parts(name, tensors.get(name, source.read(name) if name not in tensors else None)).items():
                 writer.put(part, tensor)
         writer.commit()
     return context
@@ -65,22 +65,22 @@ def linears(source: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def quantized_folder(
-    fmt: ModuleType, tiny_llama: TinyLlama, target: Path, scheme: Scheme, **options: object
+    fmt: Any, tiny_llama: TinyLlama, target: Path, scheme: Scheme, **options: object
 ) -> tuple[Path, dict[str, QuantizedTensor]]:
     """A small model whose linears are random codes of ``scheme``, written to ``target``; (source folder, codes)."""
     folder = tiny_llama(**{"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 300, **options})
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         tensors = {name: random_codes(scheme, *shape, seed=i) for i, (name, shape) in enumerate(linears(source).items())}
         write(fmt, source, target, tensors)
     return folder, tensors
 
 
-def tiny_folder(fmt: ModuleType, tiny_llama: TinyLlama, target: Path, scheme: Scheme) -> Path:
+def tiny_folder(fmt: Any, tiny_llama: TinyLlama, target: Path, scheme: Scheme) -> Path:
     """One linear quantized, one dense, and their config: small enough to be damaged five thousand times."""
     folder = tiny_llama(hidden=64, intermediate=64, layers=1, heads=2, kv_heads=2, vocab=64)
     kept = ("mlp.down_proj", "self_attn.o_proj", "model.norm")
     save_file({n: t for n, t in load_file(folder / "model.safetensors").items() if any(k in n for k in kept)}, folder / "model.safetensors")
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         write(fmt, source, target, {"model.layers.0.mlp.down_proj.weight": random_codes(scheme, 64, 64)})
     for sidecar in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (target / sidecar).unlink()

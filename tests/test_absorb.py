@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli.archs.llama import ARCH
-from quantcli.checkpoint import Checkpoint
-from quantcli.forward import Forward
+from quantcli.arrange import open_forward
+from quantcli.formats import open_checkpoint
 from quantcli.forward.absorb import Absorbers
 from quantcli.passes import _basis
 from quantcli.tensors import Layer, Prev
@@ -88,8 +88,8 @@ def model_of(model_type: str, folder: Path, **options: object) -> transformers.P
 
 
 def found_in(folder: Path) -> tuple[dict[str, Prev], dict[str, str]]:
-    with Checkpoint.open(str(folder)) as source:
-        forward = Forward(source)
+    with open_checkpoint(str(folder)) as source:
+        forward = open_forward(source)
         absorbers = Absorbers(forward)
         return {tap: prev for i in range(len(forward.layers)) for tap, prev in absorbers.of(i).items()}, forward.taps
 
@@ -215,8 +215,8 @@ def test_folding_scales_before_experts_changes_nothing(model_type: str, tmp_path
 
 def test_a_norm_before_experts_that_something_unseen_reads_too_is_left_alone(tmp_path: Path) -> None:
     model_of("mixtral", tmp_path, **EXPERTS["mixtral"][0])
-    with Checkpoint.open(str(tmp_path)) as source:
-        forward = Forward(source)
+    with open_checkpoint(str(tmp_path)) as source:
+        forward = open_forward(source)
         forward.untapped = ()  # as if the router were no matrix of the file
         prevs = Absorbers(forward).of(0)
     assert not any("post_attention_layernorm" in prev.names[0] for prev in prevs.values())

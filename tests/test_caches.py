@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli import calibrate, cuts, pipeline, recipe
+from quantcli.arrange import open_forward
 from quantcli.calibrate import Activations
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.errors import CheckpointError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.evaluate import perplexity
-from quantcli.forward import Forward
-from quantcli.pipeline import Calibrated
+from quantcli.formats import open_checkpoint
 from quantcli.recipe import PassSpec, Rule
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import KV_CACHES, KvCache, Scheme
@@ -35,8 +35,8 @@ def folder(tiny_llama: TinyLlama) -> Path:
 
 
 def quantize(model: Path, target: Path, how: recipe.Recipe, **options: Any) -> Path:
-    with Checkpoint.open(str(model)) as source:
-        list(pipeline.quantize(source, target, how, **{"calibrate": lambda: Calibrated("of a test", windows=IDS), **options}))
+    with open_checkpoint(str(model)) as source:
+        list(pipeline.quantize(source, target, how, **{"data": Windows(IDS), **options}))
     return target
 
 
@@ -61,7 +61,7 @@ def reach_by_head(states: Tensor) -> Tensor:
 
 
 def test_statistics_of_caches_are_those_of_what_the_whole_models_cache_holds(folder: Path, tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors", histograms=True))
     stats = StatsFile(tmp_path / "stats.safetensors")
     for i, both in enumerate(filled(folder)):
@@ -76,8 +76,8 @@ def test_statistics_of_caches_are_those_of_what_the_whole_models_cache_holds(fol
 
 
 def test_looking_at_caches_changes_nothing(folder: Path) -> None:
-    with Checkpoint.open(str(folder)) as source:
-        forward = Forward(source)
+    with open_checkpoint(str(folder)) as source:
+        forward = open_forward(source)
         assert forward.caches == tuple(KvCache(f"model.layers.{i}.self_attn", HEADS, DIM, DIM) for i in range(2))
         hidden = forward.embed(IDS)
         with forward.layer(0) as layer:
@@ -95,8 +95,8 @@ def test_what_keeps_keys_and_values_is_found_by_running_it(model_type: str, tmp_
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path)
-    with Checkpoint.open(str(tmp_path)) as source:
-        forward = Forward(source)
+    with open_checkpoint(str(tmp_path)) as source:
+        forward = open_forward(source)
         found = {cache.attention: (cache.heads, cache.k_dim, cache.v_dim) for cache in forward.caches}
     layers = {"qwen3_next": [1], "gpt_neox": []}.get(model_type, [0, 1])  # GPT-NeoX calls its cache by another name
     assert found == {f"model.layers.{i}.self_attn": (2, 16, 16) for i in layers}
@@ -113,7 +113,7 @@ def test_scales_are_those_of_the_quantized_model_and_lie_as_the_library_has_them
     assert (words["num_bits"], words["symmetric"], words["dynamic"]) == (8, True, False)
     assert (words["type"], words["strategy"]) == ("float" if "fp8" in word else "int", "attn_head" if by_head else "tensor")
     files = load_file(target / "model.safetensors")
-    with Checkpoint.open(str(target)) as output:
+    with open_checkpoint(str(target)) as output:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model.load_state_dict({name: output.read(name).float() for name in output.specs if "_scale" not in name}, strict=True)
     for i, both in enumerate(filled(model)):
@@ -128,7 +128,7 @@ def test_scales_are_those_of_the_quantized_model_and_lie_as_the_library_has_them
 
 def test_the_plan_has_every_byte(folder: Path, tmp_path: Path) -> None:
     target = quantize(folder, tmp_path / "out", with_cache("fp8-head"))
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         planned, *_ = pipeline.quantize(source, tmp_path / "dry", with_cache("fp8-head"), dry_run=True)
     written = load_file(target / "model.safetensors")
     assert {spec.name: spec.shape for spec in planned.plan.outputs} == {name: tuple(t.shape) for name, t in written.items()}
@@ -138,7 +138,7 @@ def test_the_plan_has_every_byte(folder: Path, tmp_path: Path) -> None:
 def test_weights_may_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
     target = quantize(folder, tmp_path / "out", with_cache("fp8", scheme=Scheme.parse("bf16")))
     assert json.loads((target / "config.json").read_text())["quantization_config"]["config_groups"] == {}
-    with Checkpoint.open(str(target)) as output, Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(target)) as output, open_checkpoint(str(folder)) as source:
         assert output.schemes == {}
         assert list(output.kv_cache.values()) == ["fp8", "fp8"]
         assert perplexity(output, IDS).activations == "simulated"
@@ -146,10 +146,10 @@ def test_weights_may_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
 
 
 def test_statistics_from_a_file_serve_in_place_of_windows(folder: Path, tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors", hessian=False))
     stats = StatsFile(tmp_path / "stats.safetensors")
-    given = {"calibrate": lambda: Calibrated(stats.dataset_sha256, stats=stats)}
+    given = {"data": stats}
     files = load_file(quantize(folder, tmp_path / "out", with_cache("fp8"), **given) / "model.safetensors")
     for i, both in enumerate(filled(folder)):
         for part, states in zip(("k_scale", "v_scale"), both, strict=True):
@@ -162,15 +162,15 @@ def test_statistics_from_a_file_serve_in_place_of_windows(folder: Path, tmp_path
 def test_statistics_from_before_a_change_of_basis_serve_too(tiny_llama: TinyLlama, tmp_path: Path, word: str, kv_heads: int) -> None:
     """Values are divided by what o_proj is multiplied by, and scales follow. But for that 8-bit weights leave the cache much as it was."""
     folder = tiny_llama(layers=2, kv_heads=kv_heads)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors"))
     stats = StatsFile(tmp_path / "stats.safetensors")
-    given = {"calibrate": lambda: Calibrated(stats.dataset_sha256, stats=stats)}
+    given = {"data": stats}
     how = with_cache(word, passes=(PassSpec("smoothquant", {"alpha": 0.8}), PassSpec("rtn")), scheme=Scheme.parse("int8-channel-sym"))
     files = load_file(quantize(folder, tmp_path / "out", how, **given) / "model.safetensors")
     largest = 448 if word == "fp8" else 127
-    with Checkpoint.open(str(tmp_path / "out")) as output:
-        forward = Forward(output)
+    with open_checkpoint(str(tmp_path / "out")) as output:
+        forward = open_forward(output)
         activations, before = Activations.embed(forward, IDS), []
         for i, cache in enumerate(forward.caches):
             with forward.layer(i) as layer:
@@ -223,7 +223,7 @@ def test_eval_tells_the_perplexity_of_a_model_whose_cache_rounds(folder: Path, t
     with torch.no_grad():
         logits = model(input_ids=IDS, past_key_values=RoundingCache(files, word), use_cache=True).logits
     truth = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten()).exp()
-    with Checkpoint.open(str(target)) as output:
+    with open_checkpoint(str(target)) as output:
         ours, unrounded = (perplexity(output, IDS, activations=on).perplexity for on in (True, False))
     assert ours == pytest.approx(float(truth), rel=1e-6)
     assert abs(ours / unrounded - 1) > 1e-5
@@ -250,11 +250,11 @@ def test_eval_tells_the_perplexity_of_a_model_whose_cache_rounds(folder: Path, t
 def test_what_cannot_be_is_said_before_anything_is_written(
     folder: Path, tmp_path: Path, changes: dict[str, Any], error: type[QuantcliError], message: str
 ) -> None:
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors", histograms=True))
     stats = StatsFile(tmp_path / "stats.safetensors")
     with pytest.raises(error, match=message):
-        quantize(folder, tmp_path / "out", with_cache("fp8", **changes), calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+        quantize(folder, tmp_path / "out", with_cache("fp8", **changes), data=stats)
     assert not (tmp_path / "out").exists()
 
 
@@ -263,7 +263,7 @@ def test_scales_that_are_there_already_are_carried_over_and_not_measured_twice(f
     with pytest.raises(RecipeError, match="has scales for its cache already"):
         quantize(first, tmp_path / "second", with_cache("int8"))
     again = quantize(first, tmp_path / "third", replace(recipe.load("gptq-w4a16"), scheme=Scheme.parse("int4-g64-sym")))
-    with Checkpoint.open(str(again)) as output, Checkpoint.open(str(first)) as before:
+    with open_checkpoint(str(again)) as output, open_checkpoint(str(first)) as before:
         assert output.kv_cache == before.kv_cache
         assert all(map(torch.equal, output.cache_scales("model.layers.1.self_attn"), before.cache_scales("model.layers.1.self_attn")))
 
@@ -271,7 +271,7 @@ def test_scales_that_are_there_already_are_carried_over_and_not_measured_twice(f
 def test_a_view_of_a_checkpoint_has_its_caches_scales(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     """Or an untied head would have them measured anew, beside those that are carried over."""
     first = quantize(tiny_llama(layers=1, tied=True), tmp_path / "first", with_cache("fp8"))
-    with Checkpoint.open(str(first)) as source:
+    with open_checkpoint(str(first)) as source:
         view = cuts.untied(source, "model.embed_tokens.weight")
         assert view.kv_cache == source.kv_cache
         assert all(map(torch.equal, view.cache_scales("model.layers.0.self_attn"), source.cache_scales("model.layers.0.self_attn")))
@@ -301,7 +301,7 @@ def test_a_damaged_scale_is_an_error_that_names_it(folder: Path, tmp_path: Path,
     files = load_file(target / "model.safetensors")
     files["model.layers.1.self_attn.k_scale"] = spoil(files["model.layers.1.self_attn.k_scale"])
     save_file(files, target / "model.safetensors", metadata={"format": "pt"})
-    with Checkpoint.open(str(target)) as output, pytest.raises(CheckpointError, match=message) as error:
+    with open_checkpoint(str(target)) as output, pytest.raises(CheckpointError, match=message) as error:
         perplexity(output, IDS)
     assert "model.layers.1.self_attn" in str(error.value)
 
@@ -318,7 +318,7 @@ def test_other_caches_are_taken_as_they_are_with_a_note(folder: Path, tmp_path: 
     config = json.loads((target / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = scheme
     (target / "config.json").write_text(json.dumps(config))
-    with Checkpoint.open(str(target)) as output:
+    with open_checkpoint(str(target)) as output:
         assert output.kv_cache == {}
         assert any("no word for" in note for note in output.notes)
 
@@ -335,8 +335,8 @@ def test_the_recipe_needs_text_and_no_h() -> None:
 
 
 def test_activations_measure_caches_behind_the_weights_as_set(folder: Path) -> None:
-    with Checkpoint.open(str(folder)) as source:
-        forward = Forward(source)
+    with open_checkpoint(str(folder)) as source:
+        forward = open_forward(source)
         activations = Activations.embed(forward, IDS)
         with forward.layer(0) as layer:
             taps = list(layer.cache_widths)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from whole_models import inputs_of
 
 from quantcli import calibrate as calibration
+from quantcli.arrange import open_forward
 from quantcli.calibrate import Activations, calibrate
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.familiarity import Familiarity
-from quantcli.forward import Forward
+from quantcli.formats import open_checkpoint
 from quantcli.meter import StatsMeter
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Stats
@@ -80,7 +80,7 @@ def test_stats_of_every_tap_equal_those_of_the_whole_models_inputs(
     folder: Path, inputs: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 100)  # batches of two windows, the last of one
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         *events, known = calibrate(checkpoint, IDS, tmp_path / "stats.safetensors", head=True)
     assert isinstance(known, Familiarity)
     assert [e.name for e in events] == ["model.layers.0", "model.layers.1", "model.layers.2", "lm_head"]
@@ -93,7 +93,7 @@ def test_stats_of_every_tap_equal_those_of_the_whole_models_inputs(
 
 
 def test_without_hessian_the_file_has_only_diagonals(folder: Path, inputs: dict[str, Tensor], tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         list(calibrate(checkpoint, IDS, tmp_path / "stats.safetensors", hessian=False))
     stats = StatsFile(tmp_path / "stats.safetensors")
     check(stats["model.layers.2.mlp.down_proj"], inputs["model.layers.2.mlp.down_proj"], hessian=False)
@@ -102,13 +102,13 @@ def test_without_hessian_the_file_has_only_diagonals(folder: Path, inputs: dict[
 
 def test_the_same_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        with Checkpoint.open(str(folder)) as checkpoint:
+        with open_checkpoint(str(folder)) as checkpoint:
             list(calibrate(checkpoint, IDS, tmp_path / name))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_an_interrupted_run_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         events = calibrate(checkpoint, IDS, tmp_path / "stats.safetensors")
         next(events)
         assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors.part"]
@@ -118,7 +118,7 @@ def test_an_interrupted_run_leaves_nothing(folder: Path, tmp_path: Path) -> None
 
 def test_a_finished_file_is_not_replaced_unless_asked(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "stats.safetensors"
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         list(calibrate(checkpoint, IDS, target))
         with pytest.raises(RecipeError):
             next(calibrate(checkpoint, IDS, target))
@@ -127,8 +127,8 @@ def test_a_finished_file_is_not_replaced_unless_asked(folder: Path, tmp_path: Pa
 
 
 def test_measuring_some_taps_leaves_the_hidden_states_where_they_are(folder: Path, inputs: dict[str, Tensor]) -> None:
-    with Checkpoint.open(str(folder)) as checkpoint:
-        forward = Forward(checkpoint)
+    with open_checkpoint(str(folder)) as checkpoint:
+        forward = open_forward(checkpoint)
         activations = Activations.embed(forward, IDS)
         before = activations.hidden.clone()
         tap = "model.layers.0.mlp.gate_proj"
@@ -150,8 +150,8 @@ def test_a_layer_runs_no_further_than_the_last_tap_that_is_measured(folder: Path
         if isinstance(module, nn.Linear) and module.out_features != 512:  # not the head
             finished.append(f"{module.in_features}→{module.out_features}")
 
-    with Checkpoint.open(str(folder)) as checkpoint:
-        forward = Forward(checkpoint)
+    with open_checkpoint(str(folder)) as checkpoint:
+        forward = open_forward(checkpoint)
         activations = Activations.embed(forward, IDS[:2])
         handle = nn.modules.module.register_module_forward_hook(note)
         try:
@@ -174,6 +174,6 @@ def test_activations_beyond_float32s_squares_are_an_error_that_names_the_tap(fol
     tensors["model.layers.1.self_attn.v_proj.weight"] *= 1e25
     tensors["model.layers.1.self_attn.o_proj.weight"] *= 1e-25
     save_file(tensors, damaged / "model.safetensors")
-    with Checkpoint.open(str(damaged)) as checkpoint, pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.o_proj"):
+    with open_checkpoint(str(damaged)) as checkpoint, pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.o_proj"):
         list(calibrate(checkpoint, IDS, tmp_path / "stats.safetensors"))
     assert not (tmp_path / "stats.safetensors").exists()

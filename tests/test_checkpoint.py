@@ -15,8 +15,9 @@ from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
 from quantcli import disk, locations
-from quantcli.checkpoint import Checkpoint, hub_way_out
+from quantcli.checkpoint import hub_way_out
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.formats import open_checkpoint
 from quantcli.shards import layout
 from quantcli.tensors import TensorSpec
 
@@ -27,7 +28,7 @@ SMALL = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "vocab": 300
 def test_a_folder_opens_with_its_config_and_specs_and_reads_what_is_stored(tiny_llama: TinyLlama) -> None:
     folder = tiny_llama(**SMALL)
     stored = load_file(folder / "model.safetensors")
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         assert (checkpoint.kind, checkpoint.source, checkpoint.path) == ("hf", str(folder), folder)
         assert (checkpoint.schemes, checkpoint.quantization, checkpoint.notes) == ({}, None, ())
         assert checkpoint.config == json.loads((folder / "config.json").read_text())
@@ -40,11 +41,11 @@ def test_a_folder_opens_with_its_config_and_specs_and_reads_what_is_stored(tiny_
 def test_a_home_path_is_expanded(tiny_llama: TinyLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_llama(**SMALL)
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert Checkpoint.open(f"~/{folder.name}").specs
+    assert open_checkpoint(f"~/{folder.name}").specs
 
 
 def test_unknown_and_unquantized_tensors_are_errors_by_name(tiny_llama: TinyLlama) -> None:
-    with Checkpoint.open(str(tiny_llama(**SMALL))) as checkpoint:
+    with open_checkpoint(str(tiny_llama(**SMALL))) as checkpoint:
         for read in (checkpoint.read, checkpoint.quantized):
             with pytest.raises(CheckpointError, match=r"no tensor x\.weight among its"):
                 read("x.weight")
@@ -53,7 +54,7 @@ def test_unknown_and_unquantized_tensors_are_errors_by_name(tiny_llama: TinyLlam
 
 
 def fingerprint(source: Path) -> str:
-    with Checkpoint.open(str(source)) as checkpoint:
+    with open_checkpoint(str(source)) as checkpoint:
         return checkpoint.fingerprint()
 
 
@@ -84,7 +85,7 @@ def test_the_same_bytes_under_another_shape_have_another_fingerprint(tiny_llama:
 
 
 def test_a_gguf_file_has_a_fingerprint_of_its_data(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    with Checkpoint.open(str(tiny_llama(**{**SMALL, "vocab": 512}))) as source:
+    with open_checkpoint(str(tiny_llama(**{**SMALL, "vocab": 512}))) as source:
         files = [export(source, tmp_path / f"{i}.gguf", kind) for i, kind in enumerate(("F32", "F32", "F16"))]
     first, same, other = map(fingerprint, files)
     assert first == same != other
@@ -110,14 +111,14 @@ def test_pickles_are_refused_with_the_reason_and_the_way_out(tmp_path: Path, nam
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
     with pytest.raises(CheckpointError, match=r"pickle runs whatever code .*save_pretrained") as caught:
-        Checkpoint.open(str(tmp_path / name if as_file else tmp_path))
+        open_checkpoint(str(tmp_path / name if as_file else tmp_path))
     assert name in str(caught.value)
 
 
 def test_a_pickle_beside_safetensors_is_ignored(tiny_llama: TinyLlama) -> None:
     folder = tiny_llama(**SMALL)
     (folder / "training_args.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    assert Checkpoint.open(str(folder)).kind == "hf"
+    assert open_checkpoint(str(folder)).kind == "hf"
 
 
 @pytest.mark.parametrize(
@@ -136,14 +137,14 @@ def test_a_config_that_is_none_is_an_error(tiny_llama: TinyLlama, config: str | 
     if config is not None:
         (folder / "config.json").write_bytes(config.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint.open(str(folder))
+        open_checkpoint(str(folder))
 
 
 def test_a_sloppy_config_is_read_as_every_reader_reads_it(tiny_llama: TinyLlama) -> None:
     folder = tiny_llama(**SMALL)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text('{"vocab_size": 1, "time_step_limit": [0.0, Infinity],' + text.lstrip()[1:])
-    assert Checkpoint.open(str(folder)).config["vocab_size"] == 300
+    assert open_checkpoint(str(folder)).config["vocab_size"] == 300
 
 
 def test_a_dialect_nobody_reads_is_unsupported_by_name(tiny_llama: TinyLlama) -> None:
@@ -151,7 +152,7 @@ def test_a_dialect_nobody_reads_is_unsupported_by_name(tiny_llama: TinyLlama) ->
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "exl3"}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match=r"is quantized by 'exl3'; quantcli reads .*gptq"):
-        Checkpoint.open(str(folder))
+        open_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_a_dialect_nobody_reads_is_unsupported_by_name(tiny_llama: TinyLlama) ->
 )
 def test_a_source_that_is_no_model_says_what_to_give_instead(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint.open(str(make(tmp_path)))
+        open_checkpoint(str(make(tmp_path)))
 
 
 def cached(monkeypatch: pytest.MonkeyPatch, cache: Path, folder: Path, commit: str) -> None:
@@ -198,7 +199,7 @@ def test_a_hub_id_and_its_revision_open_offline_from_the_cache(
         cached(monkeypatch, tmp_path, folder, commit)
         refer(tmp_path, revision, commit)
         source = "acme/tiny" if revision == "main" else f"acme/tiny@{revision}"
-        with Checkpoint.open(source) as checkpoint, Checkpoint.open(str(folder)) as original:
+        with open_checkpoint(source) as checkpoint, open_checkpoint(str(folder)) as original:
             assert checkpoint.source == source
             assert torch.equal(checkpoint.read("lm_head.weight"), original.read("lm_head.weight"))
 
@@ -207,7 +208,7 @@ def test_a_hub_id_that_is_not_in_the_cache_says_so_offline(tmp_path: Path, monke
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"acme/none@main: .*not in the local cache"):
-        Checkpoint.open("acme/none@main")
+        open_checkpoint("acme/none@main")
 
 
 def test_only_what_is_read_is_downloaded(monkeypatch: pytest.MonkeyPatch, tiny_llama: TinyLlama) -> None:
@@ -219,7 +220,7 @@ def test_only_what_is_read_is_downloaded(monkeypatch: pytest.MonkeyPatch, tiny_l
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    Checkpoint.open("acme/tiny@refs/pr/3")
+    open_checkpoint("acme/tiny@refs/pr/3")
     assert (asked["repo"], asked["revision"]) == ("acme/tiny", "refs/pr/3")
     assert "*.safetensors" in asked["allow_patterns"]
     assert not any(pattern.endswith(("bin", "pt", "pth", "*")) for pattern in asked["allow_patterns"])

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from quantcli import __version__
 from quantcli.cli import main
 from quantcli.cli.console import Console, Steps, count, size
-from quantcli.cli.memory import kv_cache_bytes
 from quantcli.formats.gguf.headers import read_header
+from quantcli.memory import kv_cache_bytes
 
 TinyLlama = Callable[..., Path]
 SHORT = ["--samples", "2", "--seq-len", "16"]
@@ -208,7 +208,7 @@ def test_what_the_system_refuses_is_told_apart_from_a_bug(
     def fail(source: str) -> None:
         raise error
 
-    monkeypatch.setattr("quantcli.checkpoint.Checkpoint.open", fail)
+    monkeypatch.setattr("quantcli.formats.open_checkpoint", fail)
     run = cli("inspect", model)
     assert (run.code, run.out) == (code, "")
     assert told in run.err

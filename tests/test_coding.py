@@ -14,9 +14,10 @@ from torch import Tensor
 from quantcli import pipeline
 from quantcli import recipe as recipes
 from quantcli.calibrate import calibrate
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.evaluate import compare
-from quantcli.pipeline import Calibrated, LayerDone
+from quantcli.formats import open_checkpoint
+from quantcli.pipeline import LayerDone
 from quantcli.recipe import Rule
 from quantcli.stats_file import StatsFile
 
@@ -25,13 +26,13 @@ LAYER = "model.layers.0"
 
 
 def quantize(folder: Path, target: Path, recipe: recipes.Recipe, stats: StatsFile | None = None) -> list[pipeline.Event]:
-    calibrated = Calibrated("", windows=None if stats else IDS, stats=stats)
-    with Checkpoint.open(str(folder)) as source:
-        return list(pipeline.quantize(source, target, recipe, calibrate=lambda: calibrated))
+    calibrated = Windows(None if stats else IDS)
+    with open_checkpoint(str(folder)) as source:
+        return list(pipeline.quantize(source, target, recipe, data=calibrated))
 
 
 def divergence(target: Path, folder: Path) -> float:
-    with Checkpoint.open(str(target)) as output, Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(target)) as output, open_checkpoint(str(folder)) as source:
         return compare(output, source, IDS, activations=False).kld_mean
 
 
@@ -70,7 +71,7 @@ def test_a_dense_linear_that_reads_a_scaled_input_is_scaled_too(tiny_llama: Tiny
 
 def test_statistics_from_a_file_give_the_same_bytes(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     folder = tiny_llama(layers=1)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate(source, IDS, tmp_path / "stats.safetensors"))
     stats = StatsFile(tmp_path / "stats.safetensors")
     for name in ("awq-int4", "smoothquant-w8a8"):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantcli import pipeline, regrid
+from quantcli import formats, pipeline, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.cli.inspect import describe
 from quantcli.events import Finished, LayerDone, Planned
+from quantcli.formats import open_checkpoint
 from quantcli.recipe import PassSpec, Recipe
-from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
@@ -45,7 +45,7 @@ def coded(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         if (format_, text) not in made:
             made[format_, text] = tmp_path_factory.mktemp("coded") / "model"
             recipe = Recipe("coded", format_, (PassSpec("rtn"),), scheme=Scheme.parse(text))
-            with Checkpoint.open(str(dense)) as source:
+            with open_checkpoint(str(dense)) as source:
                 run(source, made[format_, text], recipe)
         return made[format_, text]
 
@@ -54,14 +54,14 @@ def coded(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(("format_", "text"), ROWS)
 def test_a_folder_holds_the_scheme_it_was_made_with(coded: Callable[[str, str], Path], format_: str, text: str) -> None:
-    with Checkpoint.open(str(coded(format_, text))) as source:
+    with open_checkpoint(str(coded(format_, text))) as source:
         assert source.kind == format_
         assert regrid.exactness(source.schemes[DOWN], Scheme.parse(text), tables.WIDTH) == regrid.EXACT
 
 
 @pytest.mark.parametrize(("format_", "text"), ROWS)
 def test_inspect_tells_every_dialect_in_the_same_words(coded: Callable[[str, str], Path], format_: str, text: str) -> None:
-    with Checkpoint.open(str(coded(format_, text))) as source:
+    with open_checkpoint(str(coded(format_, text))) as source:
         told = describe(source)["quantization"]
         assert told is not None
         scheme = source.schemes[DOWN]
@@ -76,17 +76,17 @@ def test_inspect_tells_every_dialect_in_the_same_words(coded: Callable[[str, str
 @pytest.mark.parametrize(("format_", "text"), ROWS)
 def test_a_cell_of_the_conversions_is_so(coded: Callable[[str, str], Path], tmp_path: Path, format_: str, text: str, target: str) -> None:
     expected, degree = tables.conversion(Scheme.parse(text), target)
-    with Checkpoint.open(str(coded(format_, text))) as source:
+    with open_checkpoint(str(coded(format_, text))) as source:
         recipe = recipe_that_keeps(source, target)
         finished, layers = run(source, tmp_path / ("out.gguf" if target == "gguf" else "out"), recipe)
         error = next(layer.relative_error for layer in layers if layer.name == "model.layers.0")
-        with Checkpoint.open(str(finished.output)) as result:
+        with open_checkpoint(str(finished.output)) as result:
             assert result.kind == target
             if expected is None:
                 assert DOWN not in result.schemes
             else:
-                if degree == "anew" and hasattr(find("formats", target), "suited"):
-                    expected = find("formats", target).suited(expected, source.config)
+                if degree == "anew" and hasattr(formats.of(target), "suited"):
+                    expected = formats.of(target).suited(expected, source.config)
                 assert regrid.exactness(result.schemes[DOWN], expected, tables.WIDTH) == regrid.EXACT
             same = all(torch.equal(result.read(name), source.read(name)) for name in source.schemes)
     if degree == "exact":
@@ -105,11 +105,11 @@ def test_a_cell_of_the_conversions_is_so(coded: Callable[[str, str], Path], tmp_
 
 @pytest.mark.parametrize(("format_", "text"), ROWS)
 def test_a_dense_export_in_float32_keeps_every_bit(coded: Callable[[str, str], Path], tmp_path: Path, format_: str, text: str) -> None:
-    with Checkpoint.open(str(coded(format_, text))) as source:
+    with open_checkpoint(str(coded(format_, text))) as source:
         recipe = replace(Recipe("f32", "hf", (PassSpec("rtn"),), scheme=Scheme.parse("f32")), codes="fitting")
         finished, _ = run(source, tmp_path / "out", recipe)
         assert finished.lossless
-        with Checkpoint.open(str(finished.output)) as result:
+        with open_checkpoint(str(finished.output)) as result:
             assert all(torch.equal(result.read(name), source.read(name)) for name in source.schemes)
 
 
@@ -119,7 +119,7 @@ def hqq_folder(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPat
     dense, folder = tiny_llama(layers=1, tied=True), tmp_path_factory.mktemp("hqq") / "model"
     folder.mkdir()
     tensors: dict[str, torch.Tensor] = {}
-    with Checkpoint.open(str(dense)) as source:
+    with open_checkpoint(str(dense)) as source:
         for name in source.specs:
             W = source.read(name)
             tensors |= as_hqq(name.removesuffix(".weight"), W) if "_proj" in name else {name: W}
@@ -145,12 +145,12 @@ def as_hqq(module: str, W: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_hqqs_codes_go_to_gguf_and_the_result_says_so(hqq_folder: Path, tmp_path: Path) -> None:
-    with Checkpoint.open(str(hqq_folder)) as source:
+    with open_checkpoint(str(hqq_folder)) as source:
         recipe = recipe_that_keeps(source, "gguf")
         events = list(pipeline.quantize(source, tmp_path / "out.gguf", recipe))
         assert isinstance(events[0], Planned)
         assert isinstance(events[-1], Finished)
-        with Checkpoint.open(str(events[-1].output)) as result:
+        with open_checkpoint(str(events[-1].output)) as result:
             assert {str(result.schemes[name]) for name in source.schemes} == {"q4_1"}
             W, W_hat = source.read(DOWN), result.read(DOWN)
     assert not events[-1].lossless

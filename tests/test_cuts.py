@@ -11,8 +11,8 @@ import torch
 
 from quantcli import cuts
 from quantcli.archs import Cut
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError
+from quantcli.formats import open_checkpoint
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
@@ -23,7 +23,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_fused_experts_are_seen_as_they_are_published(pair: tuple[Path, Path]) -> None:
-    with Checkpoint.open(str(pair[0])) as apart, Checkpoint.open(str(pair[1])) as fused:
+    with open_checkpoint(str(pair[0])) as apart, open_checkpoint(str(pair[1])) as fused:
         view = cuts.unfused(fused)
         assert view.specs.keys() == apart.specs.keys()
         for name, spec in apart.specs.items():
@@ -35,10 +35,10 @@ def test_fused_experts_are_seen_as_they_are_published(pair: tuple[Path, Path]) -
 
 def test_a_checkpoint_without_such_tensors_is_itself(pair: tuple[Path, Path], tiny_llama: Any) -> None:
     for folder in (pair[0], tiny_llama()):
-        with Checkpoint.open(str(folder)) as source:
+        with open_checkpoint(str(folder)) as source:
             assert cuts.unfused(source) is source
 
 
 def test_a_stack_that_cannot_be_cut_is_an_error(pair: tuple[Path, Path]) -> None:
-    with Checkpoint.open(str(pair[1])) as source, pytest.raises(CheckpointError, match=r"q_proj\.weight: \[.*\] cannot be cut into"):
+    with open_checkpoint(str(pair[1])) as source, pytest.raises(CheckpointError, match=r"q_proj\.weight: \[.*\] cannot be cut into"):
         cuts.cut(source, {"self_attn.q_proj.weight": Cut("stacked", tuple(map(str, range(100))))})

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from quantcli import evaluate as evaluation
 from quantcli import pipeline, recipe
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.evaluate import LayerWalked, Scores, compare, evaluate, perplexity
+from quantcli.formats import open_checkpoint
 from quantcli.ops import round_inputs
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
@@ -69,10 +70,10 @@ def whole_nll(folder: Path) -> Tensor:
 
 
 def score(folder: Path, baseline: Path | None = None, ids: Tensor = IDS) -> Scores:
-    with Checkpoint.open(str(folder)) as model:
+    with open_checkpoint(str(folder)) as model:
         if baseline is None:
             return perplexity(model, ids)
-        with Checkpoint.open(str(baseline)) as reference:
+        with open_checkpoint(str(baseline)) as reference:
             return compare(model, reference, ids)
 
 
@@ -123,7 +124,7 @@ def test_windows_beyond_the_memory_limit_take_more_walks_with_the_same_result(
     expected = score(noisy, folder)
     monkeypatch.setattr(evaluation, "MAX_HIDDEN_BYTES", 2 * 2 * 48 * 64 * 4)  # two windows of both models
     monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 10 * 512)  # ten tokens
-    with Checkpoint.open(str(noisy)) as model, Checkpoint.open(str(folder)) as baseline:
+    with open_checkpoint(str(noisy)) as model, open_checkpoint(str(folder)) as baseline:
         *walked, scores = evaluate(model, IDS, baseline=baseline)
     assert isinstance(scores, Scores)
     events = [e for e in walked if isinstance(e, LayerWalked)]
@@ -163,8 +164,8 @@ def rounded(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pyte
     target = tmp_path_factory.mktemp("rounded") / "out"
     base = recipe.load("llm-int8" if scheme.qtype == "llm_int8" else "fp8-dynamic")
     how = replace(base, scheme=scheme, rules=(Rule.parse("layers.1.*o_proj", "keep"),))
-    with Checkpoint.open(str(folder)) as model:
-        list(pipeline.quantize(model, target, how, calibrate=lambda: pipeline.Calibrated("0", windows=IDS)))
+    with open_checkpoint(str(folder)) as model:
+        list(pipeline.quantize(model, target, how, data=Windows(IDS)))
     return target
 
 
@@ -172,7 +173,7 @@ def nll_with_rounded_inputs(rounded: Path, folder: Path) -> Tensor:
     """The whole dense model with the decoded weights, and a hook on each coded linear."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     files = load_file(rounded / "model.safetensors")
-    with Checkpoint.open(str(rounded)) as checkpoint:
+    with open_checkpoint(str(rounded)) as checkpoint:
         for name, scheme in checkpoint.schemes.items():
             module = name.removesuffix(".weight")
             linear = model.get_submodule(module)
@@ -189,7 +190,7 @@ def _round(act: str, scale: Tensor | None, _module: torch.nn.Module, inputs: tup
 
 
 def test_linears_read_what_their_engine_rounds_their_inputs_to(rounded: Path, folder: Path) -> None:
-    with Checkpoint.open(str(rounded)) as model:
+    with open_checkpoint(str(rounded)) as model:
         found, weights_alone = perplexity(model, IDS), perplexity(model, IDS, activations=False)
         assert len(model.schemes) == 20
     assert found.perplexity == pytest.approx(math.exp(nll_with_rounded_inputs(rounded, folder).mean()), rel=1e-6)
@@ -200,7 +201,7 @@ def test_linears_read_what_their_engine_rounds_their_inputs_to(rounded: Path, fo
 
 
 def test_the_loss_of_rounded_inputs_is_in_every_figure(rounded: Path, folder: Path) -> None:
-    with Checkpoint.open(str(rounded)) as model, Checkpoint.open(str(folder)) as baseline:
+    with open_checkpoint(str(rounded)) as model, open_checkpoint(str(folder)) as baseline:
         found, weights_alone = (compare(model, baseline, IDS, activations=on) for on in (True, False))
     assert (found.kld_mean or 0) > (weights_alone.kld_mean or 0)
     for name, error in weights_alone.layer_errors.items():
@@ -209,13 +210,13 @@ def test_the_loss_of_rounded_inputs_is_in_every_figure(rounded: Path, folder: Pa
 
 def test_a_model_whose_engine_takes_inputs_as_they_are_is_run_so(folder: Path, noisy: Path) -> None:
     assert score(noisy).activations == "none"
-    with Checkpoint.open(str(noisy)) as model:
+    with open_checkpoint(str(noisy)) as model:
         assert evaluation.rounded_inputs(model) == {}
 
 
 def test_inputs_that_cannot_be_reached_are_told_of(rounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation.Forward, "on_read", lambda *_: False)
-    with Checkpoint.open(str(rounded)) as model:
+    with open_checkpoint(str(rounded)) as model:
         found = perplexity(model, IDS)
         assert set(found.not_simulated) == set(model.schemes)
     assert found.activations == "none"

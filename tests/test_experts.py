@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 
 from quantcli import calibrate, experts, pipeline
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
+from quantcli.arrange import cut_for, open_forward
+from quantcli.calibrated import Windows
 from quantcli.cli import app
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.evaluate import compare, perplexity
-from quantcli.formats import gguf
-from quantcli.forward import Forward
-from quantcli.pipeline import Calibrated, LayerDone
+from quantcli.formats import gguf, open_checkpoint
+from quantcli.pipeline import LayerDone
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import TensorReport
 
@@ -163,8 +163,8 @@ def read_by_down(module: Any, e: int, X: Tensor) -> Tensor:
 def measured(folder: Path, ids: Tensor, **options: Any) -> tuple[dict[str, str], dict[str, Tensor], Tensor]:
     """The taps of every weight, what each tap read, and the logits of the walk that observed it."""
     seen: dict[str, list[Tensor]] = {}
-    with Checkpoint.open(str(folder)) as checkpoint:
-        forward = Forward(checkpoint, **options)
+    with open_checkpoint(str(folder)) as checkpoint:
+        forward = open_forward(checkpoint, **options)
         hidden = forward.embed(ids)
         for i in range(len(forward.layers)):
             with forward.layer(i) as layer:
@@ -212,9 +212,9 @@ def test_with_all_tokens_each_expert_reads_every_one_and_the_output_stays(save_m
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_fused_source_has_the_names_shapes_and_values_of_one_stored_one_by_one(save_model: SaveModel, model_type: str) -> None:
-    with Checkpoint.open(str(save_model(model_type, fused=True))) as fused, Checkpoint.open(str(save_model(model_type))) as published:
+    with open_checkpoint(str(save_model(model_type, fused=True))) as fused, open_checkpoint(str(save_model(model_type))) as published:
         assert any(len(spec.shape) == 3 for spec in fused.specs.values())
-        view = Forward(fused).checkpoint
+        view = open_forward(fused).checkpoint
         assert {name: (s.dtype, s.shape, s.nbytes) for name, s in view.specs.items()} == {
             name: (s.dtype, s.shape, s.nbytes) for name, s in published.specs.items()
         }
@@ -224,8 +224,8 @@ def test_a_fused_source_has_the_names_shapes_and_values_of_one_stored_one_by_one
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
 def test_routers_and_gates_of_shared_experts_have_no_tap(save_model: SaveModel, model_type: str) -> None:
-    with Checkpoint.open(str(save_model(model_type))) as checkpoint:
-        forward = Forward(checkpoint)
+    with open_checkpoint(str(save_model(model_type))) as checkpoint:
+        forward = open_forward(checkpoint)
         last = {name.split(".mlp.")[1] for name in forward.untapped}
         assert last == {"gate.weight"} | ({"shared_expert_gate.weight"} if model_type == "qwen2_moe" else set())
         assert any("shared_expert" in name for name in forward.taps)
@@ -233,8 +233,8 @@ def test_routers_and_gates_of_shared_experts_have_no_tap(save_model: SaveModel, 
 
 def test_an_experts_weight_that_was_set_is_the_one_that_runs_and_what_was_got_before_stays(save_model: SaveModel) -> None:
     name = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
-    with Checkpoint.open(str(save_model("mixtral"))) as checkpoint:
-        forward = Forward(checkpoint)
+    with open_checkpoint(str(save_model("mixtral"))) as checkpoint:
+        forward = open_forward(checkpoint)
         with forward.layer(0) as layer:
             before, first = layer(HIDDEN, IDS[:1]), layer.get(name)
             original = first.clone()
@@ -261,17 +261,17 @@ def gptq(model_type: str = "", **calibration: Any) -> recipes.Recipe:
 def quantize(folder: Path, target: Path, recipe: recipes.Recipe, stats: Path | None = None) -> dict[str, TensorReport]:
     """Each coded tensor's report."""
 
-    def data() -> Calibrated:
-        return Calibrated("of a test", windows=IDS) if stats is None else Calibrated("of a test", stats=StatsFile(stats))
+    def data() -> Windows:
+        return Windows(IDS) if stats is None else StatsFile(stats)
 
-    with Checkpoint.open(str(folder)) as source:
-        events = list(pipeline.quantize(source, target, recipe, calibrate=data))
+    with open_checkpoint(str(folder)) as source:
+        events = list(pipeline.quantize(source, target, recipe, data=data))
     return {report.name: report for event in events if isinstance(event, LayerDone) for report in event.tensors}
 
 
 def codes(folder: Path, part: str = ".experts.") -> dict[str, dict[str, Tensor]]:
     """The parts of every quantized tensor with ``part`` in its name."""
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         return {name: dict(checkpoint.quantized(name).parts) for name in checkpoint.schemes if part in name}
 
 
@@ -283,7 +283,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_gptq_codes_every_expert_and_the_folder_reads_back(save_model: SaveModel, tmp_path: Path, model_type: str) -> None:
     folder = save_model(model_type)
     reports = quantize(folder, tmp_path / "out", gptq(model_type))
-    with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(tmp_path / "out")) as output:
+    with open_checkpoint(str(folder)) as source, open_checkpoint(str(tmp_path / "out")) as output:
         experts = {name for name in source.specs if ".experts." in name and name.endswith(".weight")}
         assert experts <= output.schemes.keys()
         assert experts <= reports.keys()
@@ -353,7 +353,7 @@ def test_statistics_have_each_experts_tokens_and_know_which_these_were(
 ) -> None:
     folder = save_model(model_type, unreached=2, num_experts_per_tok=1)
     expected = inputs_by_hand(folder, IDS, every=moe == "all")
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         list(calibrate.calibrate(checkpoint, IDS, tmp_path / "stats.safetensors", moe=moe))
     stats = StatsFile(tmp_path / "stats.safetensors")
     measured = {key: stats[tap] for tap in stats if (key := expert_of(tap))}
@@ -378,8 +378,8 @@ def test_a_recipe_that_says_something_else_of_experts_is_refused(words: dict[str
 def test_what_one_expert_reads_can_be_changed_and_no_other_sees_it(save_model: SaveModel) -> None:
     """Engines that round inputs are simulated so; doubling what w2 of an expert reads is doubling its weights."""
     folder, name = save_model("mixtral"), "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-    with Checkpoint.open(str(folder)) as checkpoint:
-        changed, other = Forward(checkpoint), Forward(checkpoint)
+    with open_checkpoint(str(folder)) as checkpoint:
+        changed, other = open_forward(checkpoint), open_forward(checkpoint)
         assert changed.on_read(name, lambda X: 2 * X)
         for index, is_same in ((0, True), (1, False)):
             with changed.layer(index) as a, other.layer(index) as b:
@@ -393,9 +393,9 @@ def test_what_one_expert_reads_can_be_changed_and_no_other_sees_it(save_model: S
 def test_activations_of_experts_are_simulated(save_model: SaveModel, tmp_path: Path) -> None:
     folder = save_model("qwen3_moe")
     words = {"format": "compressed-tensors", "passes": ["rtn"], "scheme": "int8-channel-sym+int8-token"}
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(pipeline.quantize(source, tmp_path / "out", recipes.parse(words, "w8a8")))
-    with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(tmp_path / "out")) as output:
+    with open_checkpoint(str(folder)) as source, open_checkpoint(str(tmp_path / "out")) as output:
         rounded, plain = (compare(output, source, IDS, activations=activations) for activations in (True, False))
     assert rounded.not_simulated == ()
     assert rounded.kld_mean > plain.kld_mean > 0
@@ -407,15 +407,15 @@ def test_a_run_in_bfloat16_equals_the_whole_models_and_gives_back_what_was_set(s
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=False).logits
     assert torch.equal(measured(folder, IDS, dtype=torch.bfloat16)[2], expected)
-    with Checkpoint.open(str(folder)) as checkpoint, Forward(checkpoint, dtype=torch.bfloat16).layer(1) as layer:
+    with open_checkpoint(str(folder)) as checkpoint, open_forward(checkpoint, dtype=torch.bfloat16).layer(1) as layer:
         for W in (torch.rand(64, 32).bfloat16(), torch.rand(64, 32), torch.rand(64, 32).bfloat16()):
             layer.set(name, W)
             assert torch.equal(layer.get(name), W)
 
 
 def test_a_layers_experts_are_gone_when_its_context_ends(save_model: SaveModel) -> None:
-    with Checkpoint.open(str(save_model("mixtral"))) as checkpoint:
-        forward = Forward(checkpoint)
+    with open_checkpoint(str(save_model("mixtral"))) as checkpoint:
+        forward = open_forward(checkpoint)
         with forward.layer(0) as layer:
             layer.set(name := "model.layers.0.block_sparse_moe.experts.1.w1.weight", layer.get(name))
         held = {name for name, p in forward._model.named_parameters() if p.device.type != "meta" and p.untyped_storage().nbytes() > 8}
@@ -425,8 +425,8 @@ def test_a_layers_experts_are_gone_when_its_context_ends(save_model: SaveModel) 
 def test_an_expert_is_shown_no_token_twice_and_no_more_than_its_own(save_model: SaveModel) -> None:
     """So one batch of one expert is all that is held at a time, however many experts there are."""
     folder = save_model("qwen3_moe")
-    with Checkpoint.open(str(folder)) as checkpoint:
-        forward = Forward(checkpoint)
+    with open_checkpoint(str(folder)) as checkpoint:
+        forward = open_forward(checkpoint)
         n_tokens: dict[str, int] = {}
         with forward.layer(0) as layer:
             layer.observe(forward.embed(IDS), IDS, lambda tap, X: n_tokens.update({tap: n_tokens.get(tap, 0) + len(X)}))
@@ -470,7 +470,7 @@ def test_awq_and_gptq_after_it_code_every_expert(save_model: SaveModel, tmp_path
         how = recipes.parse(gptq().to_dict() | {"passes": passes}, "small")
         out = tmp_path / "-".join(passes)
         quantize(folder, out, how)
-        with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(out)) as output:
+        with open_checkpoint(str(folder)) as source, open_checkpoint(str(out)) as output:
             assert {name for name in source.specs if ".experts." in name} <= output.schemes.keys()
             loss[out.name] = compare(output, source, IDS).kld_mean
     assert loss["awq"] < loss["rtn"]
@@ -501,7 +501,7 @@ def test_experts_share_one_scale_whether_stored_one_by_one_or_fused(
 
 def test_experts_are_scaled_by_statistics_from_a_file_as_by_windows(save_model: SaveModel, tmp_path: Path) -> None:
     folder = save_model("qwen2_moe", num_hidden_layers=1, mlp_only_layers=[])
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         list(calibrate.calibrate(checkpoint, IDS, tmp_path / "stats.safetensors"))
     quantize(folder, tmp_path / "windows", by_awq("awq", "gptq"))
     quantize(folder, tmp_path / "stats", by_awq("awq", "gptq"), tmp_path / "stats.safetensors")
@@ -517,7 +517,7 @@ def test_starved_experts_routers_and_shared_experts_are_scaled_as_their_norm_is(
     few = {name for name, report in reports.items() if any("calibration tokens reached it" in note for note in report.notes)}
     assert 0 < len(few) < sum(".experts." in name for name in reports)
     mlp = "model.layers.0.mlp."
-    with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(tmp_path / "out")) as output:
+    with open_checkpoint(str(folder)) as source, open_checkpoint(str(tmp_path / "out")) as output:
         norm = "model.layers.0.post_attention_layernorm.weight"
         s = source.read(norm) / output.read(norm)
         assert s.max() / s.min() > 1.1
@@ -540,7 +540,7 @@ def test_gpt_oss_is_solved_onto_ggufs_types_expert_by_expert(save_model: SaveMod
     for name in ("rtn", "gptq"):
         reports = quantize(folder, tmp_path / f"{name}.gguf", recipes.parse({**GGUF, "passes": [name], "mix": "Q4_0"}, name))
         assert sum(".experts." in name for name in reports) == 2 * 4 * 3
-        with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(tmp_path / f"{name}.gguf")) as output:
+        with open_checkpoint(str(folder)) as source, open_checkpoint(str(tmp_path / f"{name}.gguf")) as output:
             loss[name] = compare(output, source, IDS).kld_mean
     assert loss["gptq"] < loss["rtn"]
 
@@ -568,7 +568,7 @@ def test_experts_that_stay_dense_stay_in_the_one_tensor_that_transformers_knows(
     }
     quantize(folder, tmp_path / "out", recipes.parse(words, "attention"))
     stacks = load_file(as_transformers_has_it(folder) / "model.safetensors")
-    with Checkpoint.open(str(tmp_path / "out")) as output:
+    with open_checkpoint(str(tmp_path / "out")) as output:
         kept = {name for name in output.specs if ".experts." in name}
         assert kept == {name for name in stacks if ".experts." in name}
         for name in kept:
@@ -579,12 +579,12 @@ def test_experts_that_stay_dense_stay_in_the_one_tensor_that_transformers_knows(
 def test_a_gptq_folder_of_gpt_oss_whose_gate_and_up_are_other_rows_is_not_misread(save_model: SaveModel, tmp_path: Path) -> None:
     folder = save_model("gpt_oss")
     quantize(folder, tmp_path / "out", gptq("gpt_oss"))
-    with Checkpoint.open(str(tmp_path / "out")) as output:
+    with open_checkpoint(str(tmp_path / "out")) as output:
         output.kind = "gptq"
         with pytest.raises(UnsupportedError, match="other rows than those of gate and up"):
-            Forward(output)
+            open_forward(output)
         with pytest.raises(UnsupportedError, match="other rows than those of gate and up"):
-            gguf.arranged(output)
+            cut_for(output, gguf.FORMAT)
 
 
 needs_peer = pytest.mark.skipif(
@@ -599,7 +599,7 @@ def test_gptqmodel_runs_every_expert_that_was_coded(save_model: SaveModel, tmp_p
     quantize(folder, tmp_path / "out", gptq())
     answer = gptq_peer.ask(tmp_path, IDS, "gptqmodel", tmp_path / "out")
     assert "error" not in answer, answer["error"]
-    with Checkpoint.open(str(tmp_path / "out")) as output:
+    with open_checkpoint(str(tmp_path / "out")) as output:
         assert sum(answer["kernels"].values()) == len(output.schemes) == 2 * (4 + 8 * 3)
         assert answer["perplexity"] == pytest.approx(perplexity(output, IDS).perplexity, rel=0.01)  # theirs in 16 bits: routers flip
 
@@ -622,7 +622,7 @@ def test_a_layer_of_many_experts_is_measured_in_shares_with_the_same_result(
     for name, n_bytes in (("whole", 1 << 30), ("shared", 3 * 4 * (64**2 + 32**2))):
         monkeypatch.setattr(calibrate, "MAX_HESSIAN_BYTES", n_bytes)
         quantize(folder, tmp_path / name, how)
-        with Checkpoint.open(str(folder)) as checkpoint:
+        with open_checkpoint(str(folder)) as checkpoint:
             list(calibrate.calibrate(checkpoint, IDS, tmp_path / f"{name}.safetensors"))
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "shared/model.safetensors").read_bytes()
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "shared.safetensors").read_bytes()

@@ -12,21 +12,22 @@ from torch import Tensor
 
 from quantcli import pipeline, recipe, texts
 from quantcli.calibrate import calibrate
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.evaluate import perplexity
 from quantcli.familiarity import SAMPLE_TOKENS, Familiarity, sampled
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 
 PICO = Path(__file__).parent / "data" / "pico"
 
 
 def windows(text: str) -> Tensor:
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         return texts.windows([text], tokenizer(source), n_samples=4, seq_len=128)
 
 
 def found_by_calibrate(ids: Tensor, target: Path) -> Familiarity:
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         *_, last = calibrate(source, ids, target, hessian=False)
     assert isinstance(last, Familiarity)
     return last
@@ -35,7 +36,7 @@ def found_by_calibrate(ids: Tensor, target: Path) -> Familiarity:
 def test_the_perplexity_is_that_of_an_evaluation_and_a_known_text_is_no_reason_to_warn(tmp_path: Path) -> None:
     ids = windows(texts.default_text())
     known = found_by_calibrate(ids, tmp_path / "s")
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         scores = perplexity(source, ids)
     assert known.perplexity == pytest.approx(scores.perplexity, rel=1e-5)
     assert known.n_tokens == scores.n_tokens
@@ -51,8 +52,8 @@ def test_text_that_no_model_knows_is_told_apart(tmp_path: Path) -> None:
 def test_quantize_measures_the_model_as_it_came(tmp_path: Path) -> None:
     ids = windows(texts.default_text())
     crude = recipe.load("gptq-int3").with_scheme(bits=2)
-    with Checkpoint.open(str(PICO)) as source:
-        *_, last = pipeline.quantize(source, tmp_path / "q", crude, calibrate=lambda: pipeline.Calibrated("of a test", windows=ids))
+    with open_checkpoint(str(PICO)) as source:
+        *_, last = pipeline.quantize(source, tmp_path / "q", crude, data=Windows(ids))
     assert isinstance(last, pipeline.Finished)
     assert last.familiarity is not None
     assert last.familiarity.perplexity == pytest.approx(found_by_calibrate(ids, tmp_path / "s").perplexity, rel=1e-6)

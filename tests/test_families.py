@@ -14,12 +14,12 @@ from gguf_export import export
 from test_format_gguf import rewrite, u32
 
 from quantcli import archs, cuts, pipeline
-from quantcli.checkpoint import Checkpoint
+from quantcli.arrange import open_forward
+from quantcli.calibrated import Windows
 from quantcli.errors import CheckpointError
 from quantcli.evaluate import compare
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf import metadata
-from quantcli.forward import Forward
-from quantcli.pipeline import Calibrated
 from quantcli.plan import declared_taps
 from quantcli.recipe import parse
 
@@ -35,7 +35,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.unconverted])
 def test_a_family_is_written_as_llama_cpp_writes_it(models: dict[str, Path], case: str, tmp_path: Path) -> None:
-    with Checkpoint.open(str(models[case])) as source:
+    with open_checkpoint(str(models[case])) as source:
         found = families.manifest(export(source, tmp_path / "m.gguf", CASES[case].file_type, **families.options(case)))
     golden = json.loads(families.golden(case).read_text())
     assert found["tensors"] == golden["tensors"]
@@ -49,9 +49,9 @@ def test_a_family_comes_back_from_its_file(models: dict[str, Path], case: str, t
     """Every tensor, and every word of the config that transformers computes with."""
     from transformers import AutoConfig
 
-    with Checkpoint.open(str(models[case])) as source:
+    with open_checkpoint(str(models[case])) as source:
         wanted = cuts.unfused(source)
-        with Checkpoint.open(str(export(source, tmp_path / "m.gguf", "F32", **families.options(case)))) as back:
+        with open_checkpoint(str(export(source, tmp_path / "m.gguf", "F32", **families.options(case)))) as back:
             assert not back.is_stored
             assert back.specs.keys() == wanted.specs.keys()
             for name in wanted.specs:
@@ -68,9 +68,9 @@ CUT = ["gpt2", "falcon 7b", "falcon 40b", "gpt-oss", "deepseek v2", "deepseek v3
 @pytest.mark.parametrize("case", CUT)
 def test_what_comes_back_put_together_runs_as_its_source(models: dict[str, Path], case: str, tmp_path: Path) -> None:
     ids = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(0))
-    with Checkpoint.open(str(models[case])) as source:
+    with open_checkpoint(str(models[case])) as source:
         for file_type, limit in (("F32", 1e-9), ("Q8_0", 1e-2)):
-            with Checkpoint.open(str(export(source, tmp_path / f"{file_type}.gguf", file_type, **families.options(case)))) as back:
+            with open_checkpoint(str(export(source, tmp_path / f"{file_type}.gguf", file_type, **families.options(case)))) as back:
                 if CASES[case].lost:
                     back.config |= {word: source.config[word] for word in ("rope_parameters", *CASES[case].lost) if word in source.config}
                 assert compare(back, source, ids).kld_mean < limit
@@ -81,11 +81,11 @@ def test_a_file_is_solved_onto_other_types_of_its_own_kind(models: dict[str, Pat
     """Through Hugging Face's names, in which the model runs, and back: with the metadata that the file had."""
     ids = torch.randint(3, 300, (8, 64), generator=torch.Generator().manual_seed(0))
     how = parse({"format": "gguf", "passes": ["gptq"], "mix": "Q4_0", "calibration": {"min_tokens": 1}}, "small")
-    with Checkpoint.open(str(models[case])) as source:
+    with open_checkpoint(str(models[case])) as source:
         file = export(source, tmp_path / "a.gguf", "BF16", **families.options(case))
-    with Checkpoint.open(str(file)) as source:
-        list(pipeline.quantize(source, tmp_path / "b.gguf", how, calibrate=lambda: Calibrated("of a test", windows=ids)))
-        with Checkpoint.open(str(tmp_path / "b.gguf")) as output:
+    with open_checkpoint(str(file)) as source:
+        list(pipeline.quantize(source, tmp_path / "b.gguf", how, data=Windows(ids)))
+        with open_checkpoint(str(tmp_path / "b.gguf")) as output:
             assert compare(output, source, ids).kld_mean < 0.2
     before, after = (families.manifest(path) for path in (file, tmp_path / "b.gguf"))
     assert before["tensors"].keys() == after["tensors"].keys()
@@ -106,16 +106,16 @@ def test_a_file_is_solved_onto_other_types_of_its_own_kind(models: dict[str, Pat
 def test_metadata_that_does_not_fit_the_tensors_is_an_error(
     models: dict[str, Path], case: str, wrong: dict[str, Any], tmp_path: Path
 ) -> None:
-    with Checkpoint.open(str(models[case])) as source:
+    with open_checkpoint(str(models[case])) as source:
         file = export(source, tmp_path / "m.gguf", "F32", **families.options(case))
     with pytest.raises(CheckpointError, match="metadata says"):
-        Checkpoint.open(str(rewrite(file, tmp_path / "wrong.gguf", fields=wrong)))
+        open_checkpoint(str(rewrite(file, tmp_path / "wrong.gguf", fields=wrong)))
 
 
 def test_heads_that_cannot_share_their_keys_leave_a_file_as_it_is(models: dict[str, Path], tmp_path: Path) -> None:
-    with Checkpoint.open(str(models["falcon 40b"])) as source:
+    with open_checkpoint(str(models["falcon 40b"])) as source:
         file = export(source, tmp_path / "m.gguf", "F32", **families.options("falcon 40b"))
-    with Checkpoint.open(str(rewrite(file, tmp_path / "odd.gguf", fields={"falcon.attention.head_count_kv": u32(3)}))) as odd:
+    with open_checkpoint(str(rewrite(file, tmp_path / "odd.gguf", fields={"falcon.attention.head_count_kv": u32(3)}))) as odd:
         assert odd.is_stored
         assert "4 heads cannot share 3 heads of keys" in odd.notes[0]
 
@@ -137,8 +137,8 @@ def told(config: dict) -> dict:
 def test_declared_taps_are_the_traced_ones(models: dict[str, Path], case: str) -> None:
     if CASES[case].config.get("use_parallel_residual") or CASES[case].config.get("multi_query"):
         pytest.skip("attention and MLP read one norm here, of which the literal does not know: traced taps go before declared ones")
-    with Checkpoint.open(str(models[case])) as source:
-        assert declared_taps(cuts.unfused(source)) == dict(Forward(source).taps)
+    with open_checkpoint(str(models[case])) as source:
+        assert declared_taps(cuts.unfused(source)) == dict(open_forward(source).taps)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,9 +12,8 @@ import torch
 from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats import auto_round
+from quantcli.formats import auto_round, open_checkpoint
 from quantcli.tensors import Scheme
 
 GOLDEN = load_file(Path(__file__).parent / "data/auto_round_golden.safetensors")
@@ -48,7 +47,7 @@ def folder_of(folder: Path, modules: Mapping[str, str], words: Mapping[str, Any]
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_that_auto_round_computes(tmp_path: Path, case: str) -> None:
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {DOWN: case}, {}))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x", {DOWN: case}, {}))) as source:
         assert source.kind == "auto-round"
         assert source.notes == ()
         assert source.schemes == {f"{DOWN}.weight": Scheme.of("int", bits=int(case[-1]), group_size=32, sym=False)}
@@ -73,13 +72,13 @@ def test_weights_are_those_that_auto_round_computes(tmp_path: Path, case: str) -
     ],
 )
 def test_the_packing_is_told_as_auto_round_tells_it(tmp_path: Path, words: Mapping[str, Any], case: str) -> None:
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {DOWN: case}, words))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x", {DOWN: case}, words))) as source:
         assert torch.equal(source.read(f"{DOWN}.weight"), GOLDEN[f"{case}/weight"])
 
 
 def test_settings_by_module_are_read(tmp_path: Path) -> None:
     words = {"extra_config": {DOWN: {"bits": 8}, ".*\\.k_proj": {"bits": 16}, "(": {"bits": 3}, "lm_head": 7}}
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {UP: "zp-4", DOWN: "zp-8"}, words))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x", {UP: "zp-4", DOWN: "zp-8"}, words))) as source:
         assert source.notes == ()
         assert [str(scheme) for scheme in source.schemes.values()] == ["int8-g32-asym", "int4-g32-asym"]
         assert torch.equal(source.read(f"{DOWN}.weight"), GOLDEN["zp-8/weight"])
@@ -95,7 +94,7 @@ def test_settings_by_module_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_words_that_contradict_the_tensors_are_noted(tmp_path: Path, words: Mapping[str, Any], note: str) -> None:
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {DOWN: "zp-4"}, words))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x", {DOWN: "zp-4"}, words))) as source:
         assert len(source.notes) == 1
         assert note in source.notes[0]
         assert torch.equal(source.read(f"{DOWN}.weight"), GOLDEN["zp-4/weight"])
@@ -107,7 +106,7 @@ def test_symmetric_zero_points_tell_how_they_are_stored(tmp_path: Path, packing:
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{DOWN}.qzeros"].fill_(word)
     save_file(tensors, folder / "model.safetensors")
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         assert bool(source.notes) == noted
         assert set(source.quantized(f"{DOWN}.weight").parts["zero"].flatten().tolist()) == {8}
 
@@ -125,7 +124,7 @@ def test_symmetric_zero_points_tell_how_they_are_stored(tmp_path: Path, packing:
 )
 def test_what_is_more_than_integers_is_unsupported(tmp_path: Path, words: Mapping[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match="export it by auto-round as auto_gptq"):
-        Checkpoint.open(str(folder_of(tmp_path / "x", {DOWN: "zp-4"}, words)))
+        open_checkpoint(str(folder_of(tmp_path / "x", {DOWN: "zp-4"}, words)))
 
 
 def test_awq_of_other_bits_is_unsupported(tmp_path: Path) -> None:
@@ -134,21 +133,21 @@ def test_awq_of_other_bits_is_unsupported(tmp_path: Path) -> None:
     more = {f"{DOWN}.qweight": torch.ones(64, 8, dtype=torch.int32), f"{DOWN}.qzeros": torch.ones(2, 8, dtype=torch.int32)}
     save_file({**tensors, **more}, folder / "model.safetensors")
     with pytest.raises(UnsupportedError, match="has 8 bits"):
-        Checkpoint.open(str(folder))
+        open_checkpoint(str(folder))
 
 
 def test_words_over_a_dense_folder_are_an_error(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "x", {DOWN: "zp-4"}, {})
     save_file({"model.norm.weight": torch.ones(64)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="says auto-round, and no tensor's name"):
-        Checkpoint.open(str(folder))
+        open_checkpoint(str(folder))
 
 
 def test_it_is_not_written(tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {DOWN: "zp-4"}, {}))) as source:
-        assert not auto_round.supports(source.schemes[f"{DOWN}.weight"])
+    with open_checkpoint(str(folder_of(tmp_path / "x", {DOWN: "zp-4"}, {}))) as source:
+        assert not auto_round.FORMAT.supports(source.schemes[f"{DOWN}.weight"])
         with pytest.raises(UnsupportedError, match="--format gptq or awq"):
-            auto_round.context(source, source.schemes, {})
+            auto_round.FORMAT.layout(source, source.schemes)
 
 
 @pytest.mark.parametrize("n", [300, pytest.param(5000, marks=pytest.mark.slow)])

@@ -16,9 +16,8 @@ from mutations import wrong_answers
 from packed_folders import damage, files_of, linears, random_codes, words_of
 from safetensors.torch import load_file
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
-from quantcli.formats import awq
+from quantcli.formats import awq, open_checkpoint
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 write = partial(packed_folders.write, awq)
@@ -59,7 +58,7 @@ def test_codes_come_back_bit_for_bit_and_decode_as_the_layout_says(
     scheme = Scheme.of("int", bits=4, group_size=group_size, sym=sym)
     folder, tensors = quantized_folder(tiny_llama, tmp_path / "out", scheme, bias=True)
     file = files_of(tmp_path / "out")
-    with Checkpoint.open(str(tmp_path / "out")) as back, Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(tmp_path / "out")) as back, open_checkpoint(str(folder)) as source:
         assert back.kind == "awq"
         assert back.notes == ()
         assert back.specs.keys() == source.specs.keys()
@@ -81,14 +80,14 @@ def test_words_are_those_of_autoawq_and_gptqmodel() -> None:
     golden = load_file(GOLDEN)
     scheme = Scheme.parse("int4-g32-asym")
     tensor = QuantizedTensor(scheme, tuple(golden["codes"].shape), {key: golden[key] for key in ("codes", "scale", "zero")})
-    parts = awq.parts("x.weight", tensor, None)
+    parts = awq.AwqLayout(dtypes={}, config={}, quantization={}).parts("x.weight", tensor)
     for part in ("qweight", "qzeros", "scales"):
         assert torch.equal(parts[f"x.{part}"], golden[part]), part
 
 
 def test_the_metadata_hold_what_readers_ask_for(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     folder = tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         write(source, tmp_path / "out", {name: random_codes(SYM, *shape) for name, shape in linears(source).items()}, {"samples": 128})
     words = words_of(tmp_path / "out")
     expected = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
@@ -110,40 +109,40 @@ def test_transformers_takes_the_metadata(tiny_llama: TinyLlama, tmp_path: Path) 
 
 
 def test_what_stays_dense_is_listed_by_module(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
         tensors = {name: random_codes(SYM, *shape) for name, shape in linears(source).items() if "0.mlp.down_proj" not in name}
         write(source, tmp_path / "out", tensors)
     words = words_of(tmp_path / "out")
     assert words["modules_to_not_convert"] == [DOWN]
     assert words["dynamic"] == {r"-:^model\.layers\.0\.mlp\.down_proj$": {}}  # GPTQModel's own loader asks here
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.notes == ()
         assert back.schemes.keys() == tensors.keys()
 
 
 def test_symmetric_and_asymmetric_tensors_share_a_folder(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
         tensors = {name: random_codes(SYM if "down" in name else ASYM, *shape) for name, shape in linears(source).items()}
         write(source, tmp_path / "out", tensors)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.schemes == {name: tensor.scheme for name, tensor in tensors.items()}
 
 
 def test_a_first_group_that_only_looks_symmetric_does_not_mislead(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
         tensors = {name: random_codes(ASYM, *shape) for name, shape in linears(source).items()}
         tensors[f"{Q}.weight"].parts["zero"][:, 0] = 8
         write(source, tmp_path / "out", tensors)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.quantized(f"{Q}.weight").scheme.get("sym") is False
 
 
 def test_shards_of_a_quantized_model_read_the_same(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300, shards=2))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300, shards=2))) as source:
         tensors = {name: random_codes(ASYM, *shape) for name, shape in linears(source).items()}
         write(source, tmp_path / "out", tensors, max_shard_bytes=30_000)
         assert len(list((tmp_path / "out").glob("model-0000?-of-0000?.safetensors"))) > 2
-        with Checkpoint.open(str(tmp_path / "out")) as back:
+        with open_checkpoint(str(tmp_path / "out")) as back:
             assert all(torch.equal(back.quantized(n).parts["codes"], t.parts["codes"]) for n, t in tensors.items())
 
 
@@ -156,7 +155,7 @@ def test_a_folder_of_autoawq_that_speaks_in_quant_config_alone(tiny_llama: TinyL
     del config["quantization_config"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     (tmp_path / "out" / "quant_config.json").write_text(json.dumps({"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}))
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.kind == "awq"
         assert back.notes == ()
         assert torch.equal(back.quantized(f"{Q}.weight").parts["codes"], tensors[f"{Q}.weight"].parts["codes"])
@@ -174,7 +173,7 @@ def test_words_of_gptqmodel_are_read(tiny_llama: TinyLlama, tmp_path: Path) -> N
         "lm_head": False,
     }
     damage(tmp_path / "out", more)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.notes == ()
         assert back.schemes == dict.fromkeys(tensors, SYM)
 
@@ -183,7 +182,7 @@ def test_bfloat16_scales_are_read(tiny_llama: TinyLlama, tmp_path: Path) -> None
     quantized_folder(tiny_llama, tmp_path / "out", ASYM)
     file = files_of(tmp_path / "out")
     damage(tmp_path / "out", **{f"{Q}.scales": file[f"{Q}.scales"].bfloat16()})
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert str(back.schemes[f"{Q}.weight"]) == "int4-g32-asym-sbf16"
         expected = loop_decode(file | {f"{Q}.scales": file[f"{Q}.scales"].bfloat16().float()}, Q)
         assert torch.equal(back.read(f"{Q}.weight"), expected)
@@ -194,14 +193,14 @@ def test_other_versions_are_unsupported(tiny_llama: TinyLlama, tmp_path: Path, v
     quantized_folder(tiny_llama, tmp_path / "out", ASYM)
     damage(tmp_path / "out", {"version": version})
     with pytest.raises(UnsupportedError, match="quantcli reads gemm"):
-        Checkpoint.open(str(tmp_path / "out"))
+        open_checkpoint(str(tmp_path / "out"))
 
 
 def test_eight_bits_are_unsupported(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     quantized_folder(tiny_llama, tmp_path / "out", ASYM)
     damage(tmp_path / "out", **{f"{Q}.qweight": torch.ones(64, 16, dtype=I32), f"{Q}.qzeros": torch.ones(2, 16, dtype=I32)})
     with pytest.raises(UnsupportedError, match="q_proj has 8 bits"):
-        Checkpoint.open(str(tmp_path / "out"))
+        open_checkpoint(str(tmp_path / "out"))
 
 
 NOTES = {
@@ -217,7 +216,7 @@ def test_words_that_contradict_the_tensors_are_noted(tiny_llama: TinyLlama, tmp_
     words, note = NOTES[case]
     _, tensors = quantized_folder(tiny_llama, tmp_path / "out", ASYM)
     damage(tmp_path / "out", words)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert len(back.notes) == 1
         assert note in back.notes[0]
         assert torch.equal(back.quantized(f"{Q}.weight").parts["codes"], tensors[f"{Q}.weight"].parts["codes"])
@@ -230,7 +229,7 @@ def test_scaled_activations_are_folded_into_the_linear_that_reads_them(tiny_llam
     damage(tmp_path / "out", **{"model.layers.0.mlp.act.scales": scales})
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = (x / scales.double()) @ loop_decode(files_of(tmp_path / "out"), DOWN).double().T
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         W = back.read(f"{DOWN}.weight")
         assert torch.allclose(x @ W.double().T, expected, rtol=1e-5, atol=1e-5)
         assert f"{DOWN}.weight" not in back.schemes
@@ -244,7 +243,7 @@ def test_scaled_activations_that_no_linear_reads_are_unsupported(tiny_llama: Tin
     quantized_folder(tiny_llama, tmp_path / "out", ASYM)
     damage(tmp_path / "out", **{"model.layers.0.mlp.act.scales": torch.ones(95)})
     with pytest.raises(UnsupportedError, match=r"mlp\.act\.scales F32 \[95\] scales an activation, and 0 linears"):
-        Checkpoint.open(str(tmp_path / "out"))
+        open_checkpoint(str(tmp_path / "out"))
 
 
 BAD_TENSORS: dict[str, dict[str, torch.Tensor | None]] = {
@@ -267,7 +266,7 @@ def test_tensors_that_fit_no_layout_are_an_error_by_name(tiny_llama: TinyLlama, 
     quantized_folder(tiny_llama, tmp_path / "out", ASYM)
     damage(tmp_path / "out", **BAD_TENSORS[what])
     with pytest.raises(CheckpointError, match=Q.replace(".", r"\.")):
-        Checkpoint.open(str(tmp_path / "out"))
+        open_checkpoint(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("n", [300, pytest.param(5000, marks=pytest.mark.slow)])
@@ -292,20 +291,20 @@ def test_damaged_folders_are_an_error_or_read(tiny_llama: TinyLlama, tmp_path: P
     ],
 )
 def test_what_no_engine_loads_is_refused_when_planning(tiny_llama: TinyLlama, schemes: dict[str, str | None], message: str) -> None:
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
         names = [*linears(source), *(["lm_head.weight"] if "lm_head" in schemes else [])]
         words = {name: next((s for key, s in reversed(schemes.items()) if key in name)) for name in names}
         with pytest.raises(RecipeError, match=message):
-            awq.context(source, {name: Scheme.parse(word) for name, word in words.items() if word}, {})
+            awq.FORMAT.layout(source, {name: Scheme.parse(word) for name, word in words.items() if word})
 
 
 def test_a_dense_module_whose_name_begins_a_quantized_one_is_refused(tiny_llama: TinyLlama) -> None:
     """Engines look for modules_to_not_convert inside of names: a router "mlp.gate" would take "mlp.gate_proj" with it."""
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
         schemes = dict.fromkeys(linears(source), SYM)
         source.specs["model.layers.0.mlp.gate.weight"] = TensorSpec.dense("model.layers.0.mlp.gate.weight", "F32", (4, 64))
         with pytest.raises(RecipeError, match=r"mlp\.gate stays dense, and AWQ's readers would leave out .*mlp\.gate_proj"):
-            awq.context(source, schemes, {})
+            awq.FORMAT.layout(source, schemes)
 
 
 @pytest.mark.parametrize(
@@ -320,10 +319,10 @@ def test_a_dense_module_whose_name_begins_a_quantized_one_is_refused(tiny_llama:
 def test_a_shape_that_readers_refuse_is_refused_when_planning(
     tiny_llama: TinyLlama, name: str, shape: tuple[int, ...], message: str
 ) -> None:
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
-        context = awq.context(source, dict.fromkeys(linears(source), ASYM), {})
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
+        context = awq.FORMAT.layout(source, dict.fromkeys(linears(source), ASYM))
     with pytest.raises(RecipeError, match=message) as caught:
-        awq.outputs(TensorSpec.dense(name, "F16", shape), ASYM, context)
+        context.outputs(TensorSpec.dense(name, "F16", shape), ASYM)
     assert name in str(caught.value)
 
 
@@ -338,4 +337,4 @@ def test_what_the_layout_cannot_hold_is_refused() -> None:
         "q4_k",
         "f16",
     ]
-    assert [word for word in words if awq.supports(Scheme.parse(word))] == ["int4-g128-sym", "int4-channel-asym", "f16"]
+    assert [word for word in words if awq.FORMAT.supports(Scheme.parse(word))] == ["int4-g128-sym", "int4-channel-asym", "f16"]

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli import pipeline, plan, recipe
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
-from quantcli.formats import bitsandbytes
+from quantcli.formats import bitsandbytes, open_checkpoint
 from quantcli.formats.bitsandbytes.state import Nested, State, parse
 from quantcli.qtypes import _float4
 from quantcli.recipe import Recipe, Rule
@@ -33,7 +32,7 @@ Tensors = dict[str, Tensor]
 
 
 def quantize(source: Path, target: Path, how: Recipe) -> pipeline.Finished:
-    with Checkpoint.open(str(source)) as checkpoint:
+    with open_checkpoint(str(source)) as checkpoint:
         *_, last = pipeline.quantize(checkpoint, target, how)
     assert isinstance(last, pipeline.Finished)
     return last
@@ -76,7 +75,7 @@ def rewrite_state(tensors: Tensors, **changes: object) -> None:
 
 
 def read_q(folder: Path) -> tuple[Tensor, Scheme, tuple[str, ...]]:
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         return checkpoint.read(f"{Q}.weight"), checkpoint.schemes[f"{Q}.weight"], checkpoint.notes
 
 
@@ -85,7 +84,7 @@ def read_q(folder: Path) -> tuple[Tensor, Scheme, tuple[str, ...]]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_codes_come_back_as_they_were_coded_and_the_rest_as_it_was(name: str, source: Path, folders: dict[str, Path]) -> None:
-    with Checkpoint.open(str(folders[name])) as back, Checkpoint.open(str(source)) as model:
+    with open_checkpoint(str(folders[name])) as back, open_checkpoint(str(source)) as model:
         assert (back.kind, back.notes, len(back.schemes)) == ("bitsandbytes", (), 7)
         assert back.specs.keys() == model.specs.keys()
         for key, spec in model.specs.items():
@@ -105,7 +104,7 @@ def test_codes_come_back_as_they_were_coded_and_the_rest_as_it_was(name: str, so
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_dry_run_knows_the_size_to_the_byte(name: str, source: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     """Though the JSON in the files holds a number that is not known before."""
-    with Checkpoint.open(str(source)) as checkpoint:
+    with open_checkpoint(str(source)) as checkpoint:
         (planned,) = pipeline.quantize(checkpoint, tmp_path / "none", recipe.load(name), dry_run=True)
     assert isinstance(planned, pipeline.Planned)
     assert planned.plan.n_bytes == sum(tensor.nbytes for tensor in load_file(folders[name] / "model.safetensors").values())
@@ -140,7 +139,7 @@ def test_linears_that_stay_dense_are_named_and_no_others(source: Path, tmp_path:
     rules = (Rule.parse("o_proj", "keep"), Rule.parse("lm_head", "nf4-b64"))
     quantize(source, tmp_path / "out", Recipe("x", "bitsandbytes", recipe.load("nf4").passes, scheme=Scheme.parse("nf4-b64"), rules=rules))
     assert words_of(tmp_path / "out")["llm_int8_skip_modules"] == ["model.layers.0.self_attn.o_proj"]
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.notes == ()
         assert "lm_head.weight" in back.schemes
 
@@ -151,7 +150,7 @@ def test_joined_linears_that_stay_dense_are_named_as_vllm_runs_them_too(source: 
     words = words_of(tmp_path / "out")["llm_int8_skip_modules"]
     layer = "model.layers.0"
     assert {f"{layer}.self_attn.qkv_proj", f"{layer}.mlp.gate_up_proj", f"{layer}.self_attn.k_proj", f"{layer}.mlp.up_proj"} <= set(words)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.notes == ()
 
 
@@ -162,7 +161,7 @@ def test_block_sizes_and_four_bit_types_may_be_mixed_and_eight_bits_may_not(sour
         )
 
     quantize(source, tmp_path / "out", mixed("fp4-b128-dq"))
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert {str(scheme) for scheme in back.schemes.values()} == {"nf4-b64", "fp4-b128-dq"}
     with pytest.raises(RecipeError, match="4 bits and 8 in one folder"):
         quantize(source, tmp_path / "bad", mixed("llm_int8"))
@@ -184,7 +183,7 @@ def test_experts_stay_dense_are_announced_and_go_by_the_module_around_them(tmp_p
     save_file({name: torch.randn(64, 64) for name in ("model.embed_tokens.weight", *names)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "tie_word_embeddings": True}))
     taps = {name: name.removesuffix(".weight") for name in names if not name.endswith("mlp.gate.weight")}
-    with Checkpoint.open(str(tmp_path)) as checkpoint:
+    with open_checkpoint(str(tmp_path)) as checkpoint:
         made = plan.make(checkpoint, recipe.load("nf4"), taps)
     assert [tensor.name for tensor in made.tensors if tensor.scheme] == [f"{Q}.weight"]
     assert any(f"{moe}.experts.0" in note and "and 7 more stay as they are: engines that read bitsandbytes" in note for note in made.notes)
@@ -238,12 +237,12 @@ def test_a_folder_of_bitsandbytes_goes_out_as_it_came_in(tmp_path: Path) -> None
     (tmp_path / "in").mkdir()
     (tmp_path / "in/config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "in/model.safetensors")
-    with Checkpoint.open(str(tmp_path / "in")) as back:
-        context = bitsandbytes.context(back, back.schemes, {})
+    with open_checkpoint(str(tmp_path / "in")) as back:
+        context = bitsandbytes.FORMAT.layout(back, back.schemes)
         out: Tensors = {}
         for name, spec in back.specs.items():
-            made = bitsandbytes.parts(name, back.quantized(name) if name in back.schemes else back.read(name), context)
-            expected = {s.name: s for s in bitsandbytes.outputs(spec, back.schemes.get(name), context)}
+            made = context.parts(name, back.quantized(name) if name in back.schemes else back.read(name))
+            expected = {s.name: s for s in context.outputs(spec, back.schemes.get(name))}
             assert {key: tuple(t.shape) for key, t in made.items()} == {key: s.shape for key, s in expected.items()}
             out |= made
     assert out.keys() == tensors.keys()
@@ -390,7 +389,7 @@ def test_a_dense_folder_that_says_bitsandbytes_is_refused(source: Path, tmp_path
     )
     save_file(load_file(source / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="no tensor is quantized: the weights are dense"):
-        Checkpoint.open(str(tmp_path))
+        open_checkpoint(str(tmp_path))
 
 
 # --- hostile folders -----------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantcli import pipeline, recipe
+from quantcli.calibrated import Windows
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import compressed_tensors as ct
+from quantcli.formats import open_checkpoint
 from quantcli.formats.compressed_tensors import config as words_module
 from quantcli.formats.compressed_tensors.match import Patterns, is_tame, targets_of
 from quantcli.passes import rtn
@@ -86,7 +88,7 @@ def write_golden(folder: Path, *cases: str, words: Mapping[str, Any] | None = No
 
 
 def opened(folder: Path) -> Checkpoint:
-    return Checkpoint.open(str(folder))
+    return open_checkpoint(str(folder))
 
 
 # ---- the library's own tensors ----
@@ -620,11 +622,11 @@ KEEPING_THE_BASIS = [name for name in RECIPES if {p.name for p in recipe.load(na
 def made_by(name: str, folder: Path, target: Path) -> pipeline.Planned:
     """What the recipe ``name`` planned for ``folder``, written to ``target``."""
 
-    def calibrate() -> pipeline.Calibrated:
-        return pipeline.Calibrated("0" * 64, windows=torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(0)))
+    def calibrate() -> Windows:
+        return Windows(torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(0)))
 
     with opened(folder) as source:
-        planned, *_ = pipeline.quantize(source, target, recipe.load(name), calibrate=calibrate)
+        planned, *_ = pipeline.quantize(source, target, recipe.load(name), data=calibrate)
     assert isinstance(planned, pipeline.Planned)
     return planned
 

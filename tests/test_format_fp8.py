@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli import pipeline, recipe, texts
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.qtypes import fp8
 from quantcli.recipe import Rule
@@ -32,13 +33,13 @@ Tensors = dict[str, Tensor]
 
 
 def quantize(source: Path, target: Path, how: recipe.Recipe) -> list[Any]:
-    with Checkpoint.open(str(source)) as checkpoint:
+    with open_checkpoint(str(source)) as checkpoint:
 
-        def calibrate() -> pipeline.Calibrated:
+        def calibrate() -> Windows:
             windows = texts.windows([texts.default_text()], tokenizer(checkpoint), n_samples=2, seq_len=64)
-            return pipeline.Calibrated(texts.sha256(windows), windows=windows)
+            return Windows(windows)
 
-        return list(pipeline.quantize(checkpoint, target, how, calibrate=calibrate))
+        return list(pipeline.quantize(checkpoint, target, how, data=calibrate))
 
 
 def words_of(folder: Path) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def e4m3(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_written_reads_back_as_the_codes_that_were_chosen(name: str, folders: dict[str, Path], source: Path) -> None:
-    with Checkpoint.open(str(folders[name])) as back, Checkpoint.open(str(source)) as dense:
+    with open_checkpoint(str(folders[name])) as back, open_checkpoint(str(source)) as dense:
         assert (back.kind, back.notes) == ("fp8", ())
         assert back.specs.keys() == dense.specs.keys()
         assert set(back.schemes.values()) == {recipe.load(name).scheme}
@@ -106,7 +107,7 @@ def test_what_is_written_reads_back_as_the_codes_that_were_chosen(name: str, fol
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_dry_run_knows_every_byte(name: str, folders: dict[str, Path], source: Path) -> None:
-    with Checkpoint.open(str(source)) as dense:
+    with open_checkpoint(str(source)) as dense:
         planned, *_ = pipeline.quantize(dense, Path("nowhere"), recipe.load(name), dry_run=True)
     written = load_file(folders[name] / "model.safetensors")
     assert planned.plan.n_bytes == sum(tensor.numel() * tensor.element_size() for tensor in written.values())
@@ -115,7 +116,7 @@ def test_the_dry_run_knows_every_byte(name: str, folders: dict[str, Path], sourc
 
 def test_the_plan_says_which_blocks_are_cut(source: Path, tiny_llama: TinyLlama) -> None:
     def notes(model: Path, name: str) -> str:
-        with Checkpoint.open(str(model)) as dense:
+        with open_checkpoint(str(model)) as dense:
             planned, *_ = pipeline.quantize(dense, Path("nowhere"), recipe.load(name), dry_run=True)
         return " ".join(planned.plan.notes)
 
@@ -162,7 +163,7 @@ def test_every_matrix_left_dense_is_listed_for_both_readers_and_a_tied_head_too(
     words = words_of(tmp_path / "out")
     assert words["modules_to_not_convert"] == ["lm_head", "model.embed_tokens", "model.layers.1.mlp.down_proj"]
     assert words["ignored_layers"] == words["modules_to_not_convert"]
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.notes == ()
 
 
@@ -186,7 +187,7 @@ def test_what_engines_refuse_is_refused(source: Path, tmp_path: Path) -> None:
 
 def test_a_scheme_that_says_nothing_of_inputs_gets_what_engines_do_to_them(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "out", replace(recipe.load("fp8-block"), scheme=Scheme.parse("fp8-block")))
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert {str(scheme) for scheme in back.schemes.values()} == {"fp8-block+fp8-g128"}
 
 
@@ -198,7 +199,7 @@ def test_blocks_of_another_size_are_read_as_declared_or_else_as_their_shapes_say
     expected = data.float() * scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
     for i, (declared, n_notes) in enumerate((([32, 32], 0), ([128, 128], 1), (None, 1))):
         tensors = {f"{Q}.weight": data, f"{Q}.weight_scale_inv": scale}
-        with Checkpoint.open(str(published(tmp_path / str(i), tensors, weight_block_size=declared))) as found:
+        with open_checkpoint(str(published(tmp_path / str(i), tensors, weight_block_size=declared))) as found:
             assert torch.equal(found.read(f"{Q}.weight"), expected)
             assert len(found.notes) == n_notes
             assert found.schemes[f"{Q}.weight"].get("block") == (32, 32)
@@ -212,7 +213,7 @@ def test_scales_that_are_powers_of_two_are_read_in_each_of_their_dtypes(dtype: t
     folder = published(
         tmp_path / "in", {f"{Q}.weight": data, f"{Q}.weight_scale_inv": stored}, weight_block_size=[128, 128], scale_fmt="ue8m0"
     )
-    with Checkpoint.open(str(folder)) as found:
+    with open_checkpoint(str(folder)) as found:
         expected = data.float() * scale.repeat_interleave(128, 0)[:130].repeat_interleave(128, 1)
         assert torch.equal(found.read(f"{Q}.weight"), expected)
         assert found.notes == ()
@@ -222,7 +223,7 @@ def test_scales_that_are_powers_of_two_are_read_in_each_of_their_dtypes(dtype: t
 def test_a_stack_of_experts_is_read_matrix_by_matrix(name: str, tmp_path: Path) -> None:
     data, scale = e4m3(3, 192, 128), random(3, 2, 1).abs()
     folder = published(tmp_path / "in", {f"{EXPERTS}.gate_up_proj": data, f"{EXPERTS}.{name}": scale}, weight_block_size=[128, 128])
-    with Checkpoint.open(str(folder)) as found:
+    with open_checkpoint(str(folder)) as found:
         assert found.specs.keys() == {f"{EXPERTS}.gate_up_proj"}
         expected = data.float() * scale.repeat_interleave(128, 1)[:, :192]
         assert torch.equal(found.read(f"{EXPERTS}.gate_up_proj"), expected)
@@ -232,7 +233,7 @@ def test_a_stack_of_experts_is_read_matrix_by_matrix(name: str, tmp_path: Path) 
 def test_a_stack_of_experts_may_have_one_scale_a_matrix_or_one_for_all(shape: tuple[int, ...], tmp_path: Path) -> None:
     data, scale = e4m3(3, 96, 64), random(math.prod(shape)).abs().view(shape)
     folder = published(tmp_path / "in", {f"{EXPERTS}.down_proj": data, f"{EXPERTS}.down_proj_scale": scale})
-    with Checkpoint.open(str(folder)) as found:
+    with open_checkpoint(str(folder)) as found:
         assert torch.equal(found.read(f"{EXPERTS}.down_proj"), data.float() * (scale.view(-1, 1, 1)))
 
 
@@ -241,7 +242,7 @@ def test_two_e2m1_in_a_byte_are_read_as_deepseek_v4_writes_its_experts(tmp_path:
     exponent = torch.randint(120, 130, (8, 2), dtype=torch.uint8)
     tensors = {f"{EXPERTS}.0.w1.weight": packed, f"{EXPERTS}.0.w1.scale": exponent.view(torch.float8_e8m0fnu)}
     tensors |= {f"{Q}.weight": e4m3(8, 8), f"{Q}.weight_scale": torch.ones(1)}
-    with Checkpoint.open(str(published(tmp_path / "in", tensors, expert_dtype="fp4"))) as found:
+    with open_checkpoint(str(published(tmp_path / "in", tensors, expert_dtype="fp4"))) as found:
         W = found.read(f"{EXPERTS}.0.w1.weight")
         assert (tuple(W.shape), found.specs[f"{EXPERTS}.0.w1.weight"].shape) == ((8, 64), (8, 64))
         assert str(found.schemes[f"{EXPERTS}.0.w1.weight"]) == "mxfp4"
@@ -257,7 +258,7 @@ def test_two_e2m1_in_a_byte_are_read_as_deepseek_v4_writes_its_experts(tmp_path:
 )
 def test_one_scale_a_weight_is_read_under_each_of_its_names(scale: str, input_scale: str, tmp_path: Path) -> None:
     tensors = {f"{Q}.weight": e4m3(8, 16), f"{Q}.{scale}": torch.tensor(0.25), f"{Q}.{input_scale}": torch.tensor([2.0])}
-    with Checkpoint.open(str(published(tmp_path / "in", tensors, activation_scheme="static", weight_block_size=None))) as found:
+    with open_checkpoint(str(published(tmp_path / "in", tensors, activation_scheme="static", weight_block_size=None))) as found:
         assert found.specs.keys() == {f"{Q}.weight"}
         assert torch.equal(found.read(f"{Q}.weight"), tensors[f"{Q}.weight"].float() * 0.25)
         assert found.quantized(f"{Q}.weight").parts["input_scale"].tolist() == [2.0]
@@ -267,19 +268,19 @@ def test_one_scale_a_weight_is_read_under_each_of_its_names(scale: str, input_sc
 
 def test_a_scale_a_row_is_read_as_fbgemm_writes_it(tmp_path: Path) -> None:
     tensors = {f"{Q}.weight": e4m3(8, 16), f"{Q}.weight_scale": random(8, 1).abs(), f"{Q}.input_scale_ub": torch.tensor([1200.0])}
-    with Checkpoint.open(str(published(tmp_path / "in", tensors, quant_method="fbgemm_fp8", activation_scale_ub=1200.0))) as found:
+    with open_checkpoint(str(published(tmp_path / "in", tensors, quant_method="fbgemm_fp8", activation_scale_ub=1200.0))) as found:
         assert torch.equal(found.read(f"{Q}.weight"), tensors[f"{Q}.weight"].float() * tensors[f"{Q}.weight_scale"])
         assert str(found.schemes[f"{Q}.weight"]) == "fp8-channel+fp8-token"
 
 
 def test_e5m2_is_read(tmp_path: Path) -> None:
     data = (100 * random(8, 16)).to(torch.float8_e5m2)
-    with Checkpoint.open(str(published(tmp_path / "in", {f"{Q}.weight": data, f"{Q}.weight_scale": torch.tensor([0.5])}))) as found:
+    with open_checkpoint(str(published(tmp_path / "in", {f"{Q}.weight": data, f"{Q}.weight_scale": torch.tensor([0.5])}))) as found:
         assert torch.equal(found.read(f"{Q}.weight"), data.float() / 2)
 
 
 def test_weights_without_any_scale_are_read_as_they_are_and_noted(tmp_path: Path) -> None:
-    with Checkpoint.open(str(published(tmp_path / "in", {f"{Q}.weight": e4m3(8, 16)}))) as found:
+    with open_checkpoint(str(published(tmp_path / "in", {f"{Q}.weight": e4m3(8, 16)}))) as found:
         assert torch.equal(found.read(f"{Q}.weight"), e4m3(8, 16).float())
         assert found.notes == (f"1 weights have no scale, the first is {Q}.weight; they are read as they are",)
 
@@ -321,7 +322,7 @@ def make_static(tensors: Tensors, words: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_contradictions_are_noted(change: Callable[..., None], notes: list[str], folders: dict[str, Path], tmp_path: Path) -> None:
-    with Checkpoint.open(str(changed(folders["fp8-block"], tmp_path / "in", change))) as found:
+    with open_checkpoint(str(changed(folders["fp8-block"], tmp_path / "in", change))) as found:
         assert list(found.notes) == notes
 
 
@@ -371,7 +372,7 @@ def have_no_codes(tensors: Tensors, words: dict[str, Any]) -> None:
 )
 def test_damage_is_named(change: Callable[..., None], message: str, folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint.open(str(changed(folders["fp8-block"], tmp_path / "in", change)))
+        open_checkpoint(str(changed(folders["fp8-block"], tmp_path / "in", change)))
 
 
 @pytest.mark.parametrize(("name", "n"), [("fp8-block", 2500), ("fp8-tensor-static", 1500)])

@@ -11,8 +11,8 @@ from conftest import TinyLlama
 from whole_models import save_mixtral
 
 from quantcli import pipeline, recipe
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
+from quantcli.formats import open_checkpoint
 from quantcli.formats._fused import check_fused
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
@@ -36,7 +36,7 @@ def plan(model: Path, format_: str, pattern: str, other: str) -> None:
     """Plan ``model`` in the format's scheme, what ``pattern`` finds in ``other``."""
     base = recipe.load("gptq-int4")
     how = replace(base, format=format_, scheme=Scheme.parse(FORMATS[format_][0]), rules=(Rule.parse(pattern, other),))
-    with Checkpoint.open(str(model)) as source:
+    with open_checkpoint(str(model)) as source:
         list(pipeline.quantize(source, Path("nowhere"), how, dry_run=True))
 
 

@@ -18,9 +18,8 @@ from conftest import TinyLlama
 from mutations import wrong_answers
 from packed_folders import damage, files_of, linears, loop_pack, loop_unpack, random_codes, words_of
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
-from quantcli.formats import _dynamic, gptq
+from quantcli.formats import _dynamic, gptq, open_checkpoint
 from quantcli.formats._folder import module_of
 from quantcli.tensors import DTYPE_NAMES, QuantizedTensor, Scheme, TensorSpec
 
@@ -57,7 +56,7 @@ ALL_SCHEMES = [
 def test_codes_come_back_bit_for_bit_and_decode_as_the_layout_says(tiny_llama: TinyLlama, tmp_path: Path, scheme: Scheme) -> None:
     folder, tensors = quantized_folder(tiny_llama, tmp_path / "out", scheme, bias=True)
     file = files_of(tmp_path / "out")
-    with Checkpoint.open(str(tmp_path / "out")) as back, Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(tmp_path / "out")) as back, open_checkpoint(str(folder)) as source:
         assert back.kind == "gptq"
         assert back.notes == ()
         assert back.specs.keys() == source.specs.keys()
@@ -81,7 +80,7 @@ def test_codes_come_back_bit_for_bit_and_decode_as_the_layout_says(tiny_llama: T
 @pytest.mark.parametrize(("sym", "version", "word"), [(True, "gptq", 0x77777777), (False, "gptq_v2", 0x88888888 - 2**32)])
 def test_symmetric_is_v1_and_asymmetric_is_v2(tiny_llama: TinyLlama, tmp_path: Path, sym: bool, version: str, word: int) -> None:
     scheme = Scheme.of("int", bits=4, group_size=32, sym=sym)
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
         tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items()}
         for tensor in tensors.values():
             tensor.parts["zero"].fill_(8)
@@ -92,13 +91,13 @@ def test_symmetric_is_v1_and_asymmetric_is_v2(tiny_llama: TinyLlama, tmp_path: P
 
 def test_one_asymmetric_tensor_makes_the_whole_file_v2(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     sym, asym = (Scheme.of("int", bits=4, group_size=32, sym=s) for s in (True, False))
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
         tensors = {name: random_codes(asym if "down" in name else sym, *shape) for name, shape in linears(source).items()}
         write(source, tmp_path / "out", tensors)
     words = words_of(tmp_path / "out")
     assert (words["checkpoint_format"], words["sym"]) == ("gptq_v2", True)
     assert words["dynamic"] == {r"+:^model\.layers\.\d+\.mlp\.down_proj$": {"bits": 4, "group_size": 32, "sym": False}}
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         for name, tensor in tensors.items():
             assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
             assert back.quantized(name).scheme == back.schemes[name] == tensor.scheme
@@ -108,13 +107,12 @@ def test_one_asymmetric_tensor_makes_the_whole_file_v2(tiny_llama: TinyLlama, tm
 def test_the_metadata_hold_what_readers_ask_for(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
     folder = tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items()}
-        write(source, tmp_path / "out", tensors, {"damp_percent": 0.01, "true_sequential": False, "samples": 128})
+        write(source, tmp_path / "out", tensors, {"samples": 128})
     words = words_of(tmp_path / "out")
     for key, value in {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "lm_head": False}.items():
         assert words[key] == value
-    assert words["damp_percent"] == 0.01
     assert words["meta"]["quantizer"][0].startswith("quantcli:")
     assert words["meta"]["quantcli"]["samples"] == 128
     assert not {"dynamic", "modules_in_block_to_quantize"} & words.keys()
@@ -143,7 +141,7 @@ def test_transformers_takes_the_metadata(tiny_llama: TinyLlama, tmp_path: Path) 
 )
 def test_what_stays_dense_is_told_to_every_reader(tiny_llama: TinyLlama, tmp_path: Path, skip: str, listed: list[str]) -> None:
     scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
         tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items() if skip not in name}
         write(source, tmp_path / "out", tensors)
         words = words_of(tmp_path / "out")
@@ -177,7 +175,7 @@ RULES = {
 def test_rules_reach_the_modules_on_disk_and_the_ones_that_engines_join(tiny_llama: TinyLlama, tmp_path: Path, case: str) -> None:
     pattern, scheme, shared, joined = RULES[case]
     main, other = Scheme.parse("int4-g32-sym"), Scheme.parse(scheme)
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300))) as source:
         schemes = {name: other if re.search(pattern, name) else main for name in linears(source)}
         context = write(source, tmp_path / "out", {name: random_codes(schemes[name], *shape) for name, shape in linears(source).items()})
     dynamic = words_of(tmp_path / "out")["dynamic"]
@@ -190,7 +188,7 @@ def test_rules_reach_the_modules_on_disk_and_the_ones_that_engines_join(tiny_lla
         assert list(dynamic) == [f"+:^{shared}$"]
     assert "transformers" in context.notes[0]
     assert len(context.notes) == 1
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert list(map(str, back.schemes.values())) == [str(schemes[name]) for name in back.schemes]
         assert back.notes == ()
 
@@ -218,15 +216,15 @@ def test_the_first_rule_that_matches_wins_and_what_is_no_rule_is_passed_over() -
 @pytest.mark.parametrize(("name", "tied"), [("model.embed_tokens.weight", False), ("lm_head.weight", True)])
 def test_codes_where_no_reader_looks_for_them_are_refused(tiny_llama: TinyLlama, name: str, tied: bool) -> None:
     scheme = Scheme.parse("int4-g32-sym")
-    with Checkpoint.open(str(tiny_llama())) as source:
+    with open_checkpoint(str(tiny_llama())) as source:
         source.config["tie_word_embeddings"] = tied
         with pytest.raises(RecipeError, match=rf"{name}: GPTQ quantizes the linears of decoder layers and an untied lm_head"):
-            gptq.context(source, {**dict.fromkeys(linears(source), scheme), name: scheme}, {})
+            gptq.FORMAT.layout(source, {**dict.fromkeys(linears(source), scheme), name: scheme})
 
 
 def test_a_quantized_lm_head_is_announced(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     scheme = Scheme.of("int", bits=8, group_size=32, sym=True)
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=320))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=320))) as source:
         tensors = {name: random_codes(scheme, *shape) for name, shape in {**linears(source), "lm_head.weight": (320, 64)}.items()}
         write(source, tmp_path / "out", tensors)
     assert words_of(tmp_path / "out")["lm_head"] is True
@@ -235,17 +233,17 @@ def test_a_quantized_lm_head_is_announced(tiny_llama: TinyLlama, tmp_path: Path)
 
 def test_shards_of_a_quantized_model_read_the_same(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300, shards=2))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=2, heads=2, vocab=300, shards=2))) as source:
         tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items()}
         write(source, tmp_path / "out", tensors, max_shard_bytes=30_000)
         assert len(list((tmp_path / "out").glob("model-0000?-of-0000?.safetensors"))) > 2
-        with Checkpoint.open(str(tmp_path / "out")) as back:
+        with open_checkpoint(str(tmp_path / "out")) as back:
             assert all(torch.equal(back.quantized(n).parts["codes"], t.parts["codes"]) for n, t in tensors.items())
 
 
 def test_a_dense_scheme_changes_the_dtype_of_what_stays(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, vocab=300))) as source:
         head = source.read("lm_head.weight")
         data = QuantizedTensor(Scheme.of("f16"), tuple(head.shape), {"data": head.half()})
         tensors = {name: random_codes(scheme, *shape) for name, shape in linears(source).items()} | {"lm_head.weight": data}
@@ -255,7 +253,7 @@ def test_a_dense_scheme_changes_the_dtype_of_what_stays(tiny_llama: TinyLlama, t
 
 def test_a_quantized_source_is_written_again_without_loss(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     _, tensors = quantized_folder(tiny_llama, tmp_path / "a", Scheme.of("int", bits=4, group_size=32, sym=False))
-    with Checkpoint.open(str(tmp_path / "a")) as first:
+    with open_checkpoint(str(tmp_path / "a")) as first:
         write(first, tmp_path / "b", {name: first.quantized(name) for name in tensors})
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
@@ -277,7 +275,7 @@ def test_symmetric_zeros_of_the_other_version_are_seen_and_read_right(
     _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=bits, group_size=32, sym=True))
     zeros = {f"{n.removesuffix('.weight')}.qzeros": v1_words_of(t, minus=stored) for n, t in tensors.items()}
     damage(tmp_path / "out", {"checkpoint_format": said}, **zeros)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.notes[0].startswith(f"checkpoint_format {said or 'gptq'} stores zero points")
         for name, tensor in tensors.items():
             assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
@@ -286,7 +284,7 @@ def test_symmetric_zeros_of_the_other_version_are_seen_and_read_right(
 def test_a_symmetric_file_that_mixes_versions_is_read_right(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
     damage(tmp_path / "out", **{f"{Q}.qzeros": v1_words_of(tensors[f"{Q}.weight"], minus=0)})
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         for name, tensor in tensors.items():
             assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
 
@@ -298,7 +296,7 @@ def test_an_asymmetric_v1_of_positive_zeros_gets_its_ones_back(tiny_llama: TinyL
         tensor.parts["zero"].clamp_(min=1)
     zeros = {f"{n.removesuffix('.weight')}.qzeros": v1_words_of(t, minus=1) for n, t in tensors.items()}
     damage(tmp_path / "out", {"checkpoint_format": "gptq"}, **zeros)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.notes == ()
         for name, tensor in tensors.items():
             assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
@@ -315,7 +313,7 @@ def test_the_borrow_of_a_packed_subtraction_is_undone(tiny_llama: TinyLlama, tmp
         wrapped = (v1_words_of(tensor, minus=0).long() - ones) & 0xFFFFFFFF
         zeros[f"{name.removesuffix('.weight')}.qzeros"] = torch.where(wrapped >= 2**31, wrapped - 2**32, wrapped).int()
     damage(tmp_path / "out", {"checkpoint_format": "gptq"}, **zeros)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         for name, tensor in tensors.items():
             assert torch.equal(back.quantized(name).parts["zero"], tensor.parts["zero"])
 
@@ -323,7 +321,7 @@ def test_the_borrow_of_a_packed_subtraction_is_undone(tiny_llama: TinyLlama, tmp
 def test_sym_that_is_not_true_is_noted_and_the_tensors_obeyed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=False))
     damage(tmp_path / "out", {"sym": True})
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert "zero points" in back.notes[0]
         assert torch.equal(back.quantized(f"{Q}.weight").parts["zero"], tensors[f"{Q}.weight"].parts["zero"])
         assert back.schemes[f"{Q}.weight"].get("sym") is False
@@ -342,7 +340,7 @@ def test_words_that_contradict_the_tensors_are_noted(tiny_llama: TinyLlama, tmp_
     words, note = CONTRADICTIONS[case]
     _, tensors = quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
     damage(tmp_path / "out", words)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert len(back.notes) == 1
         assert re.search(note, back.notes[0])
         assert torch.equal(back.quantized(f"{Q}.weight").parts["codes"], tensors[f"{Q}.weight"].parts["codes"])
@@ -355,7 +353,7 @@ def test_a_first_group_that_only_looks_symmetric_does_not_mislead(tiny_llama: Ti
     zero.clamp_(min=1)
     zero[:, 0] = 9
     damage(tmp_path / "out", {"checkpoint_format": "gptq", "sym": True}, **{f"{Q}.qzeros": v1_words_of(tensors[f"{Q}.weight"], minus=1)})
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         got = back.quantized(f"{Q}.weight")
         assert torch.equal(got.parts["zero"], zero)
         assert got.scheme.get("sym") is False
@@ -364,7 +362,7 @@ def test_a_first_group_that_only_looks_symmetric_does_not_mislead(tiny_llama: Ti
 def test_a_g_idx_out_of_order_is_obeyed_whatever_desc_act_says(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True, desc_act=True))
     damage(tmp_path / "out", {"desc_act": False})
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert "desc_act is false" in back.notes[0]
         assert torch.equal(back.read(f"{Q}.weight"), loop_decode(files_of(tmp_path / "out"), Q, 4, plus=1))
 
@@ -374,7 +372,7 @@ def test_bits_and_groups_come_from_the_shapes_and_g_idx_may_be_absent(tiny_llama
     expected = loop_decode(files_of(tmp_path / "out"), Q, 4, plus=1)
     gone = {f"{name.removesuffix('.weight')}.g_idx": None for name in tensors}
     damage(tmp_path / "out", {"bits": 8, "group_size": 16}, **gone)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert str(back.schemes[f"{Q}.weight"]) == "int4-g32-sym"
         assert torch.equal(back.read(f"{Q}.weight"), expected)
 
@@ -383,7 +381,7 @@ def test_a_short_last_group_is_read(tiny_llama: TinyLlama, tmp_path: Path) -> No
     quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
     groups = torch.arange(64, dtype=torch.int32) // 48  # 48 and 16 inputs, two groups as before
     damage(tmp_path / "out", {"group_size": 48}, **{f"{Q}.g_idx": groups})
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert torch.equal(back.read(f"{Q}.weight"), loop_decode(files_of(tmp_path / "out"), Q, 4, plus=1))
 
 
@@ -394,7 +392,7 @@ def test_a_folder_of_autogptq_speaks_in_quantize_config_alone(tiny_llama: TinyLl
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     old = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True}
     (tmp_path / "out" / "quantize_config.json").write_text(json.dumps(old))
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.kind == "gptq"
         assert torch.equal(back.quantized(f"{Q}.weight").parts["codes"], tensors[f"{Q}.weight"].parts["codes"])
 
@@ -403,7 +401,7 @@ def test_two_configs_that_differ_are_noted(tiny_llama: TinyLlama, tmp_path: Path
     quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
     words = words_of(tmp_path / "out") | {"desc_act": True}
     (tmp_path / "out" / "quantize_config.json").write_text(json.dumps(words))
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert "desc_act False / True" in back.notes[0]
 
 
@@ -412,7 +410,7 @@ def test_an_engines_private_layout_is_unsupported(tiny_llama: TinyLlama, tmp_pat
     quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
     damage(tmp_path / "out", words)
     with pytest.raises(UnsupportedError, match=r"checkpoint_format '(marlin|gptq_p)'"):
-        Checkpoint.open(str(tmp_path / "out"))
+        open_checkpoint(str(tmp_path / "out"))
 
 
 I32 = torch.int32
@@ -440,14 +438,14 @@ def test_tensors_that_fit_no_layout_are_an_error_by_name(tiny_llama: TinyLlama, 
     quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True))
     damage(tmp_path / "out", **BAD_TENSORS[what])
     with pytest.raises(CheckpointError, match=Q.replace(".", r"\.")):
-        Checkpoint.open(str(tmp_path / "out"))
+        open_checkpoint(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("group", [-1, 2])
 def test_a_g_idx_that_points_outside_is_an_error(tiny_llama: TinyLlama, tmp_path: Path, group: int) -> None:
     quantized_folder(tiny_llama, tmp_path / "out", Scheme.of("int", bits=4, group_size=32, sym=True, desc_act=True))
     damage(tmp_path / "out", **{f"{Q}.g_idx": torch.full((64,), group, dtype=I32)})
-    with pytest.raises(CheckpointError, match=r"q_proj\.g_idx: groups"), Checkpoint.open(str(tmp_path / "out")) as back:
+    with pytest.raises(CheckpointError, match=r"q_proj\.g_idx: groups"), open_checkpoint(str(tmp_path / "out")) as back:
         back.read(f"{Q}.weight")
 
 
@@ -456,7 +454,7 @@ def test_words_of_gptq_over_a_dense_folder_are_an_error(tiny_llama: TinyLlama) -
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
     with pytest.raises(CheckpointError, match=r"no tensor's name ends in \.qweight"):
-        Checkpoint.open(str(folder))
+        open_checkpoint(str(folder))
 
 
 def test_words_of_any_type_are_an_error_or_read_right(tiny_llama: TinyLlama, tmp_path: Path) -> None:
@@ -469,7 +467,7 @@ def test_words_of_any_type_are_an_error_or_read_right(tiny_llama: TinyLlama, tmp
         for value in odd:
             damage(tmp_path / "out", {**good, key: value})
             try:
-                with Checkpoint.open(str(tmp_path / "out")) as back:
+                with open_checkpoint(str(tmp_path / "out")) as back:
                     got = back.quantized(f"{Q}.weight").parts
             except (CheckpointError, UnsupportedError):
                 continue
@@ -504,35 +502,35 @@ def test_a_shape_that_readers_refuse_is_refused_when_planning(
     tiny_llama: TinyLlama, shape: tuple[int, ...], bits: int, group_size: int, message: str
 ) -> None:
     scheme = Scheme.of("int", bits=bits, group_size=group_size, sym=True)
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
-        context = gptq.context(source, dict.fromkeys(linears(source), scheme), {})
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
+        context = gptq.FORMAT.layout(source, dict.fromkeys(linears(source), scheme))
     with pytest.raises(RecipeError, match=message) as caught:
-        gptq.outputs(TensorSpec.dense("model.x.weight", "F16", shape), scheme, context)
+        context.outputs(TensorSpec.dense("model.x.weight", "F16", shape), scheme)
     assert "model.x.weight" in str(caught.value)
 
 
 def test_other_number_formats_are_refused(tiny_llama: TinyLlama) -> None:
-    assert [gptq.supports(Scheme.of("int", bits=b)) for b in (2, 3, 4, 5, 8)] == [True, True, True, False, True]
-    assert not gptq.supports(Scheme.of("q4_k"))
+    assert [gptq.FORMAT.supports(Scheme.of("int", bits=b)) for b in (2, 3, 4, 5, 8)] == [True, True, True, False, True]
+    assert not gptq.FORMAT.supports(Scheme.of("q4_k"))
     with (
-        Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source,
+        open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source,
         pytest.raises(RecipeError, match="nothing to write"),
     ):
-        gptq.context(source, {}, {})
+        gptq.FORMAT.layout(source, {})
 
 
 def test_a_bug_that_would_pass_in_marlin_alone_is_caught(tiny_llama: TinyLlama) -> None:
     scheme = Scheme.of("int", bits=4, group_size=32, sym=True)
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
-        context = gptq.context(source, dict.fromkeys(linears(source), scheme), {})
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
+        context = gptq.FORMAT.layout(source, dict.fromkeys(linears(source), scheme))
     tensor = random_codes(scheme, 64, 64)
     tensor.parts["zero"][3, 1] = 7
     with pytest.raises(ValueError, match=f"{Q}.weight: int4-g32-sym is symmetric"):
-        gptq.parts(f"{Q}.weight", tensor, context)
+        context.parts(f"{Q}.weight", tensor)
     tensor = random_codes(scheme, 64, 64)
     too_large = {**tensor.parts, "scale": torch.full((64, 2), 1e6)}
     with pytest.raises(NumericsError, match=r"q_proj\.scales: a value of magnitude 1e"):
-        gptq.parts(f"{Q}.weight", QuantizedTensor(scheme, (64, 64), too_large), context)
+        context.parts(f"{Q}.weight", QuantizedTensor(scheme, (64, 64), too_large))
 
 
 def test_every_byte_is_planned(tiny_llama: TinyLlama, tmp_path: Path) -> None:

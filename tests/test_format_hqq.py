@@ -11,9 +11,8 @@ import torch
 from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
-from quantcli.formats import hqq
+from quantcli.formats import hqq, open_checkpoint
 from quantcli.qtypes import hqq as hqq_qtype
 from quantcli.tensors import Scheme
 
@@ -43,7 +42,7 @@ def folder_of(folder: Path, modules: Mapping[str, str], words: Mapping = WORDS, 
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_that_hqq_computes(tmp_path: Path, case: str) -> None:
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {Q: case}))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x", {Q: case}))) as source:
         assert source.kind == "hqq"
         assert source.notes == ()
         assert source.specs.keys() == {f"{Q}.weight", "model.norm.weight"}
@@ -58,14 +57,14 @@ def test_weights_are_those_that_hqq_computes(tmp_path: Path, case: str) -> None:
 
 
 def test_every_byte_of_a_module_is_counted(tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {Q: "4-g16-axis1"}))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x", {Q: "4-g16-axis1"}))) as source:
         assert source.specs[f"{Q}.weight"].nbytes == sum(
             t.nbytes for name, t in GOLDEN.items() if name.startswith("4-g16-axis1/") and "weight" not in name
         )
 
 
 def test_modules_may_differ(tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {Q: "4-g16-axis1", DOWN: "2-g16-axis0"}))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x", {Q: "4-g16-axis1", DOWN: "2-g16-axis0"}))) as source:
         assert torch.equal(source.read(f"{DOWN}.weight"), GOLDEN["2-g16-axis0/weight"])
         assert torch.equal(source.read(f"{Q}.weight"), GOLDEN["4-g16-axis1/weight"])
 
@@ -99,7 +98,7 @@ def test_settings_and_tensors_that_do_not_fit_are_an_error_by_name(tmp_path: Pat
     key, tensor, message = BAD[case]
     folder = folder_of(tmp_path / "x", {Q: "4-g16-axis1"}, **{f"{Q}.{key}": tensor})
     with pytest.raises(CheckpointError, match=rf"{Q}.*{message}"):
-        Checkpoint.open(str(folder))
+        open_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -113,26 +112,26 @@ def test_settings_and_tensors_that_do_not_fit_are_an_error_by_name(tmp_path: Pat
 def test_what_hqq_says_it_cannot_save_is_unsupported(tmp_path: Path, more: Mapping[str, torch.Tensor | None], message: str) -> None:
     folder = folder_of(tmp_path / "x", {Q: "4-g16-axis1"}, **{f"{Q}.{key}": tensor for key, tensor in more.items()})
     with pytest.raises(UnsupportedError, match=message):
-        Checkpoint.open(str(folder))
+        open_checkpoint(str(folder))
 
 
 def test_a_skipped_module_that_is_quantized_is_noted(tmp_path: Path) -> None:
     words = {**WORDS, "skip_modules": ["lm_head", "self_attn.q_proj", 7]}
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {Q: "4-g16-axis1"}, words))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x", {Q: "4-g16-axis1"}, words))) as source:
         assert source.notes == (f"skip_modules has 'self_attn.q_proj', and {Q}.weight is quantized; it is read as it is",)
 
 
 def test_words_over_a_dense_folder_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor's name ends in \.W_q"):
-        Checkpoint.open(str(folder_of(tmp_path / "x", {})))
+        open_checkpoint(str(folder_of(tmp_path / "x", {})))
 
 
 def test_it_is_neither_written_nor_made(tmp_path: Path) -> None:
     scheme = Scheme.parse("hqq4-g16")
-    with Checkpoint.open(str(folder_of(tmp_path / "x", {Q: "4-g16-axis1"}))) as source:
-        assert not hqq.supports(scheme)
+    with open_checkpoint(str(folder_of(tmp_path / "x", {Q: "4-g16-axis1"}))) as source:
+        assert not hqq.FORMAT.supports(scheme)
         with pytest.raises(UnsupportedError, match="--method hqq writes"):
-            hqq.context(source, source.schemes, {})
+            hqq.FORMAT.layout(source, source.schemes)
     with pytest.raises(UnsupportedError, match="hqq-int4"):
         hqq_qtype.fit(torch.ones(4, 16), scheme)
     with pytest.raises(RecipeError, match="groups of 16 do not cover"):

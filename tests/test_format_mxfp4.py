@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from quantcli import pipeline
-from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats import mxfp4
+from quantcli.formats import mxfp4, open_checkpoint
 from quantcli.tensors import Scheme
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -53,7 +52,7 @@ def test_weights_are_those_that_transformers_decodes(tmp_path: Path) -> None:
         convert_moe_packed_tensors(stored[f"{EXPERTS}.{linear}_blocks"], stored[f"{EXPERTS}.{linear}_scales"], dtype=torch.float32)
         for linear in ("gate_up_proj", "down_proj")
     )
-    with Checkpoint.open(str(folder_of(tmp_path / "x"))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x"))) as source:
         assert source.kind == "mxfp4"
         assert {str(scheme) for scheme in source.schemes.values()} == {"mxfp4"}
         for e in range(N):
@@ -65,7 +64,7 @@ def test_weights_are_those_that_transformers_decodes(tmp_path: Path) -> None:
 
 def test_made_dense_it_is_the_folder_that_transformers_decodes_it_to(tmp_path: Path) -> None:
     folder = families.make("gpt-oss, mxfp4", tmp_path / "model")
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(pipeline.quantize(source, tmp_path / "dense", recipe_that_keeps(source, "hf")))
     packed, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "dense"))
     stacks = {name.removesuffix("_blocks") for name in packed if name.endswith("_blocks")}
@@ -77,7 +76,7 @@ def test_made_dense_it_is_the_folder_that_transformers_decodes_it_to(tmp_path: P
 
 
 def test_every_byte_is_counted_and_what_is_dense_stays(tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder_of(tmp_path / "x"))) as source:
+    with open_checkpoint(str(folder_of(tmp_path / "x"))) as source:
         assert sum(spec.nbytes for spec in source.specs.values()) == sum(tensor.nbytes for tensor in tensors().values())
         assert torch.equal(source.read(f"{EXPERTS}.gate_up_proj_bias"), tensors()[f"{EXPERTS}.gate_up_proj_bias"])
         assert len(source.specs) == 3 * N + 2
@@ -97,13 +96,13 @@ def test_every_byte_is_counted_and_what_is_dense_stays(tmp_path: Path) -> None:
 )
 def test_stacks_that_do_not_fit_are_refused(tmp_path: Path, changed: dict[str, torch.Tensor | None], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
-        Checkpoint.open(str(folder_of(tmp_path / "x", **changed)))
+        open_checkpoint(str(folder_of(tmp_path / "x", **changed)))
 
 
 def test_a_dense_folder_that_says_mxfp4_is_refused(tmp_path: Path) -> None:
     gone = {f"{linear}_{part}": None for linear in ("gate_up_proj", "down_proj") for part in ("blocks", "scales")}
     with pytest.raises(CheckpointError, match="no tensor's name ends in _blocks"):
-        Checkpoint.open(str(folder_of(tmp_path / "x", **gone)))
+        open_checkpoint(str(folder_of(tmp_path / "x", **gone)))
 
 
 def test_damaged_folders_are_answered(tmp_path: Path) -> None:
@@ -111,6 +110,6 @@ def test_damaged_folders_are_answered(tmp_path: Path) -> None:
 
 
 def test_it_is_read_and_not_written() -> None:
-    assert not mxfp4.supports(Scheme.of("mxfp4"))
+    assert not mxfp4.FORMAT.supports(Scheme.of("mxfp4"))
     with pytest.raises(UnsupportedError, match="compressed-tensors and gguf"):
-        mxfp4.context(None, {}, {})  # type: ignore[arg-type]
+        mxfp4.FORMAT.layout(None, {})  # type: ignore[arg-type]

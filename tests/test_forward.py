@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from whole_models import inputs_of
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.arrange import open_forward
 from quantcli.errors import CheckpointError, NumericsError, UnsupportedError
+from quantcli.formats import open_checkpoint
 from quantcli.forward import Forward, tokenizer
 
 SMALL: dict[str, Any] = {
@@ -82,8 +83,8 @@ def save_model(tmp_path: Path) -> SaveModel:
 
 @contextmanager
 def opened(folder: Path, **options: Any) -> Iterator[Forward]:
-    with Checkpoint.open(str(folder)) as checkpoint:
-        yield Forward(checkpoint, **options)
+    with open_checkpoint(str(folder)) as checkpoint:
+        yield open_forward(checkpoint, **options)
 
 
 def layer_by_layer(forward: Forward, ids: Tensor) -> Tensor:
@@ -229,8 +230,8 @@ def test_what_a_linear_reads_can_be_changed_for_it_alone(save_model: SaveModel, 
     folder = save_model("llama", tie_word_embeddings=tied)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(2, 97, (2, 9))
-    with Checkpoint.open(str(folder)) as checkpoint:
-        forward = Forward(checkpoint)
+    with open_checkpoint(str(folder)) as checkpoint:
+        forward = open_forward(checkpoint)
         head = "model.embed_tokens.weight" if tied else "lm_head.weight"
         for name, factor in (("model.layers.1.self_attn.k_proj.weight", 0.5), ("model.layers.2.mlp.down_proj.weight", 3.0), (head, 2.0)):
             assert forward.on_read(name, partial(torch.mul, factor))
@@ -378,13 +379,13 @@ def test_infinite_hidden_states_are_an_error_that_names_the_layer(save_model: Sa
 
 
 def test_the_tokenizer_is_the_checkpoints_own(tiny_llama: TinyLlama) -> None:
-    with Checkpoint.open(str(tiny_llama(hidden=64, intermediate=128))) as checkpoint:
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=128))) as checkpoint:
         words = tokenizer(checkpoint)
     assert words.decode(words("some words of text")["input_ids"]) == "some words of text"
 
 
 def test_a_folder_without_tokenizer_is_an_error(save_model: SaveModel) -> None:
-    with Checkpoint.open(str(save_model("llama"))) as checkpoint, pytest.raises(CheckpointError, match="no tokenizer"):
+    with open_checkpoint(str(save_model("llama"))) as checkpoint, pytest.raises(CheckpointError, match="no tokenizer"):
         tokenizer(checkpoint)
 
 
@@ -400,8 +401,8 @@ torch.set_num_threads(1)
 def peak_mb(): return heap.peak_bytes() / (1 << 20)
 def walk(folder):
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    with Checkpoint.open(folder) as checkpoint:
-        forward = Forward(checkpoint)
+    with open_checkpoint(folder) as checkpoint:
+        forward = open_forward(checkpoint)
         traced = peak_mb()
         hidden = forward.embed(ids)
         for i in range(len(forward.layers)):

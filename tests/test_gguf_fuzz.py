@@ -19,8 +19,8 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf import GGUFValueType as T
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf import splits
 from quantcli.formats.gguf.container import BLOCKS, Container, Field, tensor_spec
 from quantcli.formats.gguf.headers import header
@@ -244,7 +244,7 @@ def check(folder: Path, case: Case) -> bool:
     before, started = tracemalloc.get_traced_memory()[0], time.thread_time()
     refusal = None
     try:
-        with Checkpoint.open(str(source)) as checkpoint:
+        with open_checkpoint(str(source)) as checkpoint:
             assert isinstance(checkpoint, GgufCheckpoint)
             read_all(checkpoint)
     except (CheckpointError, UnsupportedError) as error:

@@ -13,17 +13,16 @@ from gguf_files import LAYERS, MODELS, text, write_model
 from test_format_gguf import rewrite
 
 from quantcli import ops, pipeline
-from quantcli.checkpoint import Checkpoint
+from quantcli.arrange import open_forward
 from quantcli.cli.export import recipe_of_type, recipe_that_keeps
 from quantcli.cli.inspect import describe
 from quantcli.cli.memory import estimate
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.events import Finished, Planned
-from quantcli.formats import gguf
+from quantcli.formats import gguf, open_checkpoint
 from quantcli.formats.gguf.container import Container, Field
 from quantcli.formats.gguf.headers import read_header
 from quantcli.formats.gguf.reader import GgufCheckpoint
-from quantcli.forward import Forward
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import DTYPES, Scheme
 
@@ -37,7 +36,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def go(source: Path, target: Path, recipe: Recipe) -> tuple[Finished, tuple[str, ...]]:
     """(the last event, the plan's notes) of an export."""
-    with Checkpoint.open(str(source)) as checkpoint:
+    with open_checkpoint(str(source)) as checkpoint:
         events = list(pipeline.quantize(checkpoint, target, recipe))
     assert isinstance(events[0], Planned)
     assert isinstance(events[-1], Finished)
@@ -93,7 +92,7 @@ def test_metadata_goes_over_but_for_what_tells_of_the_making(model: Path, tmp_pa
 
 
 def test_inspect_describes_any_architecture(model: Path) -> None:
-    with Checkpoint.open(str(model)) as source:
+    with open_checkpoint(str(model)) as source:
         told = describe(source)
     assert told["kind"] == "gguf"
     assert told["n_params"] == sum(spec.n_elements for spec in read_header(model).specs.values())
@@ -102,14 +101,14 @@ def test_inspect_describes_any_architecture(model: Path) -> None:
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_architecture_keeps_its_names_and_says_why(name: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", name)
-    with Checkpoint.open(str(path)) as source:
+    with open_checkpoint(str(path)) as source:
         assert set(source.specs) == set(read_header(path).specs)
         assert ("serves as a source of other GGUF files" in source.notes[0]) == source.is_stored  # type: ignore[attr-defined]
 
 
 def test_an_unknown_architecture_cannot_be_run(tmp_path: Path) -> None:
-    with Checkpoint.open(str(write_model(tmp_path / "m.gguf", "mamba"))) as source, pytest.raises(UnsupportedError, match="'mamba'"):
-        Forward(source)
+    with open_checkpoint(str(write_model(tmp_path / "m.gguf", "mamba"))) as source, pytest.raises(UnsupportedError, match="'mamba'"):
+        open_forward(source)
 
 
 def test_requantizing_says_so_and_is_not_lossless(tmp_path: Path) -> None:
@@ -149,10 +148,10 @@ def test_a_quantized_head_left_alone_keeps_its_codes(tmp_path: Path) -> None:
 
 
 def test_rotary_factors_go_over_as_they_are(tiny_llama: Any, tmp_path: Path) -> None:
-    with Checkpoint.open(str(edit_config(tiny_llama(), rope_parameters=LLAMA3))) as source:
+    with open_checkpoint(str(edit_config(tiny_llama(), rope_parameters=LLAMA3))) as source:
         first = export(source, tmp_path / "a.gguf", "BF16")
     go(first, tmp_path / "b.gguf", recipe_of_type("gguf", "Q4_0"))
-    with Checkpoint.open(str(first)) as source:  # by way of Hugging Face's names, as a calibrated recipe goes
+    with open_checkpoint(str(first)) as source:  # by way of Hugging Face's names, as a calibrated recipe goes
         export(source, tmp_path / "c.gguf", "Q4_0")
     a, b, c = (read_header(tmp_path / f"{x}.gguf") for x in "abc")
     assert data(a, "rope_freqs.weight") == data(b, "rope_freqs.weight") == data(c, "rope_freqs.weight")
@@ -160,10 +159,10 @@ def test_rotary_factors_go_over_as_they_are(tiny_llama: Any, tmp_path: Path) -> 
 
 
 def test_a_scaling_of_the_rotation_that_has_no_words_here_leaves_the_file_as_it_is(tiny_llama: Any, tmp_path: Path) -> None:
-    with Checkpoint.open(str(tiny_llama())) as source:
+    with open_checkpoint(str(tiny_llama())) as source:
         path = export(source, tmp_path / "a.gguf", "BF16")
     odd = rewrite(path, tmp_path / "b.gguf", fields={"llama.rope.scaling.type": Field(gguf.GGUFValueType.STRING, "longrope")})
-    with Checkpoint.open(str(odd)) as source:
+    with open_checkpoint(str(odd)) as source:
         assert "longrope" in source.notes[0]
         assert "blk.0.attn_q.weight" in source.specs
 
@@ -192,7 +191,7 @@ def test_stacks_of_experts_decode_in_their_shape(tmp_path: Path) -> None:
 def test_a_size_that_is_no_number_is_refused(tmp_path: Path, key: str) -> None:
     path = rewrite(write_model(tmp_path / "a.gguf", "mamba"), tmp_path / "b.gguf", fields={f"mamba.{key}": text("many")})
     with pytest.raises(CheckpointError, match=key):
-        Checkpoint.open(str(path))
+        open_checkpoint(str(path))
 
 
 def test_an_output_does_not_replace_the_source(tmp_path: Path) -> None:
@@ -204,11 +203,11 @@ def test_an_output_does_not_replace_the_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format_", ["hf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8"])
 def test_a_file_taken_as_it_is_becomes_no_folder(tmp_path: Path, format_: str) -> None:
     path = write_model(tmp_path / "m.gguf", "starcoder2")
-    with Checkpoint.open(str(path)) as source, pytest.raises(UnsupportedError):
+    with open_checkpoint(str(path)) as source, pytest.raises(UnsupportedError):
         list(pipeline.quantize(source, tmp_path / "out", recipe_that_keeps(source, format_)))
 
 
 def test_its_memory_is_estimated(tmp_path: Path) -> None:
-    with Checkpoint.open(str(write_model(tmp_path / "m.gguf", "mixtral"))) as source:
+    with open_checkpoint(str(write_model(tmp_path / "m.gguf", "mixtral"))) as source:
         rows = {row["recipe"]: row["bpw"] for row in estimate(source, 512)["recipes"]}
     assert rows["q4_k_m"] < rows["q8_0"] < rows["bf16"]

@@ -10,9 +10,9 @@ import pytest
 from gguf_files import write_model
 from typer.testing import CliRunner
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.cli import app
 from quantcli.errors import CheckpointError, RecipeError
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf import splits
 from quantcli.formats.gguf.container import tensor_spec
 from quantcli.formats.gguf.headers import read_header
@@ -60,9 +60,9 @@ def test_each_shard_says_which_it_is_and_the_first_says_all_else(whole: Path, sh
 
 
 def test_any_shard_opens_the_whole_model(whole: Path, shards: list[Path]) -> None:
-    with Checkpoint.open(str(whole)) as one:
+    with open_checkpoint(str(whole)) as one:
         for path in shards:
-            with Checkpoint.open(str(path)) as cut:
+            with open_checkpoint(str(path)) as cut:
                 assert cut.specs == one.specs
                 assert cut.fingerprint() == one.fingerprint()
                 assert all(cut.read(name).equal(one.read(name)) for name in one.specs)
@@ -88,7 +88,7 @@ def test_a_missing_shard_is_named(shards: list[Path], tmp_path: Path) -> None:
     first = tmp_path / shards[0].name
     first.write_bytes(shards[0].read_bytes())
     with pytest.raises(CheckpointError, match=rf"{len(shards) - 1} of the model's .* the first is .*{shards[1].name}"):
-        Checkpoint.open(str(first))
+        open_checkpoint(str(first))
 
 
 @pytest.mark.parametrize("change", ["renamed", "a file twice", "of another model"])
@@ -105,7 +105,7 @@ def test_files_that_do_not_belong_together_are_refused(shards: list[Path], tmp_p
         export(other, "-o", tmp_path / shards[0].name.split("-")[0], "--split-max-size", "2M", "--overwrite")
         (tmp_path / shards[1].name).write_bytes(other.read_bytes())
     with pytest.raises(CheckpointError):
-        Checkpoint.open(str(first))
+        open_checkpoint(str(first))
 
 
 def test_a_tensor_in_two_shards_and_a_wrong_total_are_refused(shards: list[Path]) -> None:

@@ -15,11 +15,12 @@ from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 
 from quantcli import calibrate, pipeline, recipe
-from quantcli.checkpoint import Checkpoint
+from quantcli.arrange import open_forward
+from quantcli.calibrated import Windows
 from quantcli.errors import RecipeError
 from quantcli.evaluate import compare
-from quantcli.forward import Forward
-from quantcli.pipeline import Calibrated, Finished, LayerDone
+from quantcli.formats import open_checkpoint
+from quantcli.pipeline import Finished, LayerDone
 from quantcli.recipe import PassSpec, Rule
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Scheme
@@ -35,8 +36,8 @@ def folder(tiny_llama: TinyLlama) -> Path:
 
 
 def quantize(model: Path, target: Path, how: recipe.Recipe, **options: Any) -> list[pipeline.Event]:
-    with Checkpoint.open(str(model)) as source:
-        return list(pipeline.quantize(source, target, how, **{"calibrate": lambda: Calibrated("of a test", windows=IDS), **options}))
+    with open_checkpoint(str(model)) as source:
+        return list(pipeline.quantize(source, target, how, **{"data": Windows(IDS), **options}))
 
 
 def with_head(format_: str, method: str = "gptq", **changes: Any) -> recipe.Recipe:
@@ -56,9 +57,9 @@ def test_the_head_is_solved_like_any_linear(folder: Path, tmp_path: Path, format
         events = quantize(folder, tmp_path / method, with_head(format_, method))
         assert isinstance(events[0], pipeline.Planned)
         assert not any("rounded to nearest" in note for note in events[0].plan.notes)
-        with Checkpoint.open(str(tmp_path / method)) as output, Checkpoint.open(str(folder)) as source:
+        with open_checkpoint(str(tmp_path / method)) as output, open_checkpoint(str(folder)) as source:
             assert HEAD in output.schemes
-            forward = Forward(output)
+            forward = open_forward(output)
             activations = calibrate.Activations.embed(forward, IDS)
             for i in range(len(forward.layers)):
                 with forward.layer(i) as layer:
@@ -72,17 +73,17 @@ def test_the_head_is_solved_like_any_linear(folder: Path, tmp_path: Path, format
 
 
 def test_statistics_have_the_heads_inputs_and_serve(folder: Path, tmp_path: Path) -> None:
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, IDS, tmp_path / "with.safetensors", head=True))
         list(calibrate.calibrate(source, IDS, tmp_path / "without.safetensors"))
     stats = StatsFile(tmp_path / "with.safetensors")
-    events = quantize(folder, tmp_path / "out", with_head("gptq"), calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    events = quantize(folder, tmp_path / "out", with_head("gptq"), data=stats)
     assert isinstance(events[-1], Finished)
     rounded = quantize(folder, tmp_path / "rtn", with_head("gptq", "rtn"))
     assert 0 < head_error(events) < head_error(rounded)
     old = StatsFile(tmp_path / "without.safetensors")
     with pytest.raises(RecipeError, match=r"lm_head.weight: the statistics have no tap 'lm_head'"):
-        quantize(folder, tmp_path / "no", with_head("gptq"), calibrate=lambda: Calibrated(old.dataset_sha256, stats=old))
+        quantize(folder, tmp_path / "no", with_head("gptq"), data=old)
 
 
 def test_a_ggufs_head_is_error_corrected_too(folder: Path, tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_a_change_of_basis_leaves_the_heads_inputs_alone(folder: Path, tmp_path:
     (report,) = next(e.tensors for e in events if isinstance(e, LayerDone) and e.name == HEAD)
     assert 0 < report.relative_error < 0.02
     assert any("nothing that makes its inputs can absorb a scale" in note for note in report.notes)
-    with Checkpoint.open(str(tmp_path / "out")) as output, Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(tmp_path / "out")) as output, open_checkpoint(str(folder)) as source:
         assert HEAD in output.schemes
         assert torch.equal(output.read("model.norm.weight"), source.read("model.norm.weight"))
 
@@ -114,14 +115,14 @@ def test_asymmetric_calibration_reaches_the_head(folder: Path, tmp_path: Path) -
         events = quantize(folder, tmp_path / str(alpha), how)
         notes = [note for e in events if isinstance(e, LayerDone) for report in e.tensors for note in report.notes]
         assert not any("plain GPTQ" in note for note in notes)
-        with Checkpoint.open(str(tmp_path / str(alpha))) as output:
+        with open_checkpoint(str(tmp_path / str(alpha))) as output:
             outputs.append(output.read(HEAD))
     assert not torch.equal(*outputs)
 
 
 def test_without_a_rule_the_head_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
     quantize(folder, tmp_path / "out", replace(with_head("gptq"), rules=()))
-    with Checkpoint.open(str(tmp_path / "out")) as output, Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(tmp_path / "out")) as output, open_checkpoint(str(folder)) as source:
         assert HEAD not in output.schemes
         assert torch.equal(output.read(HEAD), source.read(HEAD))
 
@@ -131,7 +132,7 @@ def test_a_gptq_folder_tells_engines_of_its_head_even_where_it_lists_modules(fol
     quantize(folder, tmp_path / "out", replace(how, rules=(*how.rules, Rule.parse("o_proj", "keep"))))
     words = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert words["lm_head"] is True
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         planned, *_ = pipeline.quantize(source, tmp_path / "dry", how, dry_run=True)
     assert any("transformers 5 leaves it at random numbers" in note for note in planned.plan.notes)
     assert ["lm_head"] in words["modules_in_block_to_quantize"]  # which vLLM flattens, and takes no other module for quantized
@@ -169,7 +170,7 @@ def test_a_tied_head_with_a_rule_becomes_what_an_untied_one_does(tied: Path, unt
     assert isinstance(planned, pipeline.Planned)
     assert any("lm_head.weight is written beside model.embed_tokens.weight" in note for note in planned.plan.notes)
     assert json.loads((tmp_path / "tied/quantcli.json").read_text())["untied"] == "model.embed_tokens.weight"
-    with Checkpoint.open(str(tmp_path / "tied")) as output, Checkpoint.open(str(tied)) as source:
+    with open_checkpoint(str(tmp_path / "tied")) as output, open_checkpoint(str(tied)) as source:
         assert HEAD in output.schemes
         assert torch.equal(output.read("model.embed_tokens.weight"), source.read("model.embed_tokens.weight"))
         scores = compare(output, source, IDS)
@@ -178,10 +179,10 @@ def test_a_tied_head_with_a_rule_becomes_what_an_untied_one_does(tied: Path, unt
 
 
 def test_statistics_of_a_tied_model_serve_the_head_it_gets(tied: Path, tmp_path: Path) -> None:
-    with Checkpoint.open(str(tied)) as source:
+    with open_checkpoint(str(tied)) as source:
         list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors", head=True))
     stats = StatsFile(tmp_path / "stats.safetensors")
-    events = quantize(tied, tmp_path / "out", with_head("gptq"), calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    events = quantize(tied, tmp_path / "out", with_head("gptq"), data=stats)
     assert 0 < head_error(events) < 0.1
 
 
@@ -208,6 +209,6 @@ def test_hqq_solves_the_head_by_hqq(folder: Path, tmp_path: Path) -> None:
     """A pass that needs no statistics is no reason to round."""
     base = replace(recipe.load("hqq-int4"), format="gptq")
     how = replace(base, rules=(Rule.parse("lm_head", str(base.scheme)),))
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         planned, *_ = pipeline.quantize(source, tmp_path / "out", how, dry_run=True)
     assert next(t for t in planned.plan.tensors if t.name == HEAD).is_solved

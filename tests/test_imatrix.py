@@ -22,12 +22,12 @@ from torch import Tensor
 
 from quantcli import calibrate, ops, pipeline
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
 from quantcli.cli import main
 from quantcli.cli.calibrate import write_imatrix
 from quantcli.cli.console import Console
 from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.events import Planned
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf import imatrix, importance
 from quantcli.formats.gguf.filetypes import file_type
 from quantcli.formats.gguf.headers import read_header
@@ -46,31 +46,32 @@ PICO, GOLDEN = DATA / "pico", DATA / "pico-imatrix.gguf"
 
 def chunks() -> Tensor:
     """The windows of llama-imatrix: consecutive, without overlap, a rest left out."""
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         ids = tokenizer(source)(TEXT, add_special_tokens=False)["input_ids"]
     n = len(ids) // N_CTX
     return torch.tensor(ids[: n * N_CTX]).view(n, N_CTX)
 
 
 def measure(target: Path, ids: Tensor, *, hessian: bool, folder: Path = PICO) -> StatsFile:
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, ids, target, hessian=hessian))
     return StatsFile(target)
 
 
 def written(stats: StatsFile, path: Path, folder: Path = PICO) -> imatrix.Imatrix:
     """What ``calibrate --imatrix`` writes of ``stats``."""
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         write_imatrix(Console(False, True, False), path, stats, source, ["some.txt"], overwrite=False)
     return imatrix.read(path)
 
 
-def quantize(target: Path, recipe: str, folder: Path = PICO, **options: Any) -> tuple[str, ...]:
-    """``folder`` by a recipe with GGUF's options; the plan's notes."""
-    with Checkpoint.open(str(folder)) as source:
-        events = list(pipeline.quantize(source, target, replace(recipes.load(recipe), format_options=options)))
+def quantize(target: Path, recipe: str, folder: Path = PICO, imatrix: Path | None = None, **options: Any) -> tuple[str, ...]:
+    """``folder`` by a recipe with GGUF's options and an importance matrix; the notes."""
+    data = None if imatrix is None else importance.read(imatrix)
+    with open_checkpoint(str(folder)) as source:
+        events = list(pipeline.quantize(source, target, replace(recipes.load(recipe), format_options=options), data=data))
     assert isinstance(events[0], Planned)
-    return events[0].plan.notes
+    return events[0].notes
 
 
 def save(path: Path, sums: Mapping[str, np.ndarray], counts: Mapping[str, Sequence[float]], **keys: Any) -> Path:
@@ -101,7 +102,7 @@ def legacy(entries: Mapping[str, tuple[int, Sequence[float]]], tail: bytes = b""
 def everything(folder: Path, width: int | None = None) -> dict[str, np.ndarray]:
     """Sums for every matrix of a tiny Llama's layers, by GGUF name; random, all positive."""
     random = np.random.default_rng(0)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         names = gguf_names(source.specs, source.config)
         wide = {names[hf]: spec.shape[-1] for hf, spec in source.specs.items() if len(spec.shape) == 2 and "blk" in names[hf]}
     return {name: random.random(width or n) + 0.1 for name, n in wide.items()}
@@ -112,14 +113,14 @@ def needs_matrix(kind: FileType) -> bool:
     return not kind.types.isdisjoint(name.upper() for name in importance.needy_types(kind.number))
 
 
-def weighed(recipe: str, folder: Path, scratch: Path) -> Recipe:
-    """A shipped recipe; those that are refused without a matrix get one of ``folder``'s own, written to ``scratch``."""
+def weighed(recipe: str, folder: Path, scratch: Path) -> tuple[Recipe, imatrix.Imatrix | None]:
+    """A shipped recipe, and for those that are refused without a matrix one of ``folder``'s own, written to ``scratch``."""
     loaded = recipes.load(recipe)
     if loaded.mix is None or not needs_matrix(file_type(loaded.mix)):
-        return loaded
+        return loaded, None
     sums = everything(folder)
     path = save(scratch / "weights.gguf", sums, {name: [4] for name in sums})
-    return replace(loaded, format_options={"imatrix": str(path)})
+    return loaded, imatrix.read(path)
 
 
 @pytest.mark.parametrize("hessian", [False, True])
@@ -153,12 +154,12 @@ def test_our_file_is_read_by_the_gguf_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILE_TYPES)
 def test_weighed_files_have_llama_quantizes_bytes(name: str, tmp_path: Path) -> None:
     """The manifests were taken from llama-quantize --imatrix: Q4_0 has Q4_1 in its first layers' ffn_down then, and so on."""
-    quantize(tmp_path / "pico.gguf", name.lower(), imatrix=str(GOLDEN))
+    quantize(tmp_path / "pico.gguf", name.lower(), imatrix=GOLDEN)
     assert manifest(tmp_path / "pico.gguf") == json.loads((DATA / "pico-weighed.json").read_text())[name]
 
 
 def test_the_file_says_which_importance_matrix_it_was_made_with(tmp_path: Path) -> None:
-    quantize(tmp_path / "pico.gguf", "q4_k_s", imatrix=str(GOLDEN), override_kv=["general.name=str:weighed"], prune_layers=[1])
+    quantize(tmp_path / "pico.gguf", "q4_k_s", imatrix=GOLDEN, override_kv=["general.name=str:weighed"], prune_layers=[1])
     fields = read_header(tmp_path / "pico.gguf").fields
     theirs = imatrix.read(GOLDEN)
     said = {key.removeprefix("quantize.imatrix."): field.value for key, field in fields.items() if key.startswith("quantize.")}
@@ -176,8 +177,8 @@ def test_a_layer_that_closes_up_keeps_its_own_importance(tiny_llama: TinyLlama, 
     folder = tiny_llama(layers=3)
     sums = everything(folder)
     path = save(tmp_path / "i.gguf", sums, {name: [4] for name in sums})
-    quantize(tmp_path / "whole.gguf", "q4_k_s", folder, imatrix=str(path), pre_tokenizer="gpt-2", pure=True)
-    quantize(tmp_path / "pruned.gguf", "q4_k_s", folder, imatrix=str(path), pre_tokenizer="gpt-2", pure=True, prune_layers=[1])
+    quantize(tmp_path / "whole.gguf", "q4_k_s", folder, imatrix=path, pre_tokenizer="gpt-2", pure=True)
+    quantize(tmp_path / "pruned.gguf", "q4_k_s", folder, imatrix=path, pre_tokenizer="gpt-2", pure=True, prune_layers=[1])
     whole, pruned = manifest(tmp_path / "whole.gguf"), manifest(tmp_path / "pruned.gguf")
     assert {name: found for name, found in pruned.items() if "blk.1." in name} == {
         name.replace("blk.2.", "blk.1."): found for name, found in whole.items() if "blk.2." in name
@@ -244,7 +245,7 @@ def test_a_missing_entry_is_named(tiny_llama: TinyLlama, tmp_path: Path) -> None
     for name in ("blk.1.attn_k.weight", "blk.0.ffn_up.weight"):
         del sums[name]
     path = save(tmp_path / "i.gguf", sums, {name: [4] for name in sums})
-    notes = quantize(tmp_path / "m.gguf", "q4_k_m", folder, imatrix=str(path), pre_tokenizer="gpt-2")
+    notes = quantize(tmp_path / "m.gguf", "q4_k_m", folder, imatrix=path, pre_tokenizer="gpt-2")
     told = [note for note in notes if "no entry" in note]
     assert [name in note for name, note in zip(("blk.0.ffn_up.weight", "blk.1.attn_k.weight"), told, strict=True)] == [True, True]
 
@@ -256,7 +257,7 @@ def test_a_matrix_of_another_model_is_refused(tiny_llama: TinyLlama, tmp_path: P
     for sums, words in ((wide, "64 values, and .* needs 256"), (other, "no entry for any of this model's tensors")):
         path = save(tmp_path / "i.gguf", sums, {name: [4] for name in sums})
         with pytest.raises(RecipeError, match=words):
-            quantize(tmp_path / "m.gguf", "q4_k_m", folder, imatrix=str(path), pre_tokenizer="gpt-2")
+            quantize(tmp_path / "m.gguf", "q4_k_m", folder, imatrix=path, pre_tokenizer="gpt-2")
         path.unlink()
 
 
@@ -265,13 +266,13 @@ def test_an_embedding_of_another_width_goes_without(tiny_llama: TinyLlama, tmp_p
     folder = tiny_llama()
     sums = everything(folder) | {"token_embd.weight": np.ones(512)}
     path = save(tmp_path / "i.gguf", sums, {name: [4] for name in sums})
-    quantize(tmp_path / "m.gguf", "q4_k_m", folder, imatrix=str(path), pre_tokenizer="gpt-2")
+    quantize(tmp_path / "m.gguf", "q4_k_m", folder, imatrix=path, pre_tokenizer="gpt-2")
     del sums["token_embd.weight"]
     quantize(
         tmp_path / "n.gguf",
         "q4_k_m",
         folder,
-        imatrix=str(save(tmp_path / "j.gguf", sums, {name: [4] for name in sums})),
+        imatrix=save(tmp_path / "j.gguf", sums, {name: [4] for name in sums}),
         pre_tokenizer="gpt-2",
     )
     assert manifest(tmp_path / "m.gguf") == manifest(tmp_path / "n.gguf")
@@ -325,8 +326,8 @@ def test_statistics_serve_as_importance_without_a_second_run(tmp_path: Path) -> 
     """2048 tokens, so that a sum by their number is exact, and the matrix made of the statistics says the very same."""
     stats = measure(tmp_path / "stats.safetensors", chunks()[:32], hessian=True)
     written(stats, tmp_path / "i.gguf")
-    quantize(tmp_path / "a.gguf", "q4_k_m", imatrix=str(stats.path))
-    quantize(tmp_path / "b.gguf", "q4_k_m", imatrix=str(tmp_path / "i.gguf"))
+    quantize(tmp_path / "a.gguf", "q4_k_m", imatrix=stats.path)
+    quantize(tmp_path / "b.gguf", "q4_k_m", imatrix=tmp_path / "i.gguf")
     quantize(tmp_path / "c.gguf", "q4_k_m")
     assert manifest(tmp_path / "a.gguf") == manifest(tmp_path / "b.gguf") != manifest(tmp_path / "c.gguf")
     said = [read_header(tmp_path / f"{k}.gguf").fields["quantcli.dataset_sha256"].value for k in "ab"]
@@ -336,13 +337,13 @@ def test_statistics_serve_as_importance_without_a_second_run(tmp_path: Path) -> 
 def test_statistics_of_other_weights_are_refused_as_importance(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     stats = measure(tmp_path / "stats.safetensors", chunks()[:2], hessian=False)
     with pytest.raises(RecipeError, match="weights are not those"):
-        quantize(tmp_path / "m.gguf", "q4_k_m", tiny_llama(), imatrix=str(stats.path), pre_tokenizer="gpt-2")
+        quantize(tmp_path / "m.gguf", "q4_k_m", tiny_llama(), imatrix=stats.path, pre_tokenizer="gpt-2")
 
 
 def test_a_matrix_beside_a_pass_that_learns_from_statistics_is_refused(tmp_path: Path) -> None:
-    recipe = replace(recipes.load("q4_k_m"), passes=recipes.default_for("gptq").passes, format_options={"imatrix": str(GOLDEN)})
-    with Checkpoint.open(str(PICO)) as source, pytest.raises(RecipeError, match="leave one out"):
-        list(pipeline.quantize(source, tmp_path / "m.gguf", recipe))
+    recipe = replace(recipes.load("q4_k_m"), passes=recipes.default_for("gptq").passes)
+    with open_checkpoint(str(PICO)) as source, pytest.raises(RecipeError, match="leave one out"):
+        list(pipeline.quantize(source, tmp_path / "m.gguf", recipe, data=imatrix.read(GOLDEN)))
 
 
 def test_types_that_are_garbage_without_importance_are_refused_but_for_the_ends() -> None:

@@ -121,27 +121,27 @@ def test_a_head_of_odd_rows_takes_q8_0() -> None:
 
 
 def test_pure_gives_every_matrix_the_default_type() -> None:
-    assert {s.qtype for s in mix("Q4_K_M", specs(), config(), pure=True).values()} == {"q4_k"}
+    assert {s.qtype for s in mix("Q4_K_M", specs(), config(), options={"pure": True}).values()} == {"q4_k"}
 
 
 def test_the_head_and_the_embedding_can_be_given_a_type() -> None:
-    chosen = mix("Q4_K_M", specs(), config(), output_tensor_type="f16", token_embedding_type="Q8_0")
+    chosen = mix("Q4_K_M", specs(), config(), options={"output_tensor_type": "f16", "token_embedding_type": "Q8_0"})
     assert (chosen["lm_head.weight"].qtype, chosen["model.embed_tokens.weight"].qtype) == ("f16", "q8_0")
-    tied = mix("Q4_K_M", specs(tied=True), config(tied=True), output_tensor_type="q8_0")
+    tied = mix("Q4_K_M", specs(tied=True), config(tied=True), options={"output_tensor_type": "q8_0"})
     assert tied["model.embed_tokens.weight"].qtype == "q8_0"
 
 
 def test_leave_output_tensor_leaves_it() -> None:
-    assert "lm_head.weight" not in mix("Q4_K_M", specs(), config(), leave_output_tensor=True)
+    assert "lm_head.weight" not in mix("Q4_K_M", specs(), config(), options={"leave_output_tensor": True})
 
 
 def test_the_first_tensor_type_that_matches_wins_and_its_layers_are_not_counted() -> None:
     """llama-quantize counts v and down as it decides them, so those a user decides push the pattern of the others on."""
-    chosen = mix("Q4_K_M", specs(), config(), tensor_type=[r"blk\.[01]\.attn_v=q8_0", "attn_v=q5_k", "attn_q=q6_k"])
+    chosen = mix("Q4_K_M", specs(), config(), options={"tensor_type": [r"blk\.[01]\.attn_v=q8_0", "attn_v=q5_k", "attn_q=q6_k"]})
     assert layers_with(chosen, "v_proj.weight", "q8_0") == [0, 1]
     assert layers_with(chosen, "v_proj.weight", "q5_k") == [2, 3, 4, 5, 6, 7]
     assert layers_with(chosen, "q_proj.weight", "q6_k") == list(range(8))
-    shifted = mix("Q4_K_M", specs(), config(), tensor_type=[r"blk\.0\.attn_v=q8_0"])
+    shifted = mix("Q4_K_M", specs(), config(), options={"tensor_type": [r"blk\.0\.attn_v=q8_0"]})
     assert layers_with(shifted, "v_proj.weight", "q6_k") == [1, 4, 7]
 
 
@@ -155,7 +155,7 @@ def test_the_first_tensor_type_that_matches_wins_and_its_layers_are_not_counted(
 )
 def test_options_that_make_no_sense_are_recipe_errors(words: dict, match: str) -> None:
     with pytest.raises(RecipeError, match=match):
-        mix("Q4_K_M", specs(), config(), **words)
+        mix("Q4_K_M", specs(), config(), options=words)
 
 
 def test_unknown_file_types_and_architectures_are_refused() -> None:
@@ -200,7 +200,7 @@ def test_every_file_type_chooses_what_llama_quantize_chose(name: str) -> None:
     facts = Model.of(model.fields, model.shapes)
     for row, theirs in GOLDEN[name].items():
         file_type, _, weighed = row.partition(" ")
-        ours = choose_types(TABLE[file_type], Options(imatrix="some" if weighed else None), facts, model.shapes)
+        ours = choose_types(TABLE[file_type], Options(), facts, model.shapes, is_weighed=weighed)
         assert ours == theirs, row
 
 
@@ -225,7 +225,7 @@ def rules_used(name: str, facts: Model, shapes: Mapping[str, tuple[int, ...]], w
         return True
 
     rules = {role: tuple((*rule, partial(note, role, i)) for i, rule in enumerate(rows)) for role, rows in kind.rules.items()}
-    choose_types(replace(kind, rules=rules), Options(imatrix="some" if weighed else None), facts, shapes)
+    choose_types(replace(kind, rules=rules), Options(), facts, shapes, is_weighed=weighed)
     return used
 
 
@@ -240,13 +240,13 @@ def test_layers_can_be_left_out_and_the_others_close_up() -> None:
     assert kept["model.layers.3.self_attn.q_proj.weight"] == "blk.1.attn_q.weight"
     assert not [name for name in kept if ".0." in name or ".2." in name]
     assert filetypes.n_layers_of(kept.values()) == 2
-    assert not [name for name in mix("Q4_K_M", specs(4), config(4), prune_layers=[0, 2]) if ".0." in name or ".2." in name]
+    assert not [name for name in mix("Q4_K_M", specs(4), config(4), options={"prune_layers": [0, 2]}) if ".0." in name or ".2." in name]
     with pytest.raises(RecipeError, match=r"--prune-layers 4: the model has layers 0 … 3"):
-        mix("Q4_K_M", specs(4), config(4), prune_layers=[1, 4])
+        mix("Q4_K_M", specs(4), config(4), options={"prune_layers": [1, 4]})
 
 
 def test_overridden_metadata_count_in_the_choice() -> None:
-    chosen = mix("Q4_K_M", specs(), config(), override_kv=["llama.expert_count=int:8"])
+    chosen = mix("Q4_K_M", specs(), config(), options={"override_kv": ["llama.expert_count=int:8"]})
     assert layers_with(chosen, "v_proj.weight", "q8_0") == list(range(8))
 
 
@@ -262,4 +262,4 @@ def test_metadata_can_be_overridden_with_a_value_of_a_type(text: str, value: Any
 @pytest.mark.parametrize("text", ["a.b", "a.b=7", "a.b=int:seven", "a.b=bool:yes", "a.b=i8:1", "=int:1", "a.b=int:4294967296"])
 def test_an_override_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="expected KEY=TYPE:VALUE"):
-        mix("Q8_0", specs(), config(), override_kv=[text])
+        mix("Q8_0", specs(), config(), options={"override_kv": [text]})

@@ -13,9 +13,9 @@ from data.make_manifest import manifest
 
 from quantcli import pipeline
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.evaluate import compare
-from quantcli.pipeline import Calibrated
+from quantcli.formats import open_checkpoint
 
 DATA = Path(__file__).parent / "data"
 
@@ -30,8 +30,8 @@ def windows(seed: int) -> torch.Tensor:
 
 
 def quantize(folder: Path, target: Path, recipe: recipes.Recipe) -> Path:
-    with Checkpoint.open(str(folder)) as source:
-        list(pipeline.quantize(source, target, recipe, calibrate=lambda: Calibrated("of a test", windows=windows(0))))
+    with open_checkpoint(str(folder)) as source:
+        list(pipeline.quantize(source, target, recipe, data=Windows(windows(0))))
     return target
 
 
@@ -51,7 +51,7 @@ def test_gptq_on_the_fallbacks_grids_loses_less_than_rounding(name: str, folder:
     kld = []
     for i, recipe in enumerate((plain, corrected)):
         quantized = quantize(folder, tmp_path / f"{i}.gguf", recipe)
-        with Checkpoint.open(str(quantized)) as output, Checkpoint.open(str(folder)) as source:
+        with open_checkpoint(str(quantized)) as output, open_checkpoint(str(folder)) as source:
             kld.append(compare(output, source, windows(1)).kld_mean)
     assert kld[1] < 0.95 * kld[0]
     types = [{name: found[0] for name, found in manifest(tmp_path / f"{i}.gguf").items()} for i in range(2)]

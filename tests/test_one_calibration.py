@@ -11,9 +11,9 @@ from conftest import TinyLlama
 
 from quantcli import calibrate, meter, pipeline
 from quantcli import recipe as recipes
-from quantcli.calibrated import Calibrated
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.evaluate import compare
+from quantcli.formats import open_checkpoint
 from quantcli.forward.layer import LoadedLayer
 from quantcli.passes import gptq
 from quantcli.recipe import PassSpec, Recipe
@@ -38,7 +38,7 @@ def folder(tiny_llama: TinyLlama) -> Path:
 @pytest.fixture(scope="module")
 def stats(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stats") / "stats.safetensors"
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, IDS, path, head=True))
     return path
 
@@ -60,15 +60,15 @@ def test_a_file_of_statistics_serves_with_no_run_of_the_text(
     monkeypatch.setattr(LoadedLayer, "__call__", counting)
     monkeypatch.setattr(meter.StatsMeter, "add", never)
     target = tmp_path / ("out.gguf" if "q4_k" in name else "out")
-    with Checkpoint.open(str(folder)) as source:
-        data = Calibrated(StatsFile(stats).dataset_sha256, stats=StatsFile(stats))
-        list(pipeline.quantize(source, target, recipe_of(name), calibrate=lambda: data))
+    with open_checkpoint(str(folder)) as source:
+        data = StatsFile(stats)
+        list(pipeline.quantize(source, target, recipe_of(name), data=data))
     assert all(n == 24 for n in n_tokens)  # a change of basis tries on that many what can absorb a scale; no text
     assert bool(n_tokens) == recipe_of(name).changes_basis
     if target.is_dir():
         assert json.loads((target / "quantcli.json").read_text())["calibrated_by"] == "statistics"
     monkeypatch.undo()
-    with Checkpoint.open(str(folder)) as source, Checkpoint.open(str(target)) as output:
+    with open_checkpoint(str(folder)) as source, open_checkpoint(str(target)) as output:
         assert 0 < compare(output, source, IDS[:4]).kld_mean < 0.2
 
 
@@ -84,8 +84,8 @@ def test_windows_run_twice_through_each_layer_but_the_last_because_errors_go_on(
             return original(self, layer, *rest)  # type: ignore[operator]
 
         monkeypatch.setattr(calibrate.Activations, kind, noting)
-    with Checkpoint.open(str(folder)) as source:
-        list(pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), calibrate=lambda: Calibrated("", windows=IDS)))
+    with open_checkpoint(str(folder)) as source:
+        list(pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=Windows(IDS)))
     few = ["advance 0", "advance 1"]  # of untouched windows, for familiarity
     assert passes == [few[0], "measure 0", "advance 0", few[1], "measure 1"]
     assert json.loads((tmp_path / "out" / "quantcli.json").read_text())["calibrated_by"] == "windows"
@@ -95,9 +95,9 @@ def test_a_tap_is_factorized_once_for_all_that_read_it(folder: Path, stats: Path
     widths: list[int] = []
     factorize = gptq.factorize
     monkeypatch.setattr(gptq, "factorize", lambda H, **options: widths.append(len(H)) or factorize(H, **options))
-    with Checkpoint.open(str(folder)) as source:
-        data = Calibrated("", stats=StatsFile(stats))
-        list(pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), calibrate=lambda: data))
+    with open_checkpoint(str(folder)) as source:
+        data = StatsFile(stats)
+        list(pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=data))
     assert sorted(widths) == sorted([256, 256, 256, 512] * 2)  # q/k/v, o, gate/up, down of two layers
 
 
@@ -107,7 +107,7 @@ def test_a_tap_is_factorized_once_for_all_that_read_it(folder: Path, stats: Path
 def test_only_a_gpu_measures_in_bfloat16_and_only_what_was_published_in_it(
     tiny_llama: TinyLlama, dtype: str, device: str, expected: str
 ) -> None:
-    with Checkpoint.open(str(tiny_llama(dtype=dtype, layers=1))) as source:
+    with open_checkpoint(str(tiny_llama(dtype=dtype, layers=1))) as source:
         assert calibrate.run_dtype(source.specs.values(), device) == getattr(torch, expected)
 
 

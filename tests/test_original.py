@@ -13,14 +13,15 @@ from torch import Tensor
 from whole_models import inputs_of, save_mixtral
 
 from quantcli import calibrate, pipeline, recipe
+from quantcli.arrange import open_forward
 from quantcli.calibrate import Activations
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.errors import RecipeError
-from quantcli.forward import Forward
+from quantcli.formats import open_checkpoint
 from quantcli.meter import StatsMeter
 from quantcli.original import Original
 from quantcli.passes import _basis
-from quantcli.pipeline import Calibrated, LayerDone
+from quantcli.pipeline import LayerDone
 from quantcli.stats_file import StatsFile
 
 IDS = torch.randint(2, 512, (11, 40), generator=torch.Generator().manual_seed(3))
@@ -42,8 +43,8 @@ def test_drift_equals_that_of_two_whole_models(tiny_llama: TinyLlama) -> None:
         after.get_parameter(name).data = rough(after.get_parameter(name).data)
     X0, X = inputs_of(before, IDS), inputs_of(after, IDS)
 
-    with Checkpoint.open(str(folder)) as source:
-        forward = Forward(source)
+    with open_checkpoint(str(folder)) as source:
+        forward = open_forward(source)
         activations = Activations.embed(forward, IDS)
         activations.original = Original(forward, IDS)
         with forward.layer(0) as layer, activations.beside(0):
@@ -62,26 +63,26 @@ def test_drift_equals_that_of_two_whole_models(tiny_llama: TinyLlama) -> None:
 
 
 def quantize(folder: Path, target: Path, how: recipe.Recipe, **options: object) -> list[pipeline.Event]:
-    with Checkpoint.open(str(folder)) as source:
-        return list(pipeline.quantize(source, target, how, **{"calibrate": lambda: Calibrated("of a test", windows=IDS), **options}))
+    with open_checkpoint(str(folder)) as source:
+        return list(pipeline.quantize(source, target, how, **{"data": Windows(IDS), **options}))
 
 
 def test_asymmetric_calibration_changes_what_comes_after_the_first_layer(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     folder = tiny_llama()
     for name in ("gptq-int4", "gptaq-int4"):
         quantize(folder, tmp_path / name, replace(recipe.load(name), true_sequential=False))
-    with Checkpoint.open(str(tmp_path / "gptq-int4")) as plain, Checkpoint.open(str(tmp_path / "gptaq-int4")) as asymmetric:
+    with open_checkpoint(str(tmp_path / "gptq-int4")) as plain, open_checkpoint(str(tmp_path / "gptaq-int4")) as asymmetric:
         differ = {name: not torch.equal(plain.read(name), asymmetric.read(name)) for name in plain.schemes}
     assert differ == {name: ".1." in name for name in differ}
 
 
 def test_statistics_from_a_file_cannot_tell_how_inputs_move(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     folder = tiny_llama(layers=1)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, IDS, tmp_path / "stats.safetensors"))
     stats = StatsFile(tmp_path / "stats.safetensors")
     with pytest.raises(RecipeError, match="give --dataset in place of --stats"):
-        quantize(folder, tmp_path / "out", recipe.load("gptaq-int4"), calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+        quantize(folder, tmp_path / "out", recipe.load("gptaq-int4"), data=stats)
     assert not (tmp_path / "out").exists()
 
 

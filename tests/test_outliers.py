@@ -15,10 +15,10 @@ from torch import Tensor
 
 from quantcli import calibrate, outliers, pipeline
 from quantcli import recipe as recipes
-from quantcli.calibrated import Calibrated
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.events import LayerDone, Planned
+from quantcli.formats import open_checkpoint
 from quantcli.outliers import Figures, Protection, choose, figures_of
 from quantcli.recipe import Recipe
 from quantcli.stats_file import StatsFile
@@ -58,19 +58,19 @@ def loud(tiny_llama: TinyLlama) -> Path:
 
 def quantize(folder: Path, target: Path, how: Recipe, stats: Path | None = None) -> dict[str, Any]:
     """What quantcli.json says."""
-    data = Calibrated("of a test", windows=IDS) if stats is None else Calibrated("of a test", stats=StatsFile(stats))
-    with Checkpoint.open(str(folder)) as source:
-        list(pipeline.quantize(source, target, how, calibrate=lambda: data))
+    data = Windows(IDS) if stats is None else StatsFile(stats)
+    with open_checkpoint(str(folder)) as source:
+        list(pipeline.quantize(source, target, how, data=data))
     return json.loads((target / "quantcli.json").read_text())
 
 
 def schemes(folder: Path) -> dict[str, str]:
-    with Checkpoint.open(str(folder)) as output:
+    with open_checkpoint(str(folder)) as output:
         return {name: str(scheme) for name, scheme in output.schemes.items()}
 
 
 def measure(folder: Path, target: Path) -> Path:
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, IDS, target))
     return target
 
@@ -158,11 +158,11 @@ def test_a_rule_goes_before_what_outliers_ask_for(loud: Path, tmp_path: Path) ->
 def test_the_plan_knows_from_statistics_and_says_that_windows_tell_later(loud: Path, tmp_path: Path) -> None:
     how, stats = recipe({"scheme": "int8-g128-sym", "kurtosis": 40}), StatsFile(measure(loud, tmp_path / "stats.safetensors"))
     for data, words in (
-        (Calibrated("", stats=stats), f"1 linears in int8-g128-sym: {DOWN}.weight"),
-        (Calibrated("", windows=IDS), "known once inputs are measured"),
+        (stats, f"1 linears in int8-g128-sym: {DOWN}.weight"),
+        (Windows(IDS), "known once inputs are measured"),
     ):
-        with Checkpoint.open(str(loud)) as source:
-            (planned,) = pipeline.quantize(source, tmp_path / "out", how, calibrate=lambda data=data: data, dry_run=True)
+        with open_checkpoint(str(loud)) as source:
+            (planned,) = pipeline.quantize(source, tmp_path / "out", how, data=data, dry_run=True)
         assert isinstance(planned, Planned)
         assert any(words in note for note in planned.plan.notes)
     assert not (tmp_path / "out").exists()
@@ -171,8 +171,8 @@ def test_the_plan_knows_from_statistics_and_says_that_windows_tell_later(loud: P
 def test_protection_serves_gguf_and_rounding_to_nearest(loud: Path, tmp_path: Path) -> None:
     words = {"format": "gguf", "passes": ["rtn"], "scheme": None, "mix": "Q4_K_S"}
     how = recipe({"scheme": "q6_k", "kurtosis": 40}, **words)
-    with Checkpoint.open(str(loud)) as source:
-        events = list(pipeline.quantize(source, tmp_path / "out.gguf", how, calibrate=lambda: Calibrated("of a test", windows=IDS)))
+    with open_checkpoint(str(loud)) as source:
+        events = list(pipeline.quantize(source, tmp_path / "out.gguf", how, data=Windows(IDS)))
     assert any(isinstance(event, LayerDone) for event in events)
     assert schemes(tmp_path / "out.gguf")[f"{DOWN}.weight"] == "q6_k"
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from quantcli import pipeline
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
+from quantcli.arrange import open_forward
+from quantcli.calibrated import Windows
 from quantcli.errors import RecipeError
-from quantcli.forward import Forward
+from quantcli.formats import open_checkpoint
 from quantcli.passes import _basis, awq, gptq, rtn
-from quantcli.pipeline import Calibrated
 from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error, relative_error
 
@@ -96,8 +96,8 @@ def test_on_a_model_the_ratios_are_those_of_a_search_on_what_its_modules_put_out
     """Every tap of a layer: all its linears run on the inputs they truly read, scaled, rounded and divided back, ratio by ratio."""
     ids = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
     inputs: dict[str, list[Tensor]] = {}
-    with Checkpoint.open(str(tiny_llama(layers=1, hidden=64, intermediate=128))) as source:
-        forward = Forward(source)
+    with open_checkpoint(str(tiny_llama(layers=1, hidden=64, intermediate=128))) as source:
+        forward = open_forward(source)
         with forward.layer(0) as layer:
             layer.observe(forward.embed(ids), ids, lambda tap, X: inputs.setdefault(tap, []).append(X.clone()))
         weights = {tap: [source.read(name).float() for name, read in forward.taps.items() if read == tap] for tap in inputs}
@@ -296,8 +296,8 @@ def test_statistics_without_h_are_refused() -> None:
 
 def quantized(folder: Path, target: Path, recipe: str) -> dict[str, Tensor]:
     ids = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
-    with Checkpoint.open(str(folder)) as source:
-        list(pipeline.quantize(source, target, recipes.load(recipe), calibrate=lambda: Calibrated("", windows=ids)))
+    with open_checkpoint(str(folder)) as source:
+        list(pipeline.quantize(source, target, recipes.load(recipe), data=Windows(ids)))
     return load_file(target / "model.safetensors")
 
 

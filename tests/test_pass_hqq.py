@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from quantcli import evaluate, pipeline, recipe, texts
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.passes import hqq, rtn
 from quantcli.passes.hqq import Options, Solved, half_quadratic
@@ -164,7 +165,7 @@ def test_options_out_of_range_are_refused(option: dict[str, float]) -> None:
 
 @pytest.fixture(scope="module")
 def pico() -> Iterator[Checkpoint]:
-    with Checkpoint.open(str(PICO)) as model:
+    with open_checkpoint(str(PICO)) as model:
         yield model
 
 
@@ -172,7 +173,7 @@ def kl_of(model: Checkpoint, target: Path, pass_name: str, scheme: str, format_:
     how = replace(recipe.load("rtn-int4"), format=format_, scheme=Scheme.parse(scheme), passes=(PassSpec(pass_name),))
     list(pipeline.quantize(model, target, how))
     windows = texts.eval_windows(texts.default_eval_text(), tokenizer(model), n_samples=8, seq_len=256)
-    with Checkpoint.open(str(target)) as quantized:
+    with open_checkpoint(str(target)) as quantized:
         return evaluate.compare(quantized, model, windows).to_dict()["kld_mean"]
 
 
@@ -191,7 +192,7 @@ def test_the_recipe_writes_what_it_planned(pico: Checkpoint, tmp_path: Path) -> 
     planned, *_, finished = pipeline.quantize(pico, tmp_path / "out", how)
     assert isinstance(planned, pipeline.Planned)
     assert isinstance(finished, pipeline.Finished)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.kind == "awq"
         assert back.notes == ()
         assert {str(scheme) for scheme in back.schemes.values()} == {"int4-g64-asym"}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantcli import plan as planning
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
+from quantcli.formats import open_checkpoint
 from quantcli.ops import round_inputs
 from quantcli.passes import _basis, rtn, smoothquant
 from quantcli.registry import find
@@ -158,5 +158,5 @@ def test_the_basis_serves_any_pass_after_it() -> None:
 def test_a_recipe_that_cannot_work_is_refused_in_the_plan(tiny_llama: TinyLlama, change: dict, words: str) -> None:
     recipe = recipes.load("smoothquant-w8a8")
     wrong = recipes.parse({**recipe.to_dict(), **change}, "wrong")
-    with Checkpoint.open(str(tiny_llama())) as source, pytest.raises(RecipeError, match=words):
+    with open_checkpoint(str(tiny_llama())) as source, pytest.raises(RecipeError, match=words):
         planning.make(source, wrong, planning.declared_taps(source) or {})

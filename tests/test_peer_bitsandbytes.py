@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from quantcli import evaluate, pipeline, recipe, texts
 from quantcli.checkpoint import Checkpoint
 from quantcli.cli import main
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
@@ -70,11 +71,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     root = tmp_path_factory.mktemp("peer-bitsandbytes")
     shutil.copytree(PICO, root / "pico")
     ours, n_coded = {}, {}
-    with Checkpoint.open(str(PICO)) as model:
+    with open_checkpoint(str(PICO)) as model:
         windows = texts.eval_windows(texts.default_eval_text(), tokenizer(model), n_samples=4, seq_len=256)
         for i, (case, how) in enumerate(CASES.items()):
             n_coded[case] = quantized(model, root / str(i), how)
-            with Checkpoint.open(str(root / str(i))) as back:
+            with open_checkpoint(str(root / str(i))) as back:
                 ours[case] = evaluate.perplexity(back, windows).perplexity
     save_file({"windows": windows}, root / "windows.safetensors")
     tasks = {f"perplexity {case}": f"perplexity={root / str(i)}" for i, case in enumerate(CASES)}

@@ -20,8 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcli import cuts, evaluate, pipeline, recipe, texts
+from quantcli.calibrated import Windows
 from quantcli.checkpoint import Checkpoint
 from quantcli.formats import compressed_tensors as ct
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
@@ -91,13 +93,13 @@ ASYMMETRIC = [Case(scheme) for scheme in ("int4-g128-asym", "int8-g32-asym", "in
 def quantized(model: Checkpoint, target: Path, case: Case, windows: torch.Tensor) -> None:
     """Write ``case`` of the model to ``target``."""
 
-    def calibrate() -> pipeline.Calibrated:
-        return pipeline.Calibrated(dataset_sha256=texts.sha256(windows), windows=windows)
+    def calibrate() -> Windows:
+        return Windows(windows)
 
     base = recipe.load("gptq-w4a16" if case.passes == "gptq" else "fp8-dynamic")
     rules = tuple(Rule.parse(*rule) for rule in case.rules)
     how = replace(base, scheme=Scheme.parse(case.scheme), rules=rules, kv_cache=case.kv_cache)
-    list(pipeline.quantize(model, target, how, calibrate=calibrate))
+    list(pipeline.quantize(model, target, how, data=calibrate))
 
 
 def ask(python: str | None, script: str, *words: str) -> None:
@@ -110,7 +112,7 @@ def ask(python: str | None, script: str, *words: str) -> None:
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float]]:
     """Case → (folder, perplexity as quantcli finds it)."""
     root = tmp_path_factory.mktemp("peer-compressed-tensors")
-    with Checkpoint.open(str(PICO)) as model:
+    with open_checkpoint(str(PICO)) as model:
         words = tokenizer(model)
         learned = texts.windows([texts.default_text()], words, n_samples=16, seq_len=128, seed=0)
         measured = texts.eval_windows(texts.default_eval_text(), words, n_samples=8, seq_len=256)
@@ -118,7 +120,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, floa
         found = {}
         for i, case in enumerate([*BY_BOTH, *ASYMMETRIC]):
             quantized(model, root / str(i), case, learned)
-            with Checkpoint.open(str(root / str(i))) as back:
+            with open_checkpoint(str(root / str(i))) as back:
                 assert back.notes == ()
                 found[case.name] = (root / str(i), evaluate.perplexity(back, measured).perplexity)
     return found
@@ -148,7 +150,7 @@ def check(case: Case, answer: dict[str, Any], folder: Path, perplexity: float) -
     assert answer["quantized"] == case.n_coded
     assert answer["perplexity"] == pytest.approx(perplexity, rel=case.tolerance)
     if not case.scheme.startswith("nvfp4"):
-        with Checkpoint.open(str(folder)) as back:
+        with open_checkpoint(str(folder)) as back:
             mine = {name: float(back.read(name).double().abs().sum()) for name in back.schemes}
         assert {name: answer["weights"][name] for name in mine} == pytest.approx(mine, rel=1e-9)
 
@@ -177,13 +179,13 @@ def test_the_newest_transformers_reads_asymmetric_folders_dense(
 @pytest.mark.parametrize("scheme", ["int4-g128-sym", "int8-channel-sym+int8-token"])
 def test_a_tied_head_that_was_quantized_is_run_as_we_run_it(tmp_path: Path, scheme: str) -> None:
     case = Case(scheme, rules=(("lm_head", scheme),), passes="gptq")
-    with Checkpoint.open(str(gptq_peer.PICO)) as model:
+    with open_checkpoint(str(gptq_peer.PICO)) as model:
         learned, measured = gptq_peer.windows_of_pico(model)
         quantized(model, tmp_path / "out", case, learned)
     save_file({"windows": measured}, tmp_path / "windows.safetensors")
     ask(TRANSFORMERS, "transformers_client.py", *(str(tmp_path / name) for name in ("windows.safetensors", "answers.json", "out")))
     (answer,) = json.loads((tmp_path / "answers.json").read_text())
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         assert "lm_head.weight" in back.schemes
         assert answer["quantized"] == N_LINEARS + 1
         assert answer["perplexity"] == pytest.approx(evaluate.perplexity(back, measured).perplexity, rel=1e-5)
@@ -209,9 +211,9 @@ def test_scales_of_caches_are_those_that_llm_compressor_computes_on_the_same_win
         ask(LLMCOMPRESSOR, "llmcompressor_client.py", str(PICO), str(root), *(f"KV-{how}" for how in CACHES.values()))
     windows = torch.randint(10, 500, (4, 64), generator=torch.Generator().manual_seed(0))
     how = replace(recipe.load("fp8-dynamic-kv"), scheme=Scheme.parse("bf16"), kv_cache=word)
-    with Checkpoint.open(str(PICO)) as model:
-        list(pipeline.quantize(model, tmp_path / "ours", how, calibrate=lambda: pipeline.Calibrated("of a test", windows=windows)))
-    with Checkpoint.open(str(root / f"KV-{CACHES[word]}")) as theirs, Checkpoint.open(str(tmp_path / "ours")) as ours:
+    with open_checkpoint(str(PICO)) as model:
+        list(pipeline.quantize(model, tmp_path / "ours", how, data=Windows(windows)))
+    with open_checkpoint(str(root / f"KV-{CACHES[word]}")) as theirs, open_checkpoint(str(tmp_path / "ours")) as ours:
         assert theirs.notes == ours.notes == ()
         assert theirs.kv_cache == ours.kv_cache
         assert len(ours.kv_cache) == N_LAYERS
@@ -238,7 +240,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_folder_of_llm_compressor_is_read_bit_for_bit(theirs: Path, preset: str) -> None:
     expected = load_file(theirs / f"{preset}.safetensors")
-    with Checkpoint.open(str(theirs / preset)) as found:
+    with open_checkpoint(str(theirs / preset)) as found:
         assert found.notes == ()
         assert found.schemes.keys() == expected.keys()
         for name, W in expected.items():
@@ -247,7 +249,7 @@ def test_a_folder_of_llm_compressor_is_read_bit_for_bit(theirs: Path, preset: st
 
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "W3A16"])
 def test_a_folder_of_llm_compressor_is_written_again_as_it_was(theirs: Path, tmp_path: Path, preset: str) -> None:
-    with Checkpoint.open(str(theirs / preset)) as source:
+    with open_checkpoint(str(theirs / preset)) as source:
         context = ct.context(source, source.schemes, {})
         outputs = [out for spec in source.specs.values() for out in ct.outputs(spec, source.schemes.get(spec.name), context)]
         with ct.writer(tmp_path / "out", outputs, context, overwrite=False) as writer:
@@ -271,10 +273,10 @@ def test_gpt_oss_is_written_as_llm_compressor_writes_it(tmp_path: Path) -> None:
     folder = families.make("gpt-oss", tmp_path / "model")
     ask(LLMCOMPRESSOR, "llmcompressor_client.py", str(folder), str(tmp_path), "W8A8")
     how = recipe.parse({"format": "compressed-tensors", "passes": ["rtn"], "scheme": "int8-channel-sym+int8-token"}, "w8a8")
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(pipeline.quantize(source, tmp_path / "ours", how))
         dense = cuts.unfused(source)
-        with Checkpoint.open(str(tmp_path / "ours")) as ours, Checkpoint.open(str(tmp_path / "W8A8")) as theirs:
+        with open_checkpoint(str(tmp_path / "ours")) as ours, open_checkpoint(str(tmp_path / "W8A8")) as theirs:
             assert ours.specs.keys() == theirs.specs.keys()
             assert ours.schemes == theirs.schemes
             for name in theirs.schemes:

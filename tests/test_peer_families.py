@@ -16,7 +16,7 @@ from families import CASES
 from gguf_export import export
 from llamacpp_peer import assert_same, convert_all, log_probabilities, run
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.headers import read_header
 
 pytestmark = pytest.mark.peer
@@ -43,7 +43,7 @@ def converted(folder: Path) -> Path:
 def test_our_file_is_llama_cpps_own(models: dict[str, Path], case: str, tmp_path: Path) -> None:
     folder = models[case]
     run("llama-quantize", converted(models[CASES[case].converted_as or case]), tmp_path / "theirs.gguf", CASES[case].file_type, "1")
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         ours = export(source, tmp_path / f"{folder.name}.gguf", CASES[case].file_type, {"seed": 0}, **families.options(case))
     assert_same(ours, tmp_path / "theirs.gguf", but=tuple(CASES[case].differing), elsewhere=CASES[case].elsewhere)
 
@@ -55,7 +55,7 @@ def test_llama_cpp_computes_what_transformers_does(models: dict[str, Path], case
     text = tmp_path / "text.txt"
     text.write_text(topics.topics["assignment"][:2000])
     folder = models[case]
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         ours = export(source, tmp_path / "m.gguf", "F32", **families.options(case))
     ids, theirs = log_probabilities(ours, text, N_CTX)
     if read_header(ours).get("tokenizer.ggml.add_bos_token", False):

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcli import evaluate, pipeline, recipe, texts
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.registry import find
 from quantcli.tensors import Scheme
@@ -57,16 +58,16 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
     root = tmp_path_factory.mktemp("peer-fp8")
     folders: dict[str, Path] = {}
     ours: dict[str, dict[str, Any]] = {}
-    with Checkpoint.open(str(PICO)) as model:
+    with open_checkpoint(str(PICO)) as model:
         words = tokenizer(model)
         learned = texts.windows([texts.default_text()], words, n_samples=8, seq_len=128, seed=0)
         measured = texts.eval_windows(texts.default_eval_text(), words, n_samples=8, seq_len=256)
 
-        def calibrate() -> pipeline.Calibrated:
-            return pipeline.Calibrated(dataset_sha256=texts.sha256(learned), windows=learned)
+        def calibrate() -> Windows:
+            return Windows(learned)
 
         for name in RECIPES:
-            list(pipeline.quantize(model, root / name, recipe.load(name), calibrate=calibrate))
+            list(pipeline.quantize(model, root / name, recipe.load(name), data=calibrate))
             folders[name] = root / name if name == "fp8-block" else renamed(root / name, root / f"{name}-renamed")
     for name, folder in folders.items():
         ours[name] = seen(root / name, measured)
@@ -79,7 +80,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
 
 def seen(folder: Path, windows: torch.Tensor) -> dict[str, Any]:
     """What our own reader makes of ``folder``, in the client's words."""
-    with Checkpoint.open(str(folder)) as back:
+    with open_checkpoint(str(folder)) as back:
         sums = {name: float(back.read(name).double().abs().sum()) for name in back.schemes}
         # transformers decodes FP8 on a CPU and then takes inputs as they are.
         return {"perplexity": evaluate.perplexity(back, windows, activations=False).perplexity, "weights": sums}

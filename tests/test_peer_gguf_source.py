@@ -16,8 +16,8 @@ from gguf_export import export
 from gguf_files import write_model
 from typer.testing import CliRunner
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.cli import app
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.container import Container
 from quantcli.formats.gguf.headers import read_header
 
@@ -128,7 +128,7 @@ def test_llama_cpps_shards_are_a_source(shards: Callable[[], tuple[Path, Path]],
 def test_a_calibrated_walk_from_a_gguf_source_keeps_its_metadata(tmp_path: Path) -> None:
     """Through Hugging Face's names, which a calibrated pass needs, the untouched tensors are the source's own too."""
     whole = write_model(tmp_path / "m.gguf", "llama")
-    with Checkpoint.open(str(whole)) as source:
+    with open_checkpoint(str(whole)) as source:
         export(source, tmp_path / "ours.gguf", "Q6_K")
     run("llama-quantize", whole, tmp_path / "theirs.gguf", "Q6_K", "2")
     assert_same(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")

@@ -13,7 +13,7 @@ import pytest
 from gptq_peer import Answer
 
 from quantcli import evaluate, recipe
-from quantcli.checkpoint import Checkpoint
+from quantcli.formats import open_checkpoint
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
 
@@ -80,11 +80,11 @@ def test_we_read_what_gptqmodel_makes(tmp_path: Path) -> None:
 
 def test_transformers_does_refuse_rules_as_our_note_says(tmp_path: Path) -> None:
     how = recipe_of(*RULED["int4-g128-sym, down_proj in 8 bits"])
-    with Checkpoint.open(str(gptq_peer.PICO)) as model:
+    with open_checkpoint(str(gptq_peer.PICO)) as model:
         learned, measured = gptq_peer.windows_of_pico(model)
         gptq_peer.quantized(model, tmp_path / "out", how, learned)
     answer = gptq_peer.ask(tmp_path, measured, "transformers", tmp_path / "out")
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         ours = evaluate.perplexity(back, measured).perplexity
     assert "error" in answer or abs(answer["perplexity"] / ours - 1) > 0.01
 
@@ -94,10 +94,10 @@ def test_gptqmodel_runs_a_tied_head_once_quantized_and_transformers_does_not_as_
     tmp_path: Path, rules: tuple[Rule, ...]
 ) -> None:
     how = recipe_of(SYM4, (Rule.parse("lm_head", "int4-g128-sym"), *rules))
-    with Checkpoint.open(str(gptq_peer.PICO)) as model:
+    with open_checkpoint(str(gptq_peer.PICO)) as model:
         learned, measured = gptq_peer.windows_of_pico(model)
         n_coded = gptq_peer.quantized(model, tmp_path / "out", how, learned)
-    with Checkpoint.open(str(tmp_path / "out")) as back:
+    with open_checkpoint(str(tmp_path / "out")) as back:
         ours = evaluate.perplexity(back, measured).perplexity
     theirs = gptq_peer.ask(tmp_path, measured, "gptqmodel", tmp_path / "out")
     assert sum(theirs["kernels"].values()) == n_coded

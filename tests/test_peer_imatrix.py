@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -20,9 +19,9 @@ from test_imatrix import GOLDEN, PICO, chunks, measure, quantize, written
 
 from quantcli import pipeline
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError
-from quantcli.formats.gguf import imatrix
+from quantcli.formats import open_checkpoint
+from quantcli.formats.gguf import imatrix, importance
 from quantcli.formats.gguf.container import Field
 from quantcli.formats.gguf.headers import read_header
 from quantcli.forward import tokenizer
@@ -37,7 +36,7 @@ RECIPES = [name for name in recipes.shipped() if recipes.load(name).format == "g
 
 
 def pico(path: Path, file_type: str) -> Path:
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         return export(source, path, file_type)
 
 
@@ -81,14 +80,14 @@ def test_a_weighed_file_equals_llama_quantizes(name: str, matrix: str, tmp_path:
     theirs = tmp_path / "theirs.gguf"
     command = [LLAMA_CPP / "build/bin/llama-quantize", *options, pico(tmp_path / "bf16.gguf", "BF16"), theirs, recipe.mix, "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wanted = replace(recipe, format_options={} if path is None else {"imatrix": str(path)})
-    with Checkpoint.open(str(PICO)) as source:
+    data = None if path is None else importance.read(path)
+    with open_checkpoint(str(PICO)) as source:
         if done.returncode:
             with pytest.raises(RecipeError, match=r"garbage|needs importance"):
-                list(pipeline.quantize(source, tmp_path / "ours.gguf", wanted))
+                list(pipeline.quantize(source, tmp_path / "ours.gguf", recipe, data=data))
             assert "requires an importance matrix" in done.stderr + done.stdout
             return
-        list(pipeline.quantize(source, tmp_path / "ours.gguf", wanted))
+        list(pipeline.quantize(source, tmp_path / "ours.gguf", recipe, data=data))
     assert_same(tmp_path / "ours.gguf", theirs)
 
 
@@ -140,7 +139,7 @@ def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_experts_are_measured_and_weighed_as_llama_cpp_does(experts: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT[:700])
-    with Checkpoint.open(str(experts)) as source:
+    with open_checkpoint(str(experts)) as source:
         ids = tokenizer(source)(TEXT[:700], add_special_tokens=False)["input_ids"]
         dense = export(source, tmp_path / "f32.gguf", "F32", pre_tokenizer="gpt-2")
         stored = export(source, tmp_path / "bf16.gguf", "BF16", pre_tokenizer="gpt-2")

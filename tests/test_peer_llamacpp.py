@@ -18,8 +18,8 @@ from test_imatrix import needs_matrix, weighed
 
 from quantcli import pipeline
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.filetypes import FILE_TYPES
 from quantcli.formats.gguf.headers import read_header
 from quantcli.recipe import PassSpec, Recipe, Rule
@@ -46,7 +46,7 @@ def model(request: pytest.FixtureRequest, tiny_llama: Any, tmp_path_factory: pyt
 def test_a_file_equals_that_of_convert_and_llama_quantize(model: tuple[Path, Path], file_type: str, tmp_path: Path) -> None:
     folder, converted = model
     run("llama-quantize", converted, tmp_path / "theirs.gguf", file_type, "1")
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         ours = export(source, tmp_path / f"{folder.name}.gguf", file_type, {"seed": 0})
     assert_same(ours, tmp_path / "theirs.gguf")
 
@@ -62,7 +62,7 @@ def odd_model(request: pytest.FixtureRequest, tiny_llama: Any, tmp_path_factory:
 def test_rows_that_do_not_fill_blocks_fall_back_as_llama_quantizes_do(odd_model: tuple[Path, Path], file_type: str, tmp_path: Path) -> None:
     folder, converted = odd_model
     run("llama-quantize", converted, tmp_path / "theirs.gguf", file_type, "1")
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         ours = export(source, tmp_path / f"{folder.name}.gguf", file_type)
     assert_same(ours, tmp_path / "theirs.gguf")
 
@@ -83,7 +83,7 @@ def test_options_choose_what_llama_quantizes_own_choose(model: tuple[Path, Path]
         flag = f"--{key.replace('_', '-')}"
         words += [flag] if value is True else [word for item in ([value] if isinstance(value, str) else value) for word in (flag, item)]
     run("llama-quantize", *words, converted, tmp_path / "theirs.gguf", "Q4_K_M", "1")
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         ours = export(source, tmp_path / "ours.gguf", "Q4_K_M", **options)
     a, b = read_header(ours), read_header(tmp_path / "theirs.gguf")
     assert a.specs == b.specs
@@ -91,7 +91,7 @@ def test_options_choose_what_llama_quantizes_own_choose(model: tuple[Path, Path]
 
 @pytest.mark.parametrize("file_type", ["Q4_K_M", "Q8_0"])
 def test_llama_cpp_generates_from_our_file(model: tuple[Path, Path], file_type: str, tmp_path: Path) -> None:
-    with Checkpoint.open(str(model[0])) as source:
+    with open_checkpoint(str(model[0])) as source:
         path = export(source, tmp_path / "m.gguf", file_type)
     text = run("llama-completion", "-m", path, "-p", "The", "-n", "8", "-t", "1", "--temp", "0", "-no-cnv", "--no-warmup")
     assert len(text.strip()) > len("The")
@@ -120,9 +120,9 @@ def test_llama_cpp_runs_what_we_export_from_every_dialect_as_well_as_the_decoded
     text = tmp_path / "text.txt"
     text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
     recipe = Recipe("coded", format_, (PassSpec("rtn"),), scheme=Scheme.parse(scheme))
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         list(pipeline.quantize(source, tmp_path / "coded", recipe))
-    with Checkpoint.open(str(tmp_path / "coded")) as source:
+    with open_checkpoint(str(tmp_path / "coded")) as source:
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
         list(pipeline.quantize(source, tmp_path / "kept.gguf", recipe_that_keeps(source, "gguf")))
     theirs = perplexity_in_llama_cpp(decoded, text)
@@ -134,11 +134,11 @@ def test_llama_cpp_runs_the_head_that_a_rule_untied(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
     found = {}
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         for name, rules in (("tied", ()), ("untied", (Rule.parse("lm_head", "q2_k"),))):
             list(pipeline.quantize(source, tmp_path / f"{name}.gguf", replace(recipes.load("f32"), rules=rules)))
             found[name] = perplexity_in_llama_cpp(tmp_path / f"{name}.gguf", text)
-    with Checkpoint.open(str(tmp_path / "untied.gguf")) as source:
+    with open_checkpoint(str(tmp_path / "untied.gguf")) as source:
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
     assert found["untied"] == pytest.approx(perplexity_in_llama_cpp(decoded, text), rel=0.01)
     assert abs(found["untied"] / found["tied"] - 1) > 0.03
@@ -148,9 +148,10 @@ def test_llama_cpp_runs_the_head_that_a_rule_untied(tmp_path: Path) -> None:
 def test_llama_cpp_loads_what_a_recipe_writes_and_finds_the_decoded_weights_perplexity(name: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
-    with Checkpoint.open(str(PICO)) as source:
-        list(pipeline.quantize(source, tmp_path / "ours.gguf", weighed(name, PICO, tmp_path)))
-    with Checkpoint.open(str(tmp_path / "ours.gguf")) as source:
+    with open_checkpoint(str(PICO)) as source:
+        recipe, data = weighed(name, PICO, tmp_path)
+        list(pipeline.quantize(source, tmp_path / "ours.gguf", recipe, data=data))
+    with open_checkpoint(str(tmp_path / "ours.gguf")) as source:
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
     theirs = perplexity_in_llama_cpp(decoded, text)
     assert perplexity_in_llama_cpp(tmp_path / "ours.gguf", text) == pytest.approx(theirs, rel=0.01)
@@ -160,9 +161,9 @@ def test_an_nvfp4_folder_becomes_the_file_that_convert_makes(tmp_path: Path) -> 
     """Tensors and the scales beside them; llama.cpp runs it as well as the decoded weights."""
     text = tmp_path / "text.txt"
     text.write_text(topics.topics["assignment"] + topics.topics["typesseq"])
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         list(pipeline.quantize(source, tmp_path / "coded", recipes.load("nvfp4")))
-    with Checkpoint.open(str(tmp_path / "coded")) as source:
+    with open_checkpoint(str(tmp_path / "coded")) as source:
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
         recipe = replace(recipe_that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
         list(pipeline.quantize(source, tmp_path / "ours.gguf", recipe))

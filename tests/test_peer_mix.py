@@ -32,7 +32,7 @@ def test_every_file_type_chooses_the_types_of_llama_quantize(name: str, weighed:
     words = ["--imatrix", some_imatrix(tmp_path / "imatrix.dat")] if weighed else []
     facts = Model.of(model.fields, model.shapes)
     for file_type in FILE_TYPES:
-        ours = choose_types(TABLE[file_type], Options(imatrix="some" if weighed else None), facts, model.shapes)
+        ours = choose_types(TABLE[file_type], Options(), facts, model.shapes, is_weighed=weighed)
         assert ours == types_by_llama_quantize(PROGRAM, path, file_type, *words), file_type
 
 

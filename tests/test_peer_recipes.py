@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from quantcli import evaluate, pipeline, texts
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
-from quantcli.pipeline import Calibrated
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 
@@ -64,7 +64,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
     root = tmp_path_factory.mktemp("recipes")
     ours: dict[str, float] = {}
     theirs: dict[tuple[str, str], float | str] = {}
-    with Checkpoint.open(str(PICO)) as model:
+    with open_checkpoint(str(PICO)) as model:
         words = tokenizer(model)
         learned = texts.windows([texts.default_text()], words, n_samples=16, seq_len=128, seed=0)
         measured = texts.eval_windows(texts.default_eval_text(), words, n_samples=8, seq_len=256)
@@ -73,10 +73,10 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
     def make(name: str) -> Path:
         folder = root / name
         if name not in ours:
-            calibrated = Calibrated(dataset_sha256=texts.sha256(learned), windows=learned)
-            with Checkpoint.open(str(PICO)) as model:
-                list(pipeline.quantize(model, folder, recipes.load(name), calibrate=lambda: calibrated))
-            with Checkpoint.open(str(folder)) as back:
+            calibrated = Windows(learned)
+            with open_checkpoint(str(PICO)) as model:
+                list(pipeline.quantize(model, folder, recipes.load(name), data=calibrated))
+            with open_checkpoint(str(folder)) as back:
                 assert back.notes == ()
                 ours[name] = evaluate.perplexity(back, measured).perplexity
         return folder

@@ -25,7 +25,7 @@ from gguf_export import export
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.container import Container
 from quantcli.formats.gguf.headers import read_header
 from quantcli.formats.gguf.merges import byte_alphabet
@@ -425,7 +425,7 @@ def test_llama_cpp_knows_where_generation_ends_and_what_fills_in(tiny_llama: Cal
     for path in (folder / "tokenizer").glob("tokenizer*.json"):
         path.replace(folder / path.name)
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 1502, 1503]}')
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         path = export(source, tmp_path / "m.gguf", "F16")
     said = "".join(run("llama-completion", "-m", path, "-p", "x", "-n", "1", "-t", "1", "-no-cnv", "--no-warmup", "-lv", "5"))
     assert set(re.findall(r"EOG token += (\d+)", said)) == {"1", "1502", "1503"}

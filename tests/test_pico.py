@@ -12,11 +12,11 @@ from data.make_manifest import manifest
 
 from quantcli import pipeline, texts
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.evaluate import Scores, compare, perplexity
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.headers import read_header
 from quantcli.forward import tokenizer
-from quantcli.pipeline import Calibrated
 
 PICO = Path(__file__).parent / "data" / "pico"
 MANIFEST = Path(__file__).parent / "data" / "pico-q4_k_m.json"
@@ -25,29 +25,29 @@ N_SAMPLES, SEQ_LEN = 32, 256
 
 @pytest.fixture(scope="module")
 def held_out() -> torch.Tensor:
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         return texts.eval_windows(texts.default_eval_text(), tokenizer(source), n_samples=24, seq_len=SEQ_LEN)
 
 
-def calibration() -> Calibrated:
-    with Checkpoint.open(str(PICO)) as source:
+def calibration() -> Windows:
+    with open_checkpoint(str(PICO)) as source:
         windows = texts.windows([texts.default_text()], tokenizer(source), n_samples=N_SAMPLES, seq_len=SEQ_LEN)
-    return Calibrated(texts.sha256(windows), windows=windows)
+    return Windows(windows)
 
 
 def quantize(target: Path, recipe: recipes.Recipe) -> Path:
-    with Checkpoint.open(str(PICO)) as source:
-        list(pipeline.quantize(source, target, recipe, calibrate=calibration))
+    with open_checkpoint(str(PICO)) as source:
+        list(pipeline.quantize(source, target, recipe, data=calibration))
     return target
 
 
 def divergence(target: Path, windows: torch.Tensor) -> Scores:
-    with Checkpoint.open(str(target)) as output, Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(target)) as output, open_checkpoint(str(PICO)) as source:
         return compare(output, source, windows)
 
 
 def test_the_pico_model_has_learned_its_text(held_out: torch.Tensor) -> None:
-    with Checkpoint.open(str(PICO)) as source:
+    with open_checkpoint(str(PICO)) as source:
         assert perplexity(source, held_out).perplexity < 40
 
 

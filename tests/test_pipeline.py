@@ -19,11 +19,12 @@ from test_imatrix import weighed
 
 from quantcli import calibrate, ops, pipeline
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.choices import is_coded
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.evaluate import compare
-from quantcli.pipeline import Calibrated, Finished, LayerDone, Planned
+from quantcli.formats import open_checkpoint
+from quantcli.pipeline import Finished, LayerDone, Planned
 from quantcli.plan import PlannedTensor
 from quantcli.regrid import grid_of
 from quantcli.stats_file import StatsFile
@@ -36,25 +37,26 @@ def windows(n: int = 8, length: int = 32, vocab: int = 512) -> torch.Tensor:
     return torch.randint(vocab, (n, length), generator=torch.Generator().manual_seed(0))
 
 
-def calibrated(n: int = 8) -> Calibrated:
-    return Calibrated("of a test", windows=windows(n))
+def calibrated(n: int = 8) -> Windows:
+    return Windows(windows(n))
 
 
 def quantize(folder: Path, target: Path, recipe: str | recipes.Recipe, **options: object) -> list[pipeline.Event]:
     chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
-    with Checkpoint.open(str(folder)) as source:
-        return list(pipeline.quantize(source, target, chosen, **{"calibrate": calibrated, **options}))
+    with open_checkpoint(str(folder)) as source:
+        return list(pipeline.quantize(source, target, chosen, **{"data": calibrated, **options}))
 
 
 @pytest.mark.parametrize("recipe", recipes.shipped())
 @pytest.mark.parametrize("options", [{"tied": True, "layers": 1}, {"shards": 2, "layers": 1}])
 def test_what_is_written_is_what_was_planned(tiny_llama: TinyLlama, tmp_path: Path, recipe: str, options: dict) -> None:
     folder = tiny_llama(**options)
-    planned, *layers, finished = quantize(folder, tmp_path / "out", weighed(recipe, folder, tmp_path))
+    chosen, matrix = weighed(recipe, folder, tmp_path)
+    planned, *layers, finished = quantize(folder, tmp_path / "out", chosen, data=matrix or calibrated)
     assert isinstance(planned, Planned)
     assert isinstance(finished, Finished)
     assert [e.name for e in layers] == [layer.name for layer in planned.plan.layers]
-    with Checkpoint.open(str(tmp_path / "out")) as output:
+    with open_checkpoint(str(tmp_path / "out")) as output:
         of_caches = {spec.name for layer in planned.plan.layers for one in layer.caches for spec in one.outputs}
         assert set(output.specs) == {t.name for t in planned.plan.tensors if t.outputs} | of_caches
         assert sum(s.nbytes for s in output.specs.values()) == planned.plan.n_bytes
@@ -67,8 +69,8 @@ def test_what_is_read_back_is_close_and_gptq_is_closer_than_rtn(tiny_llama: Tiny
     folder = tiny_llama()
     kld = {}
     for recipe in ("gptq-int4", "rtn-int4"):
-        quantize(folder, tmp_path / recipe, recipe, calibrate=lambda: calibrated(32))
-        with Checkpoint.open(str(tmp_path / recipe)) as output, Checkpoint.open(str(folder)) as source:
+        quantize(folder, tmp_path / recipe, recipe, data=calibrated(32))
+        with open_checkpoint(str(tmp_path / recipe)) as output, open_checkpoint(str(folder)) as source:
             kld[recipe] = compare(output, source, windows(16)).kld_mean
     assert kld["gptq-int4"] < kld["rtn-int4"]
 
@@ -89,10 +91,10 @@ def test_the_same_run_gives_the_same_bytes_with_any_number_of_threads(
 
 def test_statistics_from_a_file_serve_in_place_of_windows(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     folder = tiny_llama(layers=1)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
     stats = StatsFile(tmp_path / "stats.safetensors")
-    quantize(folder, tmp_path / "a", "gptq-int4", calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    quantize(folder, tmp_path / "a", "gptq-int4", data=stats)
     quantize(folder, tmp_path / "b", "gptq-int4")
     a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)  # one layer: there is no error to propagate
@@ -111,10 +113,10 @@ def test_true_sequential_sees_what_is_already_coded(tiny_llama: TinyLlama, tmp_p
 
 def test_later_layers_are_measured_behind_quantized_ones(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     folder = tiny_llama(layers=2)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
     stats = StatsFile(tmp_path / "stats.safetensors")
-    quantize(folder, tmp_path / "a", "gptq-int3", calibrate=lambda: Calibrated(stats.dataset_sha256, stats=stats))
+    quantize(folder, tmp_path / "a", "gptq-int3", data=stats)
     quantize(folder, tmp_path / "b", "gptq-int3")
     a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
     assert torch.equal(a["model.layers.0.self_attn.q_proj.qweight"], b["model.layers.0.self_attn.q_proj.qweight"])
@@ -131,7 +133,7 @@ def test_the_output_says_how_it_was_made(tiny_llama: TinyLlama, tmp_path: Path) 
     quantize(tiny_llama(), tmp_path / "out", "gptq-int4")
     record = json.loads((tmp_path / "out" / "quantcli.json").read_text())
     assert record["recipe"]["name"] == "gptq-int4"
-    assert record["dataset_sha256"] == "of a test"
+    assert record["dataset_sha256"] == calibrated().dataset_sha256
     assert len(record["tensors"]) == 14
     assert recipes.parse(record["recipe"], "again").to_dict() == recipes.load("gptq-int4").to_dict()
 
@@ -173,11 +175,11 @@ def test_the_model_itself_is_never_replaced(tiny_llama: TinyLlama, tmp_path: Pat
 
 
 def test_statistics_of_another_model_are_refused_before_any_work(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    with Checkpoint.open(str(tiny_llama(layers=1))) as source:
+    with open_checkpoint(str(tiny_llama(layers=1))) as source:
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
     stats = StatsFile(tmp_path / "stats.safetensors")
-    with Checkpoint.open(str(tiny_llama(layers=2))) as source:
-        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), calibrate=lambda: Calibrated("", stats=stats))
+    with open_checkpoint(str(tiny_llama(layers=2))) as source:
+        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=stats)
         assert isinstance(next(walk), Planned)
         with pytest.raises(RecipeError, match=r"no tap 'model.layers.1.mlp.down_proj'"):
             next(walk)
@@ -185,11 +187,11 @@ def test_statistics_of_another_model_are_refused_before_any_work(tiny_llama: Tin
 
 @pytest.mark.parametrize(("change", "words"), [("hessian", "has no H of tap"), ("width", "are 768 wide and the weight has 512 inputs")])
 def test_statistics_that_do_not_fit_are_refused_before_any_work(tiny_llama: TinyLlama, tmp_path: Path, change: str, words: str) -> None:
-    with Checkpoint.open(str(tiny_llama(intermediate=768))) as source:
+    with open_checkpoint(str(tiny_llama(intermediate=768))) as source:
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors", hessian=change != "hessian"))
     stats = StatsFile(tmp_path / "stats.safetensors")
-    with Checkpoint.open(str(tiny_llama(intermediate=512 if change == "width" else 768))) as source:
-        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), calibrate=lambda: Calibrated("", stats=stats))
+    with open_checkpoint(str(tiny_llama(intermediate=512 if change == "width" else 768))) as source:
+        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=stats)
         assert isinstance(next(walk), Planned)
         with pytest.raises(RecipeError, match=rf"^model.layers.0.*_proj.weight: .*{words}"):
             next(walk)
@@ -202,11 +204,11 @@ def test_a_calibrated_recipe_may_leave_linears_in_a_dense_type(tiny_llama: TinyL
     folder = tiny_llama(layers=2)
     data = calibrated()
     if from_file:
-        with Checkpoint.open(str(folder)) as source:
+        with open_checkpoint(str(folder)) as source:
             list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
-        data = Calibrated("", stats=StatsFile(tmp_path / "stats.safetensors"))
+        data = StatsFile(tmp_path / "stats.safetensors")
     recipe = replace(recipes.load("gptq-int4"), rules=(recipes.Rule.parse("down_proj", dense),))
-    quantize(folder, tmp_path / "out", recipe, calibrate=lambda: data)
+    quantize(folder, tmp_path / "out", recipe, data=data)
     source, out = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(out[name], source[name].to({"bf16": torch.bfloat16, "f16": torch.float16}[dense]))
@@ -232,8 +234,8 @@ def test_lossless_is_what_loses_no_bit(tiny_llama: TinyLlama, tmp_path: Path, dt
 @pytest.mark.parametrize("recipe", ["gptq-int4", "q4_k_m"])
 @pytest.mark.parametrize("after", range(0, 5, 2))
 def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_path: Path, recipe: str, after: int) -> None:
-    with Checkpoint.open(str(tiny_llama())) as source:
-        walk = pipeline.quantize(source, tmp_path / "out", recipes.load(recipe), calibrate=calibrated)
+    with open_checkpoint(str(tiny_llama())) as source:
+        walk = pipeline.quantize(source, tmp_path / "out", recipes.load(recipe), data=calibrated)
         for _ in range(after + 1):
             next(walk)
         walk.close()
@@ -243,12 +245,13 @@ def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_
 CHILD = """
 import contextlib, pathlib, signal, sys, torch
 from quantcli import heap, pipeline, recipe as recipes
-from quantcli.checkpoint import Checkpoint
-from quantcli.pipeline import Calibrated, LayerDone
+from quantcli.calibrated import Windows
+from quantcli.formats import open_checkpoint
+from quantcli.pipeline import LayerDone
 torch.set_num_threads(1)
 ids = torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(0))
-with Checkpoint.open(sys.argv[1]) as source:
-    walk = pipeline.quantize(source, pathlib.Path(sys.argv[2]), recipes.load(sys.argv[3]), calibrate=lambda: Calibrated("", windows=ids))
+with open_checkpoint(sys.argv[1]) as source:
+    walk = pipeline.quantize(source, pathlib.Path(sys.argv[2]), recipes.load(sys.argv[3]), data=Windows(ids))
     with contextlib.closing(walk):
         for event in walk:
             if not isinstance(event, LayerDone): continue

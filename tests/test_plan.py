@@ -11,24 +11,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_imatrix import weighed
 
-from quantcli import pipeline
+from quantcli import formats, pipeline
 from quantcli import plan as planning
 from quantcli import recipe as recipes
-from quantcli.checkpoint import Checkpoint
+from quantcli.arrange import Arranged, arrange, declared_taps, open_forward
 from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.filetypes import FILE_TYPES
-from quantcli.forward import Forward
+from quantcli.importance import ImportanceSource
 from quantcli.plan import Plan
 from quantcli.recipe import PassSpec, Recipe, Rule
 
 TinyLlama = Callable[..., Path]
 
 
-def make(folder: Path, recipe: Recipe) -> Plan:
-    with Checkpoint.open(str(folder)) as source:
-        taps = planning.declared_taps(source)
-        assert taps is not None
-        return planning.make(source, recipe, taps)
+def make(folder: Path, recipe: Recipe, data: ImportanceSource | None = None) -> Plan:
+    with open_checkpoint(str(folder)) as source:
+        plan = planning.make(arrange(source, recipe, run=False), recipe, is_weighed=data is not None)
+        importance = () if data is None else plan.layout.importance(data, plan.source, {t.name: t.scheme for t in plan.tensors if t.scheme})
+        planning.check_importance(plan, importance)
+        return plan
 
 
 def with_rules(name: str, *rules: tuple[str, str]) -> Recipe:
@@ -40,14 +42,14 @@ def schemes(plan: Plan) -> dict[str, str]:
 
 
 def test_declared_taps_equal_traced_ones(tiny_llama: TinyLlama) -> None:
-    with Checkpoint.open(str(tiny_llama())) as source:
-        assert planning.declared_taps(source) == dict(Forward(source).taps)
+    with open_checkpoint(str(tiny_llama())) as source:
+        assert declared_taps(source) == dict(open_forward(source).taps)
 
 
 def test_every_source_tensor_is_in_the_plan_once(tiny_llama: TinyLlama) -> None:
     folder = tiny_llama(shards=3)
-    with Checkpoint.open(str(folder)) as source:
-        plan = planning.make(source, recipes.load("gptq-int4"), planning.declared_taps(source) or {})
+    with open_checkpoint(str(folder)) as source:
+        plan = planning.make(arrange(source, recipes.load("gptq-int4"), run=False), recipes.load("gptq-int4"))
         assert sorted(t.name for t in plan.tensors) == sorted(source.specs)
         assert sum(plan.census().values()) == len(source.specs)
 
@@ -126,7 +128,7 @@ def test_passes_that_know_the_inputs_choose_types_as_llama_quantize_with_an_impo
     assert schemes(make(folder, recipe))[down] == blind
     plan = make(folder, replace(recipe, passes=(PassSpec("gptq"),)))
     assert schemes(plan)[down] == measured
-    assert plan.context.fields["general.file_type"].value == FILE_TYPES[name.upper()].number
+    assert plan.layout.quantization["general.file_type"].value == FILE_TYPES[name.upper()].number
 
 
 def test_a_mix_needs_a_format_that_has_mixes(tiny_llama: TinyLlama) -> None:
@@ -150,7 +152,10 @@ def test_matrices_that_no_statistics_reach_are_told(tiny_llama: TinyLlama) -> No
 
 def test_what_a_calibrated_recipe_rounds_to_nearest_is_told(tiny_llama: TinyLlama) -> None:
     recipe = with_rules("gptq-int4", ("lm_head", "int8-g128-sym"))
-    assert make(tiny_llama(), recipe).notes[0] == "lm_head.weight rounded to nearest: gptq has no statistics of what they read"
+    with open_checkpoint(str(tiny_llama())) as source:
+        unseen = replace(arrange(source, recipe, run=False), head=None)
+        notes = planning.make(unseen, recipe).notes
+    assert notes[0] == "lm_head.weight rounded to nearest: gptq has no statistics of what they read"
     assert make(tiny_llama(), recipes.load("gptq-int4")).notes == ()
     (note,) = make(tiny_llama(), with_rules("rtn-int4", ("lm_head", "int4-g128-sym"))).notes
     assert note.startswith("lm_head is quantized")
@@ -158,7 +163,7 @@ def test_what_a_calibrated_recipe_rounds_to_nearest_is_told(tiny_llama: TinyLlam
 
 def test_what_loses_the_codes_of_its_source_is_told(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     recipe = with_rules("rtn-int4", ("lm_head", "int4-g128-sym"))
-    with Checkpoint.open(str(tiny_llama())) as source:
+    with open_checkpoint(str(tiny_llama())) as source:
         list(pipeline.quantize(source, tmp_path / "once", recipe))
     (note,) = make(tmp_path / "once", recipes.load("rtn-int4")).notes
     assert note.startswith("lm_head.weight decoded to a dense type")
@@ -171,14 +176,14 @@ def test_what_the_format_has_to_say_is_told(tiny_llama: TinyLlama) -> None:
 
 
 def test_a_model_without_linears_in_its_layers_is_unsupported(tiny_llama: TinyLlama) -> None:
-    with Checkpoint.open(str(tiny_llama())) as source, pytest.raises(UnsupportedError, match=r"have no linears, only .* model.layers.0"):
-        planning.make(source, recipes.load("gptq-int4"), {})
+    with open_checkpoint(str(tiny_llama())) as source, pytest.raises(UnsupportedError, match=r"have no linears, only .* model.layers.0"):
+        planning.make(Arranged(source, formats.of("gptq"), {}), recipes.load("gptq-int4"))
 
 
 @pytest.mark.parametrize("name", recipes.shipped())
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_shipped_recipe_can_plan_a_llama(tiny_llama: TinyLlama, tmp_path: Path, name: str, tied: bool) -> None:
     folder = tiny_llama(tied=tied)
-    plan = make(folder, weighed(name, folder, tmp_path))
+    plan = make(folder, *weighed(name, folder, tmp_path))
     assert 2 < plan.bpw < 33
     assert plan.census()["dropped"] == 0

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantcli import pipeline, ranges, recipe
+from quantcli.arrange import open_forward
 from quantcli.calibrate import calibrate
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibrated import Windows
 from quantcli.errors import RecipeError
-from quantcli.forward import Forward
+from quantcli.formats import open_checkpoint
 from quantcli.passes import _basis
 from quantcli.ranges import find_range
 from quantcli.recipe import PassSpec, Recipe
@@ -134,13 +135,13 @@ def static_recipe(method: str) -> Recipe:
 def test_the_scale_in_the_file_spans_the_range_that_the_recipe_asks_for(model: Path, tmp_path: Path, method: str) -> None:
     ids = torch.randint(2, 500, (6, 64), generator=torch.Generator().manual_seed(5))
     seen: dict[str, Tensor] = {}
-    with Checkpoint.open(str(model)) as source:
-        list(pipeline.quantize(source, tmp_path / "out", static_recipe(method), calibrate=lambda: pipeline.Calibrated("0", windows=ids)))
-        forward = Forward(source)
+    with open_checkpoint(str(model)) as source:
+        list(pipeline.quantize(source, tmp_path / "out", static_recipe(method), data=Windows(ids)))
+        forward = open_forward(source)
         with forward.layer(0) as layer:
             layer.inputs(forward.embed(ids), ids, lambda tap, X: seen.__setitem__(tap, X.clone()))
         taps = dict(forward.taps)
-    with Checkpoint.open(str(tmp_path / "out")) as written:
+    with open_checkpoint(str(tmp_path / "out")) as written:
         for name, tap in taps.items():
             scale = float(written.quantized(name).parts["input_scale"])
             assert scale == pytest.approx(found(method, "int8-tensor", seen[tap]) / 127, rel=1e-2)
@@ -148,16 +149,16 @@ def test_the_scale_in_the_file_spans_the_range_that_the_recipe_asks_for(model: P
 
 def test_statistics_from_a_file_serve_as_well_and_say_when_they_lack_the_histogram(model: Path, tmp_path: Path) -> None:
     ids = torch.randint(2, 500, (6, 64), generator=torch.Generator().manual_seed(5))
-    with Checkpoint.open(str(model)) as source:
+    with open_checkpoint(str(model)) as source:
         for name, wanted in (("with", True), ("without", False)):
             list(calibrate(source, ids, tmp_path / f"{name}.safetensors", hessian=False, histograms=wanted))
-        direct, stored = pipeline.Calibrated("0", windows=ids), StatsFile(tmp_path / "with.safetensors")
-        for name, data in (("direct", direct), ("stored", pipeline.Calibrated("0", stats=stored))):
-            list(pipeline.quantize(source, tmp_path / name, static_recipe("mse"), calibrate=lambda data=data: data))
-        poor = pipeline.Calibrated("0", stats=StatsFile(tmp_path / "without.safetensors"))
+        direct, stored = Windows(ids), StatsFile(tmp_path / "with.safetensors")
+        for name, data in (("direct", direct), ("stored", stored)):
+            list(pipeline.quantize(source, tmp_path / name, static_recipe("mse"), data=data))
+        poor = StatsFile(tmp_path / "without.safetensors")
         with pytest.raises(RecipeError, match=r"has no histogram of tap .* calibrate with --histograms"):
-            list(pipeline.quantize(source, tmp_path / "no", static_recipe("mse"), calibrate=lambda: poor))
-        list(pipeline.quantize(source, tmp_path / "minmax", static_recipe("minmax"), calibrate=lambda: poor))
+            list(pipeline.quantize(source, tmp_path / "no", static_recipe("mse"), data=poor))
+        list(pipeline.quantize(source, tmp_path / "minmax", static_recipe("minmax"), data=poor))
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("direct", "stored")]
     assert all(torch.allclose(files[0][name].float(), tensor.float(), rtol=1e-6) for name, tensor in files[1].items())
 
@@ -180,14 +181,14 @@ def test_ranges_are_of_the_inputs_as_a_change_of_basis_leaves_them(
     real = _basis.fold
     monkeypatch.setattr(_basis, "fold", fold)
     how = replace(static_recipe(method), passes=(PassSpec(name, {"alpha": 0.7} if name == "smoothquant" else {}), PassSpec("rtn")))
-    with Checkpoint.open(str(model)) as source:
-        list(pipeline.quantize(source, tmp_path / "out", how, calibrate=lambda: pipeline.Calibrated("0", windows=ids)))
-        forward = Forward(source)
+    with open_checkpoint(str(model)) as source:
+        list(pipeline.quantize(source, tmp_path / "out", how, data=Windows(ids)))
+        forward = open_forward(source)
         with forward.layer(0) as layer:
             layer.inputs(forward.embed(ids), ids, lambda tap, X: seen.__setitem__(tap, X.clone()))
         taps = dict(forward.taps)
     assert folded.keys() == set(taps.values()) if name == "smoothquant" else folded  # awq leaves taps that a scale does not help
-    with Checkpoint.open(str(tmp_path / "out")) as written:
+    with open_checkpoint(str(tmp_path / "out")) as written:
         for weight, tap in taps.items():
             scale = float(written.quantized(weight).parts["input_scale"])
             expected, before = (
@@ -200,11 +201,11 @@ def test_ranges_are_of_the_inputs_as_a_change_of_basis_leaves_them(
 def test_counts_in_a_file_are_refused_where_a_pass_would_move_them(model: Path, tmp_path: Path) -> None:
     ids = torch.randint(2, 500, (6, 64), generator=torch.Generator().manual_seed(5))
     how = replace(static_recipe("mse"), passes=(PassSpec("smoothquant"), PassSpec("rtn")))
-    with Checkpoint.open(str(model)) as source:
+    with open_checkpoint(str(model)) as source:
         list(calibrate(source, ids, tmp_path / "stats.safetensors", histograms=True))
-        data = pipeline.Calibrated("0", stats=StatsFile(tmp_path / "stats.safetensors"))
+        data = StatsFile(tmp_path / "stats.safetensors")
         with pytest.raises(RecipeError, match="smoothquant scales each for itself; take input_range minmax, or give --dataset"):
-            list(pipeline.quantize(source, tmp_path / "out", how, calibrate=lambda: data))
+            list(pipeline.quantize(source, tmp_path / "out", how, data=data))
 
 
 def test_a_range_that_is_none_is_refused() -> None:

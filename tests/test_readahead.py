@@ -10,7 +10,7 @@ import pytest
 from conftest import TinyLlama
 
 from quantcli import readahead
-from quantcli.checkpoint import Checkpoint
+from quantcli.formats import open_checkpoint
 from quantcli.locations import Location
 from quantcli.readahead import ReadAhead, reading_ahead, spans
 from quantcli.tensors import TensorSpec
@@ -113,7 +113,7 @@ def test_what_cannot_be_read_is_left_to_the_walk(tmp_path: Path, n_bytes: int | 
 
 
 def test_a_models_layers_are_found_in_its_files(tiny_llama: TinyLlama) -> None:
-    with Checkpoint.open(str(tiny_llama(layers=3, shards=3))) as source:
+    with open_checkpoint(str(tiny_llama(layers=3, shards=3))) as source:
         for i in range(3):
             mine = [x for x in source.locations() if x.spec.name.startswith(f"model.layers.{i}.")]
             found = spans(list(source.locations()), f"model.layers.{i}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from quantcli import formats
 from quantcli import recipe as recipes
 from quantcli.errors import RecipeError
-from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 GOOD = {"format": "gptq", "passes": ["gptq"], "scheme": "int4-g128-sym"}
@@ -17,8 +17,8 @@ GOOD = {"format": "gptq", "passes": ["gptq"], "scheme": "int4-g128-sym"}
 def test_every_shipped_recipe_loads_and_says_when_to_choose_it(name: str) -> None:
     recipe = recipes.load(name)
     assert recipe.description.endswith(".")
-    assert find("formats", recipe.format)
-    assert recipe.scheme is None or find("formats", recipe.format).supports(recipe.scheme)
+    assert formats.of(recipe.format)
+    assert recipe.scheme is None or formats.of(recipe.format).supports(recipe.scheme)
 
 
 @pytest.mark.parametrize("name", recipes.shipped())

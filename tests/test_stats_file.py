@@ -11,9 +11,9 @@ from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
 from quantcli.cli import main
 from quantcli.errors import CheckpointError, RecipeError
+from quantcli.formats import open_checkpoint
 from quantcli.shards import file_layout
 from quantcli.stats_file import StatsFile, put_stats, stats_metadata, stats_specs
 from quantcli.tensors import Stats
@@ -35,7 +35,7 @@ def stats_of(tap: str, *, hessian: bool) -> Stats:
 
 def write(source: Path, target: Path, *, hessian: bool = True) -> StatsFile:
     """Statistics of WIDTHS, said to be measured on ``source``."""
-    with Checkpoint.open(str(source)) as checkpoint, Writer(target, folder=False) as writer:
+    with open_checkpoint(str(source)) as checkpoint, Writer(target, folder=False) as writer:
         writer.declare([file_layout(target.name, stats_specs(WIDTHS, hessian=hessian), stats_metadata(checkpoint, IDS))])
         for tap in WIDTHS:
             put_stats(writer, {tap: stats_of(tap, hessian=hessian)})
@@ -84,7 +84,7 @@ def test_what_was_put_comes_back(folder: Path, tmp_path: Path, hessian: bool) ->
 def test_the_file_says_what_it_was_measured_on(folder: Path, stats: StatsFile) -> None:
     assert stats.dataset_sha256 == sha256(IDS)
     assert stats.metadata.items() >= {"source": str(folder), "n_samples": "3", "seq_len": "20", "n_tokens": "60"}.items()
-    with Checkpoint.open(str(folder)) as checkpoint:
+    with open_checkpoint(str(folder)) as checkpoint:
         assert stats.metadata["source_fingerprint"] == checkpoint.fingerprint()
 
 
@@ -152,12 +152,12 @@ def test_a_tap_that_does_not_fit_is_refused_with_a_way_out(folder: Path, tmp_pat
 def test_statistics_of_the_same_weights_pass_in_silence(folder: Path, stats: StatsFile, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     for source in (folder, copy):
-        with Checkpoint.open(str(source)) as checkpoint:
+        with open_checkpoint(str(source)) as checkpoint:
             stats.check_source(checkpoint, warn=pytest.fail)
 
 
 def test_statistics_of_another_fine_tune_are_refused_by_both_names(stats: StatsFile, folder: Path, tuned: Path) -> None:
-    with Checkpoint.open(str(tuned)) as checkpoint, pytest.raises(RecipeError) as caught:
+    with open_checkpoint(str(tuned)) as checkpoint, pytest.raises(RecipeError) as caught:
         stats.check_source(checkpoint, warn=pytest.fail)
     assert all(words in str(caught.value) for words in (str(folder)[:40], "tuned", "run `quantcli calibrate`", stats.path.name))
 
@@ -165,7 +165,7 @@ def test_statistics_of_another_fine_tune_are_refused_by_both_names(stats: StatsF
 def test_a_file_without_a_fingerprint_is_taken_with_a_warning(stats: StatsFile, tuned: Path) -> None:
     rewrite(stats, source_fingerprint=None, source="a\x1b[2Jb")
     warnings: list[str] = []
-    with Checkpoint.open(str(tuned)) as checkpoint:
+    with open_checkpoint(str(tuned)) as checkpoint:
         StatsFile(stats.path).check_source(checkpoint, warn=warnings.append)
     assert len(warnings) == 1
     assert stats.path.name in warnings[0]

@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Run text through a model and keep what its linears read."""
     from quantcli import calibrate, texts
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.formats import open_checkpoint
     from quantcli.formats.gguf.naming import architecture
     from quantcli.forward import tokenizer
     from quantcli.stats_file import StatsFile
@@ -50,7 +50,7 @@ def command(
     options.check_moe(moe)
     torch_device = options.set_up_device(console, device, threads)
     check_outputs(output, imatrix, overwrite=overwrite)
-    with Checkpoint.open(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         options.check_context(console, checkpoint, seq_len)
         if imatrix is not None:
             architecture(checkpoint.config)  # names are GGUF's: what has none fails before the work
@@ -115,15 +115,15 @@ def measure(console: Console, events: Iterable[LayerMeasured | Familiarity]) -> 
 
 def write_imatrix(console: Console, path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets: list[str], *, overwrite: bool) -> None:
     """The statistics as llama-imatrix would have written them. ``datasets``: the words by which the user named the text."""
-    from quantcli.formats import gguf
+    from quantcli.arrange import arrange
     from quantcli.formats.gguf import imatrix, importance
     from quantcli.formats.gguf.naming import gguf_names
-    from quantcli.forward import Forward
+    from quantcli.recipe import PassSpec, Recipe
 
-    arranged = gguf.arranged(checkpoint)
-    names = gguf_names(arranged.specs, checkpoint.config)
-    measured = importance.measured(stats, Forward(checkpoint).taps, names)
-    for target in importance.unmeasured(measured, names, arranged.specs):
+    arranged = arrange(checkpoint, Recipe("imatrix", "gguf", (PassSpec("rtn"),)), run=True)
+    names = gguf_names(arranged.source.specs, checkpoint.config)
+    measured = importance.measured(stats, arranged.taps, names)
+    for target in importance.unmeasured(measured, names, arranged.source.specs):
         console.warn(f"{path}: no entry for {target}, whose input was not measured")
     imatrix.write(
         path,
@@ -131,7 +131,7 @@ def write_imatrix(console: Console, path: Path, stats: StatsFile, checkpoint: Ch
         datasets=datasets,
         n_chunks=int(stats.metadata["n_samples"]),
         chunk_size=int(stats.metadata["seq_len"]),
-        said=importance.provenance(stats),
+        said=importance.text_fields(importance.dataset_of(stats)),
         overwrite=overwrite,
     )
 

@@ -40,7 +40,7 @@ def command(
     from contextlib import ExitStack
 
     from quantcli import evaluate
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.formats import open_checkpoint
 
     if max_kld is not None and baseline is None:
         raise options.wrong("--max-kld", "it needs --baseline, the model to diverge from")
@@ -48,8 +48,8 @@ def command(
     torch_device = options.set_up_device(console, device, threads)
     scores: evaluate.Scores | None = None
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint.open(source))
-        original = stack.enter_context(Checkpoint.open(baseline)) if baseline else None
+        checkpoint = stack.enter_context(open_checkpoint(source))
+        original = stack.enter_context(open_checkpoint(baseline)) if baseline else None
         tell_activations(console, checkpoint, activations)
         windows = read_windows(console, original or checkpoint, dataset or [], samples, seq_len)
         check_unseen(console, checkpoint, windows)
@@ -97,16 +97,8 @@ def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], 
 def check_unseen(console: Console, checkpoint: Checkpoint, windows: Tensor) -> None:
     """Warn when the text was calibrated on, as far as ``checkpoint`` tells: its figures would then flatter it."""
     from quantcli import overlap
-    from quantcli.formats.gguf.headers import read_header
-    from quantcli.json_files import read_json
 
-    record = checkpoint.path / "quantcli.json"
-    if checkpoint.kind == "gguf":
-        field = read_header(checkpoint.path).fields.get("quantcli.dataset_sketch")
-        sketch = field and field.value
-    else:
-        known = read_json(record) if record.is_file() else None
-        sketch = known.get("dataset_sketch") if isinstance(known, dict) else None
+    sketch = checkpoint.provenance.get("dataset_sketch")
     if not isinstance(sketch, str) or not re.fullmatch("([0-9a-f]{8})+", sketch):
         return
     if (found := overlap.overlap(sketch, windows)).is_notable:

@@ -63,13 +63,14 @@ def command(
         "output_tensor_type": output_tensor_type,
         "token_embedding_type": token_embedding_type,
         "leave_output_tensor": leave_output_tensor,
-        "imatrix": None if imatrix is None else str(imatrix),
         "prune_layers": layer_numbers(prune_layers or ""),
         "override_kv": tuple(override_kv or ()),
         "split_max_size": split_max_size,
         "pre_tokenizer": pre_tokenizer,
     }
     format_options = {key: value for key, value in given.items() if value}
+    if imatrix is not None and format_ != "gguf":
+        raise options.wrong("--imatrix", f"belongs to --format gguf, not to {format_}")
     if format_options and format_ != "gguf":
         raise options.wrong("--" + next(iter(format_options)).replace("_", "-"), f"belongs to --format gguf, not to {format_}")
     given_type = None if type_ is None else recipe_of_type(format_, type_)
@@ -78,7 +79,7 @@ def command(
         return replace(given_type or recipe_that_keeps(checkpoint, format_), format_options=format_options)
 
     console = Console(json, quiet, verbose)
-    execute(console, where, output, choose, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
+    execute(console, where, output, choose, imatrix=imatrix, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:
@@ -109,13 +110,13 @@ def recipe_of_type(format_: str, type_: str) -> Recipe:
 
 def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
     """The source's codes wherever the format can hold them, and the format's usual scheme where it cannot."""
+    from quantcli import formats
     from quantcli.recipe import PassSpec, Recipe
-    from quantcli.registry import find
     from quantcli.tensors import Scheme
 
     recipe = Recipe(format_, format_, (PassSpec("rtn"),), codes="kept")
     if format_ != "gguf":
-        usual = find("formats", format_).USUAL_SCHEME
+        usual = formats.of(format_).usual_scheme
         return replace(recipe, scheme=None if usual is None else Scheme.parse(usual))
     if checkpoint.kind == "gguf":
         return replace(recipe, name="copy")

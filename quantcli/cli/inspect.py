@@ -30,10 +30,10 @@ def command(
     verbose: options.Verbose = False,
 ) -> None:
     """Show architecture, size, number formats and what is quantized; no weight is read."""
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.formats import open_checkpoint
 
     console = Console(json, quiet, verbose)
-    with Checkpoint.open(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         data = describe(checkpoint)
         if tensors:
             data["tensors"] = list_tensors(checkpoint)

@@ -18,13 +18,13 @@ from quantcli import heap
 from quantcli.cli import options
 from quantcli.cli.calibrate import report_familiarity
 from quantcli.cli.console import Console, size
-from quantcli.cli.recipes import choose_recipe, set_cache, set_calibration, set_importance, set_rules, set_scheme
+from quantcli.cli.recipes import check_imatrix, choose_recipe, set_cache, set_calibration, set_rules, set_scheme
 from quantcli.errors import RecipeError
 
 if TYPE_CHECKING:
-    from quantcli.calibrated import Calibrated
+    from quantcli.calibrated import Data
     from quantcli.checkpoint import Checkpoint
-    from quantcli.events import Finished, LayerDone
+    from quantcli.events import Finished, LayerDone, Planned
     from quantcli.plan import Plan, PlannedLayer
     from quantcli.recipe import Recipe
 
@@ -74,11 +74,15 @@ def command(
     chosen = replace(chosen, true_sequential=true_sequential or chosen.true_sequential, seed=seed)
     if pre_tokenizer is not None:
         chosen = replace(chosen, format_options={**chosen.format_options, "pre_tokenizer": pre_tokenizer})
-    chosen, stats = set_importance(chosen, imatrix, stats)
+    check_imatrix(chosen, imatrix, stats)
+    if stats is not None and chosen.format == "gguf" and not chosen.needs:  # whose rounding they weigh, like an importance matrix
+        imatrix, stats = stats, None
     chosen = set_calibration(console, chosen, stats, dataset=dataset, samples=samples, seq_len=seq_len)
     options.check_moe(moe)
     chosen = replace(chosen, calibration=replace(chosen.calibration, moe=moe or chosen.calibration.moe))
-    execute(console, source, output, chosen, stats=stats, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
+    execute(
+        console, source, output, chosen, stats=stats, imatrix=imatrix, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run
+    )
 
 
 def default_output(source: Checkpoint, recipe: Recipe) -> Path:
@@ -98,6 +102,7 @@ def execute(
     recipe: Recipe | Callable[[Checkpoint], Recipe],
     *,
     stats: Path | None = None,
+    imatrix: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
@@ -105,24 +110,25 @@ def execute(
 ) -> None:
     """Run a recipe, or the one that fits the source, and render what comes of it; ``quantize`` and ``export`` share it."""
     from quantcli import events, pipeline
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.formats import open_checkpoint
+    from quantcli.formats.gguf import importance
 
     started = time.perf_counter()
     torch_device = options.set_up_device(console, device, threads)
     layers: list[LayerDone] = []
     plan: Plan | None = None
     finished: Finished | None = None
-    with Checkpoint.open(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         if callable(recipe):
             recipe = recipe(checkpoint)
         target = output or default_output(checkpoint, recipe)
-        calibrate = partial(load_calibration, console, checkpoint, recipe, stats)
-        walk = pipeline.quantize(checkpoint, target, recipe, calibrate=calibrate, device=torch_device, overwrite=overwrite, dry_run=dry_run)
+        data = partial(load_calibration, console, checkpoint, recipe, stats) if imatrix is None else importance.read(imatrix)
+        walk = pipeline.quantize(checkpoint, target, recipe, data=data, device=torch_device, overwrite=overwrite, dry_run=dry_run)
         with closing(walk), console.progress(f"{recipe.name}: starting") as progress:
             for event in walk:
                 if isinstance(event, events.Planned):
                     plan = event.plan
-                    report_plan(console, checkpoint, plan)
+                    report_plan(console, checkpoint, event)
                     if not dry_run and "split_max_size" not in recipe.format_options:  # whose files the writer checks
                         check_target(target, overwrite=overwrite, folder=recipe.format != "gguf")
                 elif isinstance(event, events.LayerDone):
@@ -142,29 +148,29 @@ def execute(
 
 def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
     """Raise before hours of work what the writer would raise after them, and keep ``--overwrite`` from other people's files."""
+    from quantcli import formats
     from quantcli.disk import check_replaceable
-    from quantcli.registry import find
 
     check_replaceable(Path(os.path.realpath(target)), overwrite=overwrite, folder=folder)
-    if target.is_file() and not find("formats", "gguf").detect(target, None):
+    if target.is_file() and not formats.of("gguf").detect(target, None):
         raise RecipeError(f"{target}: is no GGUF file, so --overwrite will not replace it; choose another -o")
 
 
-def load_calibration(console: Console, checkpoint: Checkpoint, recipe: Recipe, stats: Path | None) -> Calibrated:
+def load_calibration(console: Console, checkpoint: Checkpoint, recipe: Recipe, stats: Path | None) -> Data:
     """Statistics from a file, or token windows from the recipe's texts."""
     from quantcli import texts
-    from quantcli.calibrated import Calibrated
+    from quantcli.calibrated import Windows
     from quantcli.forward import tokenizer
     from quantcli.stats_file import StatsFile
 
     if stats is not None:
         loaded = StatsFile(stats)
         loaded.check_source(checkpoint, warn=console.warn)
-        return Calibrated(dataset_sha256=loaded.dataset_sha256, stats=loaded)
+        return loaded
     wanted = recipe.calibration
     options.check_context(console, checkpoint, wanted.seq_len)
     windows = texts.windows_of(wanted.datasets, tokenizer(checkpoint), wanted.samples, wanted.seq_len, recipe.seed, note=console.note)
-    return Calibrated(dataset_sha256=texts.sha256(windows), windows=windows)
+    return Windows(windows)
 
 
 def layer_line(event: LayerDone) -> str:
@@ -172,11 +178,12 @@ def layer_line(event: LayerDone) -> str:
     return f"{event.name}  {event.bpw:.2f} bpw{error}  {event.seconds:.1f} s"
 
 
-def report_plan(console: Console, checkpoint: Checkpoint, plan: Plan) -> None:
+def report_plan(console: Console, checkpoint: Checkpoint, event: Planned) -> None:
     """What a user should know before the work begins."""
+    plan = event.plan
     if any(t.is_recoded for t in plan.tensors):
         console.warn(f"{checkpoint.source} is quantized already, and its error stays; better start from the original weights")
-    for note in (*checkpoint.notes, *plan.notes):
+    for note in (*checkpoint.notes, *event.notes):
         console.note(note)
     for tensor in plan.tensors:
         if not tensor.outputs:

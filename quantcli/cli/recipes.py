@@ -39,15 +39,15 @@ def choose_recipe(method: str | None, recipe: str | None, type_: str | None, for
 
 def usual_recipe(format_: str | None) -> Recipe:
     """What ``quantize`` does when told no method: GPTQ, or round to nearest for a format that cannot hold what GPTQ's recipe makes."""
+    from quantcli import formats
     from quantcli import recipe as recipes
     from quantcli.recipe import PassSpec
-    from quantcli.registry import find
     from quantcli.tensors import Scheme
 
     gptq = recipes.default_for("gptq")
-    if format_ is None or gptq.scheme is None or find("formats", format_).supports(gptq.scheme):
+    if format_ is None or gptq.scheme is None or formats.of(format_).supports(gptq.scheme):
         return gptq
-    usual = find("formats", format_).USUAL_SCHEME
+    usual = formats.of(format_).usual_scheme
     if usual is None:
         raise options.wrong("--format", f"{format_} holds no quantized tensors; use quantcli export, or a recipe that names a dtype")
     return recipes.Recipe(f"{format_}-{usual}", format_, (PassSpec("rtn"),), scheme=Scheme.parse(usual))
@@ -55,9 +55,9 @@ def usual_recipe(format_: str | None) -> Recipe:
 
 def check_format(word: str) -> str:
     """The output format that ``word`` names."""
-    from quantcli.registry import find, names
+    from quantcli import formats
 
-    writable = [name for name in names("formats") if hasattr(find("formats", name), "USUAL_SCHEME")]
+    writable = [name for name in formats.names() if formats.of(name).is_written]
     word = word.lower().replace("_", "-")
     if word not in writable:
         raise options.wrong("--format", f"no format '{word}' to write; there are: {', '.join(writable)}")
@@ -108,20 +108,12 @@ def set_rules(recipe: Recipe, rules: list[str], skips: list[str]) -> Recipe:
     return replace(recipe, rules=(*(Rule.parse(*pair) for pair in pairs), *recipe.rules))
 
 
-def set_importance(recipe: Recipe, imatrix: Path | None, stats: Path | None) -> tuple[Recipe, Path | None]:
-    """The recipe that weighs inputs by an importance matrix, and the statistics that its passes read.
-
-    Where a GGUF recipe's passes read none, statistics are an importance matrix too.
-    """
+def check_imatrix(recipe: Recipe, imatrix: Path | None, stats: Path | None) -> None:
+    """Refuse an importance matrix where nothing would read it."""
     if imatrix is not None and recipe.format != "gguf":
         raise options.wrong("--imatrix", f"belongs to --format gguf, not to {recipe.format}")
     if imatrix is not None and stats is not None:
         raise options.wrong("--imatrix", "has no meaning beside --stats; give one of the two")
-    if imatrix is None and recipe.format == "gguf" and not recipe.needs:
-        imatrix, stats = stats, None
-    if imatrix is None:
-        return recipe, stats
-    return replace(recipe, format_options={**recipe.format_options, "imatrix": str(imatrix)}), stats
 
 
 def set_calibration(

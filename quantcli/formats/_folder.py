@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import CheckpointError, RecipeError
+from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
+from quantcli.formats import OutputLayout, Request
+from quantcli.importance import Importance
 from quantcli.registry import find
 from quantcli.shards import MAX_SHARD_BYTES, Shards, layout, stored_as
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
@@ -96,17 +98,75 @@ def logical_specs(path: Path, specs: Mapping[str, TensorSpec], coded: Mapping[st
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What writing needs to know: the dtypes of what stays dense, the files beside the weights, and the size of a shard.
-
-    ``notes``: what a user of the folder might not expect, for the plan to say.
-    """
+@dataclass(frozen=True, kw_only=True)
+class FolderLayout(OutputLayout):
+    """A model in a folder of safetensors. ``dtypes``: of what stays dense; ``sidecars``: the files beside the weights but for what
+    :meth:`config_files` gives; ``max_shard_bytes``: of tensor data in a file."""
 
     dtypes: Mapping[str, str]
-    sidecars: Mapping[str, bytes | Path]
+    sidecars: Mapping[str, bytes | Path] = field(default_factory=dict)
     max_shard_bytes: int = MAX_SHARD_BYTES
-    notes: tuple[str, ...] = ()
+
+    def outputs(self, spec: TensorSpec, scheme: Scheme | None) -> list[TensorSpec]:
+        """A tensor that stays dense, in its stored dtype or in another plain one; the others are the dialect's."""
+        if is_dense(scheme):
+            dtype = self.dtypes[spec.name] if scheme is None else DENSE_QTYPES[scheme.qtype]
+            return [TensorSpec.dense(spec.name, dtype, spec.shape)]
+        assert scheme is not None
+        return self.coded_outputs(spec, scheme)
+
+    def parts(self, name: str, tensor: Tensor | QuantizedTensor) -> dict[str, Tensor]:
+        """The same, with its data."""
+        if not isinstance(tensor, QuantizedTensor):
+            return {name: stored_as(name, tensor, self.dtypes[name])}
+        return {name: tensor.parts["data"]} if is_dense(tensor.scheme) else self.coded_parts(name, tensor)
+
+    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+        """The file tensors of ``spec`` quantized by ``scheme``."""
+        raise UnsupportedError(f"{spec.name}: {scheme} is quantized, and a folder of plain weights holds {', '.join(DENSE_QTYPES)}")
+
+    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """Their data."""
+        raise UnsupportedError(f"{name}: {tensor.scheme} is quantized, and a folder of plain weights holds {', '.join(DENSE_QTYPES)}")
+
+    def config_files(self, record: Mapping[str, Any]) -> dict[str, bytes | Path]:
+        """config.json first of all, and what else says how the folder is quantized; ``record``: how it came to be."""
+        raise NotImplementedError
+
+    def writer(
+        self,
+        path: Path,
+        outputs: Sequence[TensorSpec],
+        record: Mapping[str, Any],
+        *,
+        importance: Importance | None = None,
+        overwrite: bool = False,
+    ) -> Writer:
+        files, index = layout(outputs, max_shard_bytes=self.max_shard_bytes)
+        out = Writer(path, overwrite=overwrite)
+        out.declare(files, {**self.config_files(record), **self.sidecars, **index})
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedFolderLayout(FolderLayout):
+    """A folder whose config.json has a ``quantization_config``. ``config``: the source's config.json; ``quantization``: that block."""
+
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+
+    def config_files(self, record: Mapping[str, Any]) -> dict[str, bytes | Path]:
+        return {"config.json": as_json({**self.config, "quantization_config": self.recorded(record)})}
+
+    def recorded(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """``quantization`` with ``record`` in its ``meta``, in dialects that have one."""
+        words = dict(self.quantization)
+        return words | {"meta": {**words["meta"], "quantcli": dict(record)}} if "meta" in words else words
+
+
+def shard_bytes(request: Request) -> int:
+    """How much tensor data a file of the folder may hold."""
+    return int(request.options.get("max_shard_bytes", MAX_SHARD_BYTES))
 
 
 def model_dtype(config: Mapping[str, Any]) -> str:
@@ -120,13 +180,6 @@ def dense_dtypes(source: Checkpoint) -> dict[str, str]:
     return {name: spec.dtype if spec.dtype in DTYPES else model_dtype(source.config) for name, spec in source.specs.items()}
 
 
-def sidecar_files(source: Checkpoint, words: Mapping[str, Any], **more: bytes) -> dict[str, bytes | Path]:
-    """Everything that lies beside the weights, config.json with ``words`` as its ``quantization_config`` first of all."""
-    config = {**source.config, "quantization_config": dict(words)}
-    carried = source.sidecars()  # first: a single file has none, nor a config.json that anybody could use
-    return {"config.json": as_json(config), **more, **carried}
-
-
 def is_dense(scheme: Scheme | None) -> bool:
     return scheme is None or scheme.qtype in DENSE_QTYPES
 
@@ -137,27 +190,6 @@ def coded_only(source: Checkpoint, schemes: Mapping[str, Scheme], format_: str) 
     if not coded:
         raise RecipeError(f"{source.source}: no tensor is quantized, so there is nothing to write as {format_}; use --format hf")
     return coded
-
-
-def dense_outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
-    """The one file tensor of a tensor that stays dense, or is stored in another plain dtype."""
-    dtype = context.dtypes[spec.name] if scheme is None else DENSE_QTYPES[scheme.qtype]
-    return [TensorSpec.dense(spec.name, dtype, spec.shape)]
-
-
-def dense_parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
-    """The same, with its data."""
-    if isinstance(tensor, QuantizedTensor):
-        return {name: tensor.parts["data"]}
-    return {name: stored_as(name, tensor, context.dtypes[name])}
-
-
-def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
-    """A declared writer of the folder ``path``."""
-    files, index = layout(outputs, max_shard_bytes=context.max_shard_bytes)
-    out = Writer(path, overwrite=overwrite)
-    out.declare(files, {**context.sidecars, **index})
-    return out
 
 
 def part_specs(spec: TensorSpec, scheme: Scheme) -> dict[str, TensorSpec]:

@@ -23,16 +23,12 @@ from typing import Any, NoReturn
 
 from quantcli.checkpoint import Checkpoint, read_config
 from quantcli.errors import UnsupportedError
-from quantcli.formats._folder import dense_outputs as outputs
-from quantcli.formats._folder import dense_parts as parts
-from quantcli.formats._folder import writer
+from quantcli.formats import DEFAULTS, Format, Request
 from quantcli.formats._packed_folder import PackedCheckpoint, Settings
 from quantcli.formats._patterns import compiled
 from quantcli.json_files import shown
 from quantcli.shards import open_folder
 from quantcli.tensors import Scheme
-
-__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
 
 DEFAULT_PACKING = "auto_round:auto_gptq"
 WAY_OUT = "export it by auto-round as auto_gptq, auto_awq or llm_compressor, or start from the dense model"
@@ -108,10 +104,19 @@ def pattern_of(key: str) -> re.Pattern[str] | None:
     return compiled(key) if re.search(r"[*+?^$\\[(|]", key) else None
 
 
-def supports(scheme: Scheme) -> bool:
-    return False
+class AutoRound(Format):
+    """AutoRound's own folders, which are only read."""
+
+    is_written = False
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        return detect(path, config)
+
+    def read(self, path: Path) -> Checkpoint:
+        return read(path)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> NoReturn:
+        raise UnsupportedError("auto-round is a format that quantcli reads and does not write; --format gptq or awq loads wherever it does")
 
 
-def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any]) -> NoReturn:
-    """Raises :class:`UnsupportedError`: this dialect is read only."""
-    raise UnsupportedError("auto-round is a format that quantcli reads and does not write; --format gptq or awq loads wherever it does")
+FORMAT = AutoRound()

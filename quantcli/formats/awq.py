@@ -21,6 +21,7 @@ weight is decoded and divided by them, and read as a dense one, so the model nee
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +30,25 @@ from torch import Tensor
 from quantcli import __version__
 from quantcli.checkpoint import Checkpoint, read_config
 from quantcli.errors import RecipeError, UnsupportedError, about
-from quantcli.formats import _dynamic, _folder
+from quantcli.formats import DEFAULTS, Format, Request, _dynamic
 from quantcli.formats._folder import (
     Coded,
-    Context,
     FolderCheckpoint,
+    QuantizedFolderLayout,
     coded_only,
     dense_dtypes,
     dense_linears,
     is_dense,
     module_of,
-    sidecar_files,
+    shard_bytes,
     split_block,
-    writer,
 )
 from quantcli.formats._fused import check_fused
 from quantcli.formats._packed_int import Packed, find_modules, is_symmetric, looks_symmetric, measure, pack_interleaved, unpacked
 from quantcli.json_files import read_json, shown
 from quantcli.qtypes import int as int_qtype
-from quantcli.shards import MAX_SHARD_BYTES, Shards, open_folder, stored_as
+from quantcli.shards import Shards, open_folder, stored_as
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-
-__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "supports", "writer"]
 
 USUAL_SCHEME = "int4-g128-asym"
 """What ``export`` codes to where the source's own codes do not fit."""
@@ -179,10 +177,8 @@ def supports(scheme: Scheme) -> bool:
     return scheme.qtype == "int" and plain and options["bits"] == 4 and options["group_size"] in GROUP_SIZES
 
 
-def context(
-    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> Context:
-    """How ``source`` is written with ``schemes``. ``metadata`` (JSON: how the model was made) goes into ``meta.quantcli``.
+def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> AwqLayout:
+    """How ``source`` is written with ``schemes``. How the model was made goes into ``meta.quantcli``.
 
     Raises :class:`RecipeError` for what AWQ's config cannot say or its engines cannot load.
     """
@@ -198,11 +194,17 @@ def context(
         raise RecipeError(f"{first} has groups of {one}, {second} of {two}: AWQ has one group size for the whole model")
     check_fused(source.specs, coded, lambda scheme: True)  # how groups are coded is the same for all
     left = dense_linears(source, coded)
-    words = quantization_words(next(iter(sizes)), [module_of(name) for name in left], coded, metadata)
-    return Context(dense_dtypes(source), sidecar_files(source, words), max_shard_bytes)
+    words = quantization_words(next(iter(sizes)), [module_of(name) for name in left], coded)
+    return AwqLayout(
+        config=source.config,
+        quantization=words,
+        dtypes=dense_dtypes(source),
+        sidecars=source.sidecars(),
+        max_shard_bytes=shard_bytes(request),
+    )
 
 
-def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str, Scheme], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str, Scheme]) -> dict[str, Any]:
     """``quantization_config``; ``left``: the modules of the layers that stay dense, which engines look for inside of names."""
     if hidden := [(short, name) for short in left for name in coded if short in name]:
         raise RecipeError(f"{hidden[0][0]} stays dense, and AWQ's readers would leave out {hidden[0][1]} with it; quantize or keep both")
@@ -213,41 +215,59 @@ def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str,
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": list(left) or None,
-        "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": dict(metadata)},
+        "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": {}},
     }
     if left:  # which GPTQModel's own loader looks for in its rules instead
         words["dynamic"] = _dynamic.written({**dict.fromkeys(f"{module}.weight" for module in left), **dict.fromkeys(coded, ())}, ())
     return words
 
 
-def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
-    """The file tensors of ``spec``; :class:`RecipeError` when a reader would refuse its shape."""
-    if scheme is None or is_dense(scheme):
-        return _folder.dense_outputs(spec, scheme, context)
-    if not supports(scheme):
-        raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as AWQ, which holds 4 bits in groups of 32, 64, 128 or a row")
-    if not spec.name.endswith(".weight"):
-        raise RecipeError(f"{spec.name}: AWQ stores linears, whose tensor is named <module>.weight; exclude this one")
-    with about(spec.name):
-        n_groups = int_qtype.layout(spec.shape, scheme)["scale"].shape[1]
-    (out, n_in), module = spec.shape, module_of(spec.name)
-    if out % 8:
-        raise RecipeError(f"{spec.name}: out_features {out} is not a multiple of 8, which AWQ needs to fill 32-bit words; exclude it")
-    return [
-        TensorSpec.dense(f"{module}.qweight", "I32", (n_in, out // 8)),
-        TensorSpec.dense(f"{module}.qzeros", "I32", (n_groups, out // 8)),
-        TensorSpec.dense(f"{module}.scales", "F16", (n_groups, out)),
-    ]
+@dataclass(frozen=True, kw_only=True)
+class AwqLayout(QuantizedFolderLayout):
+    """An AWQ folder, version gemm."""
+
+    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+        if not supports(scheme):
+            raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as AWQ, which holds 4 bits in groups of 32, 64, 128 or a row")
+        if not spec.name.endswith(".weight"):
+            raise RecipeError(f"{spec.name}: AWQ stores linears, whose tensor is named <module>.weight; exclude this one")
+        with about(spec.name):
+            n_groups = int_qtype.layout(spec.shape, scheme)["scale"].shape[1]
+        (out, n_in), module = spec.shape, module_of(spec.name)
+        if out % 8:
+            raise RecipeError(f"{spec.name}: out_features {out} is not a multiple of 8, which AWQ needs to fill 32-bit words; exclude it")
+        return [
+            TensorSpec.dense(f"{module}.qweight", "I32", (n_in, out // 8)),
+            TensorSpec.dense(f"{module}.qzeros", "I32", (n_groups, out // 8)),
+            TensorSpec.dense(f"{module}.scales", "F16", (n_groups, out)),
+        ]
+
+    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        codes, scale, zero = (tensor.parts[part] for part in ("codes", "scale", "zero"))
+        module = module_of(name)
+        return {
+            f"{module}.qweight": pack_interleaved(codes.T.contiguous()),
+            f"{module}.qzeros": pack_interleaved(zero.T.contiguous()),
+            f"{module}.scales": stored_as(f"{module}.scales", scale, "F16").T.contiguous(),
+        }
 
 
-def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
-    """``tensor`` as its file tensors."""
-    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
-        return _folder.dense_parts(name, tensor, context)
-    codes, scale, zero = (tensor.parts[part] for part in ("codes", "scale", "zero"))
-    module = module_of(name)
-    return {
-        f"{module}.qweight": pack_interleaved(codes.T.contiguous()),
-        f"{module}.qzeros": pack_interleaved(zero.T.contiguous()),
-        f"{module}.scales": stored_as(f"{module}.scales", scale, "F16").T.contiguous(),
-    }
+class Awq(Format):
+    """AWQ folders, version gemm."""
+
+    usual_scheme = USUAL_SCHEME
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        return detect(path, config)
+
+    def read(self, path: Path) -> Checkpoint:
+        return read(path)
+
+    def supports(self, scheme: Scheme) -> bool:
+        return supports(scheme)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> AwqLayout:
+        return layout(source, schemes, request)
+
+
+FORMAT = Awq()

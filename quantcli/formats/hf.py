@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,10 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint, read_config
 from quantcli.errors import UnsupportedError
-from quantcli.formats._folder import CONFIG_DTYPES, DENSE_QTYPES, Context, as_json, dense_dtypes, writer
-from quantcli.formats._folder import dense_outputs as outputs
-from quantcli.formats._folder import dense_parts as parts
-from quantcli.shards import MAX_SHARD_BYTES, Shards, open_folder
+from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
+from quantcli.formats._folder import CONFIG_DTYPES, DENSE_QTYPES, FolderLayout, as_json, dense_dtypes, shard_bytes
+from quantcli.shards import Shards, open_folder
 from quantcli.tensors import Scheme
-
-__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "supports", "writer"]
-
-
-USUAL_SCHEME = None
-"""``export`` decodes whatever is quantized."""
 
 
 class HfCheckpoint(Checkpoint):
@@ -40,31 +34,44 @@ class HfCheckpoint(Checkpoint):
         return self._shards.read(name)
 
 
-def detect(path: Path, config: dict[str, Any] | None) -> bool:
-    """A folder whose config.json speaks of no quantization."""
-    return config is not None and not config.get("quantization_config")
+class Hf(Format):
+    """Dense weights in a Hugging Face folder; ``export`` to it decodes whatever is quantized."""
 
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        """A folder whose config.json speaks of no quantization."""
+        return config is not None and not config.get("quantization_config")
 
-def read(path: Path) -> HfCheckpoint:
-    """The dense folder at ``path``; headers only."""
-    return HfCheckpoint(path, read_config(path), open_folder(path))
+    def read(self, path: Path) -> HfCheckpoint:
+        return HfCheckpoint(path, read_config(path), open_folder(path))
 
+    def supports(self, scheme: Scheme) -> bool:
+        return scheme.qtype in DENSE_QTYPES
 
-def supports(scheme: Scheme) -> bool:
-    return scheme.qtype in DENSE_QTYPES
-
-
-def context(
-    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> Context:
-    """How ``source`` is written when ``schemes`` names new dtypes. A folder of plain weights has no place for ``metadata``."""
-    if not source.path.is_dir():
-        raise UnsupportedError(
-            f"{source.source}: a Hugging Face folder cannot be made from a single file, which lacks the tokenizer's files"
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
+        if not source.path.is_dir():
+            raise UnsupportedError(
+                f"{source.source}: a Hugging Face folder cannot be made from a single file, which lacks the tokenizer's files"
+            )
+        dtypes = dense_dtypes(source) | {name: dtype_of(name, scheme) for name, scheme in schemes.items()}
+        return DenseLayout(
+            dtypes=dtypes,
+            sidecars=source.sidecars(),
+            max_shard_bytes=shard_bytes(request),
+            config=config_file(source, dtypes if schemes else {}),
         )
-    dtypes = dense_dtypes(source) | {name: dtype_of(name, scheme) for name, scheme in schemes.items()}
-    sidecars = {"config.json": config_file(source, dtypes if schemes else {}), **source.sidecars()}
-    return Context(dtypes, sidecars, max_shard_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseLayout(FolderLayout):
+    """A folder of plain weights. ``config``: its config.json, or the source's own where nothing changes."""
+
+    config: bytes | Path
+
+    def config_files(self, record: Mapping[str, Any]) -> dict[str, bytes | Path]:
+        return {"config.json": self.config}
+
+
+FORMAT = Hf()
 
 
 def dtype_of(name: str, scheme: Scheme) -> str:

@@ -26,15 +26,12 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint, read_config
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
-from quantcli.formats._folder import Coded, FolderCheckpoint, writer
-from quantcli.formats._folder import dense_outputs as outputs
-from quantcli.formats._folder import dense_parts as parts
+from quantcli.formats import DEFAULTS, Format, Request
+from quantcli.formats._folder import Coded, FolderCheckpoint
 from quantcli.json_files import shown
 from quantcli.qtypes import hqq as hqq_qtype
 from quantcli.shards import Shards, open_folder
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-
-__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
 
 SETTINGS = (
     *("W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"),
@@ -188,10 +185,19 @@ def tag_of(module: str) -> str:
     return ".".join(part for part in module.split(".") if part not in ("model", "layers") and not part.isnumeric())
 
 
-def supports(scheme: Scheme) -> bool:
-    return False
+class Hqq(Format):
+    """HQQ's own folders, which are only read."""
+
+    is_written = False
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        return detect(path, config)
+
+    def read(self, path: Path) -> Checkpoint:
+        return read(path)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> NoReturn:
+        raise UnsupportedError("hqq is read and not written; --method hqq writes HQQ's solution in a format that engines load")
 
 
-def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any]) -> NoReturn:
-    """Raises :class:`UnsupportedError`: this dialect is read only."""
-    raise UnsupportedError("hqq is read and not written; --method hqq writes HQQ's solution in a format that engines load")
+FORMAT = Hqq()

@@ -21,15 +21,11 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint, read_config
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats._folder import dense_outputs as outputs
-from quantcli.formats._folder import dense_parts as parts
-from quantcli.formats._folder import writer
+from quantcli.formats import DEFAULTS, Format, Request
 from quantcli.locations import Location, read_tensor
 from quantcli.qtypes import mxfp4
 from quantcli.shards import Shards, open_folder
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-
-__all__ = ["context", "detect", "outputs", "parts", "read", "supports", "writer"]
 
 STACK = re.compile(r"(?P<experts>.+)\.(?P<linear>gate_up_proj|down_proj)_(?P<part>blocks|scales)")
 
@@ -126,10 +122,19 @@ def read(path: Path) -> Mxfp4Checkpoint:
     return Mxfp4Checkpoint(path, read_config(path), open_folder(path))
 
 
-def supports(scheme: Scheme) -> bool:
-    return False
+class Mxfp4(Format):
+    """gpt-oss's own folders, which are only read."""
+
+    is_written = False
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        return detect(path, config)
+
+    def read(self, path: Path) -> Checkpoint:
+        return read(path)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> NoReturn:
+        raise UnsupportedError("gpt-oss's own mxfp4 is read and not written; compressed-tensors and gguf hold MXFP4 too")
 
 
-def context(source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any]) -> NoReturn:
-    """Raises :class:`UnsupportedError`: this dialect is read only."""
-    raise UnsupportedError("gpt-oss's own mxfp4 is read and not written; compressed-tensors and gguf hold MXFP4 too")
+FORMAT = Mxfp4()

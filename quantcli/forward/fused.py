@@ -1,4 +1,4 @@
-"""A checkpoint whose experts are stored in one tensor, seen expert by expert under the names that its family has on disk.
+"""Which rows of the tensors that hold a layer's experts are which expert's linear, and what its family calls that on disk.
 
 Mixtral as transformers 5 can save it has ``mlp.experts.gate_up_proj`` [n_experts, 2·intermediate, hidden]; as everybody publishes it,
 ``block_sparse_moe.experts.3.w1.weight``. Quantized folders have the second form, which is the one that engines read. transformers'
@@ -8,53 +8,37 @@ conversion tables, run backwards on stand-ins that carry their own number, say w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcli import archs, cuts
 from quantcli.checkpoint import Checkpoint
+from quantcli.cuts import Piece
 from quantcli.tensors import TensorSpec
 
 PROBE_ROWS = 4
 """Rows of an expert's stand-in: it may be cut in two, and both halves must show that their rows are neighbours."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A tensor as part of a stored one: rows ``start … stop`` of ``expert`` in ``stored``, or, ``expert`` None, all of it."""
-
-    stored: str
-    expert: int | None = None
-    start: int = 0
-    stop: int = 0
-
-
-def unfused(checkpoint: Checkpoint, model: Any) -> Checkpoint:
-    """``checkpoint`` with each expert's linears as tensors of their own; itself where no experts are stored in one tensor, or where neither
-    transformers nor the architecture's literal knows names for them one by one."""
-    arch = archs.of(checkpoint.config)
-    if arch is not None and arch.stacked:
-        return cuts.unfused(checkpoint)
+def expert_pieces(checkpoint: Checkpoint, model: Any) -> dict[str, Piece]:
+    """Name as published → what it is of a stored tensor, for every tensor of ``checkpoint``; nothing where no experts are stored in one
+    tensor, or where transformers knows no names for them one by one. ``model``: the checkpoint's, without weights."""
     expected = model.state_dict()
     stored = [
         name for name, spec in checkpoint.specs.items() if len(spec.shape) == 3 and name in expected and name not in checkpoint.schemes
     ]
     stored = [name for name in stored if tuple(expected[name].shape) == checkpoint.specs[name].shape]
     if not stored:
-        return checkpoint
+        return {}
     pieces = _split(checkpoint, stored, model)
-    if all(piece.expert is None for piece in pieces.values()):
-        return checkpoint
-    return cuts.View(checkpoint, {name: _taken(piece, checkpoint.specs[piece.stored]) for name, piece in sorted(pieces.items())})
+    return dict(sorted(pieces.items())) if any(piece.take for piece in pieces.values()) else {}
 
 
-def _taken(piece: Piece, stored: TensorSpec) -> cuts.Piece:
-    if piece.expert is None:
-        return cuts.Piece(piece.stored)
-    return cuts.Piece(piece.stored, (piece.stop - piece.start, stored.shape[2]), lambda W: W[piece.expert, piece.start : piece.stop])
+def _rows(expert: int, start: int, stop: int, stacked: Tensor) -> Tensor:
+    """Rows ``start … stop`` of one expert in a tensor [n_experts, rows, in]."""
+    return stacked[expert, start:stop]
 
 
 def _split(checkpoint: Checkpoint, stored: list[str], model: Any) -> dict[str, Piece]:
@@ -78,7 +62,7 @@ def _split(checkpoint: Checkpoint, stored: list[str], model: Any) -> dict[str, P
             pieces[name] = piece
     covered = {piece.stored for piece in pieces.values()}
     left = {name: Piece(name) for name in checkpoint.specs if name not in covered}
-    n_rows = {name: sum(p.stop - p.start for p in pieces.values() if p.stored == name) for name in fused & covered}
+    n_rows = {name: sum(p.shape[0] for p in pieces.values() if p.stored == name) for name in fused & covered}
     if any(n != checkpoint.specs[name].shape[0] * checkpoint.specs[name].shape[1] for name, n in n_rows.items()):
         return whole | {name: Piece(name) for name in stored}
     return left | pieces
@@ -101,4 +85,5 @@ def _piece(probe: Tensor, stored: list[str], specs: Mapping[str, TensorSpec]) ->
     height = specs[name].shape[1]
     if height * row % PROBE_ROWS or height * len(values) % PROBE_ROWS:
         return None
-    return Piece(name, expert, height * row // PROBE_ROWS, height * (row + len(values)) // PROBE_ROWS)
+    start, stop = height * row // PROBE_ROWS, height * (row + len(values)) // PROBE_ROWS
+    return Piece(name, (stop - start, specs[name].shape[2]), partial(_rows, expert, start, stop))

@@ -11,18 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from quantcli import cuts, heap
-from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.errors import UnsupportedError
 from quantcli.forward.cache import OnUpdate
-from quantcli.forward.fused import unfused
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.names import NameMap, Source
 from quantcli.forward.readers import Readers
 from quantcli.forward.skeleton import build, drop, dtypes, put
 from quantcli.forward.stack import Call, Stack
-from quantcli.tensors import KvCache
+from quantcli.tensors import KvCache, TensorSpec
 
 if TYPE_CHECKING:
     from quantcli.checkpoint import Checkpoint
+
+
+def run_dtype(specs: Iterable[TensorSpec], device: str | torch.device) -> torch.dtype:
+    """What a model is run in to be measured: float32, but bfloat16 on a GPU for a model whose matrices are stored in it.
+
+    There it is 15 times as fast, and what engines compute in. A CPU without instructions for it takes over a hundred times as long.
+    """
+    stored = {spec.dtype for spec in specs if len(spec.shape) > 1}
+    return torch.bfloat16 if torch.device(device).type == "cuda" and stored == {"BF16"} else torch.float32
 
 
 class Forward:
@@ -33,7 +41,7 @@ class Forward:
     experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model has no place for; ``caches``: where keys and
     values are kept, whose taps are apart from ``taps``.
 
-    ``checkpoint``: the one given, or, where its file has a layer's experts in one tensor, the same with a tensor for each expert's linear.
+    ``checkpoint``: with a tensor for each expert's linear where its family has names for them (:mod:`quantcli.arrange`).
     Experts run one after the other, transformers' implementation "eager". ``all_tokens``: observed experts are shown every token, not
     only those routed to them.
 
@@ -49,22 +57,19 @@ class Forward:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        model: Any,
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         all_tokens: bool = False,
     ) -> None:
+        """``model``: what :func:`quantcli.forward.skeleton.build` made of the checkpoint's config in ``dtype``; it is changed."""
         self.dtype = dtype
         self.all_tokens = all_tokens
         self.device = torch.device(device)
-        n_layers, n_tensors = checkpoint.config.get("num_hidden_layers", 0), len(checkpoint.specs)
-        if isinstance(n_layers, int) and n_layers > n_tensors:
-            raise CheckpointError(
-                f"{checkpoint.source}: config.json tells of {n_layers} layers, the checkpoint has {n_tensors} tensors in all"
-            )
-        self._model = build(checkpoint.config, dtype, checkpoint.source)
-        self.checkpoint = checkpoint = unfused(checkpoint, self._model)
-        self._names = NameMap(self._model, checkpoint.specs, checkpoint.source, cuts.experts_apart(checkpoint))
+        self._model = model
+        self.checkpoint = checkpoint
+        self._names = NameMap(model, checkpoint.specs, checkpoint.source, cuts.experts_apart(checkpoint))
         self._dtypes = dtypes(self._model, dtype)
         self._stack = Stack(self._model)
         self._parts = self._divide()
@@ -85,6 +90,12 @@ class Forward:
         self.unused = self._names.unused
         matrices = (name for i in range(len(self.layers)) for name in self.layer_tensors(i) if len(checkpoint.specs[name].shape) > 1)
         self.untapped = tuple(name for name in matrices if name not in self.taps)
+
+    def another(self, *, dtype: torch.dtype | None = None) -> Forward:
+        """A second one of the same checkpoint, whose weights nobody changes; in ``dtype`` where given."""
+        dtype = dtype or self.dtype
+        model = build(self.checkpoint.config, dtype, self.checkpoint.source)
+        return Forward(self.checkpoint, model, dtype=dtype, device=self.device, all_tokens=self.all_tokens)
 
     def layer_tensors(self, index: int) -> tuple[str, ...]:
         """Disk names of the tensors of layer ``index``."""

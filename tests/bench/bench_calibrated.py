@@ -20,7 +20,7 @@ from bench_export import timed
 from safetensors.torch import save_file
 
 from quantcli import texts
-from quantcli.checkpoint import Checkpoint
+from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 
 CLIENT = Path(__file__).with_name("llmcompressor_calibrated.py")
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer-dtype", choices=["float32", "bfloat16"], default="float32")
     words = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made, Checkpoint.open(str(words.model)) as source:
+    with tempfile.TemporaryDirectory() as made, open_checkpoint(str(words.model)) as source:
         windows = Path(made) / "windows.safetensors"
         ids = texts.windows_of([str(words.calibration)], tokenizer(source), words.samples, words.seq_len)
         save_file({"windows": ids.contiguous()}, windows)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 
+from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.headers import read_header
 
 LLAMA_CPP = Path(os.environ.get("QUANTCLI_LLAMA_CPP", "/nowhere"))
@@ -164,7 +165,7 @@ def profile(model: Path, out: Path, threads: int) -> None:
     clock.watch(writer.Writer, "put", "write")
     clock.watch(writer.Writer, "commit", "commit")
     started, cpu = time.perf_counter(), time.process_time()
-    with Checkpoint.open(str(model)) as source:
+    with open_checkpoint(str(model)) as source:
         for _ in pipeline.quantize(source, out, recipe_of_type("gguf", "Q4_K_M"), overwrite=True):
             pass
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu

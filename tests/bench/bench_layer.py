@@ -30,9 +30,10 @@ from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, w
 from safetensors.torch import save_file
 
 from quantcli import ops
+from quantcli.arrange import open_forward
 from quantcli.calibrate import EVERYTHING, Activations, run_dtype
-from quantcli.checkpoint import Checkpoint
-from quantcli.forward import Forward, LoadedLayer
+from quantcli.formats import open_checkpoint
+from quantcli.forward import LoadedLayer
 from quantcli.passes import _basis, awq, gptq
 from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, Scheme, Stats
@@ -144,13 +145,13 @@ def peer_seconds(python: str, folder: Path, ids: Tensor, device: str, method: st
 
 def run(folder: Path, words: argparse.Namespace, ids: Tensor) -> dict[str, float]:
     device = torch.device(words.device)
-    with Checkpoint.open(str(folder)) as source:
+    with open_checkpoint(str(folder)) as source:
         dtype = run_dtype(source.specs.values(), device)
         machine = Machine(device)
         machine.measure(dtype)
         speeds = f"{machine.flops[dtype] / 1e9:.0f} GFLOP/s, {machine.bytes / 1e9:.1f} GB/s"
         print(f"{device}, {torch.get_num_threads()} threads; {dtype}: {speeds}")  # noqa: T201
-        bench, forward = Bench(machine, ids.numel()), Forward(source, dtype=dtype, device=device)
+        bench, forward = Bench(machine, ids.numel()), open_forward(source, dtype=dtype, device=device)
         activations = Activations.embed(forward, ids)
         stored = sum(source.specs[name].nbytes for name in forward.layer_tensors(0))
         bench.stage("read", lambda: forward.layer(0).__enter__(), 0, stored)

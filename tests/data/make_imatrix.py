@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gguf_export import export
 
 from data.make_manifest import manifest
-from quantcli.checkpoint import Checkpoint
+from quantcli.formats import open_checkpoint
 
 HERE = Path(__file__).parent
 N_CTX = 64
@@ -43,7 +43,7 @@ def imatrix_of(llama_cpp: Path, model: Path, text: Path, out: Path, *options: st
 
 
 def main(llama_cpp: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder, Checkpoint.open(str(HERE / "pico")) as source:
+    with tempfile.TemporaryDirectory() as folder, open_checkpoint(str(HERE / "pico")) as source:
         at = Path(folder)
         (at / "text.txt").write_text(TEXT)
         golden = imatrix_of(llama_cpp, export(source, at / "f32.gguf", "F32"), at / "text.txt", HERE / "pico-imatrix.gguf")

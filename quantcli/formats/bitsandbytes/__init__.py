@@ -22,7 +22,37 @@ readers skip, fill it up to the longest. A folder that came from bitsandbytes ke
 Engines decode by the type's own levels whatever ``quant_map`` says, and by ``nested_quant_map`` as it is stored: so does the reader here.
 """
 
-from quantcli.formats.bitsandbytes.read import detect, read
-from quantcli.formats.bitsandbytes.write import USUAL_SCHEME, context, outputs, parts, stays_dense, supports, writer
+from __future__ import annotations
 
-__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "stays_dense", "supports", "writer"]
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
+from quantcli.formats.bitsandbytes import read, write
+from quantcli.tensors import Scheme
+
+
+class BitsAndBytes(Format):
+    """bitsandbytes folders: NF4, FP4 and LLM.int8."""
+
+    usual_scheme = "nf4-b64"
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        return read.detect(path, config)
+
+    def read(self, path: Path) -> Checkpoint:
+        return read.read(path)
+
+    def supports(self, scheme: Scheme) -> bool:
+        return write.supports(scheme)
+
+    def stays_dense(self, name: str) -> bool:
+        return write.stays_dense(name)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
+        return write.layout(source, schemes, request)
+
+
+FORMAT = BitsAndBytes()

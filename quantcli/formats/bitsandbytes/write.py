@@ -14,30 +14,76 @@ from torch import Tensor
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.experts import expert_of
-from quantcli.formats import _folder
-from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
+from quantcli.formats import DEFAULTS, Request
+from quantcli.formats._folder import (
+    QuantizedFolderLayout,
+    coded_only,
+    dense_dtypes,
+    is_dense,
+    module_of,
+    part_specs,
+    shard_bytes,
+    split_block,
+)
 from quantcli.formats._fused import check_fused, fused_groups
 from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
 from quantcli.formats.bitsandbytes.state import KINDS, NAMES, PREFIX, Nested, State
 from quantcli.qtypes import _float4
 from quantcli.registry import find
-from quantcli.shards import MAX_SHARD_BYTES
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-
-__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "stays_dense", "supports", "writer"]
-
-USUAL_SCHEME = "nf4-b64"
-"""What ``export`` codes to where the source's own codes do not fit."""
 
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 """Modules that hold a matrix and are no linear."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context(_folder.Context):
+@dataclass(frozen=True, kw_only=True)
+class BitsAndBytesLayout(QuantizedFolderLayout):
     """``state_sizes``: bytes of each 4-bit tensor's JSON."""
 
     state_sizes: Mapping[str, int]
+
+    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+        if not supports(scheme):
+            raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored by bitsandbytes, which has nf4, fp4 and llm_int8")
+        layout = part_specs(spec, scheme)
+        if scheme.qtype == "llm_int8":
+            module = module_of(spec.name)
+            return [
+                replace(layout["codes"], name=spec.name),
+                replace(layout["scb"], name=f"{module}.SCB"),
+                TensorSpec.dense(f"{module}.weight_format", "U8", ()),
+            ]
+        files = [
+            TensorSpec.dense(spec.name, "U8", (*layout["packed"].shape, 1)),
+            replace(layout["absmax"], name=f"{spec.name}.absmax"),
+            TensorSpec.dense(f"{spec.name}.quant_map", "F32", (16,)),
+            TensorSpec.dense(f"{spec.name}.{PREFIX}{scheme.qtype}", "U8", (self.state_sizes[spec.name],)),
+        ]
+        if scheme.option("double_quant"):
+            files += [
+                replace(layout["nested_absmax"], name=f"{spec.name}.nested_absmax"),
+                TensorSpec.dense(f"{spec.name}.nested_quant_map", "F32", (256,)),
+            ]
+        return files
+
+    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        if tensor.scheme.qtype == "llm_int8":
+            module = module_of(name)
+            form = torch.tensor(ROWS, dtype=torch.uint8)
+            return {name: tensor.parts["codes"], f"{module}.SCB": tensor.parts["scb"], f"{module}.weight_format": form}
+        scheme = tensor.scheme
+        nested = scheme.option("double_quant")
+        offset = float(tensor.parts["nested_offset"]) if nested else 0.0
+        text = state_of(tensor.shape, scheme, self.dtypes[name], offset).to_json(self.state_sizes[name])
+        files = {
+            name: tensor.parts["packed"].view(-1, 1),
+            f"{name}.absmax": tensor.parts["absmax"],
+            f"{name}.quant_map": torch.tensor(find("qtypes", scheme.qtype).LEVELS),
+            f"{name}.{PREFIX}{scheme.qtype}": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        }
+        if nested:
+            files |= {f"{name}.nested_absmax": tensor.parts["nested_absmax"], f"{name}.nested_quant_map": _float4.dynamic_map()}
+        return files
 
 
 def supports(scheme: Scheme) -> bool:
@@ -49,19 +95,19 @@ def stays_dense(name: str) -> bool:
     return expert_of(name) is not None
 
 
-def context(
-    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> Context:
-    """How ``source`` is written with ``schemes``. config.json has no place for ``metadata`` that transformers would leave alone."""
+def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> BitsAndBytesLayout:
+    """How ``source`` is written with ``schemes``. config.json has no place for a record that transformers would leave alone."""
     coded = coded_only(source, schemes, "bitsandbytes")
     check_fused(source.specs, coded, told=lambda scheme: True)  # each weight of a joined one has a QuantState of its own
     for name in coded:
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
     dtypes = dense_dtypes(source)
-    return Context(
+    return BitsAndBytesLayout(
+        config=source.config,
+        quantization=quantization_words(source, coded, dtypes),
         dtypes=dtypes,
-        sidecars=sidecar_files(source, quantization_words(source, coded, dtypes)),
-        max_shard_bytes=max_shard_bytes,
+        sidecars=source.sidecars(),
+        max_shard_bytes=shard_bytes(request),
         state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in coded.items() if scheme.qtype in KINDS},
     )
 
@@ -127,54 +173,3 @@ def state_size(source: Checkpoint, name: str, scheme: Scheme, dtype: str) -> int
         if own >= state.shortest_safe():
             return own
     return state.longest()
-
-
-def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
-    """The file tensors of ``spec``."""
-    if scheme is None or is_dense(scheme):
-        return _folder.dense_outputs(spec, scheme, context)
-    if not supports(scheme):
-        raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored by bitsandbytes, which has nf4, fp4 and llm_int8")
-    layout = part_specs(spec, scheme)
-    if scheme.qtype == "llm_int8":
-        module = module_of(spec.name)
-        return [
-            replace(layout["codes"], name=spec.name),
-            replace(layout["scb"], name=f"{module}.SCB"),
-            TensorSpec.dense(f"{module}.weight_format", "U8", ()),
-        ]
-    files = [
-        TensorSpec.dense(spec.name, "U8", (*layout["packed"].shape, 1)),
-        replace(layout["absmax"], name=f"{spec.name}.absmax"),
-        TensorSpec.dense(f"{spec.name}.quant_map", "F32", (16,)),
-        TensorSpec.dense(f"{spec.name}.{PREFIX}{scheme.qtype}", "U8", (context.state_sizes[spec.name],)),
-    ]
-    if scheme.option("double_quant"):
-        files += [
-            replace(layout["nested_absmax"], name=f"{spec.name}.nested_absmax"),
-            TensorSpec.dense(f"{spec.name}.nested_quant_map", "F32", (256,)),
-        ]
-    return files
-
-
-def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
-    """``tensor`` as its file tensors."""
-    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
-        return _folder.dense_parts(name, tensor, context)
-    if tensor.scheme.qtype == "llm_int8":
-        module = module_of(name)
-        form = torch.tensor(ROWS, dtype=torch.uint8)
-        return {name: tensor.parts["codes"], f"{module}.SCB": tensor.parts["scb"], f"{module}.weight_format": form}
-    scheme = tensor.scheme
-    nested = scheme.option("double_quant")
-    offset = float(tensor.parts["nested_offset"]) if nested else 0.0
-    text = state_of(tensor.shape, scheme, context.dtypes[name], offset).to_json(context.state_sizes[name])
-    files = {
-        name: tensor.parts["packed"].view(-1, 1),
-        f"{name}.absmax": tensor.parts["absmax"],
-        f"{name}.quant_map": torch.tensor(find("qtypes", scheme.qtype).LEVELS),
-        f"{name}.{PREFIX}{scheme.qtype}": torch.frombuffer(bytearray(text), dtype=torch.uint8),
-    }
-    if nested:
-        files |= {f"{name}.nested_absmax": tensor.parts["nested_absmax"], f"{name}.nested_quant_map": _float4.dynamic_map()}
-    return files

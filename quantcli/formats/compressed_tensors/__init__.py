@@ -33,19 +33,39 @@ Published folders contradict their own metadata. Shapes are therefore believed b
 ``Checkpoint.notes``.
 """
 
-from quantcli.formats.compressed_tensors.read import detect, read
-from quantcli.formats.compressed_tensors.write import (
-    EXPERTS_APART,
-    USUAL_SCHEME,
-    cache_outputs,
-    cache_parts,
-    context,
-    outputs,
-    parts,
-    suited,
-    supports,
-    writer,
-)
+from __future__ import annotations
 
-__all__ = ["EXPERTS_APART", "USUAL_SCHEME", "cache_outputs", "cache_parts", "context", "detect", "outputs", "parts", "read", "suited"]
-__all__ += ["supports", "writer"]
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
+from quantcli.formats.compressed_tensors import read, write
+from quantcli.tensors import Scheme
+
+
+class CompressedTensors(Format):
+    """compressed-tensors folders, as llm-compressor writes them and vLLM reads them."""
+
+    usual_scheme = "int4-g128-sym"
+    has_cache_scales = True
+    experts_apart = "as llm-compressor writes them"
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        return read.detect(path, config)
+
+    def read(self, path: Path) -> Checkpoint:
+        return read.read(path)
+
+    def supports(self, scheme: Scheme) -> bool:
+        return write.supports(scheme)
+
+    def suited(self, scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
+        return write.suited(scheme, config)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
+        return write.layout(source, schemes, request)
+
+
+FORMAT = CompressedTensors()

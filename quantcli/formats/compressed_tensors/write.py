@@ -11,24 +11,25 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
-from quantcli.formats import _folder
-from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, model_dtype, module_of, sidecar_files, split_block, writer
+from quantcli.formats import DEFAULTS, Request
+from quantcli.formats._folder import (
+    QuantizedFolderLayout,
+    coded_only,
+    dense_dtypes,
+    is_dense,
+    model_dtype,
+    module_of,
+    shard_bytes,
+    split_block,
+)
 from quantcli.formats._fused import check_fused
-from quantcli.formats.compressed_tensors import cache, floats, ints
+from quantcli.formats.compressed_tensors import cache as caches
+from quantcli.formats.compressed_tensors import floats, ints
 from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_words, input_scale_file
 from quantcli.formats.compressed_tensors.match import targets_of
 from quantcli.ops.bits import codes_per_run
 from quantcli.qtypes import int as int_qtype
-from quantcli.shards import MAX_SHARD_BYTES
 from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec
-
-__all__ = ["EXPERTS_APART", "USUAL_SCHEME", "cache_outputs", "cache_parts", "context", "outputs", "parts", "suited", "supports", "writer"]
-
-USUAL_SCHEME = "int4-g128-sym"
-"""What ``export`` codes to where the source's own codes do not fit."""
-
-EXPERTS_APART = "as llm-compressor writes them"
-"""Of experts one by one that transformers has in one tensor."""
 
 INT8_CACHE = "kv_cache int8: transformers runs it, and engines on other hardware do; vLLM's kernels for GPUs store FP8 alone"
 
@@ -67,38 +68,53 @@ def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
     return scheme.with_options(scale_dtype=dtype if dtype in ints.SCALE_DTYPES else "F32")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context(_folder.Context):
+@dataclass(frozen=True, kw_only=True)
+class CompressedLayout(QuantizedFolderLayout):
     """``kv_cache``: the word for the caches that get scales, or ""; ``scale_dtype``: that of these scales."""
 
     kv_cache: str
     scale_dtype: str
 
+    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+        check_shape(spec, scheme)
+        module = module_of(spec.name)
+        found = ints.file_specs(spec.shape, scheme) if scheme.qtype == "int" else floats.file_specs(spec.shape, scheme)
+        if scheme.static_activations:
+            found[input_scale_file(scheme.get("act"))] = TensorSpec.dense("input_scale", "F32", (1,))
+        return [TensorSpec.dense(f"{module}.{local}", file.dtype, file.shape) for local, file in found.items()]
 
-def context(
-    source: Checkpoint,
-    schemes: Mapping[str, Scheme],
-    metadata: Mapping[str, Any],
-    kv_cache: str = "",
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Context:
-    """How ``source`` is written with ``schemes``, and caches with scales for ``kv_cache``.
+    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        found = ints.encode(name, tensor) if tensor.scheme.qtype == "int" else floats.encode(tensor)
+        if tensor.scheme.static_activations:
+            found[input_scale_file(tensor.scheme.get("act"))] = tensor.parts["input_scale"]
+        return {f"{module_of(name)}.{local}": file for local, file in found.items()}
 
-    A scheme object of the library forbids keys that it does not know, so ``metadata`` (how the model was made) has no place among these
-    words; it stands in quantcli.json.
+    def cache_outputs(self, cache: KvCache) -> list[TensorSpec]:
+        return caches.file_specs(cache, self.kv_cache, self.scale_dtype)
+
+    def cache_parts(self, cache: KvCache, scales: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return caches.encode(cache, scales, self.kv_cache, self.scale_dtype)
+
+
+def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> CompressedLayout:
+    """How ``source`` is written with ``schemes``, and caches with scales for ``request.kv_cache``.
+
+    A scheme object of the library forbids keys that it does not know, so how the model was made has no place in config.json; it stands in
+    quantcli.json.
     """
+    kv_cache = request.kv_cache
     coded = {name: scheme for name, scheme in schemes.items() if not is_dense(scheme)}
     coded = coded if kv_cache else coded_only(source, schemes, "compressed-tensors")
     for name, scheme in coded.items():
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
         check_scheme(name, scheme)
     check_fused(source.specs, coded, said)
-    words = quantization_words(source, coded) | ({"kv_cache_scheme": cache.words(kv_cache)} if kv_cache else {})
-    return Context(
+    return CompressedLayout(
+        config=source.config,
+        quantization=quantization_words(source, coded) | ({"kv_cache_scheme": caches.words(kv_cache)} if kv_cache else {}),
         dtypes=dense_dtypes(source),
-        sidecars=sidecar_files(source, words),
-        max_shard_bytes=max_shard_bytes,
+        sidecars=source.sidecars(),
+        max_shard_bytes=shard_bytes(request),
         notes=(INT8_CACHE,) if kv_cache.startswith("int8") else (),
         kv_cache=kv_cache,
         scale_dtype=dtype if (dtype := model_dtype(source.config)) in ints.SCALE_DTYPES else "F32",
@@ -183,18 +199,6 @@ def check_int_with_inputs(name: str, scheme: Scheme) -> None:
     )
 
 
-def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
-    """The file tensors of ``spec``; :class:`RecipeError` when a reader would refuse its shape."""
-    if scheme is None or is_dense(scheme):
-        return _folder.dense_outputs(spec, scheme, context)
-    check_shape(spec, scheme)
-    module = module_of(spec.name)
-    found = ints.file_specs(spec.shape, scheme) if scheme.qtype == "int" else floats.file_specs(spec.shape, scheme)
-    if scheme.static_activations:
-        found[input_scale_file(scheme.get("act"))] = TensorSpec.dense("input_scale", "F32", (1,))
-    return [TensorSpec.dense(f"{module}.{local}", file.dtype, file.shape) for local, file in found.items()]
-
-
 def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
     """Readers take matrices named ``.weight``; packed codes, and packed zero points, fill whole words."""
     if not spec.name.endswith(".weight") or len(spec.shape) != 2:
@@ -214,23 +218,3 @@ def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
             raise RecipeError(
                 f"{spec.name}: {side} {size} is not a multiple of {run}, which {scheme} needs to fill 32-bit words; exclude it"
             )
-
-
-def cache_outputs(cache_: KvCache, kv_cache: str, context: Context) -> list[TensorSpec]:
-    """The file tensors of the scales of one cache."""
-    return cache.file_specs(cache_, kv_cache, context.scale_dtype)
-
-
-def cache_parts(cache_: KvCache, scales: tuple[Tensor, Tensor], context: Context) -> dict[str, Tensor]:
-    """The scales of keys and values, float32 [1] or [heads], as these."""
-    return cache.encode(cache_, scales, context.kv_cache, context.scale_dtype)
-
-
-def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
-    """``tensor`` as its file tensors."""
-    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
-        return _folder.dense_parts(name, tensor, context)
-    found = ints.encode(name, tensor) if tensor.scheme.qtype == "int" else floats.encode(tensor)
-    if tensor.scheme.static_activations:
-        found[input_scale_file(tensor.scheme.get("act"))] = tensor.parts["input_scale"]
-    return {f"{module_of(name)}.{local}": file for local, file in found.items()}

@@ -17,7 +17,37 @@ Read are also other block sizes, a scale a row (fbgemm_fp8), E8M0 scales (DeepSe
 E5M2. Shapes decide; what ``quantization_config`` says otherwise stands in ``Checkpoint.notes``.
 """
 
-from quantcli.formats.fp8.read import detect, read
-from quantcli.formats.fp8.write import USUAL_SCHEME, context, outputs, parts, suited, supports, writer
+from __future__ import annotations
 
-__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "suited", "supports", "writer"]
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
+from quantcli.formats.fp8 import read, write
+from quantcli.tensors import Scheme
+
+
+class Fp8(Format):
+    """FP8 folders: blocks of 128 x 128, or one scale a weight."""
+
+    usual_scheme = "fp8-block"
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        return read.detect(path, config)
+
+    def read(self, path: Path) -> Checkpoint:
+        return read.read(path)
+
+    def supports(self, scheme: Scheme) -> bool:
+        return write.supports(scheme)
+
+    def suited(self, scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
+        return write.suited(scheme, config)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
+        return write.layout(source, schemes, request)
+
+
+FORMAT = Fp8()

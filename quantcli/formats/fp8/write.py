@@ -10,18 +10,21 @@ from torch import Tensor
 
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
-from quantcli.formats import _folder
-from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
+from quantcli.formats import DEFAULTS, Request
+from quantcli.formats._folder import (
+    QuantizedFolderLayout,
+    coded_only,
+    dense_dtypes,
+    is_dense,
+    module_of,
+    part_specs,
+    shard_bytes,
+    split_block,
+)
 from quantcli.formats._fused import check_fused
 from quantcli.formats.fp8.config import quantization_words
 from quantcli.qtypes import fp8
-from quantcli.shards import MAX_SHARD_BYTES
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-
-__all__ = ["USUAL_SCHEME", "context", "outputs", "parts", "suited", "supports", "writer"]
-
-USUAL_SCHEME = "fp8-block"
-"""What ``export`` codes to where the source's own codes do not fit."""
 
 ACTIVATIONS = {"block": ("fp8-g128",), "tensor": ("fp8-token", "fp8-tensor")}
 """How engines quantize the inputs of each form, the usual way first."""
@@ -29,11 +32,23 @@ ACTIVATIONS = {"block": ("fp8-g128",), "tensor": ("fp8-token", "fp8-tensor")}
 FILE_PARTS = {"data": "weight", "scale": "weight_scale", "input_scale": "input_scale"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context(_folder.Context):
+@dataclass(frozen=True, kw_only=True)
+class Fp8Layout(QuantizedFolderLayout):
     """``scheme``: the one of every quantized weight."""
 
     scheme: Scheme
+
+    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+        if not supports(scheme):
+            raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as FP8, which holds E4M3 by block or by tensor")
+        if len(spec.shape) != 2:
+            raise RecipeError(f"{spec.name}: the fp8 format is written from matrices, got {list(spec.shape)}; exclude this tensor")
+        with about(spec.name):
+            found = part_specs(spec, scheme)
+        return [TensorSpec.dense(file_name(spec.name, part, scheme), own.dtype, own.shape) for part, own in found.items()]
+
+    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        return {file_name(name, part, tensor.scheme): own for part, own in tensor.parts.items()}
 
 
 def supports(scheme: Scheme) -> bool:
@@ -53,10 +68,8 @@ def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
     return scheme.with_options(scale_dtype="F32", act=scheme.get("act") or ACTIVATIONS[scheme.get("strategy")][0])
 
 
-def context(
-    source: Checkpoint, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any], *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> Context:
-    """How ``source`` is written with ``schemes``. The folder has no place for ``metadata``: quantcli.json has it."""
+def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> Fp8Layout:
+    """How ``source`` is written with ``schemes``. config.json has no place for how the model was made: quantcli.json tells it."""
     coded = coded_only(source, schemes, "FP8")
     for name in coded:
         if not split_block(name)[0] or not name.endswith(".weight"):
@@ -70,8 +83,15 @@ def context(
     check_fused(source.specs, coded)
     words = quantization_words(source, coded, scheme.get("strategy", "channel"), static=scheme.static_activations)
     notes = cut_blocks(source, coded) if scheme.get("strategy", "channel") == "block" else ()
-    sidecars = sidecar_files(source, words)
-    return Context(scheme=scheme, dtypes=dense_dtypes(source), sidecars=sidecars, max_shard_bytes=max_shard_bytes, notes=notes)
+    return Fp8Layout(
+        config=source.config,
+        quantization=words,
+        scheme=scheme,
+        dtypes=dense_dtypes(source),
+        sidecars=source.sidecars(),
+        max_shard_bytes=shard_bytes(request),
+        notes=notes,
+    )
 
 
 def cut_blocks(source: Checkpoint, coded: Mapping[str, Scheme]) -> tuple[str, ...]:
@@ -84,26 +104,6 @@ def cut_blocks(source: Checkpoint, coded: Mapping[str, Scheme]) -> tuple[str, ..
         "only where it joins them with no other (not q, k, v; not gate, up), and transformers without a GPU does not read them right; "
         "the recipe fp8-dynamic has no blocks",
     )
-
-
-def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
-    """The file tensors of ``spec``."""
-    if scheme is None or is_dense(scheme):
-        return _folder.dense_outputs(spec, scheme, context)
-    if not supports(scheme):
-        raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as FP8, which holds E4M3 by block or by tensor")
-    if len(spec.shape) != 2:
-        raise RecipeError(f"{spec.name}: the fp8 format is written from matrices, got {list(spec.shape)}; exclude this tensor")
-    with about(spec.name):
-        found = part_specs(spec, scheme)
-    return [TensorSpec.dense(file_name(spec.name, part, scheme), own.dtype, own.shape) for part, own in found.items()]
-
-
-def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
-    """``tensor`` as its file tensors."""
-    if not isinstance(tensor, QuantizedTensor) or is_dense(tensor.scheme):
-        return _folder.dense_parts(name, tensor, context)
-    return {file_name(name, part, tensor.scheme): own for part, own in tensor.parts.items()}
 
 
 def file_name(name: str, part: str, scheme: Scheme) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,22 @@ import torch
 from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 from torch import Tensor
 
-from quantcli import cuts
-from quantcli.archs import Architecture, StoredNames
+from quantcli.archs import Architecture, Cut, StoredNames
 from quantcli.checkpoint import Checkpoint
-from quantcli.errors import CheckpointError, NumericsError, RecipeError
-from quantcli.formats.gguf import filetypes, importance, naming, rope, splits
+from quantcli.errors import CheckpointError, NumericsError
+from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
+from quantcli.formats.gguf import filetypes, naming, rope, splits
+from quantcli.formats.gguf import importance as weighing
 from quantcli.formats.gguf import metadata as keyed
 from quantcli.formats.gguf.chooser import DENSE, is_quantizable
 from quantcli.formats.gguf.container import MAGIC, Field, ggml_type_of, qtype_of, tensor_spec
-from quantcli.formats.gguf.filetypes import mix
-from quantcli.formats.gguf.importance import Importance
 from quantcli.formats.gguf.naming import architecture
 from quantcli.formats.gguf.reader import GgufCheckpoint
 from quantcli.formats.gguf.tokenizer import add_tokenizer
+from quantcli.importance import Importance, ImportanceSource
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import DTYPE_NAMES, DTYPES, QuantizedTensor, Scheme, TensorSpec
 from quantcli.writer import Writer
-
-__all__ = ["Context", "context", "detect", "mix", "outputs", "parts", "read", "supports", "writer"]
-__all__ += ["USUAL_SCHEME", "arranged", "check_importance", "native", "why_not"]
-
-USUAL_SCHEME = "q8_0"
-"""What ``export`` codes to where the source's own codes do not fit."""
 
 SCALED_IN = ("llama", "qwen3", "qwen3moe")
 """GGUF architectures where llama.cpp multiplies by the scale beside every matrix; in others it loads those of the MLP and forgets them."""
@@ -42,146 +37,219 @@ NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quant
 """Metadata that says how a file was made, and that a file made from it must say for itself."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """What one output needs to know. ``config``: in the usual words; ``names``: the source's → GGUF name in file order; ``dropped``: every
-    other tensor → why; ``extras``: tensors no checkpoint stores; ``split_bytes``: how much tensor data a file may hold before another is
-    begun, None for any; ``importance``: the source's name of a weight → the mean squares of its inputs; ``notes``: what a user should know.
+@dataclass(frozen=True, kw_only=True)
+class GgufLayout(OutputLayout):
+    """A model in a GGUF file.
+
+    ``config``: in the usual words; ``names``: the source's → GGUF name in file order; ``unpruned``: the same as they are where no layer is
+    left out; ``extras``: tensors no checkpoint stores; ``fields``: the metadata but for how the file was made; ``quantization``: the keys
+    of its types; ``n_layers``: written as block_count where layers were pruned; ``split_bytes``: how much tensor data a file may hold
+    before another is begun, None for any.
     """
 
     arch: Architecture
     config: Mapping[str, Any]
     schemes: Mapping[str, Scheme]
     names: Mapping[str, str]
-    dropped: Mapping[str, str]
+    unpruned: Mapping[str, str]
     fields: Mapping[str, Field]
+    quantization: Mapping[str, Field]
     extras: Mapping[str, Tensor]
+    n_layers: int | None = None
     split_bytes: int | None = None
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+
+    def outputs(self, spec: TensorSpec, scheme: Scheme | None) -> list[TensorSpec]:
+        """The file's tensor for a logical one: ``scheme``'s type, F32 for norms and biases, and the stored type for a matrix left alone;
+        and the tensor of its scale where it has one for the whole matrix."""
+        target = self.names.get(spec.name)
+        if target is None:
+            return []
+        name = slot(self.arch, spec.name, target)
+        stored = tensor_spec(name, self.stored_type(target, spec, scheme), spec.shape)
+        if scheme is None or not scheme.get("scaled"):
+            return [stored]
+        return [stored, TensorSpec.dense(naming.scale_name(name), "F32", () if name != target else (1,))]  # of experts: one number each
+
+    def stored_type(self, target: str, spec: TensorSpec, scheme: Scheme | None) -> str:
+        """The type of the file's tensor ``target``."""
+        if scheme is not None:
+            return ggml_type_of(scheme.qtype)
+        if isinstance(self.arch, StoredNames):
+            return spec.dtype
+        return spec.dtype if is_quantizable(target, spec.shape) and spec.dtype in DENSE else "F32"
+
+    def parts(self, name: str, tensor: Tensor | QuantizedTensor) -> dict[str, Tensor]:
+        """The file's tensor for the logical tensor ``name``, rows in GGUF's order: dense in its stored type, or blocks U8 [out, row_bytes].
+
+        ``tensor``: what a pass made of it, or the dense tensor [out, in] (then its scheme in ``schemes`` is a dense one, or there is none).
+        """
+        if (target := self.names.get(name)) is None:
+            return {}
+        if isinstance(tensor, QuantizedTensor):
+            data = tensor.parts["data" if "data" in tensor.parts else "blocks"]
+        else:
+            data = self.dense(name, target, tensor)
+        order = self.arch.row_order(name, data.shape[0], self.config)
+        place = slot(self.arch, name, target)
+        found = {place: data if order is None else data[order]}
+        if isinstance(tensor, QuantizedTensor) and "scale" in tensor.parts:
+            found[naming.scale_name(place)] = tensor.parts["scale"].view(() if place != target else (1,))
+        return found
+
+    def dense(self, name: str, target: str, tensor: Tensor) -> Tensor:
+        """``tensor`` in the type :meth:`outputs` announced; :class:`NumericsError` when a weight is too large for float16."""
+        spec = TensorSpec.dense(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        dtype = DTYPES[self.stored_type(target, spec, self.schemes.get(name))]
+        if target.endswith("_norm.weight"):
+            tensor = tensor.float() + self.arch.norm_offset
+        data = tensor.to(dtype)
+        if dtype == torch.float16 and tensor.dtype != dtype and not data.isfinite().all():
+            raise NumericsError(f"{name}: a weight of {tensor.float().abs().max():g} does not fit F16 (65504); use BF16 or F32")
+        return data
+
+    def importance(self, matrix: ImportanceSource, source: Checkpoint, schemes: Mapping[str, Scheme]) -> Importance:
+        return weighing.of(matrix, source, schemes, self.unpruned, self.arch)
+
+    def check_importance(self, importance: Collection[str], kept: Collection[str]) -> None:
+        coded = {name: scheme for name, scheme in self.schemes.items() if name not in kept}
+        weighing.check(importance, coded, self.names, self.quantization["general.file_type"].value)
+
+    def metadata(self, record: Mapping[str, Any], importance: Importance | None) -> dict[str, Field]:
+        """All of the file's keys: ``fields``, behind them as llama-quantize has them those of quantization, and ``quantcli.*``."""
+        made = dict(self.quantization) | ({} if importance is None else weighing.described(importance))
+        if self.n_layers is not None:
+            made[f"{self.arch.gguf_arch}.block_count"] = Field(GGUFValueType.UINT32, self.n_layers)
+        ours = {**record, **({"dropped": self.dropped} if self.dropped and record else {})}
+        fields = {key: field for key, field in self.fields.items() if key not in made} | made
+        return fields | {f"quantcli.{key}": keyed.plain_field(value) for key, value in ours.items()}
+
+    def writer(
+        self,
+        path: Path,
+        outputs: Sequence[TensorSpec],
+        record: Mapping[str, Any],
+        *,
+        importance: Importance | None = None,
+        overwrite: bool = False,
+    ) -> Writer:
+        """A declared writer of the file at ``path``, or of llama.cpp's shards beside it: tensors in llama-quantize's order, the computed
+        ones already put. A tensor of several slices has a slot for each, so that experts are written one by one as they come.
+        """
+        extras = [tensor_spec(name, "F32", tuple(tensor.shape)) for name, tensor in self.extras.items()]
+        tensors = naming.whole([*outputs, *extras])
+        slices = {spec.name: parts_of for spec, parts_of in tensors}
+        fields = self.metadata(record, importance)
+        files = splits.layouts(path, fields, [spec for spec, _ in tensors], self.split_bytes, slices=slices)
+        out = Writer(path.with_name(files[0].name), overwrite=overwrite, folder=False)
+        try:
+            out.declare(files)
+            for name, tensor in self.extras.items():
+                out.put(name, tensor)
+        except BaseException:
+            out.abort()
+            raise
+        return out
 
 
-def detect(path: Path, config: dict | None) -> bool:
-    """Is ``path`` a GGUF file, by its name or by its first bytes?"""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
+class Gguf(Format):
+    """GGUF files."""
+
+    usual_scheme = "q8_0"
+    has_own_names = True
+    has_mixes = True
+    option_names = tuple(f.name for f in dataclasses.fields(filetypes.Options))
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        """Is ``path`` a GGUF file, by its name or by its first bytes?"""
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
+
+    def read(self, path: Path) -> GgufCheckpoint:
+        return GgufCheckpoint(path)
+
+    def supports(self, scheme: Scheme) -> bool:
+        """ggml's own types: ``q4_k`` and its kin, and the dense ``f32``, ``f16``, ``bf16``."""
+        return scheme.qtype in KINDS or scheme.qtype.upper() in DENSE
+
+    def why_not(self, scheme: Scheme, config: Mapping[str, Any]) -> str | None:
+        if not scheme.get("scaled") or (gguf_arch := architecture(config).gguf_arch) in SCALED_IN:
+            return None
+        return f"llama.cpp does not multiply by a matrix's own scale everywhere in {gguf_arch}, only in {', '.join(SCALED_IN)}"
+
+    def suited(self, scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
+        """``scheme``, and for ``mxfp4`` and ``nvfp4`` what ggml calls by these names."""
+        if scheme.qtype not in ("mxfp4", "nvfp4") or scheme.get("act"):
+            return scheme
+        return Scheme.of(qtype_of(scheme.qtype))
+
+    def cuts(self, config: Mapping[str, Any]) -> Mapping[str, Cut]:
+        return architecture(config).cuts
+
+    def as_stored(self, source: Checkpoint) -> Checkpoint:
+        """A GGUF file goes to a GGUF file tensor by tensor, with all its metadata, as llama-quantize takes it, by way of no other names."""
+        if source.kind != "gguf" or "gguf_architecture" in source.config:
+            return source
+        stored = GgufCheckpoint(source.path, as_stored=True)
+        stored.source = source.source
+        return stored
+
+    def mix(self, name: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], request: Request) -> dict[str, Scheme]:
+        return filetypes.mix(name, specs, config, is_weighed=request.is_measured or request.is_weighed, options=request.options)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        filetypes.Options.of(options)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> GgufLayout:
+        """Everything but the tensors' data of a GGUF file made from ``source``; a GGUF source hands on its own metadata.
+
+        ``schemes``: as :meth:`mix` chose them for the file type ``request.mix``, where one was asked for.
+        """
+        arch = architecture(source.config)
+        config = arch.usual(source.config)
+        table = naming.naming(source.specs, source.config)
+        chosen = filetypes.Options.of(request.options)
+        names = filetypes.without_layers(table.names, chosen.prune_layers)
+        notes: tuple[str, ...] = ()
+        if source.kind == "gguf":
+            fields, extras = inherited(source.file_metadata, chosen.pre_tokenizer), source.unnamed()
+        else:
+            check_complete(source, config, table.names.values())
+            extras = extra_tensors(arch, config)
+            fields, notes = describe(source, arch, config, table.names, extras, chosen.pre_tokenizer)
+        quantization = {
+            "general.quantization_version": Field(GGUFValueType.UINT32, GGML_QUANT_VERSION),
+            "general.file_type": file_type(source, schemes, names, request),
+            **chosen.overrides,
+        }
+        return GgufLayout(
+            arch=arch,
+            config=config,
+            schemes=schemes,
+            names=names,
+            unpruned={name: table.names[name] for name in names},
+            dropped={**table.dropped, **{name: "its layer is pruned" for name in table.names if name not in names}},
+            fields=fields,
+            quantization=quantization,
+            extras=extras,
+            n_layers=filetypes.n_layers_of(names.values()) if chosen.prune_layers else None,
+            split_bytes=None if chosen.split_max_size is None else splits.parse_size(chosen.split_max_size),
+            notes=notes,
+        )
 
 
-def supports(scheme: Scheme) -> bool:
-    """ggml's own types: ``q4_k`` and its kin, and the dense ``f32``, ``f16``, ``bf16``."""
-    return scheme.qtype in KINDS or scheme.qtype.upper() in DENSE
+FORMAT = Gguf()
 
 
-def why_not(scheme: Scheme, config: Mapping[str, Any]) -> str | None:
-    """Why llama.cpp would run a model of ``config`` wrongly with ``scheme``; None where it would not."""
-    if not scheme.get("scaled") or (gguf_arch := architecture(config).gguf_arch) in SCALED_IN:
-        return None
-    return f"llama.cpp does not multiply by a matrix's own scale everywhere in {gguf_arch}, only in {', '.join(SCALED_IN)}"
-
-
-def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
-    """``scheme``, and for ``mxfp4`` and ``nvfp4`` what ggml calls by these names."""
-    if scheme.qtype not in ("mxfp4", "nvfp4") or scheme.get("act"):
-        return scheme
-    return Scheme.of(qtype_of(scheme.qtype))
-
-
-def read(path: Path) -> GgufCheckpoint:
-    """The model in a GGUF file, its header read and checked."""
-    return GgufCheckpoint(path)
-
-
-def native(source: Checkpoint) -> Checkpoint:
-    """``source`` as this format itself stores it: a GGUF file goes to a GGUF file tensor by tensor, with all its metadata, as
-    llama-quantize takes it, and by way of no other names."""
-    if not isinstance(source, GgufCheckpoint) or source.is_stored:
-        return source
-    stored = GgufCheckpoint(source.path, as_stored=True)
-    stored.source = source.source
-    return stored
-
-
-def file_behind(source: Checkpoint) -> GgufCheckpoint | None:
-    """The GGUF file that ``source`` is, or shows under other names."""
-    while isinstance(source, cuts.View):
-        source = source.inner
-    return source if isinstance(source, GgufCheckpoint) else None
-
-
-def arranged(source: Checkpoint) -> Checkpoint:
-    """``source`` as GGUF cuts it: experts one by one, and what else of its architecture a file stores otherwise than a folder."""
-    arch = architecture(source.config)
-    return cuts.cut(cuts.unfused(source), arch.cuts)
-
-
-def context(
-    source: Checkpoint,
-    schemes: Mapping[str, Scheme],
-    metadata: Mapping[str, Any],
-    *,
-    mix: str | None = None,
-    is_measured: bool = False,
-    **options: Any,
-) -> Context:
-    """Everything but the tensors' data of a GGUF file made from ``source``.
-
-    ``schemes``: as :func:`mix` chose them for the file type ``mix``, where one was asked for, and ``is_measured``; ``metadata``: written
-    as ``quantcli.<key>``; ``options``: :class:`filetypes.Options`, of which ``pre_tokenizer`` and ``split_max_size`` count here. A GGUF
-    source hands on its own metadata.
-    """
-    arch = architecture(source.config)
-    config = arch.usual(source.config)
-    table = naming.naming(source.specs, source.config)
-    chosen = filetypes.Options.of(options)
-    names = filetypes.without_layers(table.names, chosen.prune_layers)
-    split_bytes = None if chosen.split_max_size is None else splits.parse_size(chosen.split_max_size)
-    notes: tuple[str, ...] = ()
-    if (file := file_behind(source)) is not None:
-        fields, extras = inherited(file, chosen.pre_tokenizer), file.unnamed()
-    else:
-        check_complete(source, config, table.names.values())
-        extras = extra_tensors(arch, config)
-        fields, notes = describe(source, arch, config, table.names, extras, chosen.pre_tokenizer)
-    said = {
-        "general.quantization_version": Field(GGUFValueType.UINT32, GGML_QUANT_VERSION),
-        "general.file_type": file_type(source, schemes, names, mix, {"is_measured": is_measured, **options}),
-        **chosen.overrides,
-    }
-    weighed = Importance({})
-    if chosen.imatrix is not None:
-        weighed = importance.of_file(Path(chosen.imatrix), source, schemes, {name: table.names[name] for name in names}, arch)
-    said |= weighed.fields
-    if chosen.prune_layers:
-        said[f"{arch.gguf_arch}.block_count"] = Field(GGUFValueType.UINT32, filetypes.n_layers_of(names.values()))
-    fields = {key: field for key, field in fields.items() if key not in said} | said  # behind the others, as llama-quantize's
-    dropped = {**table.dropped, **{name: "its layer is pruned" for name in table.names if name not in names}}
-    ours = {**metadata, **({"dropped": dropped} if dropped and metadata else {})}
-    fields |= {f"quantcli.{key}": keyed.plain_field(value) for key, value in ours.items()}
-    return Context(arch, config, schemes, names, dropped, fields, extras, split_bytes, weighed, (*notes, *weighed.notes))
-
-
-def check_importance(context: Context, needs: Collection[str], carried: Collection[str]) -> None:
-    """Raise :class:`RecipeError` where a weight's type demands an importance that is not there, or one is that no pass would read.
-
-    ``needs``: the statistics that the recipe's passes read, which then weigh the inputs themselves; ``carried``: weights that keep the
-    codes of the source, for which nothing is weighed.
-    """
-    if needs and context.importance:
-        raise RecipeError("an importance matrix weighs plain rounding; this recipe's passes learn from --dataset or --stats: leave one out")
-    if not needs:
-        coded = {name: scheme for name, scheme in context.schemes.items() if name not in carried}
-        importance.check(context.importance, coded, context.names, context.fields["general.file_type"].value)
-
-
-def file_type(
-    source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[str, str], asked: str | None, options: Mapping[str, Any]
-) -> Field:
+def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[str, str], request: Request) -> Field:
     """general.file_type: that of a GGUF source whose tensors are handed on, else of the mix that ``schemes`` are nearest to."""
-    if asked is None and (file := file_behind(source)) and (stated := file.container.fields.get("general.file_type")):
+    if request.mix is None and (stated := source.file_metadata.get("general.file_type")):
         return stated
-    kind = filetypes.general_file_type(schemes, names, source.specs, source.config, asked=asked, **options)
+    is_weighed = request.is_measured or request.is_weighed
+    kind = filetypes.general_file_type(
+        schemes, names, source.specs, source.config, asked=request.mix, is_weighed=is_weighed, options=request.options
+    )
     return Field(GGUFValueType.UINT32, int(kind.number))
 
 
@@ -220,9 +288,9 @@ def slot(arch: Architecture, hf_name: str, gguf_name: str) -> str:
     return gguf_name if number is None else naming.slice_name(gguf_name, number)
 
 
-def inherited(source: GgufCheckpoint, pre_tokenizer: str | None) -> dict[str, Field]:
-    """The metadata of a GGUF source, without what says how that file was made."""
-    fields = {key: field for key, field in source.container.fields.items() if not key.startswith(NOT_INHERITED)}
+def inherited(metadata: Mapping[str, Field], pre_tokenizer: str | None) -> dict[str, Field]:
+    """The ``metadata`` of a GGUF source, without what says how that file was made."""
+    fields = {key: field for key, field in metadata.items() if not key.startswith(NOT_INHERITED)}
     if pre_tokenizer is not None:
         fields["tokenizer.ggml.pre"] = Field(GGUFValueType.STRING, pre_tokenizer)
     return fields
@@ -231,74 +299,3 @@ def inherited(source: GgufCheckpoint, pre_tokenizer: str | None) -> dict[str, Fi
 def extra_tensors(arch: Architecture, config: Mapping) -> dict[str, Tensor]:
     """Tensors that GGUF computes from the config, such as the factors of Llama 3's rotary scaling. ``config``: in the usual words."""
     return {name: tensor for word in arch.computed for name, tensor in rope.COMPUTED[word](config).items()}
-
-
-def outputs(spec: TensorSpec, scheme: Scheme | None, context: Context) -> list[TensorSpec]:
-    """The file's tensor for a logical one: ``scheme``'s type, F32 for norms and biases, and the stored type for a matrix left alone; and
-    the tensor of its scale where it has one for the whole matrix."""
-    target = context.names.get(spec.name)
-    if target is None:
-        return []
-    name = slot(context.arch, spec.name, target)
-    stored = tensor_spec(name, stored_type(target, spec, scheme, context), spec.shape)
-    if scheme is None or not scheme.get("scaled"):
-        return [stored]
-    return [stored, TensorSpec.dense(naming.scale_name(name), "F32", () if name != target else (1,))]  # of experts: one number each
-
-
-def stored_type(target: str, spec: TensorSpec, scheme: Scheme | None, context: Context) -> str:
-    if scheme is not None:
-        return ggml_type_of(scheme.qtype)
-    if isinstance(context.arch, StoredNames):
-        return spec.dtype
-    return spec.dtype if is_quantizable(target, spec.shape) and spec.dtype in DENSE else "F32"
-
-
-def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict[str, Tensor]:
-    """The file's tensor for the logical tensor ``name``, rows in GGUF's order: dense in its stored type, or blocks U8 [out, row_bytes].
-
-    ``tensor``: what a pass made of it, or the dense tensor [out, in] (then its scheme in ``context`` is a dense one, or there is none).
-    """
-    if (target := context.names.get(name)) is None:
-        return {}
-    if isinstance(tensor, QuantizedTensor):
-        data = tensor.parts["data" if "data" in tensor.parts else "blocks"]
-    else:
-        data = dense(name, target, tensor, context)
-    order = context.arch.row_order(name, data.shape[0], context.config)
-    place = slot(context.arch, name, target)
-    found = {place: data if order is None else data[order]}
-    if isinstance(tensor, QuantizedTensor) and "scale" in tensor.parts:
-        found[naming.scale_name(place)] = tensor.parts["scale"].view(() if place != target else (1,))
-    return found
-
-
-def dense(name: str, target: str, tensor: Tensor, context: Context) -> Tensor:
-    """``tensor`` in the type :func:`outputs` announced; :class:`NumericsError` when a weight is too large for float16."""
-    spec = TensorSpec.dense(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-    dtype = DTYPES[stored_type(target, spec, context.schemes.get(name), context)]
-    if target.endswith("_norm.weight"):
-        tensor = tensor.float() + context.arch.norm_offset
-    data = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and not data.isfinite().all():
-        raise NumericsError(f"{name}: a weight of {tensor.float().abs().max():g} does not fit F16 (65504); use BF16 or F32")
-    return data
-
-
-def writer(path: Path, outputs: Sequence[TensorSpec], context: Context, *, overwrite: bool) -> Writer:
-    """A declared writer of the file at ``path``, or of llama.cpp's shards beside it: tensors in llama-quantize's order, the computed ones
-    already put. A tensor of several slices has a slot for each, so that experts are written one by one as they come.
-    """
-    extras = [tensor_spec(name, "F32", tuple(tensor.shape)) for name, tensor in context.extras.items()]
-    tensors = naming.whole([*outputs, *extras])
-    slices = {spec.name: parts_of for spec, parts_of in tensors}
-    files = splits.layouts(path, context.fields, [spec for spec, _ in tensors], context.split_bytes, slices=slices)
-    out = Writer(path.with_name(files[0].name), overwrite=overwrite, folder=False)
-    try:
-        out.declare(files)
-        for name, tensor in context.extras.items():
-            out.put(name, tensor)
-    except BaseException:
-        out.abort()
-        raise
-    return out

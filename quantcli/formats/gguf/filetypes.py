@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from quantcli.formats.gguf.naming import architecture, file_order, gguf_names, s
 from quantcli.ops.blocks import KINDS
 from quantcli.tensors import Scheme, TensorSpec
 
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 WRITABLE = (*DENSE, *map(ggml_type_of, KINDS))
 """The types of tensors that quantcli writes."""
@@ -34,9 +37,9 @@ FILE_TYPES: dict[str, FileType] = {name: kind for name, kind in TABLE.items() if
 class Options:
     """What a user may say of a GGUF file, under llama-quantize's names; a recipe's ``format_options``.
 
-    ``tensor_type``: "REGEX=TYPE" on GGUF names, the first match wins; ``imatrix``: an importance matrix, or statistics of ``calibrate``;
-    ``prune_layers``: numbers of layers to leave out; ``override_kv``: "KEY=TYPE:VALUE" with the types int, float, bool and str;
-    ``pre_tokenizer``: replaces the name found from tokenizer.json; ``split_max_size``: of the files, when there may be several.
+    ``tensor_type``: "REGEX=TYPE" on GGUF names, the first match wins; ``prune_layers``: numbers of layers to leave out; ``override_kv``:
+    "KEY=TYPE:VALUE" with the types int, float, bool and str; ``pre_tokenizer``: replaces the name found from tokenizer.json;
+    ``split_max_size``: of the files, when there may be several.
     """
 
     pure: bool = False
@@ -44,7 +47,6 @@ class Options:
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
     leave_output_tensor: bool = False
-    imatrix: str | None = None
     prune_layers: Sequence[int] = ()
     override_kv: Sequence[str] = ()
     pre_tokenizer: str | None = None
@@ -54,6 +56,8 @@ class Options:
     def of(cls, words: Mapping[str, Any]) -> Options:
         """The options by name; :class:`RecipeError` for one that GGUF does not have."""
         known = [f.name for f in fields(cls)]
+        if "imatrix" in words:
+            raise RecipeError("an importance matrix is no option of the format; give it as --imatrix FILE, or as the data of a call")
         if unknown := sorted(words.keys() - set(known)):
             raise RecipeError(f"the gguf format has no option '{unknown[0]}'; there are: {', '.join(known)}")
         options = cls(**words)
@@ -120,17 +124,19 @@ def n_layers_of(gguf_names: Iterable[str]) -> int:
     return 1 + max((file_order(name)[0] for name in gguf_names), default=-1)
 
 
-def mix(name: str, specs: Mapping[str, TensorSpec], config: Mapping, *, is_measured: bool = False, **options: Any) -> dict[str, Scheme]:
+def mix(
+    name: str, specs: Mapping[str, TensorSpec], config: Mapping, *, is_weighed: bool = False, options: Mapping[str, Any] = NO_OPTIONS
+) -> dict[str, Scheme]:
     """The scheme of every matrix in a file of type ``name``: HF name → scheme. What is missing here is kept dense.
 
-    ``specs``: the model's tensors by HF name; ``is_measured``: the recipe's passes know their inputs, for which the rules choose as
-    llama-quantize's do with an importance matrix; ``options``: :class:`Options`. Raises :class:`RecipeError` for a type that quantcli
-    cannot write, and where a user's own type does not fit a row.
+    ``specs``: the model's tensors by HF name; ``is_weighed``: rounding knows which inputs count, by an importance matrix or by passes that
+    read statistics, and llama-quantize's rules then choose otherwise; ``options``: :class:`Options`. Raises :class:`RecipeError` for a
+    type that quantcli cannot write, and where a user's own type does not fit a row.
     """
     kind, said = file_type(name), Options.of(options)
     names = without_layers(gguf_names(specs, config), said.prune_layers)
     shapes = shapes_of(names, specs)
-    chosen = choose_types(kind, said, model_of(config, shapes, said.overrides), shapes, is_measured=is_measured)
+    chosen = choose_types(kind, said, model_of(config, shapes, said.overrides), shapes, is_weighed=is_weighed)
     return _schemes(chosen, names, specs)
 
 
@@ -141,8 +147,8 @@ def general_file_type(
     config: Mapping,
     *,
     asked: str | None = None,
-    is_measured: bool = False,
-    **options: Any,
+    is_weighed: bool = False,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> FileType:
     """What general.file_type is to say: the file type that was ``asked`` for, if with ``options`` it gave these ``schemes``, as it does
     but for rules and carried codes; else the one whose own mix gives the most weights the type they have.
@@ -153,7 +159,7 @@ def general_file_type(
     shapes = shapes_of(names, specs)
     if asked is not None and asked in FILE_TYPES:
         model = model_of(config, shapes, said.overrides)
-        chosen = choose_types(FILE_TYPES[asked], said, model, shapes, is_measured=is_measured)
+        chosen = choose_types(FILE_TYPES[asked], said, model, shapes, is_weighed=is_weighed)
         if _schemes(chosen, names, specs) == schemes:
             return FILE_TYPES[asked]
     model = model_of(config, shapes, {})
@@ -190,10 +196,10 @@ def shapes_of(names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict
 
 
 def choose_types(
-    kind: FileType, options: Options, model: Model, shapes: Mapping[str, tuple[int, ...]], *, is_measured: bool = False
+    kind: FileType, options: Options, model: Model, shapes: Mapping[str, tuple[int, ...]], *, is_weighed: bool = False
 ) -> dict[str, str | None]:
     """GGUF name → ggml type of every matrix among a file's tensors of these ``shapes``, None for one that is to stay as it is."""
-    chooser = Chooser(kind, model, shapes, is_weighed=is_measured or options.imatrix is not None)
+    chooser = Chooser(kind, model, shapes, is_weighed=is_weighed)
     chosen: dict[str, str | None] = {}
     for name in sorted(shapes, key=file_order):
         if is_quantizable(name, shapes[name], model.arch):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from quantcli.formats.gguf.chooser import DENSE, EMBEDDINGS, is_quantizable
 from quantcli.formats.gguf.container import Field
 from quantcli.formats.gguf.imatrix import Imatrix, Measured
 from quantcli.formats.gguf.naming import slices_of
+from quantcli.importance import Importance, ImportanceSource
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Scheme, TensorSpec
 
@@ -34,30 +35,6 @@ ROUTER, EXPERTS = "ffn_gate_inp.weight", "ffn_up_exps.weight"
 
 MAX_TEXT_BYTES = 127
 """Of a string that llama-quantize puts into the metadata."""
-
-
-@dataclass(frozen=True)
-class Importance(Mapping[str, Tensor]):
-    """HF name of a weight → the mean squares of its inputs F32 [in], or [n_experts, in] of a stack of them; read when asked for.
-
-    ``fields``: what the file made with it says of it, under llama-quantize's names and quantcli's; ``notes``: what is missing.
-    """
-
-    rows: Mapping[str, Row]
-    fields: Mapping[str, Field] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.rows[name].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.rows  # Mapping's own reads the row
 
 
 @dataclass(frozen=True)
@@ -78,15 +55,23 @@ class Row:
         return self.matrix[self.key].view(*self.shape)
 
 
-def of_file(path: Path, source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[str, str], arch: Architecture) -> Importance:
-    """What ``path``, an importance matrix or a statistics file, says of the weights of ``source`` that ``schemes`` code.
+def read(path: Path) -> ImportanceSource:
+    """The importance matrix at ``path``, in either of llama.cpp's forms, or the statistics of ``calibrate``."""
+    return StatsFile(path) if path.suffix == ".safetensors" else imatrix.read(path)
+
+
+def of(
+    matrix: ImportanceSource, source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[str, str], arch: Architecture
+) -> Importance:
+    """What ``matrix``, an importance matrix or a statistics file, says of the weights of ``source`` that ``schemes`` code.
 
     ``names``: HF → GGUF name of every tensor, experts of a tensor in their order. :class:`RecipeError` for a file of another model.
     """
     coded = {hf: target for hf, target in names.items() if hf in schemes and schemes[hf].qtype.upper() not in DENSE}
-    if path.suffix == ".safetensors":
-        return of_stats(StatsFile(path), source, coded, arch)
-    return of_imatrix(imatrix.read(path), source, coded)
+    if isinstance(matrix, StatsFile):
+        return of_stats(matrix, source, coded, arch)
+    assert isinstance(matrix, Imatrix)
+    return of_imatrix(matrix, source, coded)
 
 
 def of_imatrix(matrix: Imatrix, source: Checkpoint, names: Mapping[str, str]) -> Importance:
@@ -111,7 +96,8 @@ def of_imatrix(matrix: Imatrix, source: Checkpoint, names: Mapping[str, str]) ->
     for target in slices:
         if target in matrix and (unseen := matrix.unseen(target)):
             notes += (f"{matrix.path}: {target}: no token reached {experts(unseen)}, whose inputs all count alike",)
-    return Importance(rows, described(str(matrix.path), matrix.datasets, len(matrix), matrix.n_chunks) | dict(matrix.said), notes)
+    dataset = {key: str(field.value) for key, field in matrix.said.items()}
+    return Importance(rows, str(matrix.path), matrix.datasets, len(matrix), matrix.n_chunks, dataset, notes)
 
 
 def of_stats(stats: StatsFile, source: Checkpoint, names: Mapping[str, str], arch: Architecture) -> Importance:
@@ -128,14 +114,13 @@ def of_stats(stats: StatsFile, source: Checkpoint, names: Mapping[str, str], arc
             notes.append(f"{stats.path}: no statistics of what {hf} reads, which is rounded as if all its inputs counted alike")
     taps = dict.fromkeys(row.key for row in rows.values())
     notes += [f"{stats.path}: no token reached {tap}, whose inputs all count alike" for tap in taps if stats.n_tokens(tap) == 0]
-    fields = described(str(stats.path), (), len(stats), int(stats.metadata.get("n_samples", 0)))
-    return Importance(rows, fields | provenance(stats), tuple(notes))
+    n_chunks = int(stats.metadata.get("n_samples", 0))
+    return Importance(rows, str(stats.path), (), len(stats), n_chunks, dataset_of(stats), tuple(notes))
 
 
-def provenance(stats: StatsFile) -> dict[str, Field]:
-    """What tells another text's overlap with the one that ``stats`` were measured on."""
-    said = {key: stats.metadata.get(key.removeprefix("quantcli.")) for key in imatrix.OURS}
-    return {key: Field(GGUFValueType.STRING, value) for key, value in said.items() if value is not None}
+def dataset_of(stats: StatsFile) -> dict[str, str]:
+    """What tells another text's overlap with the one that ``stats`` were measured on, by the keys of a GGUF file."""
+    return {key: stats.metadata[ours] for key in imatrix.OURS if (ours := key.removeprefix("quantcli.")) in stats.metadata}
 
 
 def measured(stats: StatsFile, taps: Mapping[str, str], names: Mapping[str, str]) -> dict[str, Measured]:
@@ -174,15 +159,19 @@ def unmeasured(measured: Collection[str], names: Mapping[str, str], specs: Mappi
     return [target for target in matrices if target not in measured and target not in UNMEASURED]
 
 
-def described(path: str, datasets: Sequence[str], n_entries: int, n_chunks: int) -> dict[str, Field]:
-    """The keys by which llama-quantize says what importance matrix it had."""
-    fields = {"quantize.imatrix.file": text(path)}
-    if datasets:
-        fields["quantize.imatrix.dataset"] = text(datasets[0])
-    fields["quantize.imatrix.entries_count"] = Field(GGUFValueType.UINT32, n_entries)
-    if n_chunks > 0:
-        fields["quantize.imatrix.chunks_count"] = Field(GGUFValueType.UINT32, n_chunks)
-    return fields
+def described(importance: Importance) -> dict[str, Field]:
+    """The keys by which llama-quantize says what importance matrix it had, and quantcli's own of the text."""
+    fields = {"quantize.imatrix.file": text(importance.file)}
+    if importance.datasets:
+        fields["quantize.imatrix.dataset"] = text(importance.datasets[0])
+    fields["quantize.imatrix.entries_count"] = Field(GGUFValueType.UINT32, importance.n_entries)
+    if importance.n_chunks > 0:
+        fields["quantize.imatrix.chunks_count"] = Field(GGUFValueType.UINT32, importance.n_chunks)
+    return fields | text_fields(importance.dataset)
+
+
+def text_fields(dataset: Mapping[str, str]) -> dict[str, Field]:
+    return {key: Field(GGUFValueType.STRING, value) for key, value in dataset.items()}
 
 
 def text(value: str) -> Field:
@@ -198,7 +187,7 @@ def needy_types(file_type: int) -> tuple[str, ...]:
     return (*NEEDY, "q2_k") if file_type == LlamaFileType.MOSTLY_Q2_K_S else NEEDY
 
 
-def check(importance: Mapping[str, Tensor], schemes: Mapping[str, Scheme], names: Mapping[str, str], file_type: int) -> None:
+def check(importance: Collection[str], schemes: Mapping[str, Scheme], names: Mapping[str, str], file_type: int) -> None:
     """Raise :class:`RecipeError` for a weight whose type needs its importance, and that has none. ``names``: HF → GGUF name."""
     needy = needy_types(file_type)
     for hf, target in names.items():

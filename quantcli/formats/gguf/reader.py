@@ -19,7 +19,7 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf import rope
 from quantcli.formats.gguf.configuration import config_of
-from quantcli.formats.gguf.container import Container, qtype_of, row_bytes
+from quantcli.formats.gguf.container import Container, Field, qtype_of, row_bytes
 from quantcli.formats.gguf.expected import check_tensors
 from quantcli.formats.gguf.naming import scale_name, slice_number
 from quantcli.formats.gguf.splits import read_model
@@ -28,6 +28,9 @@ from quantcli.locations import Location, read_tensor
 from quantcli.ops.blocks import KINDS
 from quantcli.registry import find
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
+
+OURS = "quantcli."
+"""How the keys begin by which a file of ours says how it came to be."""
 
 WAY_OUT = "llama-quantize --allow-requantize makes a file of it in a type that can be decoded"
 
@@ -66,6 +69,15 @@ class GgufCheckpoint(Checkpoint):
             else:
                 scaled = rope.longrope_parameters(tables, self.config)
             self.config["rope_parameters"] = scaled
+
+    @property
+    def file_metadata(self) -> Mapping[str, Field]:
+        return self.container.fields
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        fields = self.container.fields.items()
+        return {key.removeprefix(OURS): field.value for key, field in fields if key.startswith(OURS)}
 
     @property
     def is_stored(self) -> bool:

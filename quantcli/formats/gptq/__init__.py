@@ -18,7 +18,34 @@ Published folders contradict their own metadata. Bits and group size are therefo
 model's zero points, which are known beforehand, tell its version. What does not fit stands in ``Checkpoint.notes``.
 """
 
-from quantcli.formats.gptq.read import detect, read
-from quantcli.formats.gptq.write import USUAL_SCHEME, context, outputs, parts, supports, writer
+from __future__ import annotations
 
-__all__ = ["USUAL_SCHEME", "context", "detect", "outputs", "parts", "read", "supports", "writer"]
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantcli.checkpoint import Checkpoint
+from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
+from quantcli.formats.gptq import read, write
+from quantcli.tensors import Scheme
+
+
+class Gptq(Format):
+    """GPTQ folders, v1 and v2."""
+
+    usual_scheme = "int4-g128-sym"
+
+    def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
+        return read.detect(path, config)
+
+    def read(self, path: Path) -> Checkpoint:
+        return read.read(path)
+
+    def supports(self, scheme: Scheme) -> bool:
+        return write.supports(scheme)
+
+    def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
+        return write.layout(source, schemes, request)
+
+
+FORMAT = Gptq()

@@ -61,7 +61,7 @@ def declared_version(path: Path, words: Mapping[str, Any]) -> str:
     return str(version)
 
 
-def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version: str) -> dict[str, Any]:
     """``quantization_config``: the commonest scheme, and what differs from it in each reader's own words."""
     settings = {name: module_settings(scheme) for name, scheme in coded.items()}
     (common, _), *_ = Counter(settings.values()).most_common()
@@ -73,11 +73,8 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version:
         "act_group_aware": False,  # transformers' default is true
         "lm_head": "lm_head.weight" in coded,
         "checkpoint_format": version,
-        "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": dict(metadata)},
+        "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": {}},
     }
-    for key in ("damp_percent", "true_sequential"):
-        if key in metadata:
-            words[key] = metadata[key]
     if left := dense_linears(source, coded):
         # vLLM and optimum take the list of what is quantized, GPTQModel the patterns of what is not.
         words["modules_in_block_to_quantize"] = [module_suffixes(coded, left), *([["lm_head"]] if words["lm_head"] else [])]

@@ -1,0 +1,53 @@
+"""How much each input of a weight counts when it is rounded: read tensor by tensor from an importance matrix or from statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Row(Protocol):
+    """The importance of one weight, wherever it lies."""
+
+    def read(self) -> Tensor:
+        """float32 [in], or [n, in] of a stack of n matrices."""
+
+
+class ImportanceSource(Protocol):
+    """A file that importance is taken from: llama.cpp's importance matrix, or the statistics of ``calibrate``."""
+
+    def __len__(self) -> int:
+        """How many tensors, or taps, it has figures for."""
+
+
+@dataclass(frozen=True)
+class Importance(Mapping[str, Tensor]):
+    """Name of a weight → the mean squares of its inputs, float32 [in], or [n_experts, in] of a stack; read when asked for.
+
+    ``file``: where they come from; ``datasets``: the texts they were measured on, as far as that is known; ``n_entries``: of the file;
+    ``n_chunks``: windows of text; ``dataset``: what tells that text from others (``dataset_sha256``, ``dataset_sketch``); ``notes``: what
+    is missing.
+    """
+
+    rows: Mapping[str, Row]
+    file: str = ""
+    datasets: tuple[str, ...] = ()
+    n_entries: int = 0
+    n_chunks: int = 0
+    dataset: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows  # Mapping's own reads the row
