@@ -18,7 +18,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"pipeline", "coding", "evaluate", "events", "calibrated"},
-    {"plan", "choices", "caches", "calibrate", "original", "familiarity", "meter"},
+    {"plan", "choices", "caches", "calibrate", "measuring", "original", "familiarity", "meter"},
     {"forward"},
     {"formats", "passes"},
     {"checkpoint", "cuts", "recipe", "regrid", "ranges", "outliers", "readahead", "stats_file"}

@@ -1,7 +1,8 @@
 """Runs a decoder layer of any HF causal LM on its own; the only importer of transformers."""
 
+from quantcli.forward.hidden import HiddenStates
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.model import Forward
 from quantcli.forward.tokenizers import tokenizer
 
-__all__ = ["Forward", "LoadedLayer", "tokenizer"]
+__all__ = ["Forward", "HiddenStates", "LoadedLayer", "tokenizer"]
