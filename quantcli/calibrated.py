@@ -142,7 +142,7 @@ def protected_by(plan: Plan, data: Learned, forward: Forward | None) -> list[Pro
     if data.stats is not None:
         figures = {tap: outliers.figures_of(data.stats.diagonals(tap)) for tap in n_weights}
     else:
-        from quantcli.calibrate import figures_by_tap
+        from quantcli.measuring import figures_by_tap
 
         assert forward is not None
         assert data.windows is not None

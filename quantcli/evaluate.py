@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from quantcli.arrange import open_forward
-from quantcli.calibrate import Activations
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, RecipeError
-from quantcli.forward import Forward
+from quantcli.forward import Forward, HiddenStates
 from quantcli.ops import round_cache, round_inputs
 from quantcli.ops.activations import STATIC
 from quantcli.registry import find
@@ -110,7 +109,7 @@ def evaluate(
     groups = _groups(ids, models[0].hidden_size * len(models))
     n_layers = len(models[0].layers)
     for g, group in enumerate(groups):
-        walked = [Activations.embed(model, group) for model in models]
+        walked = [HiddenStates.embed(model, group) for model in models]
         for i, name in enumerate(models[0].layers):
             started = time.perf_counter()
             for model, states in zip(models, walked, strict=True):
@@ -235,7 +234,7 @@ class _Tally:
         )
 
 
-def _score(tally: _Tally, models: list[Forward], walked: list[Activations]) -> None:
+def _score(tally: _Tally, models: list[Forward], walked: list[HiddenStates]) -> None:
     """Logits of every position, a batch of tokens at a time, into ``tally``."""
     step = max(1, LOGITS_AT_ONCE // models[0].vocab_size)
     for i, ids in enumerate(walked[0].ids):

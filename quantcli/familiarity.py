@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-if TYPE_CHECKING:
-    from quantcli.calibrate import Activations
-    from quantcli.forward import Forward
+from quantcli.forward import Forward, HiddenStates
 
 SAMPLE_TOKENS = 1024
 """Tokens that are looked at: they tell a wrong text, and their logits cost less than one window's layers."""
@@ -52,11 +49,11 @@ def sampled(ids: Tensor) -> Tensor:
     return torch.linspace(0, len(ids) - 1, k).long()
 
 
-def measure(forward: Forward, activations: Activations, ids: Tensor) -> Familiarity:
-    """What ``activations`` of some windows of ``ids`` [n, T], having gone through all layers, predict. NaN where logits have it."""
+def measure(forward: Forward, states: HiddenStates, ids: Tensor) -> Familiarity:
+    """What ``states`` of some windows of ``ids`` [n, T], having gone through all layers, predict. NaN where logits have it."""
     losses: list[Tensor] = []
     step = max(1, LOGITS_AT_ONCE // forward.vocab_size)
-    for hidden, window in zip(activations.hidden, activations.ids, strict=True):
+    for hidden, window in zip(states.hidden, states.ids, strict=True):
         for t in range(0, len(window) - 1, step):
             targets = window[t + 1 : t + 1 + step]
             logits = forward.head(hidden[None, t : t + len(targets)])[0]

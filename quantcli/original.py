@@ -8,8 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from quantcli.calibrate import Activations
-from quantcli.forward import Forward, LoadedLayer
+from quantcli.forward import Forward, HiddenStates, LoadedLayer
 from quantcli.tensors import HEAD
 
 
@@ -23,27 +22,27 @@ class Original:
         """Of the checkpoint of ``like``, run as that runs it; ``ids``: [n, T] int64."""
         self._forward = like.another()
         self._layer: LoadedLayer | None = None
-        self.activations = Activations.embed(self._forward, ids)
+        self._states = HiddenStates.embed(self._forward, ids)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
         """Layer ``index`` is in memory, and at the end the windows have gone through it."""
         with self._forward.layer(index) as self._layer:
             yield
-            self.activations.advance(self._layer)
+            self._states.advance(self._layer)
         self._layer = None
 
     def inputs(self, taps: Collection[str]) -> Iterator[dict[str, list[Tensor]]]:
         """What ``taps`` of the layer in memory read, a batch of windows at a time: tap → X₀ [n_tokens, in] of each time it is read."""
         assert self._layer is not None
-        for hidden, ids in self.activations.batches():
+        for hidden, ids in self._states.batches():
             seen: dict[str, list[Tensor]] = {tap: [] for tap in taps}
             self._layer.inputs(hidden, ids, partial(_keep, seen), taps)
             yield seen
 
     def head_inputs(self) -> Iterator[dict[str, list[Tensor]]]:
         """What the output embedding reads, the same way; for windows that have gone through all layers."""
-        for hidden, _ in self.activations.batches():
+        for hidden, _ in self._states.batches():
             seen: dict[str, list[Tensor]] = {HEAD: []}
             self._forward.observe_head(hidden, partial(_keep, seen, HEAD))
             yield seen

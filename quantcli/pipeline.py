@@ -6,15 +6,15 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quantcli import caches, ops
+from quantcli import caches, familiarity, measuring, ops
 from quantcli import plan as planning
 from quantcli.arrange import arrange
 from quantcli.calibrated import Data, Learned, checked, is_importance, protected_by, weighed
@@ -23,6 +23,10 @@ from quantcli.choices import is_coded
 from quantcli.coding import Coding
 from quantcli.errors import RecipeError
 from quantcli.events import Event, Finished, LayerDone, Planned, timed
+from quantcli.familiarity import Familiarity
+from quantcli.forward import Forward, HiddenStates, LoadedLayer
+from quantcli.forward.absorb import Absorbers
+from quantcli.original import Original
 from quantcli.outliers import Protected
 from quantcli.plan import PlannedLayer, PlannedTensor
 from quantcli.provenance import Provenance
@@ -32,11 +36,6 @@ from quantcli.registry import find
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import DTYPES, HEAD, Prev, Stats, TensorReport
 from quantcli.writer import Writer
-
-if TYPE_CHECKING:
-    from quantcli.calibrate import Activations
-    from quantcli.familiarity import Familiarity
-    from quantcli.forward import Forward, LoadedLayer
 
 MAX_TENSORS_AT_ONCE = 4
 """Tensors that are read, coded and written at the same time when no statistics tie them together; the threads are shared among them."""
@@ -188,14 +187,9 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
 
     A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares.
     """
-    from quantcli import familiarity
-    from quantcli.calibrate import Activations, measure_head
-    from quantcli.original import Original
-
-    activations = Activations.embed(forward, windows)
-    if "dXXT" in run.plan.recipe.needs:
-        activations.original = Original(forward, windows)
-    untouched = Activations.embed(forward, windows[familiarity.sampled(windows)])
+    states = HiddenStates.embed(forward, windows)
+    original = Original(forward, windows) if "dXXT" in run.plan.recipe.needs else None
+    untouched = HiddenStates.embed(forward, windows[familiarity.sampled(windows)])
     absorbers = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
@@ -204,28 +198,28 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
         name = layer.planned.name
         if name not in index:
             is_head = has_head and any(tensor.tap == HEAD for tensor in layer.planned.tensors)  # which comes after all layers
-            stats = measure_head(forward, activations, run.plan.recipe.needs) if is_head else {}
+            stats = measuring.measure_head(forward, states, needs=run.plan.recipe.needs, original=original) if is_head else {}
             layer.reports += run.code(name, layer.planned.tensors, stats)
         else:
             prevs = absorbers(name) if absorbers else None
-            with forward.layer(index[name]) as loaded, activations.beside(index[name]):
+            with forward.layer(index[name]) as loaded, original.layer(index[name]) if original else nullcontext():
                 untouched.advance(loaded)
-                layer.reports += _measure_and_code(run, layer.planned, loaded, activations, taps, prevs)
+                layer.reports += _measure_and_code(run, layer.planned, loaded, states, original, taps, prevs)
                 is_last = index[name] + 1 == len(forward.layers) and not has_head
-                run.put_caches(layer.planned.caches, _leave(run, activations, loaded, layer.planned, is_last=is_last))
+                run.put_caches(layer.planned.caches, _leave(run, states, loaded, layer.planned, is_last=is_last))
         yield layer.done()
     return familiarity.measure(forward, untouched, windows)
 
 
-def _leave(run: Coding, activations: Activations, loaded: LoadedLayer, planned: PlannedLayer, *, is_last: bool) -> Mapping[str, Stats]:
+def _leave(run: Coding, states: HiddenStates, loaded: LoadedLayer, planned: PlannedLayer, *, is_last: bool) -> Mapping[str, Stats]:
     """Have the windows go through a coded layer, unless nothing comes after it. Returns the statistics of its caches, as it runs now."""
     taps, needs = [tap for one in planned.caches for tap in one.cache.widths], run.plan.recipe.cache_needs
     if taps and not is_last:
-        return activations.measure_and_advance(loaded, needs, taps)
+        return measuring.measure_and_advance(loaded, states, taps=taps, needs=needs)
     if taps:
-        return activations.measure(loaded, taps, needs)
+        return measuring.measure(loaded, states, taps=taps, needs=needs)
     if not is_last:
-        activations.advance(loaded)
+        states.advance(loaded)
     return {}
 
 
@@ -233,8 +227,6 @@ def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[
     """Layer name → its taps' :class:`Prev`, where a pass of the recipe changes the basis."""
     if forward is None or not run.plan.recipe.changes_basis:
         return None
-    from quantcli.forward.absorb import Absorbers
-
     if forward.dtype != torch.float32:  # trials tell what holds from what does not by less than other types can show
         forward = forward.another(dtype=torch.float32)
     found, index = Absorbers(forward), {name: i for i, name in enumerate(forward.layers)}
@@ -245,25 +237,25 @@ def _measure_and_code(
     run: Coding,
     planned: PlannedLayer,
     loaded: LoadedLayer,
-    activations: Activations,
+    states: HiddenStates,
+    original: Original | None,
     order: Sequence[str],
     prevs: Mapping[str, Prev] | None,
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
     ``order``: the model's taps as it runs them; ``prevs``: given where a pass changes the basis, which ties all taps together."""
-    from quantcli.calibrate import in_turn, shares
-
+    needs = run.plan.recipe.needs
+    measure = partial(measuring.measure, loaded, states, needs=needs, original=original)
     solved = [t for t in planned.tensors if t.is_solved]
     wanted = {t.tap for t in solved}
     taps = [tap for tap in order if tap in wanted]
     if prevs is not None:
-        stats = activations.measure(loaded, taps, run.plan.recipe.needs)
-        recount = partial(activations.histograms, loaded) if "histogram" in run.plan.recipe.needs else None
-        return run.code(planned.name, planned.tensors, stats, loaded, prevs, recount)
-    stages = in_turn(taps) if run.plan.recipe.true_sequential else [taps]
-    stages = [share for stage in stages for share in shares(stage, loaded.tap_widths, run.plan.recipe.needs)]
+        recount = partial(measuring.histograms, loaded, states) if "histogram" in needs else None
+        return run.code(planned.name, planned.tensors, measure(taps=taps), loaded, prevs, recount)
+    stages = measuring.in_turn(taps) if run.plan.recipe.true_sequential else [taps]
+    stages = [share for stage in stages for share in measuring.shares(stage, loaded.tap_widths, needs)]
     reports: list[TensorReport] = []
     for stage in stages:
-        stats = activations.measure(loaded, stage, run.plan.recipe.needs) if run.plan.recipe.needs else {}
+        stats = measure(taps=stage) if needs else {}
         reports += run.code(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
     return reports + run.code(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from quantcli import calibrate, cuts, pipeline, recipe
 from quantcli.arrange import open_forward
-from quantcli.calibrate import Activations
 from quantcli.calibrated import Windows
 from quantcli.errors import CheckpointError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.evaluate import perplexity
 from quantcli.formats import open_checkpoint
+from quantcli.forward import HiddenStates
+from quantcli.measuring import measure, measure_and_advance
 from quantcli.recipe import PassSpec, Rule
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import KV_CACHES, KvCache, Scheme
@@ -171,10 +172,10 @@ def test_statistics_from_before_a_change_of_basis_serve_too(tiny_llama: TinyLlam
     largest = 448 if word == "fp8" else 127
     with open_checkpoint(str(tmp_path / "out")) as output:
         forward = open_forward(output)
-        activations, before = Activations.embed(forward, IDS), []
+        states, before = HiddenStates.embed(forward, IDS), []
         for i, cache in enumerate(forward.caches):
             with forward.layer(i) as layer:
-                found = activations.measure_and_advance(layer, frozenset({"absmax"}), list(cache.widths))
+                found = measure_and_advance(layer, states, taps=list(cache.widths), needs=frozenset({"absmax"}))
             for part, tap in (("k_scale", cache.k_tap), ("v_scale", cache.v_tap)):
                 heads = found[tap].absmax.view(kv_heads, -1).amax(1)
                 expected = (heads if word.endswith("head") else heads.max().view(1)) / largest
@@ -334,14 +335,14 @@ def test_the_recipe_needs_text_and_no_h() -> None:
     assert recipe.parse(how.to_dict(), how.name).kv_cache == "fp8"
 
 
-def test_activations_measure_caches_behind_the_weights_as_set(folder: Path) -> None:
+def test_caches_are_measured_behind_the_weights_as_set(folder: Path) -> None:
     with open_checkpoint(str(folder)) as source:
         forward = open_forward(source)
-        activations = Activations.embed(forward, IDS)
+        states = HiddenStates.embed(forward, IDS)
         with forward.layer(0) as layer:
             taps = list(layer.cache_widths)
-            before = activations.measure(layer, taps, frozenset({"absmax"}))
+            before = measure(layer, states, taps=taps, needs=frozenset({"absmax"}))
             layer.set("model.layers.0.self_attn.v_proj.weight", layer.tensors["model.layers.0.self_attn.v_proj.weight"].float() * 2)
-            after = activations.measure(layer, taps, frozenset({"absmax"}))
+            after = measure(layer, states, taps=taps, needs=frozenset({"absmax"}))
     torch.testing.assert_close(after[taps[1]].absmax, 2 * before[taps[1]].absmax)
     assert torch.equal(after[taps[0]].absmax, before[taps[0]].absmax)

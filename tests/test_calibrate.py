@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from whole_models import inputs_of
 
-from quantcli import calibrate as calibration
 from quantcli.arrange import open_forward
-from quantcli.calibrate import Activations, calibrate
+from quantcli.calibrate import calibrate
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.familiarity import Familiarity
 from quantcli.formats import open_checkpoint
+from quantcli.forward import HiddenStates
+from quantcli.forward import hidden as hidden_states
+from quantcli.measuring import measure
 from quantcli.meter import StatsMeter
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Stats
@@ -79,7 +81,7 @@ def test_a_million_tokens_lose_no_precision() -> None:
 def test_stats_of_every_tap_equal_those_of_the_whole_models_inputs(
     folder: Path, inputs: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "BATCH_TOKENS", 100)  # batches of two windows, the last of one
+    monkeypatch.setattr(hidden_states, "BATCH_TOKENS", 100)  # batches of two windows, the last of one
     with open_checkpoint(str(folder)) as checkpoint:
         *events, known = calibrate(checkpoint, IDS, tmp_path / "stats.safetensors", head=True)
     assert isinstance(known, Familiarity)
@@ -129,17 +131,17 @@ def test_a_finished_file_is_not_replaced_unless_asked(folder: Path, tmp_path: Pa
 def test_measuring_some_taps_leaves_the_hidden_states_where_they_are(folder: Path, inputs: dict[str, Tensor]) -> None:
     with open_checkpoint(str(folder)) as checkpoint:
         forward = open_forward(checkpoint)
-        activations = Activations.embed(forward, IDS)
-        before = activations.hidden.clone()
+        states = HiddenStates.embed(forward, IDS)
+        before = states.hidden.clone()
         tap = "model.layers.0.mlp.gate_proj"
         with forward.layer(0) as layer:
-            stats = activations.measure(layer, [tap], frozenset({"importance"}))
+            stats = measure(layer, states, taps=[tap], needs=frozenset({"importance"}))
             assert stats.keys() == {tap}
             check(stats[tap], inputs[tap], hessian=False)
-            assert torch.equal(activations.hidden, before)
-            activations.advance(layer)
+            assert torch.equal(states.hidden, before)
+            states.advance(layer)
         with forward.layer(1) as layer:
-            again = activations.measure(layer)
+            again = measure(layer, states)
         check(again["model.layers.1.self_attn.q_proj"], inputs["model.layers.1.self_attn.q_proj"])
 
 
@@ -152,14 +154,14 @@ def test_a_layer_runs_no_further_than_the_last_tap_that_is_measured(folder: Path
 
     with open_checkpoint(str(folder)) as checkpoint:
         forward = open_forward(checkpoint)
-        activations = Activations.embed(forward, IDS[:2])
+        states = HiddenStates.embed(forward, IDS[:2])
         handle = nn.modules.module.register_module_forward_hook(note)
         try:
             with forward.layer(0) as layer:
-                activations.measure(layer, ["model.layers.0.self_attn.o_proj"])
+                measure(layer, states, taps=["model.layers.0.self_attn.o_proj"])
                 assert finished == ["64→64", "64→32", "64→32"]  # q, k, v
                 finished.clear()
-                activations.measure(layer)
+                measure(layer, states)
                 assert finished == ["64→64", "64→32", "64→32", "64→64", "64→320", "64→320"]  # all but down
         finally:
             handle.remove()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from quantcli import calibrate, experts, pipeline
+from quantcli import calibrate, experts, measuring, pipeline
 from quantcli import recipe as recipes
 from quantcli.arrange import cut_for, open_forward
 from quantcli.calibrated import Windows
@@ -343,7 +343,7 @@ def test_experts_take_turns_together_in_a_sequential_recipe(save_model: SaveMode
     reports = quantize(folder, tmp_path / "out", how)
     assert len([name for name in reports if ".experts." in name]) == 2 * 8 * 3
     taps = [f"model.layers.1.mlp.experts.{e}.{k}_proj" for k in ("gate", "down") for e in range(8)]
-    assert calibrate.in_turn(["model.layers.1.self_attn.q_proj", *taps]) == [["model.layers.1.self_attn.q_proj"], taps[:8], taps[8:]]
+    assert measuring.in_turn(["model.layers.1.self_attn.q_proj", *taps]) == [["model.layers.1.self_attn.q_proj"], taps[:8], taps[8:]]
 
 
 @pytest.mark.parametrize("moe", recipes.MOE)
@@ -620,7 +620,7 @@ def test_a_layer_of_many_experts_is_measured_in_shares_with_the_same_result(
     folder = save_model("qwen3_moe", unreached=2, num_experts_per_tok=1)
     how = recipes.parse(gptq().to_dict() | {"true_sequential": true_sequential}, "small")
     for name, n_bytes in (("whole", 1 << 30), ("shared", 3 * 4 * (64**2 + 32**2))):
-        monkeypatch.setattr(calibrate, "MAX_HESSIAN_BYTES", n_bytes)
+        monkeypatch.setattr(measuring, "MAX_HESSIAN_BYTES", n_bytes)
         quantize(folder, tmp_path / name, how)
         with open_checkpoint(str(folder)) as checkpoint:
             list(calibrate.calibrate(checkpoint, IDS, tmp_path / f"{name}.safetensors"))
@@ -639,10 +639,10 @@ def test_an_expert_is_told_by_the_names_of_its_tensors(stack: str, linear: str) 
 
 
 def test_shares_keep_an_experts_taps_together_and_others_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "MAX_HESSIAN_BYTES", 4 * 2 * (8**2 + 4**2))
+    monkeypatch.setattr(measuring, "MAX_HESSIAN_BYTES", 4 * 2 * (8**2 + 4**2))
     experts = {f"layers.0.mlp.experts.{e}.{k}_proj": width for e in range(5) for k, width in (("down", 4), ("gate", 8))}
     widths = {"layers.0.self_attn.q_proj": 8} | experts
     names = list(experts)
     needs = frozenset({"H"})
-    assert calibrate.shares(widths, widths, needs) == [names[:4], names[4:8], [*names[8:], "layers.0.self_attn.q_proj"]]
-    assert calibrate.shares(widths, widths, frozenset({"importance"})) == [[*names, "layers.0.self_attn.q_proj"]]
+    assert measuring.shares(widths, widths, needs) == [names[:4], names[4:8], [*names[8:], "layers.0.self_attn.q_proj"]]
+    assert measuring.shares(widths, widths, frozenset({"importance"})) == [[*names, "layers.0.self_attn.q_proj"]]

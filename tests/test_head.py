@@ -14,12 +14,13 @@ import torch
 from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 
-from quantcli import calibrate, pipeline, recipe
+from quantcli import calibrate, measuring, pipeline, recipe
 from quantcli.arrange import open_forward
 from quantcli.calibrated import Windows
 from quantcli.errors import RecipeError
 from quantcli.evaluate import compare
 from quantcli.formats import open_checkpoint
+from quantcli.forward import HiddenStates
 from quantcli.pipeline import Finished, LayerDone
 from quantcli.recipe import PassSpec, Rule
 from quantcli.stats_file import StatsFile
@@ -60,11 +61,11 @@ def test_the_head_is_solved_like_any_linear(folder: Path, tmp_path: Path, format
         with open_checkpoint(str(tmp_path / method)) as output, open_checkpoint(str(folder)) as source:
             assert HEAD in output.schemes
             forward = open_forward(output)
-            activations = calibrate.Activations.embed(forward, IDS)
+            states = HiddenStates.embed(forward, IDS)
             for i in range(len(forward.layers)):
                 with forward.layer(i) as layer:
-                    activations.advance(layer)
-            H = calibrate.measure_head(forward, activations)["lm_head"].H.double()
+                    states.advance(layer)
+            H = measuring.measure_head(forward, states)["lm_head"].H.double()
             W, W_hat = source.read(HEAD).double(), output.read(HEAD).double()
         errors[method] = float((((W - W_hat) @ H) * (W - W_hat)).sum() / ((W @ H) * W).sum())
         if method == "gptq":  # measured behind the layers as quantized, on the last layer's output

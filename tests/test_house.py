@@ -6,6 +6,9 @@ import ast
 import resource
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"pipeline", "coding", "evaluate", "events", "calibrated"},
-    {"plan", "choices", "caches", "calibrate", "original", "familiarity", "meter"},
+    {"plan", "choices", "caches", "calibrate", "measuring", "original", "familiarity", "meter"},
     {"forward"},
     {"formats", "passes"},
     {"checkpoint", "cuts", "recipe", "regrid", "ranges", "outliers", "readahead", "stats_file"}
@@ -38,30 +41,47 @@ CONTRACT = {
 }
 
 
-def modules() -> list[Path]:
-    return sorted(ROOT.rglob("*.py"))
+@cache
+def modules() -> tuple[Path, ...]:
+    return tuple(sorted(ROOT.rglob("*.py")))
 
 
 def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def known() -> frozenset[str]:
+    return frozenset(name_of(path) for path in modules())
+
+
 def imports(path: Path) -> list[tuple[str, int]]:
-    """Every module that ``path`` imports, outside ``if TYPE_CHECKING``, with its line."""
-    tree = ast.parse(path.read_text("utf8"))
-    hidden = {
-        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)
-    }
+    """Every module that ``path`` imports, with its line; one imported in a function or under ``if TYPE_CHECKING`` is one like any other.
+
+    ``from package import x`` is an import of the module x, or of the package's ``__init__`` where that has the word.
+    """
     found = []
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
+    for node in ast.walk(ast.parse(path.read_text("utf8"))):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
-            found += [(f"{node.module}.{a.name}" if node.module == "quantcli" else str(node.module), node.lineno) for a in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(name if name in known() or node.module == "quantcli" else str(node.module), node.lineno) for name in names]
     return found
+
+
+def circle_of(graph: Mapping[str, Collection[str]]) -> list[str]:
+    """The modules of an import circle, each importing the next one; none when there is no circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -78,6 +98,28 @@ def test_imports_go_only_to_the_right(path: Path) -> None:
         assert FLOOR_OF[there] > FLOOR_OF[here] or (there != here and FLOORS[FLOOR_OF[here]] >= {here, there} and here not in CONTRACT), (
             where
         )
+
+
+def test_an_import_for_types_alone_or_in_a_function_counts(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\nfrom quantcli import plan\nif TYPE_CHECKING:\n    from quantcli.forward import Forward, hidden\n"
+        "def f():\n    import torch\n"
+    )
+    expected = {("typing", 1), ("quantcli.plan", 2), ("quantcli.forward", 4), ("quantcli.forward.hidden", 4), ("torch", 6)}
+    assert set(imports(path)) == expected
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """What a package's ``__init__`` hands on is its own import; that it runs before the package's modules makes none of theirs."""
+    graph = {name_of(path): {module for module, _ in imports(path)} for path in modules()}
+    assert len(graph) > 100
+    assert circle_of(graph) == []
+    assert circle_of({"a": {"b", "d"}, "b": {"c"}, "c": {"a"}, "d": set()}) in (
+        ["a", "b", "c", "a"],
+        ["b", "c", "a", "b"],
+        ["c", "a", "b", "c"],
+    )
 
 
 @pytest.mark.parametrize("folder", ["archs", "qtypes", "passes", "formats"])

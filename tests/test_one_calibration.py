@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TinyLlama
 
-from quantcli import calibrate, meter, pipeline
+from quantcli import calibrate, measuring, meter, pipeline
 from quantcli import recipe as recipes
 from quantcli.calibrated import Windows
 from quantcli.evaluate import compare
 from quantcli.formats import open_checkpoint
-from quantcli.forward.layer import LoadedLayer
+from quantcli.forward import HiddenStates, LoadedLayer
+from quantcli.forward.hidden import kept_on
 from quantcli.passes import gptq
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.stats_file import StatsFile
@@ -76,14 +78,18 @@ def test_windows_run_twice_through_each_layer_but_the_last_because_errors_go_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[str] = []
-    for kind in ("measure", "advance"):
-        original = getattr(calibrate.Activations, kind)
+    measure, advance = measuring.measure, HiddenStates.advance
 
-        def noting(self: object, layer: LoadedLayer, *rest: object, kind: str = kind, original: object = original) -> object:
-            passes.append(f"{kind} {layer.name[-1]}")
-            return original(self, layer, *rest)  # type: ignore[operator]
+    def noting_measure(layer: LoadedLayer, *rest: Any, **options: Any) -> object:
+        passes.append(f"measure {layer.name[-1]}")
+        return measure(layer, *rest, **options)
 
-        monkeypatch.setattr(calibrate.Activations, kind, noting)
+    def noting_advance(states: HiddenStates, layer: LoadedLayer) -> None:
+        passes.append(f"advance {layer.name[-1]}")
+        advance(states, layer)
+
+    monkeypatch.setattr(measuring, "measure", noting_measure)
+    monkeypatch.setattr(HiddenStates, "advance", noting_advance)
     with open_checkpoint(str(folder)) as source:
         list(pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=Windows(IDS)))
     few = ["advance 0", "advance 1"]  # of untouched windows, for familiarity
@@ -108,14 +114,14 @@ def test_only_a_gpu_measures_in_bfloat16_and_only_what_was_published_in_it(
     tiny_llama: TinyLlama, dtype: str, device: str, expected: str
 ) -> None:
     with open_checkpoint(str(tiny_llama(dtype=dtype, layers=1))) as source:
-        assert calibrate.run_dtype(source.specs.values(), device) == getattr(torch, expected)
+        assert measuring.run_dtype(source.specs.values(), device) == getattr(torch, expected)
 
 
 def test_hidden_states_stay_on_a_gpu_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert [calibrate.kept_on(gpu, n) for n in (500, 501)] == [gpu, cpu]
-    assert calibrate.kept_on(cpu, 10**15) == cpu
+    assert [kept_on(gpu, n) for n in (500, 501)] == [gpu, cpu]
+    assert kept_on(cpu, 10**15) == cpu
 
 
 def test_tensor_cores_are_let_only_at_what_they_hold_exactly() -> None:

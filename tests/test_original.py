@@ -14,10 +14,11 @@ from whole_models import inputs_of, save_mixtral
 
 from quantcli import calibrate, pipeline, recipe
 from quantcli.arrange import open_forward
-from quantcli.calibrate import Activations
 from quantcli.calibrated import Windows
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
+from quantcli.forward import HiddenStates
+from quantcli.measuring import measure
 from quantcli.meter import StatsMeter
 from quantcli.original import Original
 from quantcli.passes import _basis
@@ -45,17 +46,17 @@ def test_drift_equals_that_of_two_whole_models(tiny_llama: TinyLlama) -> None:
 
     with open_checkpoint(str(folder)) as source:
         forward = open_forward(source)
-        activations = Activations.embed(forward, IDS)
-        activations.original = Original(forward, IDS)
-        with forward.layer(0) as layer, activations.beside(0):
-            assert all(not s.dXXT.any() for s in activations.measure(layer, needs=NEEDS).values())
+        states, original = HiddenStates.embed(forward, IDS), Original(forward, IDS)
+        with forward.layer(0) as layer, original.layer(0):
+            assert all(not s.dXXT.any() for s in measure(layer, states, needs=NEEDS, original=original).values())
             for name in damaged[:7]:
                 layer.set(name, rough(layer.tensors[name]))
-            activations.advance(layer)
-        with forward.layer(1) as layer, activations.beside(1):
+            states.advance(layer)
+        with forward.layer(1) as layer, original.layer(1):
             for name in damaged[7:]:
                 layer.set(name, rough(layer.tensors[name]))
-            stats = activations.measure(layer, needs=NEEDS)  # as true_sequential has it: q, k and v are coded, o_proj reads what they make
+            # As true_sequential has it: q, k and v are coded, o_proj reads what they make.
+            stats = measure(layer, states, needs=NEEDS, original=original)
     for tap in (f"model.layers.1.{x}" for x in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")):
         expected = (X0[tap].double() - X[tap]).T @ X[tap].double() / len(X[tap])
         assert expected.abs().max() > 1e-3

@@ -17,19 +17,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantcli import archs
 from quantcli.experts import expert_of
+from quantcli.forward.layer import LoadedLayer
+from quantcli.forward.model import Forward
 from quantcli.passes import _basis
 from quantcli.tensors import Layer, Prev
-
-if TYPE_CHECKING:
-    from quantcli.forward.layer import LoadedLayer
-    from quantcli.forward.model import Forward
 
 N_TOKENS = 24
 """Tokens of a trial: enough that attention mixes them and that experts get some."""

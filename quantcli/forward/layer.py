@@ -5,40 +5,56 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quantcli.errors import CheckpointError, NumericsError
-from quantcli.forward.cache import watched
+from quantcli.forward.cache import OnUpdate, watched
 from quantcli.forward.experts import Products, all_tokens
 from quantcli.forward.names import Source
+from quantcli.forward.readers import Readers
+from quantcli.forward.stack import Call
+from quantcli.forward.weights import Weights
 from quantcli.tensors import DTYPES, KvCache
-
-if TYPE_CHECKING:
-    from quantcli.forward.model import Forward
 
 OnInput = Callable[[str, Tensor], None]
 """``on_input(tap, X)`` with X [n_tokens, in] in the run's dtype; X is valid during the call only."""
+
+OnRead = Callable[[Tensor], Tensor]
+"""``change(X)`` for X [..., in] is what a linear reads in place of X."""
 
 
 class LoadedLayer:
     """A decoder layer whose weights are in memory.
 
     ``tensors``: its weights by disk name: as they were set, else in the run's dtype where that holds the stored values, else as
-    stored.
+    stored. ``shows_all_tokens``: observed experts are shown every token, rather than those routed to them.
     """
 
     name: str
+    shows_all_tokens: bool
 
-    def __init__(self, forward: Forward, index: int, module: nn.Module) -> None:
-        self.name = forward.layers[index]
-        self._forward = forward
-        self._index = index
-        self._readers = forward.readers(index)
-        self._module = module
-        self._sources = {name: source for source in forward.sources(index) for name in source.disk}
+    def __init__(
+        self,
+        module: nn.Module,
+        readers: Readers,
+        weights: Weights,
+        index: int,
+        *,
+        call: Callable[[Tensor], Call],
+        changes: Mapping[tuple[str, int], OnRead],
+        cache_changes: Mapping[str, OnUpdate],
+        all_tokens: bool,
+    ) -> None:
+        """Layer ``index``, which ``weights`` has in memory. ``call``: the module's arguments for ids [B, T]; ``changes``: of what experts
+        read, by parameter and expert; ``cache_changes``: of keys and values, by attention; ``all_tokens``: see ``shows_all_tokens``."""
+        self.name = readers.name
+        self.shows_all_tokens = all_tokens
+        self._module, self._readers, self._weights, self._index = module, readers, weights, index
+        self._call = call
+        self._changes, self._cache_changes = changes, cache_changes
+        self._sources = {name: source for source in weights.sources(index) for name in source.disk}
         self._set: dict[str, Tensor] = {}
         self._stale: dict[str, Source] = {}  # by target: to be made again from what was set
         self._rewritten: set[str] = set()  # experts' weights that were set, in their parameter's rows
@@ -46,7 +62,7 @@ class LoadedLayer:
     @property
     def tap_widths(self) -> dict[str, int]:
         """Every tap of the layer → its in_features."""
-        specs = self._forward.checkpoint.specs
+        specs = self._weights.checkpoint.specs
         return {tap: specs[f"{tap}.weight"].shape[-1] for tap in self._readers.taps.values()}
 
     @property
@@ -57,12 +73,7 @@ class LoadedLayer:
 
     @property
     def device(self) -> torch.device:
-        return self._forward.device
-
-    @property
-    def shows_all_tokens(self) -> bool:
-        """Whether observed experts are shown every token, rather than those routed to them."""
-        return self._forward.all_tokens
+        return self._weights.device
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -74,18 +85,18 @@ class LoadedLayer:
         if name in self._set:
             return self._set[name]
         source = self._sources[name]
-        stored = self._forward.checkpoint.specs[name].dtype
+        stored = self._weights.checkpoint.specs[name].dtype
         if name in self._rewritten:
             return self._slice(name).clone()  # what is set next is written over the slice
         if source.is_copy:
-            live = self._forward.tensor(source.target)
+            live = self._weights.tensor(source.target)
             if live.dtype in (DTYPES.get(stored), torch.float32):
                 return live
-        return self._forward.checkpoint.read(name).to(self._forward.device)
+        return self._weights.checkpoint.read(name).to(self._weights.device)
 
     def set(self, name: str, W: Tensor) -> None:
         """Replace the weight ``name`` (on disk) by ``W`` of its shape, for the runs that follow."""
-        expected = self._forward.checkpoint.specs[name].shape
+        expected = self._weights.checkpoint.specs[name].shape
         if tuple(W.shape) != expected:
             raise CheckpointError(f"{name}: a weight of shape {list(expected)} cannot be replaced by one of shape {list(W.shape)}")
         if name in self._readers.slices and self._slice(name).copy_(W).dtype == W.dtype:
@@ -104,12 +115,12 @@ class LoadedLayer:
         Raises :class:`NumericsError` when it is not finite.
         """
         self._refresh()
-        call = self._forward.call(self._index, ids)
+        call = self._call(ids)
         with torch.no_grad(), self._changed():
-            output = call.run(self._module, self._forward.entering(hidden))
+            output = call.run(self._module, hidden.to(device=self._weights.device, dtype=self._weights.dtype))
         output = output if isinstance(output, Tensor) else output[0]
         if not torch.isfinite(output).all():
-            raise NumericsError(f"{self.name}: its output has NaN or Inf in {self._forward.dtype}; check the weights, or run in float32")
+            raise NumericsError(f"{self.name}: its output has NaN or Inf in {self._weights.dtype}; check the weights, or run in float32")
         return output
 
     def observe(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> Tensor:
@@ -125,7 +136,7 @@ class LoadedLayer:
         def note(tap: str, X: Tensor) -> None:
             on_input(tap, X)
             missing.discard(tap)
-            if not missing and not self._forward.repeats(self._index):
+            if not missing and not self._readers.repeats:
                 raise _AllSeen
 
         with self._hooked(wanted, note), contextlib.suppress(_AllSeen):
@@ -162,9 +173,9 @@ class LoadedLayer:
         if not taps:
             yield
             return
-        products = Products({name: self._forward.tensor(name) for name in taps}, on_product)
+        products = Products({name: self._weights.tensor(name) for name in taps}, on_product)
         with products, contextlib.ExitStack() as stack:
-            if self._forward.all_tokens:
+            if self.shows_all_tokens:
                 stack.enter_context(all_tokens(self._readers.expert_modules(), products))
             yield
 
@@ -172,33 +183,32 @@ class LoadedLayer:
     def _changed(self) -> Iterator[None]:
         """While it lasts experts read what :meth:`Forward.on_read` makes of their inputs, and caches hold what ``on_cache`` does."""
         caches = self._readers.cache_modules().items()
-        changes = {module: change for module, cache in caches if (change := self._forward.cache_change(cache))}
+        changes = {module: change for module, cache in caches if (change := self._cache_changes.get(cache.attention))}
         with watched(changes), self._changed_experts():
             yield
 
     @contextlib.contextmanager
     def _changed_experts(self) -> Iterator[None]:
-        changes = self._forward.changes(self._index)
-        if not changes:
+        if not self._changes:
             yield
             return
 
         def on_product(parameter: str, expert: int, X: Tensor) -> Tensor | None:
-            change = changes.get((parameter, expert))
+            change = self._changes.get((parameter, expert))
             return None if change is None else change(X)
 
-        with Products({name: self._forward.tensor(name) for name, _ in changes}, on_product):
+        with Products({name: self._weights.tensor(name) for name, _ in self._changes}, on_product):
             yield
 
     def _slice(self, name: str) -> Tensor:
         """The rows of the model's parameter that the expert's weight ``name`` is."""
         parameter, expert, rows = self._readers.slices[name]
-        return rows.of(self._forward.tensor(parameter)[expert])
+        return rows.of(self._weights.tensor(parameter)[expert])
 
     def _refresh(self) -> None:
         """Make again what was put together from weights that have been set since."""
         for source in self._stale.values():
-            self._forward.rebuild(source, self._forward.model_names(self._index), self._set)
+            self._weights.rebuild(source, self._index, self._set)
         self._stale.clear()
 
 

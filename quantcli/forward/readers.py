@@ -42,6 +42,11 @@ class Readers:
         """Disk name of an expert's weight → the parameter that holds it, the expert's number, its rows there."""
         return {rows.disk: (x.parameter, e, rows) for x in self.experts for e, group in enumerate(x.rows) for rows in group}
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the layer calls one of its linears more than once in a forward."""
+        return self._trace.repeats
+
     def tap_modules(self) -> dict[str, nn.Module]:
         """The module that reads each tap other than the experts'."""
         modules = {disk.removesuffix(".weight"): name.removesuffix(".weight") for name, disk in self._disk.items()}

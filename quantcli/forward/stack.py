@@ -82,6 +82,10 @@ class Stack:
         self.head: nn.Linear | None = model.get_output_embeddings()
         self.traces: list[Trace] = []
 
+    def module_name(self, module: nn.Module) -> str:
+        """What the model calls ``module``."""
+        return next(name for name, m in self.model.named_modules() if m is module)
+
     def trace(self, device: torch.device) -> bool:
         """Fill ``traces``; returns whether the layers' arguments depend on the tokens. Raises :class:`UnsupportedError`."""
         seen: dict[tuple[Any, ...], Trace] = {}

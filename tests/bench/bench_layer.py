@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 
 from quantcli import ops
 from quantcli.arrange import open_forward
-from quantcli.calibrate import EVERYTHING, Activations, run_dtype
 from quantcli.formats import open_checkpoint
-from quantcli.forward import LoadedLayer
+from quantcli.forward import HiddenStates, LoadedLayer, run_dtype
+from quantcli.measuring import measure
 from quantcli.passes import _basis, awq, gptq
 from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, Scheme, Stats
@@ -92,17 +92,15 @@ class Bench:
         return result
 
 
-def measured(bench: Bench, layer: LoadedLayer, activations: Activations, dtype: torch.dtype) -> dict[str, Stats]:
+def measured(bench: Bench, layer: LoadedLayer, states: HiddenStates, dtype: torch.dtype) -> dict[str, Stats]:
     """The layer run as it is, then again under meters: the difference is what statistics cost."""
     widths, n = layer.tap_widths, bench.n_tokens
     n_weights = sum(layer.tensors[name].numel() for name in layer.tensors)
-    seq_len, hidden = activations.hidden.shape[1:]
+    seq_len, hidden = states.hidden.shape[1:]
     flops = 2 * n * n_weights + 2 * n * seq_len * hidden  # causal attention: half of 4·n·T·hidden
-    bench.stage("forward", lambda: [layer(h, ids) for h, ids in activations.batches()], flops, 4 * n_weights, dtype)
+    bench.stage("forward", lambda: [layer(h, ids) for h, ids in states.batches()], flops, 4 * n_weights, dtype)
     gram = sum(n * width**2 for width in widths.values())  # a symmetric product: half of 2·n·in²
-    stats = bench.stage(
-        "forward + statistics", lambda: activations.measure(layer, None, EVERYTHING), flops + gram, 4 * n * sum(widths.values()), dtype
-    )
+    stats = bench.stage("forward + statistics", lambda: measure(layer, states), flops + gram, 4 * n * sum(widths.values()), dtype)
     bench.seconds["statistics"] = bench.seconds["forward + statistics"] - bench.seconds["forward"]
     return stats
 
@@ -152,11 +150,11 @@ def run(folder: Path, words: argparse.Namespace, ids: Tensor) -> dict[str, float
         speeds = f"{machine.flops[dtype] / 1e9:.0f} GFLOP/s, {machine.bytes / 1e9:.1f} GB/s"
         print(f"{device}, {torch.get_num_threads()} threads; {dtype}: {speeds}")  # noqa: T201
         bench, forward = Bench(machine, ids.numel()), open_forward(source, dtype=dtype, device=device)
-        activations = Activations.embed(forward, ids)
+        states = HiddenStates.embed(forward, ids)
         stored = sum(source.specs[name].nbytes for name in forward.layer_tensors(0))
         bench.stage("read", lambda: forward.layer(0).__enter__(), 0, stored)
         with forward.layer(0) as layer:
-            stats = measured(bench, layer, activations, dtype)
+            stats = measured(bench, layer, states, dtype)
             groups: dict[str, list[Tensor]] = {}
             for name, tap in forward.taps.items():
                 groups.setdefault(tap, []).append(layer.tensors[name].float())
