@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from quantcli import regrid
+from quantcli import qtypes, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.cuts import HEAD_WEIGHT, tied_embedding
 from quantcli.errors import RecipeError, UnsupportedError
@@ -82,7 +82,7 @@ def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme
 def fits(shape: tuple[int, ...], scheme: Scheme) -> bool:
     """Whether ``scheme`` can code a matrix of ``shape`` at all."""
     try:
-        find("qtypes", scheme.qtype).layout(shape, scheme)
+        qtypes.of(scheme.qtype).layout(shape, scheme)
     except RecipeError:
         return False
     return True

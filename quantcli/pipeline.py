@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantcli import __version__, archs, caches, cuts, ops
+from quantcli import __version__, archs, caches, cuts, ops, qtypes
 from quantcli import plan as planning
 from quantcli.calibrated import Calibrated, checked, protected_by
 from quantcli.checkpoint import Checkpoint
@@ -195,7 +195,7 @@ def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
     """The tensors of ``layer`` one by one, but together those of one tap whose number format has parts that engines want them to share."""
     groups: dict[object, list[PlannedTensor]] = {}
     for tensor in layer.tensors:
-        shared = tensor.is_solved and tensor.scheme is not None and hasattr(find("qtypes", tensor.scheme.qtype), "fused")
+        shared = tensor.is_solved and tensor.scheme is not None and qtypes.of(tensor.scheme.qtype).shares_parts
         groups.setdefault((tensor.tap, tensor.scheme) if shared else tensor.name, []).append(tensor)
     return list(groups.values())
 

@@ -8,13 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli import archs, caches, cuts, regrid
+from quantcli import archs, caches, cuts, qtypes, regrid
 from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
 from quantcli.choices import carried_over, choose_schemes, is_coded, layer_of, listed, protect
 from quantcli.cuts import HEAD_WEIGHT
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.outliers import Protected
+from quantcli.passes import of as pass_of
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.registry import find
 from quantcli.tensors import HEAD, KvCache, Scheme, TensorSpec
@@ -192,7 +193,7 @@ def check_held(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]
         if hasattr(fmt, "why_not") and (reason := fmt.why_not(scheme, source.config)) is not None:
             raise UnsupportedError(f"{name}: {scheme}: {reason}; choose another scheme")
         with about(name):
-            find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
+            qtypes.of(scheme.qtype).layout(source.specs[name].shape, scheme)
 
 
 def planned_layers(
@@ -284,7 +285,7 @@ def check_format_options(recipe: Recipe) -> None:
 def check_passes(recipe: Recipe) -> None:
     """Raise :class:`RecipeError` where the passes leave no codes, or change a basis that ties together what is to be coded apart."""
     last = recipe.passes[-1].name
-    if not getattr(find("passes", last), "CHOOSES_CODES", True):
+    if not pass_of(last).chooses_codes:
         raise RecipeError(f"recipe '{recipe.name}': {last} scales weights and chooses no codes; put rtn or gptq after it")
     if recipe.changes_basis and recipe.true_sequential:
         names = ", ".join(p.name for p in recipe.passes)
@@ -294,11 +295,11 @@ def check_passes(recipe: Recipe) -> None:
 def check_codes(recipe: Recipe, scheme: Scheme, *, is_measured: bool, is_weighed: bool) -> None:
     """Raise :class:`RecipeError` where the recipe's passes cannot choose codes of ``scheme``. ``is_measured``: the tensor has a tap;
     ``is_weighed``: an importance matrix has a row for it."""
-    qtype = find("qtypes", scheme.qtype)
-    if is_measured and hasattr(qtype, "NO_GRID"):
-        for name in (p.name for p in recipe.passes if getattr(find("passes", p.name), "NEEDS_GRID", False)):
-            raise RecipeError(f"the pass {name} needs a grid, and {qtype.NO_GRID}")
-    if getattr(qtype, "NEEDS_IMPORTANCE", False) and not (is_weighed or (recipe.needs and is_measured)):
+    qtype = qtypes.of(scheme.qtype)
+    if is_measured and qtype.no_grid:
+        for name in (p.name for p in recipe.passes if pass_of(p.name).needs_grid):
+            raise RecipeError(f"the pass {name} needs a grid, and {qtype.no_grid}")
+    if qtype.needs_importance and not (is_weighed or (recipe.needs and is_measured)):
         why = f"recipe '{recipe.name}' measures none" if is_measured else "what this tensor reads is not measured"
         raise RecipeError(f"{scheme} needs importance, and {why}; give --imatrix FILE, or a recipe whose passes read statistics")
 

@@ -20,7 +20,7 @@ from quantcli import pipeline, recipe, texts
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.forward import tokenizer
-from quantcli.qtypes import fp8
+from quantcli.qtypes.fp8 import QTYPE as fp8
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import hqq
-from quantcli.qtypes import hqq as hqq_qtype
+from quantcli.qtypes.hqq import QTYPE as hqq_qtype
 from quantcli.tensors import Scheme
 
 GOLDEN = load_file(Path(__file__).parent / "data/hqq_golden.safetensors")

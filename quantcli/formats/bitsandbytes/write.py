@@ -18,9 +18,8 @@ from quantcli.formats import _folder
 from quantcli.formats._folder import coded_only, dense_dtypes, is_dense, module_of, part_specs, sidecar_files, split_block, writer
 from quantcli.formats._fused import check_fused, fused_groups
 from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
-from quantcli.formats.bitsandbytes.state import KINDS, NAMES, PREFIX, Nested, State
+from quantcli.formats.bitsandbytes.state import LEVELS, NAMES, PREFIX, Nested, State
 from quantcli.qtypes import _float4
-from quantcli.registry import find
 from quantcli.shards import MAX_SHARD_BYTES
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
@@ -41,7 +40,7 @@ class Context(_folder.Context):
 
 
 def supports(scheme: Scheme) -> bool:
-    return is_dense(scheme) or scheme.qtype in (*KINDS, "llm_int8")
+    return is_dense(scheme) or scheme.qtype in (*LEVELS, "llm_int8")
 
 
 def stays_dense(name: str) -> bool:
@@ -62,7 +61,7 @@ def context(
         dtypes=dtypes,
         sidecars=sidecar_files(source, quantization_words(source, coded, dtypes)),
         max_shard_bytes=max_shard_bytes,
-        state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in coded.items() if scheme.qtype in KINDS},
+        state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in coded.items() if scheme.qtype in LEVELS},
     )
 
 
@@ -172,7 +171,7 @@ def parts(name: str, tensor: Tensor | QuantizedTensor, context: Context) -> dict
     files = {
         name: tensor.parts["packed"].view(-1, 1),
         f"{name}.absmax": tensor.parts["absmax"],
-        f"{name}.quant_map": torch.tensor(find("qtypes", scheme.qtype).LEVELS),
+        f"{name}.quant_map": torch.tensor(LEVELS[scheme.qtype]),
         f"{name}.{PREFIX}{scheme.qtype}": torch.frombuffer(bytearray(text), dtype=torch.uint8),
     }
     if nested:
