@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from quantcli import qtypes
 from quantcli.errors import CheckpointError, QuantcliError, UnsupportedError
 from quantcli.json_files import read_json, shown
 from quantcli.locations import Location, first_bytes
-from quantcli.registry import find
 from quantcli.shards import open_folder
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
@@ -89,8 +89,7 @@ class Checkpoint(ABC):
     def read(self, name: str) -> Tensor:
         """The tensor ``name``: its stored dtype when dense, float32 as its engine decodes it when quantized."""
         if name in self.schemes:
-            decoded: Tensor = find("qtypes", self.schemes[name].qtype).unpack(self.quantized(name))
-            return decoded
+            return qtypes.of(self.schemes[name].qtype).unpack(self.quantized(name))
         self._check(name)
         return self.load(name)
 

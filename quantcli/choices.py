@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from quantcli import formats, regrid
+from quantcli import formats, qtypes, regrid
 from quantcli.checkpoint import Checkpoint
 from quantcli.cuts import HEAD_WEIGHT, tied_embedding
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.formats import Request
 from quantcli.outliers import Protected
 from quantcli.recipe import Recipe
-from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 
@@ -83,7 +82,7 @@ def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme
 def fits(shape: tuple[int, ...], scheme: Scheme) -> bool:
     """Whether ``scheme`` can code a matrix of ``shape`` at all."""
     try:
-        find("qtypes", scheme.qtype).layout(shape, scheme)
+        qtypes.of(scheme.qtype).layout(shape, scheme)
     except RecipeError:
         return False
     return True

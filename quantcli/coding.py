@@ -16,10 +16,10 @@ from quantcli.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError, about
 from quantcli.experts import expert_of
 from quantcli.passes import _activations, _basis
+from quantcli.passes import of as pass_of
 from quantcli.plan import Plan, PlannedTensor
 from quantcli.ranges import find_range
 from quantcli.recipe import PassSpec
-from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, QuantizedTensor, Stats, TensorReport
 from quantcli.writer import Writer
 
@@ -163,7 +163,7 @@ class Coding:
         reports: dict[str, TensorReport] = {}
         scaled: dict[str, Tensor] = {}
         for spec in passes:
-            for report in find("passes", spec.name).run(unit, stats, spec.build_options()).tensors:
+            for report in pass_of(spec.name).run(unit, stats, spec.build_options()).tensors:
                 if (before := reports.get(report.name)) is not None:
                     report = replace(report, notes=before.notes + report.notes, settings={**before.settings, **report.settings})
                 reports[report.name] = report

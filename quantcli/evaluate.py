@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantcli import qtypes
 from quantcli.arrange import open_forward
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.forward import Forward, HiddenStates
 from quantcli.ops import round_cache, round_inputs
 from quantcli.ops.activations import STATIC
-from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 MAX_HIDDEN_BYTES = 4 << 30
@@ -131,7 +131,7 @@ def rounded_inputs(checkpoint: Checkpoint) -> dict[str, str]:
 
 def engine_act(scheme: Scheme) -> str:
     """How the engine of ``scheme`` rounds inputs; "" where it takes them as they are."""
-    return str(scheme.get("act") or getattr(find("qtypes", scheme.qtype), "ENGINE_ACT", ""))
+    return str(scheme.get("act") or qtypes.of(scheme.qtype).engine_act)
 
 
 def simulate(model: Forward) -> tuple[str, ...]:

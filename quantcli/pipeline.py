@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantcli import caches, familiarity, measuring, ops
+from quantcli import caches, familiarity, measuring, ops, qtypes
 from quantcli import plan as planning
 from quantcli.arrange import arrange
 from quantcli.calibrated import Data, Learned, checked, is_importance, protected_by, weighed
@@ -32,7 +32,6 @@ from quantcli.plan import PlannedLayer, PlannedTensor
 from quantcli.provenance import Provenance
 from quantcli.readahead import reading_ahead
 from quantcli.recipe import Recipe
-from quantcli.registry import find
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import DTYPES, HEAD, Prev, Stats, TensorReport
 from quantcli.writer import Writer
@@ -164,7 +163,7 @@ def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
     """The tensors of ``layer`` one by one, but together those of one tap whose number format has parts that engines want them to share."""
     groups: dict[object, list[PlannedTensor]] = {}
     for tensor in layer.tensors:
-        shared = tensor.is_solved and tensor.scheme is not None and hasattr(find("qtypes", tensor.scheme.qtype), "fused")
+        shared = tensor.is_solved and tensor.scheme is not None and qtypes.of(tensor.scheme.qtype).shares_parts
         groups.setdefault((tensor.tap, tensor.scheme) if shared else tensor.name, []).append(tensor)
     return list(groups.values())
 

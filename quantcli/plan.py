@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli import caches, cuts, regrid
+from quantcli import caches, cuts, qtypes, regrid
 from quantcli.arrange import Arranged, experts_joined
 from quantcli.caches import PlannedCache
 from quantcli.checkpoint import Checkpoint
@@ -16,8 +16,8 @@ from quantcli.cuts import HEAD_WEIGHT
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import Format, OutputLayout, Request
 from quantcli.outliers import Protected
+from quantcli.passes import of as pass_of
 from quantcli.recipe import PassSpec, Recipe
-from quantcli.registry import find
 from quantcli.tensors import HEAD, KvCache, Scheme, TensorSpec
 
 RTN = PassSpec("rtn")
@@ -158,7 +158,7 @@ def check_importance(plan: Plan, importance: Collection[str]) -> None:
     what the recipe's passes measure gives it."""
     recipe, kept = plan.recipe, {t.name for t in plan.tensors if t.carried}
     for tensor in plan.tensors:
-        if tensor.scheme is None or tensor.carried or not qtypes_need_importance(tensor.scheme):
+        if tensor.scheme is None or tensor.carried or not qtypes.of(tensor.scheme.qtype).needs_importance:
             continue
         if tensor.name not in importance and not (recipe.needs and tensor.tap is not None):
             why = f"recipe '{recipe.name}' measures none" if tensor.tap is not None else "what this tensor reads is not measured"
@@ -169,10 +169,6 @@ def check_importance(plan: Plan, importance: Collection[str]) -> None:
         plan.layout.check_importance(importance, kept)
 
 
-def qtypes_need_importance(scheme: Scheme) -> bool:
-    return bool(getattr(find("qtypes", scheme.qtype), "NEEDS_IMPORTANCE", False))
-
-
 def check_held(source: Checkpoint, fmt: Format, recipe: Recipe, schemes: Mapping[str, Scheme]) -> None:
     """Raise :class:`UnsupportedError` for a scheme that the format cannot hold, :class:`RecipeError` for one that a shape does not fit."""
     for name, scheme in schemes.items():
@@ -181,7 +177,7 @@ def check_held(source: Checkpoint, fmt: Format, recipe: Recipe, schemes: Mapping
         if (reason := fmt.why_not(scheme, source.config)) is not None:
             raise UnsupportedError(f"{name}: {scheme}: {reason}; choose another scheme")
         with about(name):
-            find("qtypes", scheme.qtype).layout(source.specs[name].shape, scheme)
+            qtypes.of(scheme.qtype).layout(source.specs[name].shape, scheme)
 
 
 def planned_layers(
@@ -262,7 +258,7 @@ def surprises(
 def check_passes(recipe: Recipe) -> None:
     """Raise :class:`RecipeError` where the passes leave no codes, or change a basis that ties together what is to be coded apart."""
     last = recipe.passes[-1].name
-    if not getattr(find("passes", last), "CHOOSES_CODES", True):
+    if not pass_of(last).chooses_codes:
         raise RecipeError(f"recipe '{recipe.name}': {last} scales weights and chooses no codes; put rtn or gptq after it")
     if recipe.changes_basis and recipe.true_sequential:
         names = ", ".join(p.name for p in recipe.passes)
@@ -271,10 +267,9 @@ def check_passes(recipe: Recipe) -> None:
 
 def check_grid(recipe: Recipe, scheme: Scheme) -> None:
     """Raise :class:`RecipeError` where a pass of ``recipe`` chooses codes one by one, and ``scheme`` has none for a single weight."""
-    qtype = find("qtypes", scheme.qtype)
-    if hasattr(qtype, "NO_GRID"):
-        for name in (p.name for p in recipe.passes if getattr(find("passes", p.name), "NEEDS_GRID", False)):
-            raise RecipeError(f"the pass {name} needs a grid, and {qtype.NO_GRID}")
+    if (reason := qtypes.of(scheme.qtype).no_grid) is not None:
+        for name in (p.name for p in recipe.passes if pass_of(p.name).needs_grid):
+            raise RecipeError(f"the pass {name} needs a grid, and {reason}")
 
 
 def _natural(layer: str) -> tuple[int, Sequence[Any]]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from quantcli import ranges
+from quantcli import qtypes, ranges
 from quantcli.errors import RecipeError
 from quantcli.outliers import Protection
-from quantcli.registry import find, names
+from quantcli.passes import of as pass_of
+from quantcli.registry import names
 from quantcli.tensors import KEEP, KV_CACHES, Scheme
 
 CODES = ("anew", "fitting", "kept")
@@ -63,12 +64,11 @@ class PassSpec:
     @property
     def needs(self) -> frozenset[str]:
         """Which statistics the pass reads with its options: some of H, importance, absmax, mean, dXXT."""
-        module = find("passes", self.name)
-        return module.needs(self.build_options()) if hasattr(module, "needs") else module.NEEDS
+        return pass_of(self.name).needs(self.build_options())
 
     def build_options(self) -> Any:
         """The pass's ``Options`` with ours in it; an unknown option is a :class:`RecipeError`."""
-        cls = find("passes", self.name).Options
+        cls = pass_of(self.name).options_type
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(self.options) - known):
             raise RecipeError(f"pass '{self.name}' has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")
@@ -147,7 +147,7 @@ class Recipe:
     @property
     def changes_basis(self) -> bool:
         """Whether a pass of it scales inputs against weights (awq, smoothquant)."""
-        return any(getattr(find("passes", p.name), "CHANGES_BASIS", False) for p in self.passes)
+        return any(pass_of(p.name).changes_basis for p in self.passes)
 
     def with_pass(self, name: str, **options: Any) -> Recipe:
         """The same recipe with ``options`` set on pass ``name``; :class:`RecipeError` when the recipe has no such pass."""
@@ -162,7 +162,7 @@ class Recipe:
         """The same recipe with options of its scheme replaced (bits, group_size, sym) and its name following."""
         if self.scheme is None:
             raise RecipeError(f"recipe '{self.name}' takes its number formats from {self.mix}; it has no {', '.join(options)} to set")
-        known = find("qtypes", self.scheme.qtype).OPTIONS
+        known = qtypes.of(self.scheme.qtype).options
         if unknown := sorted(set(options) - set(known)):
             raise RecipeError(f"number format {self.scheme} has no option '{unknown[0]}'")
         scheme = self.scheme.with_options(**options)
@@ -287,7 +287,7 @@ def _parse_calibration(data: Mapping[str, Any], recipe: str) -> Calibration:
         raise RecipeError(f"recipe '{recipe}': input_range is one of {', '.join(ranges.METHODS)}, not '{calibration.input_range}'")
     if calibration.min_tokens < 1:
         raise RecipeError(f"recipe '{recipe}': min_tokens is above zero, not {calibration.min_tokens}")
-    free = [name for name in names("passes") if not find("passes", name).NEEDS]
+    free = [name for name in names("passes") if not PassSpec(name).needs]
     if calibration.fallback not in free:
         raise RecipeError(f"recipe '{recipe}': fallback is a pass without statistics ({', '.join(free)}), not '{calibration.fallback}'")
     return calibration

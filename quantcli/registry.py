@@ -1,4 +1,4 @@
-"""Variants by file name: find("qtypes", "q4_k") is the module quantcli/qtypes/q4_k.py. Formats are spelt with hyphens, as users do."""
+"""Variants by file name: find("formats", "hf") is the module quantcli/formats/hf.py. Formats are spelt with hyphens, as users do."""
 
 from __future__ import annotations
 

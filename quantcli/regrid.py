@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantcli import qtypes
 from quantcli.errors import NumericsError, UnsupportedError
 from quantcli.ops.blocks import KINDS, pack_blocks, unpack_blocks
 from quantcli.ops.minifloat import pack_fp4, unpack_fp4
 from quantcli.qtypes._float4 import scales_of
-from quantcli.registry import find
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme
 
 EXACT, CODES = "exact", "codes"
@@ -151,13 +151,12 @@ def regrid(tensor: QuantizedTensor, target: Scheme) -> tuple[QuantizedTensor, bo
 
 
 def decode(tensor: QuantizedTensor) -> Tensor:
-    W: Tensor = find("qtypes", tensor.scheme.qtype).unpack(tensor)
-    return W
+    return qtypes.of(tensor.scheme.qtype).unpack(tensor)
 
 
 def grid_of(scheme: Scheme) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """What of ``scheme`` says which numbers can be stored: not how they were searched, nor how inputs are quantized."""
-    defaults = find("qtypes", scheme.qtype).OPTIONS
+    defaults = qtypes.of(scheme.qtype).options
     options = {**defaults, **dict(scheme.options)}
     return scheme.qtype, tuple(sorted((key, value) for key, value in options.items() if key not in ("act", "search")))
 
@@ -295,7 +294,7 @@ def repacked_nvfp4(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
 
 def spread_fp8(tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
     """fp8 with the scales of a coarser strategy repeated, or in another dtype."""
-    shape = find("qtypes", "fp8").layout(tensor.shape, target)["scale"].shape
+    shape = qtypes.of("fp8").layout(tensor.shape, target)["scale"].shape
     scale = stored(tensor.parts["scale"], target.option("scale_dtype")).expand(shape).contiguous()
     parts = {"data": tensor.parts["data"], "scale": scale}
     if target.static_activations:

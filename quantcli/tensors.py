@@ -123,7 +123,7 @@ class Scheme:
             if not match or match[1] not in known:
                 raise RecipeError(f"'{text}' names no number format; there are: {', '.join(known)}")
             head, options["bits"] = match[1], int(match[2])
-        defaults = find("qtypes", head).OPTIONS
+        defaults = options_of(head)
         for word in words:
             option, value = option_of(word, defaults, text)
             options[option] = value
@@ -137,7 +137,7 @@ class Scheme:
 
     def option(self, key: str) -> Any:
         """The option ``key``, or the qtype's default for it."""
-        return self.get(key, find("qtypes", self.qtype).OPTIONS[key])
+        return self.get(key, options_of(self.qtype)[key])
 
     def with_options(self, **options: Any) -> Scheme:
         """The same qtype with ``options`` replaced."""
@@ -151,7 +151,7 @@ class Scheme:
     def __str__(self) -> str:
         options = dict(self.options)
         text = f"{self.qtype}{options.get('bits', '')}"
-        defaults = find("qtypes", self.qtype).OPTIONS if self.qtype in names("qtypes") else {}
+        defaults = options_of(self.qtype) if self.qtype in names("qtypes") else {}
         shown = {key for key in options if key in ALWAYS_NAMED or options[key] != defaults.get(key)}
         for letter, option in NUMBERED.items():
             if option in shown and options[option] != -1:
@@ -160,6 +160,12 @@ class Scheme:
             if any(option in shown and options[option] == value for option, value in meanings):
                 text += f"-{word}"
         return text + (f"+{options['act']}" if options.get("act") else "")
+
+
+def options_of(qtype: str) -> Mapping[str, Any]:
+    """The options of ``qtype`` and their defaults. It is looked up by name, because number formats import these nouns."""
+    options: Mapping[str, Any] = find("qtypes", qtype).QTYPE.options
+    return options
 
 
 def option_of(word: str, defaults: Mapping[str, Any], text: str) -> tuple[str, Any]:

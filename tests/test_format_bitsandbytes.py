@@ -14,13 +14,12 @@ from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli import pipeline, plan, recipe
+from quantcli import pipeline, plan, qtypes, recipe
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import bitsandbytes, open_checkpoint
 from quantcli.formats.bitsandbytes.state import Nested, State, parse
 from quantcli.qtypes import _float4
 from quantcli.recipe import Recipe, Rule
-from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 GOLDEN = load_file(Path(__file__).parent / "data/bitsandbytes.safetensors")
@@ -92,7 +91,7 @@ def test_codes_come_back_as_they_were_coded_and_the_rest_as_it_was(name: str, so
             if key not in back.schemes:
                 assert torch.equal(back.read(key), model.read(key))
                 continue
-            qtype = find("qtypes", back.schemes[key].qtype)
+            qtype = qtypes.of(back.schemes[key].qtype)
             assert back.schemes[key] == recipe.load(name).scheme
             expected = qtype.encode(model.read(key), back.schemes[key])
             got = back.quantized(key)

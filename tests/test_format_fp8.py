@@ -21,7 +21,7 @@ from quantcli.calibrated import Windows
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
-from quantcli.qtypes import fp8
+from quantcli.qtypes.fp8 import QTYPE as fp8
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
 

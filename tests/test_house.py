@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from quantcli import passes, qtypes
+from quantcli.passes import Pass
+from quantcli.qtypes import QType
 from quantcli.registry import find, names
 
 ROOT = Path(__file__).parent.parent / "quantcli"
@@ -23,9 +26,10 @@ FLOORS = [
     {"pipeline", "coding", "evaluate", "events", "calibrated"},
     {"plan", "choices", "caches", "calibrate", "measuring", "original", "familiarity", "meter"},
     {"forward"},
-    {"formats", "passes"},
+    {"formats"},
     {"checkpoint", "cuts", "recipe", "regrid", "ranges", "outliers", "readahead", "stats_file"}
     | {"writer", "shards", "locations", "json_files", "texts", "documents", "overlap"},
+    {"passes"},
     {"archs", "qtypes"},
     {"ops"},
     {"tensors", "errors", "experts", "registry", "heap", "disk"},
@@ -35,8 +39,8 @@ ONLY = {"quantcli._kernels": "ops", "transformers": "forward", "typer": "cli", "
 BANNED_NAMES = {"utils", "common", "base", "helpers", "manager"}
 CONTRACT = {
     "archs": ("ARCH",),
-    "qtypes": ("OPTIONS", "layout", "fit", "pack", "unpack"),
-    "passes": ("NEEDS", "Options", "run"),
+    "qtypes": ("QTYPE",),
+    "passes": ("PASS",),
     "formats": ("detect", "read", "supports", "context", "outputs", "parts", "writer"),
 }
 
@@ -146,6 +150,73 @@ def test_every_variant_keeps_its_contract(folder: str, variant: str) -> None:
     assert module.__doc__
     for attribute in CONTRACT[folder]:
         assert hasattr(module, attribute), f"{folder}/{variant} lacks {attribute}"
+
+
+VARIANTS: list[tuple[type, object]] = [
+    *((QType, qtypes.of(name)) for name in qtypes.names()),
+    *((Pass, passes.of(name)) for name in passes.names()),
+]
+
+
+def variant_name(value: object) -> str | None:
+    return value.name if isinstance(value, (QType, Pass)) else None
+
+
+@pytest.mark.parametrize(("contract", "variant"), VARIANTS, ids=variant_name)
+def test_a_variant_has_no_public_attribute_but_those_of_its_contract(contract: type, variant: QType | Pass) -> None:
+    """A hook whose name is misspelt would never be called."""
+    found = {key for cls in type(variant).__mro__ for key in (*vars(cls), *vars(cls).get("__annotations__", ()))}
+    found |= vars(variant).keys() if hasattr(variant, "__dict__") else set()
+    known = {*dir(contract), *contract.__annotations__}
+    assert not {key for key in found if not key.startswith("_")} - known
+
+
+@pytest.mark.parametrize(("contract", "variant"), VARIANTS, ids=variant_name)
+def test_a_variant_is_named_after_its_file(contract: type, variant: QType | Pass) -> None:
+    folder = {QType: "qtypes", Pass: "passes"}[contract]
+    exported = [value for value in vars(find(folder, variant.name)).values() if isinstance(value, contract)]
+    assert exported == [variant]
+
+
+def test_a_number_format_that_overrides_a_hook_says_so() -> None:
+    """Passes ask by these properties, so that no variant has to say twice what it does."""
+    own = {name for name in qtypes.names() if qtypes.of(name).has_own_encoding}
+    assert set(qtypes.names()) - own == {"int", "hqq"}
+    assert {name for name in qtypes.names() if qtypes.of(name).can_rescale} == {"int", "q4_1", "q5_1"}
+    assert {name for name in qtypes.names() if qtypes.of(name).shares_parts} == {"fp8", "nvfp4"}
+
+
+FORMATS_MODULE = "a format is a module still, asked for what it may lack"
+PROBES = {
+    "tensors.py": "torch's own, by version",
+    "ops/block_grid.py": "a table of the gguf package, by name",
+    "heap.py": "a C library's",
+    "disk.py": "a C library's",
+    "stats_file.py": "fields of a dataclass of ours, by name",
+    "recipe.py": "fields of a dataclass of ours, by name",
+    "evaluate.py": "fields of dataclasses of ours, by name",
+    "cli/__init__.py": "an error of the parser's, whose class typer does not name",
+    "formats/gguf/metadata.py": "methods of the gguf package's, by name",
+    "documents/records.py": "a tokenizer of transformers'",
+    "forward/names.py": "a model of transformers'",
+    "forward/skeleton.py": "a config of transformers'",
+    **dict.fromkeys(("caches.py", "choices.py", "coding.py", "pipeline.py", "plan.py", "cli/recipes.py"), FORMATS_MODULE),
+}
+"""Files that may ask an object whether it has an attribute, and whose object that is."""
+
+
+def test_nobody_asks_a_variant_what_it_has() -> None:
+    """A contract has a default for every hook, so that its callers need no hasattr and a type checker sees every call."""
+    asking = set()
+    for path in modules():
+        called = {
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text("utf8")))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        if called & {"hasattr", "getattr"}:
+            asking.add(path.relative_to(ROOT).as_posix())
+    assert asking == PROBES.keys()
 
 
 def test_every_module_opens_with_one_sentence() -> None:

@@ -35,7 +35,7 @@ from quantcli.formats.gguf.imatrix import Measured
 from quantcli.formats.gguf.mixes import FileType
 from quantcli.formats.gguf.naming import gguf_names
 from quantcli.forward import tokenizer
-from quantcli.qtypes import q4_k
+from quantcli.qtypes.q4_k import QTYPE as q4_k
 from quantcli.recipe import Recipe
 from quantcli.stats_file import StatsFile
 from quantcli.tensors import Scheme, TensorSpec

@@ -12,13 +12,13 @@ from torch import Tensor
 from quantcli import ops
 from quantcli.errors import KernelError
 from quantcli.ops.float4 import Book, dequantize_float4, float4_errors, pack_float4, quantize_float4, unpack_float4
-from quantcli.qtypes.fp4 import _TYPE as FP4
-from quantcli.qtypes.nf4 import _TYPE as NF4
+from quantcli.qtypes import fp4, nf4
+from quantcli.qtypes._float4 import book_of
 
 KERNELS = [pytest.param(name, "cpu", id=name) for name in ops.available(hidden=True) if name != "reference"]
 NO_CUDA = not torch.cuda.is_available()
 CUDA = pytest.param(None, "cuda", id="cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(NO_CUDA, reason="no CUDA device")])
-BOOKS = {"nf4": NF4.book(), "fp4": FP4.book()}
+BOOKS = {"nf4": book_of(nf4.LEVELS), "fp4": book_of(fp4.LEVELS)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 on_every_kernel = pytest.mark.parametrize(("kernel", "device"), [*KERNELS, CUDA])

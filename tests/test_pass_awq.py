@@ -10,14 +10,13 @@ from conftest import TinyLlama
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantcli import pipeline
+from quantcli import pipeline, qtypes
 from quantcli import recipe as recipes
 from quantcli.arrange import open_forward
 from quantcli.calibrated import Windows
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.passes import _basis, awq, gptq, rtn
-from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error, relative_error
 
 ASYM = Scheme.parse("int4-g32-asym")
@@ -45,7 +44,7 @@ def layer_of(W: Tensor, scheme: Scheme = ASYM, norm_dtype: torch.dtype = torch.f
 
 
 def decode(layer: Layer, name: str = "a.weight") -> Tensor:
-    return find("qtypes", layer.schemes[name].qtype).unpack(layer.quantized[name])
+    return qtypes.of(layer.schemes[name].qtype).unpack(layer.quantized[name])
 
 
 def output_loss(W: Tensor, X: Tensor, s: Tensor, scheme: Scheme) -> float:
@@ -58,7 +57,7 @@ def output_loss(W: Tensor, X: Tensor, s: Tensor, scheme: Scheme) -> float:
 
 
 def rtn_of(W: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
-    return find("qtypes", scheme.qtype).unpack(rtn.quantize(W, scheme, importance))
+    return qtypes.of(scheme.qtype).unpack(rtn.quantize(W, scheme, importance))
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32-asym", "int3-g64-sym", "q4_0", "q4_1", "nf4-b64"])
@@ -114,7 +113,7 @@ def test_on_a_model_the_ratios_are_those_of_a_search_on_what_its_modules_put_out
 def test_without_scales_and_clipping_awq_is_rtn_bit_for_bit() -> None:
     W, X = problem()
     layer = layer_of(W)
-    awq.run(layer, {"a": stats_of(X)}, awq.Options(n_grid=1, clip=False))
+    awq.PASS.run(layer, {"a": stats_of(X)}, awq.Options(n_grid=1, clip=False))
     expected = rtn.quantize(W, ASYM, X.square().mean(0))
     assert all(torch.equal(layer.quantized["a.weight"].parts[part], tensor) for part, tensor in expected.parts.items())
     assert torch.equal(layer.tensors["norm.weight"], torch.linspace(0.5, 1.5, 64))
@@ -125,7 +124,7 @@ def test_without_scales_and_clipping_awq_is_rtn_bit_for_bit() -> None:
 def test_clipping_takes_the_best_multiple_of_each_groups_scale(scheme: str) -> None:
     W, X = problem(n_out=6)
     parsed = Scheme.parse(scheme)
-    qtype = find("qtypes", parsed.qtype)
+    qtype = qtypes.of(parsed.qtype)
     grid = qtype.fit(W, parsed, X.square().mean(0))
     chosen = awq.clipped(W, grid, parsed, stats_of(X).H)
     size = grid.group_size
@@ -156,7 +155,7 @@ def test_scales_and_clipping_each_lower_the_error() -> None:
         "both": awq.Options(),
     }.items():
         layer = layer_of(W)
-        errors[name] = awq.run(layer, {"a": stats_of(X)}, options).tensors[0].relative_error
+        errors[name] = awq.PASS.run(layer, {"a": stats_of(X)}, options).tensors[0].relative_error
         s = layer.scales.get("a", torch.ones(64)).float()
         assert errors[name] == pytest.approx(relative_error(W, decode(layer) / s, stats_of(X).H), rel=1e-3)
     assert errors["both"] < errors["clip"] < errors["rtn"]
@@ -188,7 +187,7 @@ def test_a_dense_reader_of_the_same_input_is_scaled_with_the_coded_ones() -> Non
     W, X = problem()
     layer = layer_of(W)
     layer.tensors["router.weight"], layer.taps["router.weight"] = W[:4].bfloat16(), "a"
-    awq.run(layer, {"a": stats_of(X)})
+    awq.PASS.run(layer, {"a": stats_of(X)})
     assert layer.tensors["router.weight"].dtype == torch.bfloat16
     torch.testing.assert_close(
         layer.tensors["router.weight"].float(), (W[:4].bfloat16() * layer.scales["a"].float()).float(), rtol=2**-7, atol=0
@@ -213,7 +212,7 @@ def test_experts_behind_one_norm_share_the_ratio_that_is_best_for_all_their_toke
     every = torch.cat(list(inputs.values())).square().mean(0)
     scales = [awq.input_scales(every, layer.prev["0"], i / 20) for i in range(20)]
     losses = [sum(len(X) * output_loss(before[f"{tap}.weight"], X, s, ASYM) for tap, X in inputs.items()) for s in scales]
-    reports = awq.run(layer, stats).tensors
+    reports = awq.PASS.run(layer, stats).tensors
     best = min(range(20), key=losses.__getitem__)
     assert best > 0
     assert {report.settings["awq_ratio"] for report in reports} == {best / 20}
@@ -230,7 +229,7 @@ def test_an_expert_that_is_coded_later_takes_part_and_is_scaled_without_rounding
         layer, inputs = shared_by_two(n_coded)
         layer.tensors["1.weight"] = layer.tensors["1.weight"].bfloat16()
         W = layer.tensors["1.weight"].float()
-        ratios[n_coded] = awq.run(layer, {tap: stats_of(X) for tap, X in inputs.items()}).tensors[0].settings["awq_ratio"]
+        ratios[n_coded] = awq.PASS.run(layer, {tap: stats_of(X) for tap, X in inputs.items()}).tensors[0].settings["awq_ratio"]
         torch.testing.assert_close(layer.tensors["1.weight"], W * layer.scales["1"].float())
         assert len(layer.quantized) == n_coded
     assert ratios[1] == ratios[2] > 0
@@ -238,9 +237,9 @@ def test_an_expert_that_is_coded_later_takes_part_and_is_scaled_without_rounding
 
 def test_experts_without_tokens_leave_the_choice_to_the_others() -> None:
     layer, inputs = shared_by_two(1)
-    alone = awq.run(layer_of(layer.tensors["0.weight"]), {"a": stats_of(inputs["0"])}).tensors[0].settings
+    alone = awq.PASS.run(layer_of(layer.tensors["0.weight"]), {"a": stats_of(inputs["0"])}).tensors[0].settings
     none = Stats(torch.zeros(64), torch.zeros(64), torch.zeros(64), 0, torch.zeros(64, 64))
-    assert awq.run(layer, {"0": stats_of(inputs["0"]), "1": none}).tensors[0].settings == alone
+    assert awq.PASS.run(layer, {"0": stats_of(inputs["0"]), "1": none}).tensors[0].settings == alone
     assert torch.equal(layer.scales["1"], layer.scales["0"])
 
 
@@ -248,7 +247,7 @@ def test_a_tap_that_nothing_can_absorb_is_reported_and_clipped_all_the_same() ->
     W, X = problem()
     layer = layer_of(W)
     layer.prev.clear()
-    report = awq.run(layer, {"a": stats_of(X)}).tensors[0]
+    report = awq.PASS.run(layer, {"a": stats_of(X)}).tensors[0]
     assert "can absorb a scale" in report.notes[0]
     assert not layer.scales
     assert report.relative_error < relative_error(W, rtn_of(W, ASYM, X.square().mean(0)), stats_of(X).H)
@@ -274,7 +273,7 @@ def test_what_gptq_leaves_of_an_error_is_what_it_leaves() -> None:
     H = stats_of(X).H
     damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(64)
     factor = gptq.factorize(H, damp_ratio=0.01)
-    grid = find("qtypes", "int").fit(W, ASYM, H.diagonal())
+    grid = qtypes.of("int").fit(W, ASYM, H.diagonal())
     E = (W - grid.decode(gptq.solve(W, grid, factor))).double()
     d, residue, column_errors = awq.left_by_gptq(H).double(), W[:, factor.order].double(), torch.empty(64, dtype=torch.float64)
     W_hat = (W.double() - E)[:, factor.order]
@@ -289,9 +288,9 @@ def test_statistics_without_h_are_refused() -> None:
     W, X = problem()
     stats = stats_of(X)
     with pytest.raises(RecipeError, match="needs the Hessian"):
-        awq.run(layer_of(W), {"a": Stats(stats.importance, stats.absmax, stats.mean, 1)})
+        awq.PASS.run(layer_of(W), {"a": Stats(stats.importance, stats.absmax, stats.mean, 1)})
     with pytest.raises(RecipeError, match="no statistics for its tap"):
-        awq.run(layer_of(W), {})
+        awq.PASS.run(layer_of(W), {})
 
 
 def quantized(folder: Path, target: Path, recipe: str) -> dict[str, Tensor]:

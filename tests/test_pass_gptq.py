@@ -9,10 +9,10 @@ import torch
 from oracles import gptaq, obq
 from torch import Tensor
 
+from quantcli import qtypes
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.passes import gptq, rtn
 from quantcli.recipe import PassSpec
-from quantcli.registry import find
 from quantcli.tensors import Layer, Scheme, Stats, relative_error
 
 SCHEMES = ["int4-g32-sym", "int4-g32-asym", "int3-g64-sym", "int2-channel-asym", "int8-g32-sym"]
@@ -34,7 +34,7 @@ def stats_of(H: Tensor) -> Stats:
 
 
 def decode(tensor: object) -> Tensor:
-    return find("qtypes", tensor.scheme.qtype).unpack(tensor)
+    return qtypes.of(tensor.scheme.qtype).unpack(tensor)
 
 
 def quantize(W: Tensor, H: Tensor, scheme: str, **options: object) -> Tensor:
@@ -50,7 +50,7 @@ def test_gptq_equals_obq_with_an_explicit_inverse(scheme: str, act_order: bool, 
     W, H = problem(seed=seed)
     W_hat = quantize(W, H, scheme, act_order=act_order)
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
-    grid = find("qtypes", "int").fit(W, Scheme.parse(scheme), damped.diagonal())
+    grid = qtypes.of("int").fit(W, Scheme.parse(scheme), damped.diagonal())
     scale, offset = grid.columns(torch.arange(W.shape[1]))
 
     def encode_decode(q: int, w: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def test_asymmetric_calibration_equals_its_update_with_explicit_inverses(scheme:
     W, X, X0 = drifted()
     H, dXXT = X.T @ X / len(X), (X0 - X).T @ X / len(X)
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
-    grid = find("qtypes", "int").fit(W, Scheme.parse(scheme), damped.diagonal())
+    grid = qtypes.of("int").fit(W, Scheme.parse(scheme), damped.diagonal())
     scale, offset = grid.columns(torch.arange(W.shape[1]))
 
     def encode_decode(q: int, w: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def test_asymmetric_calibration_brings_the_output_nearer_to_that_of_the_original
     errors = []
     for alpha in (0.0, 0.25, 1.0):
         layer = Layer("l", {"a": W}, {"a": Scheme.parse("int4-g32-sym")}, {"a": "tap"})
-        gptq.run(layer, {"tap": stats}, gptq.Options(gptaq_alpha=alpha))
+        gptq.PASS.run(layer, {"tap": stats}, gptq.Options(gptaq_alpha=alpha))
         errors.append(float((X @ decode(layer.quantized["a"]).T - X0 @ W.T).square().sum()))
     assert errors[2] < 0.9 * errors[1] < 0.9 * errors[0]
 
@@ -165,7 +165,7 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate() -> None:
     H = torch.diag(torch.linspace(0.5, 2, W.shape[1]))
     factor = gptq.factorize(H, damp_ratio=0.01)
     importance = H.diagonal() + 0.01 * H.diagonal().mean()
-    grid = find("qtypes", "int").fit(W, Scheme.parse("int4-g32-sym"), importance)
+    grid = qtypes.of("int").fit(W, Scheme.parse("int4-g32-sym"), importance)
     assert torch.equal(gptq.solve(W, grid, factor), grid.encode(W))
 
 
@@ -173,7 +173,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_reported() -> None:
     W, H = problem()
     H[5] = H[:, 5] = 0
     layer = Layer("l", {"a.weight": W}, {"a.weight": Scheme.parse("int4-g32-sym")}, {"a.weight": "a"})
-    report = gptq.run(layer, {"a": stats_of(H)})
+    report = gptq.PASS.run(layer, {"a": stats_of(H)})
     assert "1 of 64 inputs were never active" in report.tensors[0].notes[0]
     W_hat = decode(layer.quantized["a.weight"])
     scale = layer.quantized["a.weight"].parts["scale"].float()[:, 0]
@@ -196,7 +196,7 @@ def test_linears_of_one_tap_share_the_factor_and_agree_with_each_alone() -> None
     V, _ = problem(n_out=8, seed=3)
     scheme = Scheme.parse("int4-g32-asym")
     both = Layer("l", {"a": W, "b": V}, dict.fromkeys("ab", scheme), dict.fromkeys("ab", "tap"))
-    gptq.run(both, {"tap": stats_of(H)})
+    gptq.PASS.run(both, {"tap": stats_of(H)})
     for name, weight in (("a", W), ("b", V)):
         assert torch.equal(decode(both.quantized[name]), quantize(weight, H, "int4-g32-asym"))
 
@@ -237,7 +237,7 @@ def test_damping_is_raised_and_reported_when_h_is_not_positive_definite() -> Non
     H -= 0.05 * H.diagonal().mean() * torch.eye(len(H))
     H -= torch.linalg.eigvalsh(H)[0].clamp(min=0) * torch.eye(len(H))
     layer = Layer("l", {"a": W}, {"a": Scheme.parse("int4-g32-sym")}, {"a": "tap"})
-    report = gptq.run(layer, {"tap": stats_of(H)})
+    report = gptq.PASS.run(layer, {"tap": stats_of(H)})
     assert any("damping raised" in note for note in report.tensors[0].notes)
 
 
@@ -254,7 +254,7 @@ def test_a_hopeless_hessian_is_an_error_that_names_the_tap(spoil: object, words:
     spoil(H)
     layer = Layer("l", {"a": W}, {"a": Scheme.parse("int4-g32-sym")}, {"a": "layers.3.mlp.down_proj"})
     with pytest.raises(NumericsError, match=words) as error:
-        gptq.run(layer, {"layers.3.mlp.down_proj": stats_of(H)})
+        gptq.PASS.run(layer, {"layers.3.mlp.down_proj": stats_of(H)})
     assert "layers.3.mlp.down_proj" in str(error.value)
 
 
@@ -262,14 +262,14 @@ def test_missing_statistics_are_an_error() -> None:
     W, H = problem()
     layer = Layer("l", {"a": W}, {"a": Scheme.parse("int4-g32-sym")}, {"a": "tap"})
     with pytest.raises(RecipeError, match="no statistics for its tap 'tap'"):
-        gptq.run(layer, {"other": stats_of(H)})
+        gptq.PASS.run(layer, {"other": stats_of(H)})
 
 
 def test_statistics_of_another_width_are_those_of_another_model() -> None:
     W, H = problem()
     layer = Layer("l", {"a": W}, {"a": Scheme.parse("int4-g32-sym")}, {"a": "tap"})
     with pytest.raises(RecipeError, match="a: reads 64 inputs, the statistics of its tap 'tap' are of 32"):
-        gptq.run(layer, {"tap": stats_of(H[:32, :32])})
+        gptq.PASS.run(layer, {"tap": stats_of(H[:32, :32])})
 
 
 @pytest.mark.parametrize("options", [{"damp_ratio": 0}, {"damp_ratio": 2}, {"chunk": 0}, {"gptaq_alpha": -0.1}, {"gptaq_alpha": 2.0}])

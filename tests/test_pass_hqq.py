@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli import evaluate, pipeline, recipe, texts
+from quantcli import evaluate, pipeline, qtypes, recipe, texts
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
@@ -18,7 +18,6 @@ from quantcli.forward import tokenizer
 from quantcli.passes import hqq, rtn
 from quantcli.passes.hqq import Options, Solved, half_quadratic
 from quantcli.recipe import PassSpec
-from quantcli.registry import find
 from quantcli.tensors import Layer, Scheme
 
 PICO = Path(__file__).parent / "data/pico"
@@ -112,7 +111,7 @@ def test_rounding_the_papers_zero_point_loses_what_it_gained(bits: int) -> None:
 )
 def test_no_group_is_worse_than_the_search_in_its_own_measure(word: str) -> None:
     scheme = Scheme.parse(word)
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     g = torch.Generator().manual_seed(2)
     W = torch.randn(40, 128, generator=g) ** 3 / 50
     W[3, :64] = 0
@@ -143,7 +142,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_fills_a_layer_and_reports_its_error() -> None:
     W = torch.randn(16, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
     layer = Layer("model.layers.0", {"a.weight": W}, {"a.weight": Scheme.parse("int4-g32-asym")})
-    report = hqq.run(layer, {})
+    report = hqq.PASS.run(layer, {})
     assert [r.name for r in report.tensors] == ["a.weight"]
     assert report.tensors[0].relative_error == pytest.approx(rtn.weight_error(W, layer.quantized["a.weight"]), rel=1e-4)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quantcli import qtypes
 from quantcli.passes import rtn
-from quantcli.registry import find
 from quantcli.tensors import Layer, Scheme, relative_error
 
 SCHEMES = ["int4-g32-sym", "int3-g64-asym", "int8-channel-asym", "int4-g32-sym-desc", "q8_0", "q4_0", "bf16"]
@@ -21,14 +21,14 @@ def weights(n_out: int = 24, n_in: int = 128) -> torch.Tensor:
 def test_the_error_is_that_of_the_whole_matrix(scheme: str, chunk_elements: int) -> None:
     W = weights()
     tensor = rtn.quantize(W, Scheme.parse(scheme))
-    decoded = find("qtypes", tensor.scheme.qtype).unpack(tensor)
+    decoded = qtypes.of(tensor.scheme.qtype).unpack(tensor)
     assert rtn.weight_error(W, tensor, chunk_elements=chunk_elements) == pytest.approx(relative_error(W, decoded), rel=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32-sym", "int3-g64-asym", "int2-channel-asym"])
 def test_no_other_code_is_nearer(scheme: str) -> None:
     W = weights()
-    qtype = find("qtypes", Scheme.parse(scheme).qtype)
+    qtype = qtypes.of(Scheme.parse(scheme).qtype)
     grid = qtype.fit(W, Scheme.parse(scheme))
     decoded = qtype.unpack(rtn.quantize(W, Scheme.parse(scheme)))
     codes = torch.arange(grid.lo, grid.hi + 1)[:, None, None]
@@ -38,6 +38,6 @@ def test_no_other_code_is_nearer(scheme: str) -> None:
 
 def test_every_tensor_of_the_layer_is_coded_and_reported() -> None:
     layer = Layer("l", {"a": weights(), "b": weights(8)}, {"a": Scheme.parse("q8_0"), "b": Scheme.parse("int4-g32-sym")})
-    report = rtn.run(layer, {})
+    report = rtn.PASS.run(layer, {})
     assert [r.name for r in report.tensors] == list(layer.quantized) == ["a", "b"]
     assert all(0 < r.relative_error < 0.02 for r in report.tensors)

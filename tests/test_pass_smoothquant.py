@@ -10,12 +10,12 @@ from conftest import TinyLlama
 from torch import Tensor
 
 from quantcli import plan as planning
+from quantcli import qtypes
 from quantcli import recipe as recipes
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.ops import round_inputs
 from quantcli.passes import _basis, rtn, smoothquant
-from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, Scheme, Stats
 
 W8A8 = Scheme.parse("int8-channel-sym+int8-token")
@@ -41,7 +41,7 @@ def layer_of(W: Tensor, scheme: Scheme, prev: str = "norm.weight") -> Layer:
 
 def true_error(W: Tensor, X: Tensor, s: Tensor, scheme: Scheme) -> float:
     """Mean over tokens of the squared output error, weights and inputs rounded as the engine does."""
-    qtype, act = find("qtypes", scheme.qtype), str(scheme.get("act"))
+    qtype, act = qtypes.of(scheme.qtype), str(scheme.get("act"))
     W_hat = qtype.unpack(rtn.quantize(W * s, scheme, X.square().mean(0) / s.square()))
     scale = ((X / s).abs().max() / 127).reshape(1) if scheme.static_activations else None
     return float((round_inputs(X / s, act, scale) @ W_hat.T - X @ W.T).square().sum(1).mean())
@@ -51,7 +51,7 @@ def test_scales_are_those_of_the_paper_one_by_one() -> None:
     W, X = problem()
     X[:, 5] = 0
     layer = layer_of(W.clone(), W8A8)
-    smoothquant.run(layer, {"a": stats_of(X)}, smoothquant.Options(alpha=0.75))
+    smoothquant.PASS.run(layer, {"a": stats_of(X)}, smoothquant.Options(alpha=0.75))
     for j in range(64):
         s = 1.0 if j == 5 else float(X[:, j].abs().max()) ** 0.75 / float(W[:, j].abs().max()) ** 0.25
         assert float(layer.scales["a"][j]) == pytest.approx(s, rel=1e-5)
@@ -75,7 +75,7 @@ def test_experts_behind_one_norm_share_the_largest_magnitudes_of_all() -> None:
     prev = Prev(("norm.weight",), torch.arange(64), readers={"0.weight": "0", "1.weight": "1"})
     tensors = {"0.weight": W0.clone(), "1.weight": W1.clone(), "norm.weight": torch.ones(64)}
     layer = Layer("l", tensors, {"0.weight": W8A8}, dict(prev.readers), prev=dict.fromkeys("01", prev), deferred={"1.weight": W8A8})
-    report = smoothquant.run(layer, {"0": stats_of(X0), "1": stats_of(X1)}, smoothquant.Options(alpha=0.5)).tensors
+    report = smoothquant.PASS.run(layer, {"0": stats_of(X0), "1": stats_of(X1)}, smoothquant.Options(alpha=0.5)).tensors
     s = torch.cat([X0, X1]).abs().amax(0).sqrt() / torch.cat([W0, W1]).abs().amax(0).sqrt()
     assert [r.settings for r in report] == [{"smoothquant_alpha": 0.5}]
     for name, W in (("0.weight", W0), ("1.weight", W1)):
@@ -105,7 +105,7 @@ def test_the_alpha_found_is_nearly_the_best_on_the_inputs_themselves(scheme: Sch
 def test_even_inputs_of_even_weights_keep_their_basis_without_rounded_activations() -> None:
     W, X = torch.ones(8, 64), torch.ones(16, 64)
     layer = layer_of(W, Scheme.parse("int8-channel-sym"))
-    report = smoothquant.run(layer, {"a": stats_of(X)}).tensors[0]
+    report = smoothquant.PASS.run(layer, {"a": stats_of(X)}).tensors[0]
     assert report.settings == {"smoothquant_alpha": 0.0}
     assert not layer.scales
 
@@ -114,7 +114,7 @@ def test_linears_take_scales_over_only_when_told() -> None:
     W, X = problem()
     for linears in (True, False):
         layer = layer_of(W, W8A8, prev="v.weight")
-        smoothquant.run(layer, {"a": stats_of(X)}, smoothquant.Options(linears=linears))
+        smoothquant.PASS.run(layer, {"a": stats_of(X)}, smoothquant.Options(linears=linears))
         assert bool(layer.scales) == linears
 
 
@@ -122,7 +122,7 @@ def test_a_tap_that_nothing_can_absorb_is_reported() -> None:
     W, X = problem()
     layer = layer_of(W, W8A8)
     layer.prev.clear()
-    assert "can absorb a scale" in smoothquant.run(layer, {"a": stats_of(X)}).tensors[0].notes[0]
+    assert "can absorb a scale" in smoothquant.PASS.run(layer, {"a": stats_of(X)}).tensors[0].notes[0]
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, "much", None])
@@ -134,20 +134,20 @@ def test_an_alpha_that_is_no_share_is_refused(alpha: object) -> None:
 def test_the_automatic_alpha_needs_h_and_a_given_one_does_not() -> None:
     W, X = problem()
     diagonal = replace(stats_of(X), H=None)
-    smoothquant.run(layer_of(W, W8A8), {"a": diagonal}, smoothquant.Options(alpha=0.5))
+    smoothquant.PASS.run(layer_of(W, W8A8), {"a": diagonal}, smoothquant.Options(alpha=0.5))
     with pytest.raises(RecipeError, match="needs the Hessian"):
-        smoothquant.run(layer_of(W, W8A8), {"a": diagonal})
+        smoothquant.PASS.run(layer_of(W, W8A8), {"a": diagonal})
 
 
 def test_the_basis_serves_any_pass_after_it() -> None:
     W, X = problem()
     layer = layer_of(W, W8A8)
-    smoothquant.run(layer, {"a": stats_of(X)})
+    smoothquant.PASS.run(layer, {"a": stats_of(X)})
     s = layer.scales["a"].float()
     stats = _basis.rescaled(stats_of(X), layer.scales["a"])
-    rtn.run(layer, {"a": stats})
+    rtn.PASS.run(layer, {"a": stats})
     assert not torch.equal(layer.tensors["a.weight"], W)
-    W_hat = find("qtypes", "int").unpack(layer.quantized["a.weight"])
+    W_hat = qtypes.of("int").unpack(layer.quantized["a.weight"])
     assert float(((W_hat / s - W) @ X.T).square().mean()) < 1e-2 * float((W @ X.T).square().mean())
 
 

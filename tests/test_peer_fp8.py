@@ -16,11 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import evaluate, pipeline, recipe, texts
+from quantcli import evaluate, pipeline, qtypes, recipe, texts
 from quantcli.calibrated import Windows
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
-from quantcli.registry import find
 from quantcli.tensors import Scheme
 
 pytestmark = pytest.mark.peer
@@ -103,7 +102,7 @@ def test_compressed_tensors_makes_our_bytes(seed: int, tmp_path: Path) -> None:
     for name in sorted({key.split("/")[0] for key in found} - {"W"}):
         scheme = Scheme.parse(f"{name}-minmax" if name in ("mxfp4", "nvfp4") else name)
         W = found["W"].bfloat16() if name.endswith("bf16") else found["W"]
-        for part, ours in find("qtypes", scheme.qtype).encode(W, scheme).parts.items():
+        for part, ours in qtypes.of(scheme.qtype).encode(W, scheme).parts.items():
             theirs = found[f"{name}/{part}"]
             assert theirs.dtype == ours.dtype
             assert torch.equal(theirs.view(torch.uint8), ours.view(torch.uint8)), f"{name}: {part}"

@@ -7,11 +7,12 @@ import torch
 from test_ops_solve import random, weights_of_every_sort
 from test_qtype_fp8 import GOLDEN, parts_equal
 
+from quantcli import qtypes
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.ops.minifloat import FP4_LEVELS, group_step
 from quantcli.passes import gptq, rtn
-from quantcli.qtypes import mxfp4, nvfp4
-from quantcli.registry import find
+from quantcli.qtypes.mxfp4 import QTYPE as mxfp4
+from quantcli.qtypes.nvfp4 import QTYPE as nvfp4
 from quantcli.tensors import QuantizedTensor, Scheme, relative_error
 
 NAMES = ["mxfp4", "nvfp4"]
@@ -21,7 +22,7 @@ ALL = [*NAMES, *(f"{name}-minmax" for name in NAMES)]
 @pytest.mark.parametrize("name", NAMES)
 def test_minmax_makes_the_bytes_of_compressed_tensors(name: str) -> None:
     scheme = Scheme.parse(f"{name}-minmax")
-    assert parts_equal(find("qtypes", scheme.qtype).encode(GOLDEN["W"], scheme), name)
+    assert parts_equal(qtypes.of(scheme.qtype).encode(GOLDEN["W"], scheme), name)
 
 
 def test_nvfp4_decodes_as_compressed_tensors_does() -> None:
@@ -33,8 +34,8 @@ def test_nvfp4_decodes_as_compressed_tensors_does() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_unpack_is_level_times_scale_pair_by_pair(name: str) -> None:
     scheme, W = Scheme.parse(name), random(3, 64)
-    tensor = find("qtypes", name).encode(W, scheme)
-    decoded = find("qtypes", name).unpack(tensor)
+    tensor = qtypes.of(name).encode(W, scheme)
+    decoded = qtypes.of(name).unpack(tensor)
     group = 64 // tensor.parts["scale"].shape[1]
     for row, column in ((0, 0), (1, 33), (2, 62), (2, 63)):
         byte = int(tensor.parts["packed"][row, column // 2])
@@ -49,7 +50,7 @@ def test_unpack_is_level_times_scale_pair_by_pair(name: str) -> None:
 @pytest.mark.parametrize("shape", [(136, 160), (5, 64), (1, 32)])
 def test_the_parts_have_the_dtypes_and_shapes_that_layout_announced(name: str, shape: tuple[int, int]) -> None:
     scheme, W = Scheme.parse(name), random(*shape)
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     grid = qtype.fit(W, scheme)
     for tensor in (qtype.encode(W, scheme), qtype.pack(grid.encode(W), grid, scheme)):
         found = {key: (tuple(part.shape), part.numel() * part.element_size()) for key, part in tensor.parts.items()}
@@ -59,7 +60,7 @@ def test_the_parts_have_the_dtypes_and_shapes_that_layout_announced(name: str, s
 @pytest.mark.parametrize("name", ALL)
 def test_codes_of_the_grid_decode_as_unpack_does_and_are_the_nearest(name: str) -> None:
     scheme, W = Scheme.parse(name), random(24, 160)
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     grid = qtype.fit(W, scheme)
     codes = grid.encode(W)
     assert torch.equal(qtype.unpack(qtype.pack(codes, grid, scheme)), grid.decode(codes))
@@ -71,7 +72,7 @@ def test_codes_of_the_grid_decode_as_unpack_does_and_are_the_nearest(name: str) 
 def test_the_search_loses_less_than_minmax_in_its_own_measure(name: str, gain: float, weighted: bool) -> None:
     W, importance = random(64, 256), random(256, seed=1).square() if weighted else None
     H = torch.diag(importance) if importance is not None else None
-    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    qtype, scheme = qtypes.of(name), Scheme.parse(name)
     errors = {
         search: relative_error(W, qtype.unpack(qtype.encode(W, scheme.with_options(search=search), importance)), H)
         for search in ("mse", "minmax")
@@ -83,7 +84,7 @@ def test_the_search_loses_less_than_minmax_in_its_own_measure(name: str, gain: f
 def test_no_weight_of_any_sort_becomes_nan_or_infinite(name: str) -> None:
     W = weights_of_every_sort(136, 160)
     scheme = Scheme.parse(name)
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     huge = torch.full((4, 32), 3e38)
     for part in (W, torch.zeros_like(W), W * 1e-38, W[5:6], huge, -huge):
         assert bool(qtype.unpack(qtype.encode(part.contiguous(), scheme)).isfinite().all())
@@ -95,7 +96,7 @@ def test_nan_and_infinity_are_refused(name: str, bad: float) -> None:
     W = random(3, 64)
     W[2, 63] = bad
     scheme = Scheme.parse(name)
-    for run in (find("qtypes", scheme.qtype).encode, find("qtypes", scheme.qtype).fit):
+    for run in (qtypes.of(scheme.qtype).encode, qtypes.of(scheme.qtype).fit):
         with pytest.raises(NumericsError, match="the weights have NaN or Inf"):
             run(W, scheme)
 
@@ -123,7 +124,7 @@ def test_e8m0_bytes_are_powers_of_two_and_the_last_is_nan() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gptq_loses_less_on_the_layers_outputs_than_rounding(name: str) -> None:
-    scheme, qtype = Scheme.parse(name), find("qtypes", name)
+    scheme, qtype = Scheme.parse(name), qtypes.of(name)
     X = random(500, 64) @ (torch.eye(64) + 0.7 * random(64, 64, seed=2))
     H = X.T @ X / len(X)
     W = random(24, 64, seed=3)

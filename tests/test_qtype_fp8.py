@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from test_ops_solve import random, weights_of_every_sort
 
+from quantcli import qtypes
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.passes import gptq, rtn
-from quantcli.qtypes import fp8, mxfp8
-from quantcli.registry import find
+from quantcli.qtypes.fp8 import QTYPE as fp8
+from quantcli.qtypes.mxfp8 import QTYPE as mxfp8
 from quantcli.tensors import QuantizedTensor, Scheme, relative_error
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "minifloat.safetensors")
@@ -34,14 +35,14 @@ def parts_equal(found: QuantizedTensor, name: str) -> bool:
 def test_parts_are_the_bytes_of_compressed_tensors(name: str) -> None:
     scheme = Scheme.parse(name)
     W = GOLDEN["W"].bfloat16() if name.endswith("bf16") else GOLDEN["W"]
-    assert parts_equal(find("qtypes", scheme.qtype).encode(W, scheme), name)
+    assert parts_equal(qtypes.of(scheme.qtype).encode(W, scheme), name)
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("shape", [(136, 160), (5, 64), (1, 32)])
 def test_the_parts_have_the_dtypes_and_shapes_that_layout_announced(name: str, shape: tuple[int, int]) -> None:
     scheme = Scheme.parse(name)
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     specs = qtype.layout(shape, scheme)
     W = random(*shape)
     grid = qtype.fit(W, scheme)
@@ -54,7 +55,7 @@ def test_the_parts_have_the_dtypes_and_shapes_that_layout_announced(name: str, s
 @pytest.mark.parametrize("shape", [(136, 160), (130, 96), (3, 32)])
 def test_codes_of_the_grid_decode_as_unpack_does_and_are_the_nearest(name: str, shape: tuple[int, int]) -> None:
     scheme = Scheme.parse(name)
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     W = random(*shape)
     grid = qtype.fit(W, scheme)
     codes = grid.encode(W)
@@ -87,7 +88,7 @@ def test_no_weight_of_any_sort_becomes_nan_or_infinite(name: str) -> None:
     W = weights_of_every_sort(136, 160)
     W[6] *= 1e33 if "16" not in name else 1.0
     scheme = Scheme.parse(name)
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     for part in (W, torch.zeros_like(W), W * 1e-38, W[5:6]):
         tensor = qtype.encode(part.contiguous(), scheme)
         assert bool(qtype.unpack(tensor).isfinite().all())
@@ -100,7 +101,7 @@ def test_nan_and_infinity_are_refused(name: str, bad: float) -> None:
     W = random(130, 160)
     W[129, 159] = bad
     scheme = Scheme.parse(name)
-    for run in (find("qtypes", scheme.qtype).encode, find("qtypes", scheme.qtype).fit):
+    for run in (qtypes.of(scheme.qtype).encode, qtypes.of(scheme.qtype).fit):
         with pytest.raises(NumericsError, match="the weights have NaN or Inf"):
             run(W, scheme)
 
@@ -129,7 +130,7 @@ def test_static_activations_have_a_place_for_their_scale() -> None:
 @pytest.mark.parametrize("name", ["fp8-channel", "mxfp8"])
 def test_gptq_loses_less_on_the_layers_outputs_than_rounding(name: str) -> None:
     scheme = Scheme.parse(name)
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     X = random(500, 64) @ (torch.eye(64) + 0.7 * random(64, 64, seed=2))
     H = X.T @ X / len(X)
     W = random(24, 64, seed=3)

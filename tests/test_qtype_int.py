@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import NumericsError, RecipeError
-from quantcli.qtypes import int as int_
+from quantcli.qtypes.int import QTYPE as int_
 from quantcli.tensors import Scheme, relative_error
 
 
@@ -114,9 +114,9 @@ def test_bad_options_and_widths_say_what_to_do() -> None:
 
 
 def test_options_left_out_take_their_defaults() -> None:
-    assert Scheme.parse("int4-g128-sym") == Scheme.of("int", **int_.OPTIONS)
+    assert Scheme.parse("int4-g128-sym") == Scheme.of("int", **int_.options)
     W = random(4, 128)
-    bare, full = int_.fit(W, Scheme.of("int")), int_.fit(W, Scheme.of("int", **int_.OPTIONS))
+    bare, full = int_.fit(W, Scheme.of("int")), int_.fit(W, Scheme.of("int", **int_.options))
     assert torch.equal(bare.scale, full.scale)
     assert bare.group_size == 128
 

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantcli import ops
+from quantcli import ops, qtypes
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.passes import gptq, rtn
-from quantcli.qtypes import _float4, fp4, llm_int8, nf4
-from quantcli.registry import find
+from quantcli.qtypes import _float4
+from quantcli.qtypes.fp4 import LEVELS as FP4_LEVELS
+from quantcli.qtypes.llm_int8 import QTYPE as llm_int8
+from quantcli.qtypes.nf4 import LEVELS as NF4_LEVELS
+from quantcli.qtypes.nf4 import QTYPE as nf4
 from quantcli.tensors import Layer, QuantizedTensor, Scheme, Stats, relative_error
 
 GOLDEN = load_file(Path(__file__).parent / "data/bitsandbytes.safetensors")
@@ -44,7 +47,7 @@ def test_four_bits_are_bitsandbytes_bytes(case: str, kernel: str | None) -> None
     ops.use(kernel)
     name, _, words = case.partition("/")
     scheme = Scheme.parse(words)
-    tensor = find("qtypes", scheme.qtype).encode(GOLDEN[f"{name}/W"], scheme)
+    tensor = qtypes.of(scheme.qtype).encode(GOLDEN[f"{name}/W"], scheme)
     assert torch.equal(tensor.parts["packed"], GOLDEN[f"{case}/weight"].view(-1))
     assert torch.equal(tensor.parts["absmax"], GOLDEN[f"{case}/absmax"])
     if scheme.option("double_quant"):
@@ -52,7 +55,7 @@ def test_four_bits_are_bitsandbytes_bytes(case: str, kernel: str | None) -> None
         assert torch.equal(tensor.parts["nested_absmax"], GOLDEN[f"{case}/nested_absmax"])
         assert float(tensor.parts["nested_offset"]) == state["nested_offset"]
     if (decoded := GOLDEN.get(f"{case}/decoded")) is not None:
-        assert torch.equal(find("qtypes", scheme.qtype).unpack(tensor), decoded)
+        assert torch.equal(qtypes.of(scheme.qtype).unpack(tensor), decoded)
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -65,8 +68,8 @@ def test_int8_rows_are_bitsandbytes_bytes(name: str) -> None:
 
 
 def test_tables_are_bitsandbytes_tables() -> None:
-    for kind, module in (("nf4", nf4), ("fp4", fp4)):
-        assert torch.equal(module._TYPE.book().levels, GOLDEN[f"map/{kind}"])
+    for kind, levels in (("nf4", NF4_LEVELS), ("fp4", FP4_LEVELS)):
+        assert torch.equal(_float4.book_of(levels).levels, GOLDEN[f"map/{kind}"])
     assert torch.equal(_float4.dynamic_map(), GOLDEN["map/dynamic"])
 
 
@@ -92,7 +95,7 @@ def even_quantiles() -> Tensor:
 
 def test_the_levels_are_engines_constants_and_not_a_formula_of_the_literature() -> None:
     """Engines decode by the constants: codes that were chosen for other levels come out as other weights."""
-    ours = torch.tensor(nf4.LEVELS, dtype=torch.float64)
+    ours = torch.tensor(NF4_LEVELS, dtype=torch.float64)
     assert float((two_halves(0.9677083) - ours).abs().max()) < 1e-6
     W = random(64, 256)
     right = nf4.encode(W, scheme_of())
@@ -109,7 +112,7 @@ ALL = pytest.mark.parametrize("scheme", [scheme_of(n, b, d) for n in ("nf4", "fp
 @ALL
 @pytest.mark.parametrize("shape", [(6, 256), (5, 33), (1, 1), (300, 130)])
 def test_encode_makes_the_parts_that_layout_announced(scheme: Scheme, shape: tuple[int, int]) -> None:
-    qtype = find("qtypes", scheme.qtype)
+    qtype = qtypes.of(scheme.qtype)
     specs, tensor = qtype.layout(shape, scheme), qtype.encode(random(*shape), scheme)
     assert set(tensor.parts) == set(specs)
     for name, part in tensor.parts.items():
@@ -119,7 +122,7 @@ def test_encode_makes_the_parts_that_layout_announced(scheme: Scheme, shape: tup
 
 @ALL
 def test_the_grid_decodes_what_pack_stores_to_the_bit(scheme: Scheme) -> None:
-    qtype, W = find("qtypes", scheme.qtype), random(6, 512)
+    qtype, W = qtypes.of(scheme.qtype), random(6, 512)
     W[2] = 0
     grid = qtype.fit(W, scheme)
     codes = grid.encode(W)
@@ -132,7 +135,7 @@ def test_the_grid_decodes_what_pack_stores_to_the_bit(scheme: Scheme) -> None:
 
 @ALL
 def test_errors_equal_the_difference_to_the_decoded_weights(scheme: Scheme) -> None:
-    qtype, W = find("qtypes", scheme.qtype), random(65, 130).bfloat16()
+    qtype, W = qtypes.of(scheme.qtype), random(65, 130).bfloat16()
     tensor = qtype.encode(W, scheme)
     error, energy = qtype.errors(W, tensor)
     assert error / energy == pytest.approx(relative_error(W.float(), qtype.unpack(tensor)), rel=1e-4)
@@ -141,12 +144,12 @@ def test_errors_equal_the_difference_to_the_decoded_weights(scheme: Scheme) -> N
 @ALL
 def test_gptq_solves_onto_the_grid(scheme: Scheme) -> None:
     """A book of levels instead of integers, and the result is a tensor like any other: less error where the inputs are correlated."""
-    qtype, W = find("qtypes", scheme.qtype), random(16, 256)
+    qtype, W = qtypes.of(scheme.qtype), random(16, 256)
     X = random(2048, 256, seed=1) @ random(256, 256, seed=2)
     H = X.T @ X / len(X)
     stats = {"tap": Stats(H=H, importance=H.diagonal(), absmax=X.abs().amax(0), mean=X.mean(0), n_tokens=len(X))}
     layer = Layer("layer", {"w": W}, {"w": scheme}, {"w": "tap"})
-    (report,) = gptq.run(layer, stats).tensors
+    (report,) = gptq.PASS.run(layer, stats).tensors
     solved, rounded = (qtype.unpack(tensor) for tensor in (layer.quantized["w"], qtype.encode(W, scheme)))
     assert report.relative_error == pytest.approx(relative_error(W, solved, H), rel=1e-3)
     assert relative_error(W, solved, H) < 0.6 * relative_error(W, rounded, H)
@@ -201,7 +204,7 @@ def test_a_weight_that_is_no_number_is_an_error(scheme: Scheme, value: float) ->
     W = random(4, 256)
     W[2, 7] = value
     with pytest.raises(NumericsError, match=r"NaN.*Inf"):
-        rtn.run(Layer("layer", {"w": W}, {"w": scheme}), {})
+        rtn.PASS.run(Layer("layer", {"w": W}, {"w": scheme}), {})
 
 
 def test_a_weight_beyond_float16_is_an_error_and_no_infinity() -> None:

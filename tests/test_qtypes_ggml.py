@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli import ops
+from quantcli import ops, qtypes
 from quantcli.errors import NumericsError, RecipeError, UnsupportedError
 from quantcli.ops.blocks import KINDS
-from quantcli.registry import find
 from quantcli.tensors import DTYPES, Scheme
 
 BITS_PER_WEIGHT = {"q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q5_1": 6.0, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
@@ -35,7 +34,7 @@ def W() -> Tensor:
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_layout_is_the_shape_of_what_encode_stores(name: str, W: Tensor) -> None:
-    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    qtype, scheme = qtypes.of(name), Scheme.parse(name)
     (spec,) = qtype.layout(tuple(W.shape), scheme).values()
     (blocks,) = qtype.encode(W, scheme, needed(name, 512)).parts.values()
     assert (spec.name, spec.dtype, spec.shape, spec.nbytes) == ("blocks", "U8", tuple(blocks.shape), blocks.numel())
@@ -45,14 +44,14 @@ def test_layout_is_the_shape_of_what_encode_stores(name: str, W: Tensor) -> None
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_encode_stores_ggmls_bytes(name: str, W: Tensor) -> None:
     importance = torch.linspace(0.1, 3, W.shape[1])
-    stored = find("qtypes", name).encode(W, Scheme.parse(name), importance).parts["blocks"]
+    stored = qtypes.of(name).encode(W, Scheme.parse(name), importance).parts["blocks"]
     assert torch.equal(stored, ops.quantize_blocks(W, name, importance))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_grid_decodes_to_what_ggml_decodes_from_the_packed_bytes(name: str, weighted: bool, W: Tensor) -> None:
-    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    qtype, scheme = qtypes.of(name), Scheme.parse(name)
     W[0, :64] = 0  # a sub-block whose scale is zero
     grid = qtype.fit(W, scheme, torch.linspace(0, 3, W.shape[1]) if weighted else None)
     codes = torch.randint(grid.lo, grid.hi + 1, W.shape, generator=torch.Generator().manual_seed(1)).to(torch.int8)
@@ -63,7 +62,7 @@ def test_the_grid_decodes_to_what_ggml_decodes_from_the_packed_bytes(name: str, 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_grids_nearest_codes_are_as_good_as_ggmls(name: str, W: Tensor) -> None:
-    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    qtype, scheme = qtypes.of(name), Scheme.parse(name)
     grid = qtype.fit(W, scheme)
     error = (grid.decode(grid.encode(W)) - W).square().sum()
     error_of_ggml = (qtype.unpack(qtype.encode(W, scheme)) - W).square().sum()
@@ -72,7 +71,7 @@ def test_the_grids_nearest_codes_are_as_good_as_ggmls(name: str, W: Tensor) -> N
 
 @pytest.mark.parametrize("name", SEARCHED)
 def test_importance_lowers_the_weighted_error(name: str, W: Tensor) -> None:
-    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    qtype, scheme = qtypes.of(name), Scheme.parse(name)
     importance = torch.rand(W.shape[1], generator=torch.Generator().manual_seed(2)) ** 4
 
     def weighted_error(weights: Tensor | None) -> Tensor:
@@ -86,24 +85,24 @@ def test_a_row_that_is_no_whole_number_of_blocks_is_a_recipe_error(name: str) ->
     block = KINDS[name].block
     hint = "F16" if block == 32 else "Q8_0"
     with pytest.raises(RecipeError, match=f"in_features 2888 is not a multiple of the {name} block {block}; use {hint}"):
-        find("qtypes", name).layout((4, 2888), Scheme.parse(name))
+        qtypes.of(name).layout((4, 2888), Scheme.parse(name))
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_a_vector_is_a_recipe_error(name: str) -> None:
     with pytest.raises(RecipeError, match=r"codes matrices \[out, in\], got shape \[512\]"):
-        find("qtypes", name).layout((512,), Scheme.parse(name))
+        qtypes.of(name).layout((512,), Scheme.parse(name))
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q5_1"])
 def test_an_offset_beyond_float16_is_an_error_too(name: str, W: Tensor) -> None:
     W[3] = -1e5 + torch.arange(512) % 2  # a scale that fits, an offset that does not
     with pytest.raises(NumericsError, match=f"a scale or offset of {name} does not fit float16"):
-        find("qtypes", name).encode(W, Scheme.parse(name))
+        qtypes.of(name).encode(W, Scheme.parse(name))
 
 
 def test_a_scaled_matrix_keeps_in_nvfp4_what_its_blocks_alone_lose_or_refuse(W: Tensor) -> None:
-    qtype, plain, scaled = find("qtypes", "ggml_nvfp4"), Scheme.parse("ggml_nvfp4"), Scheme.parse("ggml_nvfp4-scaled")
+    qtype, plain, scaled = qtypes.of("ggml_nvfp4"), Scheme.parse("ggml_nvfp4"), Scheme.parse("ggml_nvfp4-scaled")
     usual = float((qtype.unpack(qtype.encode(W, plain)) - W).square().sum() / W.square().sum())
     for factor in (1e-6, 1e-3, 0.7, 3.3, 1e6):
         V = factor * W
@@ -119,14 +118,14 @@ def test_a_scaled_matrix_keeps_in_nvfp4_what_its_blocks_alone_lose_or_refuse(W: 
 
 
 def test_the_largest_weight_of_a_scaled_matrix_always_fits(W: Tensor) -> None:
-    qtype, scaled = find("qtypes", "ggml_nvfp4"), Scheme.parse("ggml_nvfp4-scaled")
+    qtype, scaled = qtypes.of("ggml_nvfp4"), Scheme.parse("ggml_nvfp4-scaled")
     for peak in torch.rand(200, generator=torch.Generator().manual_seed(3)) * 1000 + 10:
         row = torch.cat((peak.view(1), W[0, :63])).view(1, 64)
         assert float(qtype.unpack(qtype.encode(row, scaled))[0, 0]) == pytest.approx(float(peak), rel=1e-6)
 
 
 def test_a_weight_beyond_nvfp4s_largest_scale_is_an_error(W: Tensor) -> None:
-    qtype, scheme = find("qtypes", "ggml_nvfp4"), Scheme.parse("ggml_nvfp4")
+    qtype, scheme = qtypes.of("ggml_nvfp4"), Scheme.parse("ggml_nvfp4")
     W[3, 300] = 2688
     assert qtype.unpack(qtype.encode(W, scheme))[3, 300] == 2688
     W[3, 300] = -2689
@@ -138,7 +137,7 @@ def test_a_weight_beyond_nvfp4s_largest_scale_is_an_error(W: Tensor) -> None:
 @pytest.mark.parametrize("name", [name for name in BLOCK_TYPES if KINDS[name].d_at is not None])
 def test_a_scale_beyond_float16_is_an_error_with_the_largest_weight(name: str, W: Tensor) -> None:
     W[3, 300] = 1e9
-    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    qtype, scheme = qtypes.of(name), Scheme.parse(name)
     for run in (qtype.encode, qtype.fit) if name in GRIDS else (qtype.encode,):
         with pytest.raises(NumericsError, match=f"a scale or offset of {name} does not fit float16 \\(largest .w. is 1e.09\\)"):
             run(W, scheme, needed(name, 512))
@@ -148,24 +147,24 @@ def test_a_scale_beyond_float16_is_an_error_with_the_largest_weight(name: str, W
 def test_weights_for_which_ggml_aborts_are_an_error(name: str, W: Tensor) -> None:
     W[3] = 3.4e38 * W[3].sign() if name == "iq2_xxs" else 3e37 * W[3]  # their squares are infinite, and so is every distance
     with pytest.raises(NumericsError, match=f"a scale or offset of {name} does not fit float16"):
-        find("qtypes", name).encode(W, Scheme.parse(name), needed(name, 512))
+        qtypes.of(name).encode(W, Scheme.parse(name), needed(name, 512))
 
 
 @pytest.mark.parametrize("name", BOOKS)
 def test_a_code_book_has_no_grid_for_single_weights(name: str, W: Tensor) -> None:
     with pytest.raises(RecipeError, match=f"{name} takes {8 if name.startswith('iq2') else 4} weights at once from a code book"):
-        find("qtypes", name).fit(W, Scheme.parse(name))
+        qtypes.of(name).fit(W, Scheme.parse(name))
 
 
 @pytest.mark.parametrize("name", NEEDY)
 def test_a_type_that_needs_importance_says_so(name: str, W: Tensor) -> None:
     with pytest.raises(RecipeError, match=f"{name} needs importance: quantize with statistics"):
-        find("qtypes", name).encode(W, Scheme.parse(name))
+        qtypes.of(name).encode(W, Scheme.parse(name))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)])
 def test_dense_types_store_the_cast_tensor_of_any_shape(name: str, dtype: torch.dtype) -> None:
-    qtype, scheme = find("qtypes", name), Scheme.parse(name)
+    qtype, scheme = qtypes.of(name), Scheme.parse(name)
     for shape in ((7,), (3, 5), (2, 3, 4)):
         W = torch.randn(shape)
         (spec,) = qtype.layout(shape, scheme).values()
@@ -177,9 +176,9 @@ def test_dense_types_store_the_cast_tensor_of_any_shape(name: str, dtype: torch.
 
 def test_a_value_beyond_float16_is_an_error_that_names_it() -> None:
     with pytest.raises(NumericsError, match="70000 is beyond the largest F16, 65504"):
-        find("qtypes", "f16").encode(torch.tensor([1.0, -70000.0]), Scheme.parse("f16"))
+        qtypes.of("f16").encode(torch.tensor([1.0, -70000.0]), Scheme.parse("f16"))
 
 
 def test_a_dense_type_has_no_grid() -> None:
     with pytest.raises(UnsupportedError, match="BF16 stores values, not codes"):
-        find("qtypes", "bf16").fit(torch.zeros(2, 2), Scheme.parse("bf16"))
+        qtypes.of("bf16").fit(torch.zeros(2, 2), Scheme.parse("bf16"))

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli import regrid
+from quantcli import qtypes, regrid
 from quantcli.errors import NumericsError, UnsupportedError
 from quantcli.ops.blocks import unpack_blocks
 from quantcli.passes import rtn
-from quantcli.registry import names
 from quantcli.tensors import QuantizedTensor, Scheme
 
 IN_FEATURES = 256
@@ -139,7 +138,7 @@ def test_every_grid_holds_itself_however_it_was_searched() -> None:
 
 
 def test_every_number_format_of_the_house_is_among_the_pairs() -> None:
-    assert {known(text).qtype for text in SCHEMES} | {"f32", "f16", "bf16", "q5_k", "hqq"} | BOOKS >= set(names("qtypes"))
+    assert {known(text).qtype for text in SCHEMES} | {"f32", "f16", "bf16", "q5_k", "hqq"} | BOOKS >= set(qtypes.names())
 
 
 def test_groups_that_do_not_cut_the_sources_evenly_are_refused() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from quantcli import qtypes
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import OutputLayout, Request
 from quantcli.importance import Importance
-from quantcli.registry import find
 from quantcli.shards import MAX_SHARD_BYTES, Shards, layout, stored_as
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 from quantcli.writer import Writer
@@ -194,8 +194,7 @@ def coded_only(source: Checkpoint, schemes: Mapping[str, Scheme], format_: str) 
 
 def part_specs(spec: TensorSpec, scheme: Scheme) -> dict[str, TensorSpec]:
     """The qtype's parts of ``spec``."""
-    layout_: dict[str, TensorSpec] = find("qtypes", scheme.qtype).layout(spec.shape, scheme)
-    return layout_
+    return qtypes.of(scheme.qtype).layout(spec.shape, scheme)
 
 
 def module_of(name: str) -> str:

@@ -79,7 +79,7 @@ class AwqCheckpoint(FolderCheckpoint):
     def load(self, name: str) -> Tensor:
         if name not in self._scaled:
             return super().load(name)
-        return int_qtype.unpack(self.load_quantized(name)) / self.shards.read(self._scaled[name]).float()
+        return int_qtype.QTYPE.unpack(self.load_quantized(name)) / self.shards.read(self._scaled[name]).float()
 
     def load_quantized(self, name: str) -> QuantizedTensor:
         p = self._packed[name]
@@ -172,7 +172,7 @@ def supports(scheme: Scheme) -> bool:
     """Integers of 4 bits in groups of 32, 64, 128 or a row, in order, with float16 scales and activations left alone."""
     if is_dense(scheme):
         return True
-    options = {**int_qtype.OPTIONS, **dict(scheme.options)}
+    options = {**int_qtype.QTYPE.options, **dict(scheme.options)}
     plain = not options["desc_act"] and options["scale_dtype"] == "F16" and not options["act"]
     return scheme.qtype == "int" and plain and options["bits"] == 4 and options["group_size"] in GROUP_SIZES
 
@@ -232,7 +232,7 @@ class AwqLayout(QuantizedFolderLayout):
         if not spec.name.endswith(".weight"):
             raise RecipeError(f"{spec.name}: AWQ stores linears, whose tensor is named <module>.weight; exclude this one")
         with about(spec.name):
-            n_groups = int_qtype.layout(spec.shape, scheme)["scale"].shape[1]
+            n_groups = int_qtype.QTYPE.layout(spec.shape, scheme)["scale"].shape[1]
         (out, n_in), module = spec.shape, module_of(spec.name)
         if out % 8:
             raise RecipeError(f"{spec.name}: out_features {out} is not a multiple of 8, which AWQ needs to fill 32-bit words; exclude it")

@@ -139,7 +139,7 @@ def check_shapes(
     """Rows and columns of V, after its codes, scales and zero points were found to have the sizes that ``scheme`` gives them."""
     scale, zero, W_q = (specs[f"{name}.{part}"] for part in ("scale", "zero", "W_q"))
     try:
-        n_groups = hqq_qtype.layout(shape, scheme)["scale"].n_elements if scale.dtype in FLOATS else -1
+        n_groups = hqq_qtype.QTYPE.layout(shape, scheme)["scale"].n_elements if scale.dtype in FLOATS else -1
     except RecipeError as error:
         raise CheckpointError(f"{path}: {name}: {error}") from None
     rows, columns = (n_groups, scheme.option("group_size")) if scheme.option("axis") == 1 else (scheme.option("group_size"), n_groups)

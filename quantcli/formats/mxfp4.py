@@ -33,7 +33,7 @@ LINEARS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 """A stack → the linears whose rows take turns in it."""
 
 PAIRS = mxfp4.GROUP // 2
-SCHEME = Scheme.of("mxfp4", **mxfp4.OPTIONS)
+SCHEME = Scheme.of("mxfp4", **mxfp4.QTYPE.options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantcli.registry import find
+from quantcli import qtypes
 from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error
 
 SAMPLED_ROWS = 256
@@ -124,16 +124,6 @@ def sampled(layer: Layer, names: Sequence[str], *, among: Sequence[str] = ()) ->
     return Ws
 
 
-def nearest(W: Tensor, scheme: Scheme, importance: Tensor, fused: Mapping[str, Tensor]) -> Tensor:
-    """``W`` [out, in] float32 rounded to nearest in ``scheme``, as rtn does."""
-    qtype = find("qtypes", scheme.qtype)
-    shared_parts = {"fused": fused} if fused else {}
-    if hasattr(qtype, "encode"):
-        return qtype.unpack(qtype.encode(W, scheme, importance, **shared_parts))
-    grid = qtype.fit(W, scheme, importance, **shared_parts)
-    return grid.decode(grid.encode(W))
-
-
 def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Tensor, H: Tensor) -> Tensor:
     """A number, float64 on the weights' device: the mean over tokens of ‖(W − Ŵ·diag(1/s))·x‖² over all ``Ws``, the weights [out, in] of
     one tap by scheme, coded in the basis ``s``.
@@ -142,19 +132,9 @@ def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Ten
     """
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     for scheme, weights in Ws.items():
-        E = torch.cat(rounding_errors(weights, scheme, s, importance / s.square()))
+        E = torch.cat(qtypes.of(scheme.qtype).errors_in(s, weights, scheme, importance / s.square()))
         total += (E.square() @ H).sum() if H.ndim == 1 else output_error(E, H)
     return total
-
-
-def rounding_errors(Ws: Sequence[Tensor], scheme: Scheme, s: Tensor, importance: Tensor) -> list[Tensor]:
-    """W − Ŵ·diag(1/s) of each of ``Ws`` [out, in] float32 coded in the basis ``s``, where inputs have ``importance``."""
-    qtype = find("qtypes", scheme.qtype)
-    if hasattr(qtype, "errors_in"):
-        return [qtype.errors_in(s, W, scheme, importance) for W in Ws]
-    scaled = [W * s for W in Ws]
-    fused = qtype.fused(scaled, scheme) if hasattr(qtype, "fused") else {}
-    return [(W - nearest(W, scheme, importance, fused)) / s for W in scaled]
 
 
 def notes(layer: Layer, tap: str, method: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quantcli.registry import find
+from quantcli import qtypes
 from quantcli.tensors import Layer, Scheme
 
 
@@ -15,10 +15,10 @@ def fused_parts(layer: Layer) -> dict[str, dict[str, Tensor]]:
     """
     groups: dict[tuple[str, Scheme], list[str]] = {}
     for name, scheme in layer.schemes.items():
-        if hasattr(find("qtypes", scheme.qtype), "fused"):
+        if qtypes.of(scheme.qtype).shares_parts:
             groups.setdefault((layer.taps.get(name, name), scheme), []).append(name)
     out: dict[str, dict[str, Tensor]] = {}
     for (_, scheme), members in groups.items():
-        parts = find("qtypes", scheme.qtype).fused([layer.tensors[name] for name in members], scheme)
+        parts = qtypes.of(scheme.qtype).fused([layer.tensors[name] for name in members], scheme)
         out |= dict.fromkeys(members, parts)
     return out

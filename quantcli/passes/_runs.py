@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantcli import qtypes
 from quantcli.errors import RecipeError, about
-from quantcli.registry import find
 from quantcli.tensors import Layer, QuantizedTensor, Scheme, Stats, TensorReport, relative_error
 
 Quantize = Callable[[Tensor, Scheme], QuantizedTensor]
@@ -46,4 +46,4 @@ def code(layer: Layer, name: str, quantize: Quantize, H: Tensor | None = None, *
     W, scheme = layer.tensors[name].float(), layer.schemes[name]
     with about(name):
         layer.quantized[name] = quantize(W, scheme)
-    return TensorReport(name, relative_error(W, find("qtypes", scheme.qtype).unpack(layer.quantized[name]), H), **said)
+    return TensorReport(name, relative_error(W, qtypes.of(scheme.qtype).unpack(layer.quantized[name]), H), **said)

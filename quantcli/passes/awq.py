@@ -34,16 +34,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from quantcli import qtypes
 from quantcli.errors import RecipeError, about
 from quantcli.ops.choice import choose_grid
-from quantcli.passes import _basis, _runs
+from quantcli.passes import Pass, _basis, _runs
 from quantcli.passes._fused import fused_parts
-from quantcli.registry import find
 from quantcli.tensors import Grid, Layer, Prev, QuantizedTensor, Report, Scheme, Stats
-
-NEEDS: frozenset[str] = frozenset({"H"})
-CHANGES_BASIS = True
 
 CLIP_FACTORS = tuple(0.80 + 0.35 * i / 39 for i in range(40))
 """What a group's scale is multiplied by in the clipping search."""
@@ -125,14 +123,14 @@ def clipped(W: Tensor, grid: Grid, scheme: Scheme, H: Tensor) -> Grid:
         best = choose_grid(W[rows], blocks, tried.scale, tried.offset, grid.lo, grid.hi)[None].long()
         scales.append(tried.scale.gather(0, best)[0])
         offsets += [] if grid.offset is None or tried.offset is None else [tried.offset.gather(0, best)[0]]
-    return find("qtypes", scheme.qtype).moved(grid, torch.cat(scales), torch.cat(offsets) if offsets else None, scheme)
+    return qtypes.of(scheme.qtype).moved(grid, torch.cat(scales), torch.cat(offsets) if offsets else None, scheme)
 
 
 def multiples(grid: Grid, scheme: Scheme) -> Grid:
     """``grid`` itself, then its multiples by :data:`CLIP_FACTORS` as ``scheme`` can hold them: scale and offset [41, rows, n_groups]."""
     factors = torch.tensor(CLIP_FACTORS, device=grid.scale.device)[:, None, None]
-    moved = find("qtypes", scheme.qtype).moved(grid, grid.scale * factors, None if grid.offset is None else grid.offset * factors, scheme)
-    offset = None if grid.offset is None else torch.cat([grid.offset[None], moved.offset])
+    moved = qtypes.of(scheme.qtype).moved(grid, grid.scale * factors, None if grid.offset is None else grid.offset * factors, scheme)
+    offset = None if grid.offset is None or moved.offset is None else torch.cat([grid.offset[None], moved.offset])
     return replace(moved, scale=torch.cat([grid.scale[None], moved.scale]), offset=offset)
 
 
@@ -143,37 +141,49 @@ def quantize(
 
     A number format whose groups have no scale of their own to move (k-quants, code books) is rounded as rtn rounds it.
     """
-    qtype, importance = find("qtypes", scheme.qtype), H.diagonal().contiguous()
-    shared = {"fused": fused} if fused else {}
-    if hasattr(qtype, "encode"):
-        return qtype.encode(W, scheme, importance, **shared)
-    grid = qtype.fit(W, scheme, importance, **shared)
-    if options.clip and hasattr(qtype, "moved"):
-        grid = clipped(W, grid, scheme, H)
+    qtype, importance = qtypes.of(scheme.qtype), H.diagonal().contiguous()
+    if qtype.has_own_encoding or not (options.clip and qtype.can_rescale):
+        return qtype.encode(W, scheme, importance, fused=fused)
+    grid = clipped(W, qtype.fit(W, scheme, importance, fused=fused), scheme, H)
     return qtype.pack(grid.encode(W), grid, scheme)
 
 
-def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
-    """Change the basis of every tap that has a ``layer.prev``, then quantize every tensor of ``layer.schemes``."""
-    by_tap = _runs.by_tap(layer, stats)
-    hessians = {tap: _runs.hessian(tap, stats[tap], layer.tensors[names[0]].device, "awq") for tap, names in by_tap.items()}
-    settings: dict[str, dict[str, float]] = {}
-    for tap in by_tap:
-        if tap not in layer.prev or options.n_grid == 1 or tap in settings:
-            continue
-        together = layer.prev[tap].taps(tap)
-        known = {each: stats[each] for each in together if each in stats}
-        known |= {each: replace(known[each], H=hessians[each]) for each in together if each in hessians}
-        with about(tap):
-            found = search(_basis.reads(layer, tap, known), layer.prev[tap], options.n_grid, compensated=options.compensated)
-        settings |= {each: {"awq_ratio": found.ratio, "awq_loss": round(found.loss, 4)} for each in together}
-        if found.ratio > 0:
-            s = _basis.fold(layer, tap, found.s).float()
-            hessians |= {each: hessians[each] / s / s[:, None] for each in together if each in hessians}
-    reports, shared = [], fused_parts(layer)
-    for name in layer.schemes:
-        tap = layer.taps[name]
-        solve = partial(quantize, H=hessians[tap], options=options, fused=shared.get(name))
-        notes = _basis.notes(layer, tap, "awq")
-        reports.append(_runs.code(layer, name, solve, hessians[tap], notes=notes, settings=settings.get(tap, {})))
-    return Report(tuple(reports))
+class Awq(Pass[Options]):
+    """Scales inputs, then rounds to nearest on clipped grids."""
+
+    name = "awq"
+    options_type = Options
+    changes_basis = True
+
+    @override
+    def needs(self, options: Options) -> frozenset[str]:
+        return frozenset({"H"})
+
+    @override
+    def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
+        """Change the basis of every tap that has a ``layer.prev``, then quantize every tensor of ``layer.schemes``."""
+        by_tap = _runs.by_tap(layer, stats)
+        hessians = {tap: _runs.hessian(tap, stats[tap], layer.tensors[names[0]].device, "awq") for tap, names in by_tap.items()}
+        settings: dict[str, dict[str, float]] = {}
+        for tap in by_tap:
+            if tap not in layer.prev or options.n_grid == 1 or tap in settings:
+                continue
+            together = layer.prev[tap].taps(tap)
+            known = {each: stats[each] for each in together if each in stats}
+            known |= {each: replace(known[each], H=hessians[each]) for each in together if each in hessians}
+            with about(tap):
+                found = search(_basis.reads(layer, tap, known), layer.prev[tap], options.n_grid, compensated=options.compensated)
+            settings |= {each: {"awq_ratio": found.ratio, "awq_loss": round(found.loss, 4)} for each in together}
+            if found.ratio > 0:
+                s = _basis.fold(layer, tap, found.s).float()
+                hessians |= {each: hessians[each] / s / s[:, None] for each in together if each in hessians}
+        reports, shared = [], fused_parts(layer)
+        for name in layer.schemes:
+            tap = layer.taps[name]
+            solve = partial(quantize, H=hessians[tap], options=options, fused=shared.get(name))
+            notes = _basis.notes(layer, tap, "awq")
+            reports.append(_runs.code(layer, name, solve, hessians[tap], notes=notes, settings=settings.get(tap, {})))
+        return Report(tuple(reports))
+
+
+PASS = Awq()

@@ -41,21 +41,16 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from quantcli import ops
+from quantcli import ops, qtypes
 from quantcli.errors import NumericsError, RecipeError, about
-from quantcli.passes import _runs
+from quantcli.passes import Pass, _runs
 from quantcli.passes._fused import fused_parts
-from quantcli.registry import find
 from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
-
-NEEDS: frozenset[str] = frozenset({"H"})
 
 DAMP_LADDER: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
 """Multiples of ``damp_ratio`` that are tried in turn when H is not positive definite."""
-
-NEEDS_GRID = True
-"""Codes are chosen one by one: a qtype that takes several weights at once cannot be solved for."""
 
 PANEL = 128
 """Columns of H that are factorized at once."""
@@ -79,11 +74,6 @@ class Options:
             raise RecipeError(f"gptq: chunk is a number of columns, not {self.chunk}")
         if not 0 <= self.gptaq_alpha <= 1:
             raise RecipeError(f"gptq: gptaq_alpha is a share in [0, 1], not {self.gptaq_alpha}")
-
-
-def needs(options: Options) -> frozenset[str]:
-    """The statistics that :func:`run` reads with ``options``."""
-    return NEEDS | {"dXXT"} if options.gptaq_alpha else NEEDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +191,10 @@ def quantize(
     fused: Mapping[str, Tensor] | None = None,
 ) -> QuantizedTensor:
     """One weight matrix ``W``: [out, in] float32 with its tap's ``H`` and ``factor``; ``fused``: parts it shares with others of the tap."""
-    qtype = find("qtypes", scheme.qtype)
-    shared = {"fused": fused} if fused else {}
+    qtype = qtypes.of(scheme.qtype)
     importance = H.diagonal() + factor.damp_ratio * H.diagonal().mean()
     if not scheme.get("desc_act", False):
-        grid = qtype.fit(W, scheme, importance, **shared)
+        grid = qtype.fit(W, scheme, importance, fused=fused)
         return qtype.pack(solve(W, grid, factor, chunk=options.chunk), grid, scheme)
     in_order = replace(factor, order=torch.arange(W.shape[1], device=W.device))
     W = W[:, factor.order].contiguous()
@@ -216,13 +205,28 @@ def quantize(
     return qtype.pack(codes, replace(grid, parts={**grid.parts, "g_idx": g_idx}), scheme)
 
 
-def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
-    """Quantize every tensor of ``layer.schemes``, those of one tap with one factorization.
+class Gptq(Pass[Options]):
+    """Rounds column by column, with feedback."""
 
-    ``layer.taps`` names the tap of each; a tap without statistics is a :class:`RecipeError`.
-    """
-    by_tap = _runs.by_tap(layer, stats).items()
-    return Report(tuple(report for tap, members in by_tap for report in _run_tap(layer, tap, members, stats[tap], options)))
+    name = "gptq"
+    options_type = Options
+    needs_grid = True  # codes are chosen one by one
+
+    @override
+    def needs(self, options: Options) -> frozenset[str]:
+        return frozenset({"H", "dXXT"} if options.gptaq_alpha else {"H"})
+
+    @override
+    def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
+        """Quantize every tensor of ``layer.schemes``, those of one tap with one factorization.
+
+        ``layer.taps`` names the tap of each; a tap without statistics is a :class:`RecipeError`.
+        """
+        by_tap = _runs.by_tap(layer, stats).items()
+        return Report(tuple(report for tap, members in by_tap for report in _run_tap(layer, tap, members, stats[tap], options)))
+
+
+PASS = Gptq()
 
 
 def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, options: Options) -> list[TensorReport]:

@@ -32,16 +32,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from quantcli import qtypes
 from quantcli.errors import RecipeError, UnsupportedError
-from quantcli.passes import _runs
-from quantcli.registry import find, names
+from quantcli.passes import Pass, _runs
 from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats
-
-NEEDS: frozenset[str] = frozenset()
-
-NEEDS_GRID = True
-"""It moves the scales of a grid."""
 
 CHUNK_ELEMENTS = 1 << 17
 """Weights solved at once: what a core's cache likes."""
@@ -106,7 +102,7 @@ def better(one: Solved, other: Solved) -> Solved:
 
 def solve(W: Tensor, grid: Grid, scheme: Scheme, options: Options = Options()) -> Grid:
     """``grid`` of ``W`` [out, in] float32, each group moved to where ‖W − Ŵ‖_p^p is smallest, or left where it was."""
-    moved = find("qtypes", scheme.qtype).moved
+    moved = qtypes.of(scheme.qtype).moved
     step = max(1, CHUNK_ELEMENTS // W.shape[1])
     pieces = []
     for first in range(0, W.shape[0], step):
@@ -157,14 +153,29 @@ def joined(pieces: list[Grid]) -> Grid:
 
 def quantize(W: Tensor, scheme: Scheme, options: Options = Options()) -> QuantizedTensor:
     """One weight matrix ``W``: [out, in] float32; :class:`UnsupportedError` for a number format whose grid cannot be moved."""
-    qtype = find("qtypes", scheme.qtype)
-    if not hasattr(qtype, "moved"):
-        able = ", ".join(name for name in names("qtypes") if hasattr(find("qtypes", name), "moved"))
+    qtype = qtypes.of(scheme.qtype)
+    if not qtype.can_rescale:
+        able = ", ".join(name for name in qtypes.names() if qtypes.of(name).can_rescale)
         raise UnsupportedError(f"hqq solves for scales and zero points, which {scheme} does not leave free; it takes {able}")
     grid = solve(W, qtype.fit(W, scheme), scheme, options)
     return qtype.pack(grid.encode(W), grid, scheme)
 
 
-def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
-    """Quantize every tensor of ``layer.schemes``; ``stats`` are not looked at."""
-    return Report(tuple(_runs.code(layer, name, partial(quantize, options=options)) for name in layer.schemes))
+class Hqq(Pass[Options]):
+    """Moves scales and zero points to suit the bulk of the weights."""
+
+    name = "hqq"
+    options_type = Options
+    needs_grid = True  # whose scales it moves
+
+    @override
+    def needs(self, options: Options) -> frozenset[str]:
+        return frozenset()
+
+    @override
+    def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
+        """Quantize every tensor of ``layer.schemes``; ``stats`` are not looked at."""
+        return Report(tuple(_runs.code(layer, name, partial(quantize, options=options)) for name in layer.schemes))
+
+
+PASS = Hqq()

@@ -28,14 +28,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.errors import RecipeError, about
-from quantcli.passes import _basis, _runs
+from quantcli.passes import Pass, _basis, _runs
 from quantcli.tensors import Layer, Report, Scheme, Stats, TensorReport
-
-NEEDS: frozenset[str] = frozenset({"H", "absmax"})
-CHANGES_BASIS = True
-CHOOSES_CODES = False
 
 ALPHAS = tuple(i / 20 for i in range(2, 19))
 """What ``alpha: auto`` tries beside leaving the basis as it is."""
@@ -96,20 +93,36 @@ def search(reads: Sequence[_basis.Read], absmax: Tensor, largest: Tensor) -> tup
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
-def run(layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
-    """Change the basis of every tap whose ``layer.prev`` may take scales over. Quantizes nothing."""
-    reports = []
-    settings: dict[str, dict[str, float]] = {}
-    for tap, names in _runs.by_tap(layer, stats).items():
-        notes = _basis.notes(layer, tap, "smoothquant")
-        if tap in layer.prev and tap not in settings and (options.linears or layer.tensors[layer.prev[tap].names[0]].ndim == 1):
-            with about(tap):
-                alpha, s = scales(layer, tap, stats, options.alpha)
-            settings |= {each: {"smoothquant_alpha": alpha} for each in layer.prev[tap].taps(tap)}
-            if bool((s != 1).any()):
-                _basis.fold(layer, tap, s)
-        reports += [TensorReport(name, 0.0, notes, settings=settings.get(tap, {})) for name in names]
-    return Report(tuple(reports))
+class SmoothQuant(Pass[Options]):
+    """Moves outliers of the inputs into the weights; chooses no codes."""
+
+    name = "smoothquant"
+    options_type = Options
+    changes_basis = True
+    chooses_codes = False
+
+    @override
+    def needs(self, options: Options) -> frozenset[str]:
+        return frozenset({"H", "absmax"})
+
+    @override
+    def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
+        """Change the basis of every tap whose ``layer.prev`` may take scales over. Quantizes nothing."""
+        reports = []
+        settings: dict[str, dict[str, float]] = {}
+        for tap, names in _runs.by_tap(layer, stats).items():
+            notes = _basis.notes(layer, tap, "smoothquant")
+            if tap in layer.prev and tap not in settings and (options.linears or layer.tensors[layer.prev[tap].names[0]].ndim == 1):
+                with about(tap):
+                    alpha, s = scales(layer, tap, stats, options.alpha)
+                settings |= {each: {"smoothquant_alpha": alpha} for each in layer.prev[tap].taps(tap)}
+                if bool((s != 1).any()):
+                    _basis.fold(layer, tap, s)
+            reports += [TensorReport(name, 0.0, notes, settings=settings.get(tap, {})) for name in names]
+        return Report(tuple(reports))
+
+
+PASS = SmoothQuant()
 
 
 def scales(layer: Layer, tap: str, stats: Mapping[str, Stats], alpha: float | str) -> tuple[float, Tensor]:

@@ -15,14 +15,16 @@ stored, so that all of these are right.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.errors import RecipeError
 from quantcli.ops.float4 import Book, dequantize_float4, float4_errors, pack_float4, quantize_float4
+from quantcli.qtypes import Parts, QType
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -36,16 +38,16 @@ SMALLEST_DYNAMIC = -6
 LOOKUP_STEPS = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Float4Type:
+class Float4Type(QType):
     """A 4-bit type by its ``levels``, in the order of their codes."""
 
-    name: str
-    levels: tuple[float, ...]
+    options: ClassVar[Mapping[str, Any]] = {"block_size": 64, "double_quant": False}
 
-    def book(self) -> Book:
-        return _book(self.levels)
+    def __init__(self, name: str, levels: tuple[float, ...]) -> None:
+        self.name = name
+        self._levels = levels
 
+    @override
     def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
         """The parts of a matrix of ``shape``; any width will do."""
         block, nested = self._options(scheme)
@@ -58,14 +60,16 @@ class Float4Type:
             parts |= {"nested_absmax": ("F32", (-(-n_blocks // NESTED_BLOCK),)), "nested_offset": ("F32", (1,))}
         return {name: TensorSpec.dense(name, dtype, size) for name, (dtype, size) in parts.items()}
 
-    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
+    @override
+    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> QuantizedTensor:
         """Bitsandbytes' bytes of ``W`` [out, in], in float32, bfloat16 or float16. ``importance`` has no say in them."""
         self.layout(tuple(W.shape), scheme)
         block, nested = self._options(scheme)
-        packed, absmax = quantize_float4(W.contiguous(), self.book(), block_size=block)
+        packed, absmax = quantize_float4(W.contiguous(), book_of(self._levels), block_size=block)
         return QuantizedTensor(scheme, tuple(W.shape), {"packed": packed, **stored_scales(absmax, nested=nested)})
 
-    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
         """The grid of ``W`` [out, in] float32: the scales are given by its blocks. Codes are ranks of levels, from the lowest up.
 
         Raises :class:`RecipeError` where a block would lie in two rows: a solver that changes a row would change the next one's scale.
@@ -80,25 +84,28 @@ class Float4Type:
         absmax = W.contiguous().view(-1, block).abs().amax(1)
         parts = stored_scales(absmax, nested=nested)
         scale = scales_of(parts).view(W.shape[0], -1)
-        book = self.book().to(W.device)
+        book = book_of(self._levels).to(W.device)
         return Grid(scale, None, 0, 15, block, book=book.levels[book.order.int()], parts=parts)
 
+    @override
     def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
         """Ranks ``codes`` [out, in] of ``grid`` as parts."""
-        order = self.book().to(codes.device).order.to(torch.uint8)
+        order = book_of(self._levels).to(codes.device).order.to(torch.uint8)
         return QuantizedTensor(scheme, tuple(codes.shape), {"packed": pack_float4(order[codes.int()]), **grid.parts})
 
+    @override
     def unpack(self, tensor: QuantizedTensor) -> Tensor:
         """The weights [out, in] float32 that an engine computes: level · scale."""
         n = tensor.shape[0] * tensor.shape[1]
         block, _ = self._options(tensor.scheme)
-        W = dequantize_float4(tensor.parts["packed"], scales_of(tensor.parts), self.book(), block_size=block, n=n)
+        W = dequantize_float4(tensor.parts["packed"], scales_of(tensor.parts), book_of(self._levels), block_size=block, n=n)
         return W.view(tensor.shape)
 
-    def errors(self, W: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
-        """‖W−Ŵ‖² and ‖W‖² of ``W`` [out, in], without Ŵ in memory."""
+    @override
+    def errors(self, W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 << 18) -> tuple[float, float]:
+        """‖W−Ŵ‖² and ‖W‖² of ``W`` [out, in], block by block: Ŵ is never in memory."""
         block, _ = self._options(tensor.scheme)
-        error, energy = float4_errors(W, tensor.parts["packed"], scales_of(tensor.parts), self.book(), block_size=block)
+        error, energy = float4_errors(W, tensor.parts["packed"], scales_of(tensor.parts), book_of(self._levels), block_size=block)
         return float(error.double().sum()), float(energy.double().sum())
 
     def _options(self, scheme: Scheme) -> tuple[int, bool]:
@@ -111,7 +118,8 @@ class Float4Type:
 
 
 @cache
-def _book(levels: tuple[float, ...]) -> Book:
+def book_of(levels: tuple[float, ...]) -> Book:
+    """The book of a type with ``levels``, in the order of their codes."""
     return Book.of(torch.tensor(levels, dtype=torch.float32))
 
 

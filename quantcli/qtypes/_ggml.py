@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.ops.block_texts import KINDS
 from quantcli.ops.blocks import Params, dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks
+from quantcli.qtypes import Parts, QType
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 
@@ -30,77 +32,75 @@ def effective(params: Params, kind: str) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockType:
+class BlockType(QType):
     """One of ggml's block types, by its name in ``ops``, with one part ``blocks`` U8 [out, row_bytes]."""
 
-    kind: str
+    name: str
 
+    @override
     def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
         """The part ``blocks`` of a matrix of ``shape``, or of a stack of them [..., out, in]; :class:`RecipeError` unless rows are whole
         blocks."""
         if len(shape) < 2:
             raise RecipeError(f"{scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
-        sizes = KINDS[self.kind]
+        sizes = KINDS[self.name]
         hint = "use F16 or exclude it" if sizes.block == 32 else "use Q8_0 (block 32) or exclude it"
         check_divisible(shape, sizes.block, scheme, hint)
         return {"blocks": TensorSpec.dense("blocks", "U8", (math.prod(shape[:-1]), shape[-1] // sizes.block * sizes.n_bytes))}
 
-    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
         """The grid that ggml's search finds for ``W`` [out, in]; ``importance`` [in] weighs it as llama.cpp's imatrix does."""
         self.layout(tuple(W.shape), scheme)
-        sizes = KINDS[self.kind]
-        params = fit_blocks(W, self.kind, importance)
+        sizes = KINDS[self.name]
+        params = fit_blocks(W, self.name, importance)
         self._check_finite(W, *(params[name] for name in ("d", "dmin", "m") if name in params))
         self._check_range(W)
-        scale, offset = effective(params, self.kind)
+        scale, offset = effective(params, self.name)
         if (book := self._book()) is None:
             return Grid(scale, offset, sizes.lo, sizes.hi, sizes.sub, parts=params)
         return Grid(scale, offset, 0, len(book) - 1, sizes.sub, book=torch.tensor(book, device=W.device), parts=params)
 
     def _book(self) -> list[float] | None:
         """The levels in ascending order, each once; None where codes are integers."""
-        levels = KINDS[self.kind].levels
+        levels = KINDS[self.name].levels
         return None if levels is None else sorted(set(levels))
 
-    def moved(self, grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
-        """``grid`` with another ``scale`` and ``offset`` [out, n_sub], rounded to float16; of the types that store both as they are."""
-        d = scale.to(torch.float16)
-        m = torch.zeros_like(d) if offset is None else offset.to(torch.float16)
-        self._check_finite(scale, d, m)
-        return Grid(d.float(), m.float(), grid.lo, grid.hi, grid.group_size, parts={"d": d, "m": m})
-
+    @override
     def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
         """``codes`` [out, in] of ``grid`` as ggml's blocks."""
-        levels, book = KINDS[self.kind].levels, self._book()
+        levels, book = KINDS[self.name].levels, self._book()
         if levels is not None and book is not None:
             stored = torch.tensor([levels.index(level) for level in book], dtype=torch.int8, device=codes.device)
             codes = stored[codes.long()]
-        blocks = pack_blocks(codes.to(torch.int8), dict(grid.parts), self.kind)
+        blocks = pack_blocks(codes.to(torch.int8), dict(grid.parts), self.name)
         return QuantizedTensor(scheme, tuple(codes.shape), {"blocks": blocks})
 
+    @override
     def unpack(self, tensor: QuantizedTensor) -> Tensor:
         """The weights [..., out, in] float32 that ggml's dequantizer computes."""
-        return dequantize_blocks(tensor.parts["blocks"], self.kind, tensor.shape[-1]).view(tensor.shape)
+        return dequantize_blocks(tensor.parts["blocks"], self.name, tensor.shape[-1]).view(tensor.shape)
 
-    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
+    @override
+    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> QuantizedTensor:
         """``W`` [..., out, in], any float dtype, as the very bytes of ``ggml_quantize_chunk``: not always the grid's nearest codes.
 
         ``importance``: [in], or [n, in] of a stack of n.
         """
         self.layout(tuple(W.shape), scheme)
-        if importance is None and KINDS[self.kind].needs_importance:
-            raise RecipeError(f"{self.kind} needs importance: quantize with statistics of what this tensor reads, or use iq3_xxs")
+        if importance is None and KINDS[self.name].needs_importance:
+            raise RecipeError(f"{self.name} needs importance: quantize with statistics of what this tensor reads, or use iq3_xxs")
         if importance is not None and importance.ndim > 1:  # a row for each matrix of a stack
-            blocks = torch.cat([quantize_blocks(V, self.kind, row) for V, row in zip(W, importance, strict=True)])
+            blocks = torch.cat([quantize_blocks(V, self.name, row) for V, row in zip(W, importance, strict=True)])
         else:
-            blocks = quantize_blocks(W.flatten(0, -2), self.kind, importance)
+            blocks = quantize_blocks(W.flatten(0, -2), self.name, importance)
         self._check_finite(W, self._halves(blocks))
         self._check_range(W)
         return QuantizedTensor(scheme, tuple(W.shape), {"blocks": blocks})
 
     def _halves(self, blocks: Tensor) -> Tensor:
         """``d`` of each block, and ``dmin`` or ``m``, which follow it."""
-        sizes = KINDS[self.kind]
+        sizes = KINDS[self.name]
         if sizes.d_at is None:
             return blocks.new_empty(0, dtype=torch.float16)
         first = sizes.d_at // 2
@@ -109,38 +109,52 @@ class BlockType:
 
     def _check_range(self, W: Tensor) -> None:
         """Of a type without a ``d``, whose largest scale is what its bits can say."""
-        sizes = KINDS[self.kind]
+        sizes = KINDS[self.name]
         if sizes.scale_of is None or sizes.levels is None:
             return
         largest = float(W.float().abs().max())
         limit = max(sizes.levels) * float(sizes.scale_of(torch.arange(255)).max())
         if not math.isfinite(largest) or largest > limit:
-            raise NumericsError(f"{self.kind} holds numbers up to {limit:.4g} (largest |w| is {largest:.3g}); keep this tensor in BF16")
+            raise NumericsError(f"{self.name} holds numbers up to {limit:.4g} (largest |w| is {largest:.3g}); keep this tensor in BF16")
 
     def _check_finite(self, W: Tensor, *halves: Tensor) -> None:
         if all(bool(half.isfinite().all()) for half in halves):
             return
         largest = float(W.float().abs().max())
         raise NumericsError(
-            f"a scale or offset of {self.kind} does not fit float16 (largest |w| is {largest:.3g}); keep this tensor in F32 or BF16"
+            f"a scale or offset of {self.name} does not fit float16 (largest |w| is {largest:.3g}); keep this tensor in F32 or BF16"
         )
 
 
-@dataclass(frozen=True, slots=True)
+class OffsetType(BlockType):
+    """A block type that stores the scale and the offset of each block as they are."""
+
+    @override
+    def moved(self, grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
+        """``grid`` with another ``scale`` and ``offset`` [out, n_sub], rounded to float16."""
+        d = scale.to(torch.float16)
+        m = torch.zeros_like(d) if offset is None else offset.to(torch.float16)
+        self._check_finite(scale, d, m)
+        return Grid(d.float(), m.float(), grid.lo, grid.hi, grid.group_size, parts={"d": d, "m": m})
+
+
 class BookType(BlockType):
     """A block type whose magnitudes are points of a code book, several weights at once: it has no grid for one weight."""
 
     @property
+    @override
     def no_grid(self) -> str:
         """Why a pass that chooses the codes one by one cannot use this type, and what to do."""
-        run = 8 if self.kind.startswith("iq2") else 4
-        return f"{self.kind} takes {run} weights at once from a code book, so codes cannot be chosen one by one; use rtn, or a k-quant"
+        run = 8 if self.name.startswith("iq2") else 4
+        return f"{self.name} takes {run} weights at once from a code book, so codes cannot be chosen one by one; use rtn, or a k-quant"
 
     @property
+    @override
     def needs_importance(self) -> bool:
         """Whether :meth:`encode` refuses to do without."""
-        return KINDS[self.kind].needs_importance
+        return KINDS[self.name].needs_importance
 
-    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
         """Raises :class:`RecipeError`: there is no such grid."""
         raise RecipeError(self.no_grid)

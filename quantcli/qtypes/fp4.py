@@ -11,21 +11,10 @@ At equal size NF4 is nearer to trained weights, which are close to normal; FP4 i
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantcli.qtypes._float4 import Float4Type
-
-OPTIONS: dict[str, Any] = {"block_size": 64, "double_quant": False}
 
 TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 LEVELS = (*(level / 12 for level in TWELFTHS), *(0.0 - level / 12 for level in TWELFTHS))
 
-_TYPE = Float4Type("fp4", LEVELS)
-
-layout = _TYPE.layout
-fit = _TYPE.fit
-pack = _TYPE.pack
-unpack = _TYPE.unpack
-encode = _TYPE.encode
-errors = _TYPE.errors
+QTYPE = Float4Type("fp4", LEVELS)

@@ -19,95 +19,105 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.ops.minifloat import FLOAT8, Float8, Tile, dequantize_fp8, quantize_fp8, tiles_of
+from quantcli.qtypes import Parts, QType
 from quantcli.qtypes._minifloat import check_matrix, finite_absmax, float_bits, signed_book
 from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec
-
-OPTIONS = {"dtype": "e4m3", "strategy": "channel", "scale_dtype": "F32", "act": ""}
 
 STRATEGIES = ("tensor", "channel", "block")
 BLOCK = (128, 128)
 
 
-def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The parts of a matrix of ``shape``, or of a stack of them; :class:`RecipeError` for options that do not exist."""
-    _check_options(scheme)
-    if len(shape) not in (2, 3):
-        raise RecipeError(f"{scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
-    stack, matrix = shape[:-2], shape[-2:]
-    scale = (*stack, *tiles_of(matrix, _tile(matrix, scheme)))
-    one = _get(scheme, "strategy") == "tensor" and not stack
-    parts = {"data": (_float(scheme).word, tuple(shape)), "scale": (_get(scheme, "scale_dtype"), (1,) if one else scale)}
-    if scheme.static_activations:
-        parts["input_scale"] = ("F32", (1,))
-    return {name: TensorSpec.dense(name, dtype, size) for name, (dtype, size) in parts.items()}
+class Fp8(QType):
+    """8-bit floats with a scale for the tensor, each row or each block."""
+
+    name = "fp8"
+    options: ClassVar[Mapping[str, Any]] = {"dtype": "e4m3", "strategy": "channel", "scale_dtype": "F32", "act": ""}
+
+    @override
+    def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+        """The parts of a matrix of ``shape``, or of a stack of them; :class:`RecipeError` for options that do not exist."""
+        _check_options(scheme)
+        if len(shape) not in (2, 3):
+            raise RecipeError(f"{scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
+        stack, matrix = shape[:-2], shape[-2:]
+        scale = (*stack, *tiles_of(matrix, _tile(matrix, scheme)))
+        one = scheme.option("strategy") == "tensor" and not stack
+        parts = {"data": (_float(scheme).word, tuple(shape)), "scale": (scheme.option("scale_dtype"), (1,) if one else scale)}
+        if scheme.static_activations:
+            parts["input_scale"] = ("F32", (1,))
+        return {name: TensorSpec.dense(name, dtype, size) for name, (dtype, size) in parts.items()}
+
+    @override
+    def fused(self, Ws: Sequence[Tensor], scheme: Scheme) -> dict[str, Tensor]:
+        """What the matrices ``Ws`` must share when an engine joins them: with the strategy tensor, their scale."""
+        if scheme.option("strategy") != "tensor":
+            return {}
+        absmax = torch.stack([finite_absmax(W, (W.shape[0], W.shape[1])) for W in Ws]).amax(0)
+        return {"scale": _stored_scale(absmax, scheme).view(1)}
+
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
+        """The grid of ``W`` [out, in] float32: a book of all finite numbers, 253 or 247. Importance changes nothing (see above)."""
+        scale = _scale(W, scheme, fused)
+        rows, width = _tile(tuple(W.shape), scheme)
+        size = math.gcd(W.shape[1], width)  # a Grid's groups are whole: a cut block is several of them
+        by_row = scale.float().view(tiles_of(W.shape, (rows, width))).repeat_interleave(rows, 0)[: W.shape[0]]
+        first = torch.arange(0, W.shape[1], size, device=W.device) // width
+        book = signed_book(_magnitudes(scheme)).to(W.device)
+        return Grid(by_row[:, first], None, 0, len(book) - 1, size, book=book, parts={"scale": scale})
+
+    @override
+    def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
+        """``codes`` [out, in] of ``grid`` as parts."""
+        data = float_bits(codes, len(_magnitudes(scheme)), 128).view(_float(scheme).dtype)
+        return QuantizedTensor(scheme, tuple(codes.shape), {"data": data, "scale": grid.parts["scale"]})
+
+    @override
+    def unpack(self, tensor: QuantizedTensor) -> Tensor:
+        """The weights float32 of the tensor's shape that an engine computes: ``data.float()·scale.float()``."""
+        data, scale = tensor.parts["data"], tensor.parts["scale"].float()
+        tile = _tile(tuple(data.shape[-2:]), tensor.scheme)
+        down, across = tiles_of(data.shape[-2:], tile)
+        if data.ndim == 2:
+            return dequantize_fp8(data, scale.view(down, across), tile)
+        W = torch.empty(data.shape, device=data.device)
+        for out, matrix, own in zip(W, data, scale.view(-1, down, across), strict=True):
+            out.copy_(dequantize_fp8(matrix, own, tile))
+        return W
+
+    @override
+    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> QuantizedTensor:
+        """``W`` [out, in] in any float dtype: ties go to even, as everywhere, which a :class:`Grid` does not know."""
+        check_matrix(tuple(W.shape), scheme)
+        scale = _scale(W, scheme, fused)
+        tile = _tile(tuple(W.shape), scheme)
+        data = quantize_fp8(W, scale.float().view(tiles_of(W.shape, tile)), tile, scheme.option("dtype"))
+        return QuantizedTensor(scheme, tuple(W.shape), {"data": data, "scale": scale})
 
 
-def fused(Ws: Sequence[Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    """What the matrices ``Ws`` must share when an engine joins them: with the strategy tensor, their scale."""
-    if _get(scheme, "strategy") != "tensor":
-        return {}
-    absmax = torch.stack([finite_absmax(W, (W.shape[0], W.shape[1])) for W in Ws]).amax(0)
-    return {"scale": _stored_scale(absmax, scheme).view(1)}
+QTYPE = Fp8()
 
 
-def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Mapping[str, Tensor] | None = None) -> Grid:
-    """The grid of ``W`` [out, in] float32: a book of all finite numbers, 253 or 247. Importance changes nothing (see above)."""
-    scale = _scale(W, scheme, fused)
-    rows, width = _tile(tuple(W.shape), scheme)
-    size = math.gcd(W.shape[1], width)  # a Grid's groups are whole: a cut block is several of them
-    by_row = scale.float().view(tiles_of(W.shape, (rows, width))).repeat_interleave(rows, 0)[: W.shape[0]]
-    first = torch.arange(0, W.shape[1], size, device=W.device) // width
-    book = signed_book(_magnitudes(scheme)).to(W.device)
-    return Grid(by_row[:, first], None, 0, len(book) - 1, size, book=book, parts={"scale": scale})
-
-
-def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
-    """``codes`` [out, in] of ``grid`` as parts."""
-    data = float_bits(codes, len(_magnitudes(scheme)), 128).view(_float(scheme).dtype)
-    return QuantizedTensor(scheme, tuple(codes.shape), {"data": data, "scale": grid.parts["scale"]})
-
-
-def unpack(tensor: QuantizedTensor) -> Tensor:
-    """The weights float32 of the tensor's shape that an engine computes: ``data.float()·scale.float()``."""
-    data, scale = tensor.parts["data"], tensor.parts["scale"].float()
-    tile = _tile(tuple(data.shape[-2:]), tensor.scheme)
-    down, across = tiles_of(data.shape[-2:], tile)
-    if data.ndim == 2:
-        return dequantize_fp8(data, scale.view(down, across), tile)
-    W = torch.empty(data.shape, device=data.device)
-    for out, matrix, own in zip(W, data, scale.view(-1, down, across), strict=True):
-        out.copy_(dequantize_fp8(matrix, own, tile))
-    return W
-
-
-def encode(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Mapping[str, Tensor] | None = None) -> QuantizedTensor:
-    """``W`` [out, in] in any float dtype: ties go to even, as everywhere, which a :class:`Grid` does not know."""
-    check_matrix(tuple(W.shape), scheme)
-    scale = _scale(W, scheme, fused)
-    tile = _tile(tuple(W.shape), scheme)
-    data = quantize_fp8(W, scale.float().view(tiles_of(W.shape, tile)), tile, _get(scheme, "dtype"))
-    return QuantizedTensor(scheme, tuple(W.shape), {"data": data, "scale": scale})
-
-
-def _scale(W: Tensor, scheme: Scheme, fused: Mapping[str, Tensor] | None) -> Tensor:
+def _scale(W: Tensor, scheme: Scheme, fused: Parts | None) -> Tensor:
     """The part ``scale``: the shared one where there is one."""
-    layout(tuple(W.shape), scheme)
+    QTYPE.layout(tuple(W.shape), scheme)
     if fused and "scale" in fused:
         finite_absmax(W, (W.shape[0], W.shape[1]))
         return fused["scale"].to(W.device)
     scale = _stored_scale(finite_absmax(W, _tile(tuple(W.shape), scheme)), scheme)
-    return scale.view(1) if _get(scheme, "strategy") == "tensor" else scale
+    return scale.view(1) if scheme.option("strategy") == "tensor" else scale
 
 
 def _stored_scale(absmax: Tensor, scheme: Scheme) -> Tensor:
-    word = _get(scheme, "scale_dtype")
+    word = scheme.option("scale_dtype")
     dtype = DTYPES[word]
     scale = (absmax / _float(scheme).largest).to(dtype)
     if not bool(scale.isfinite().all()):
@@ -123,7 +133,7 @@ def _magnitudes(scheme: Scheme) -> Tensor:
 
 def _tile(shape: tuple[int, ...], scheme: Scheme) -> Tile:
     """(rows, inputs) that share a scale."""
-    strategy = _get(scheme, "strategy")
+    strategy = scheme.option("strategy")
     if strategy == "block":
         rows, width = scheme.get("block", BLOCK)
         return rows, width
@@ -131,14 +141,10 @@ def _tile(shape: tuple[int, ...], scheme: Scheme) -> Tile:
 
 
 def _float(scheme: Scheme) -> Float8:
-    return FLOAT8[_get(scheme, "dtype")]
-
-
-def _get(scheme: Scheme, option: str) -> Any:
-    return scheme.get(option, OPTIONS[option])
+    return FLOAT8[scheme.option("dtype")]
 
 
 def _check_options(scheme: Scheme) -> None:
     for option, known in (("dtype", tuple(FLOAT8)), ("strategy", STRATEGIES), ("scale_dtype", ("F32", "F16", "BF16"))):
-        if (value := _get(scheme, option)) not in known:
+        if (value := scheme.option(option)) not in known:
             raise RecipeError(f"{scheme}: {option} is '{value}'; expected one of {', '.join(known)}")

@@ -7,16 +7,6 @@ differs. llama.cpp's exponent, bit for bit, is ⌊log2(largest |w|)⌋ − 2, an
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantcli.qtypes._ggml import BlockType
 
-OPTIONS: dict[str, Any] = {}
-
-_TYPE = BlockType("ggml_mxfp4")
-
-layout = _TYPE.layout
-fit = _TYPE.fit
-pack = _TYPE.pack
-unpack = _TYPE.unpack
-encode = _TYPE.encode
+QTYPE = BlockType("ggml_mxfp4")

@@ -11,54 +11,62 @@ they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.ops.minifloat import FLOAT8, FP4_LARGEST
+from quantcli.qtypes import Parts
 from quantcli.qtypes._ggml import BlockType
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
-OPTIONS: dict[str, Any] = {"scaled": False}
 
-_TYPE = BlockType("ggml_nvfp4")
+class ScaledType(BlockType):
+    """ggml's blocks of E2M1, with a scale of the whole matrix beside them where the option ``scaled`` says so."""
+
+    options: ClassVar[Mapping[str, Any]] = {"scaled": False}
+
+    @override
+    def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+        """The part ``blocks`` and, of a scaled matrix, ``scale``; :class:`RecipeError` unless rows are whole blocks."""
+        parts = super().layout(shape, scheme)
+        return parts | {"scale": TensorSpec.dense("scale", "F32", (1,))} if scheme.option("scaled") else parts
+
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
+        """The grid of ``W`` [out, in]; ``importance`` does not count."""
+        if not scheme.option("scaled"):
+            return super().fit(W, scheme, importance)
+        scale = _matrix_scale(W)
+        grid = super().fit(W / scale, scheme, importance)
+        return replace(grid, scale=grid.scale * scale, parts={**grid.parts, "matrix_scale": scale})
+
+    @override
+    def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
+        """``codes`` [out, in] of ``grid`` as parts."""
+        parts = {name: part for name, part in grid.parts.items() if name != "matrix_scale"}
+        return _with_scale(super().pack(codes, replace(grid, parts=parts), scheme), grid.parts.get("matrix_scale"))
+
+    @override
+    def unpack(self, tensor: QuantizedTensor) -> Tensor:
+        """The weights float32 that llama.cpp computes with: what its dequantizer gives, times the scale of the matrix."""
+        W = super().unpack(tensor)
+        return W * tensor.parts["scale"] if "scale" in tensor.parts else W
+
+    @override
+    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> QuantizedTensor:
+        """``W`` [..., out, in], any float dtype, as ggml's very bytes; a scaled matrix after it is divided by its scale."""
+        if not scheme.option("scaled"):
+            return super().encode(W, scheme, importance)
+        scale = _matrix_scale(W)
+        return _with_scale(super().encode(W.float() / scale, scheme, importance), scale)
 
 
-def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The part ``blocks`` and, of a scaled matrix, ``scale``; :class:`RecipeError` unless rows are whole blocks."""
-    parts = _TYPE.layout(shape, scheme)
-    return parts | {"scale": TensorSpec.dense("scale", "F32", (1,))} if scheme.option("scaled") else parts
-
-
-def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
-    """The grid of ``W`` [out, in]; ``importance`` does not count."""
-    if not scheme.option("scaled"):
-        return _TYPE.fit(W, scheme, importance)
-    scale = _matrix_scale(W)
-    grid = _TYPE.fit(W / scale, scheme, importance)
-    return replace(grid, scale=grid.scale * scale, parts={**grid.parts, "matrix_scale": scale})
-
-
-def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
-    """``codes`` [out, in] of ``grid`` as parts."""
-    parts = {name: part for name, part in grid.parts.items() if name != "matrix_scale"}
-    return _with_scale(_TYPE.pack(codes, replace(grid, parts=parts), scheme), grid.parts.get("matrix_scale"))
-
-
-def unpack(tensor: QuantizedTensor) -> Tensor:
-    """The weights float32 that llama.cpp computes with: what its dequantizer gives, times the scale of the matrix."""
-    W = _TYPE.unpack(tensor)
-    return W * tensor.parts["scale"] if "scale" in tensor.parts else W
-
-
-def encode(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
-    """``W`` [..., out, in], any float dtype, as ggml's very bytes; a scaled matrix after it is divided by its scale."""
-    if not scheme.option("scaled"):
-        return _TYPE.encode(W, scheme, importance)
-    scale = _matrix_scale(W)
-    return _with_scale(_TYPE.encode(W.float() / scale, scheme, importance), scale)
+QTYPE = ScaledType("ggml_nvfp4")
 
 
 def _matrix_scale(W: Tensor) -> Tensor:

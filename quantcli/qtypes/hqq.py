@@ -17,51 +17,62 @@ integer zero points of the qtype ``int`` instead.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.errors import RecipeError, UnsupportedError
+from quantcli.qtypes import Parts, QType
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
-
-OPTIONS = {"bits": 4, "group_size": 64, "axis": 1, "scale_dtype": "F16"}
 
 BITS = (1, 1.58, 2, 3, 4, 5, 6, 8)
 WAY_OUT = "HQQ's float zero points are read and not made; the recipe hqq-int4 solves for integer ones, which engines load"
 
 
-def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The parts of a matrix of ``shape``; :class:`RecipeError` when the group size does not divide it."""
-    bits, group_size, dtype = (scheme.option(key) for key in ("bits", "group_size", "scale_dtype"))
-    if bits not in BITS or scheme.option("axis") not in (0, 1):
-        raise RecipeError(f"{scheme}: bits is one of {', '.join(map(str, BITS))}, and axis 0 or 1")
-    if len(shape) != 2 or not isinstance(group_size, int) or group_size < 1 or shape[0] * shape[1] % group_size:
-        raise RecipeError(f"{scheme}: groups of {group_size} do not cover a matrix of shape {list(shape)}")
-    groups = (shape[0] * shape[1] // group_size,)
-    parts = {"codes": ("U8", shape), "scale": (dtype, groups), "zero": (dtype, groups)}
-    return {name: TensorSpec.dense(name, kind, size) for name, (kind, size) in parts.items()}
+class Hqq(QType):
+    """Integers with float zero points, read and not made."""
+
+    name = "hqq"
+    options: ClassVar[Mapping[str, Any]] = {"bits": 4, "group_size": 64, "axis": 1, "scale_dtype": "F16"}
+
+    @override
+    def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+        """The parts of a matrix of ``shape``; :class:`RecipeError` when the group size does not divide it."""
+        bits, group_size, dtype = (scheme.option(key) for key in ("bits", "group_size", "scale_dtype"))
+        if bits not in BITS or scheme.option("axis") not in (0, 1):
+            raise RecipeError(f"{scheme}: bits is one of {', '.join(map(str, BITS))}, and axis 0 or 1")
+        if len(shape) != 2 or not isinstance(group_size, int) or group_size < 1 or shape[0] * shape[1] % group_size:
+            raise RecipeError(f"{scheme}: groups of {group_size} do not cover a matrix of shape {list(shape)}")
+        groups = (shape[0] * shape[1] // group_size,)
+        parts = {"codes": ("U8", shape), "scale": (dtype, groups), "zero": (dtype, groups)}
+        return {name: TensorSpec.dense(name, kind, size) for name, (kind, size) in parts.items()}
+
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> NoReturn:
+        """Raises :class:`UnsupportedError`: nothing is quantized to this type."""
+        _refuse()
+
+    @override
+    def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> NoReturn:
+        """Raises :class:`UnsupportedError`, as :meth:`fit` does."""
+        _refuse()
+
+    @override
+    def unpack(self, tensor: QuantizedTensor) -> Tensor:
+        """The weights [out, in] float32 that hqq computes, in the dtype of its scales."""
+        codes, scale, zero = (tensor.parts[name] for name in ("codes", "scale", "zero"))
+        group_size = tensor.scheme.option("group_size")
+        if tensor.scheme.option("axis") == 1:
+            W = codes.view(-1, group_size).to(scale.dtype).sub_(zero[:, None]).mul_(scale[:, None])
+        else:
+            W = codes.view(group_size, -1).to(scale.dtype).sub_(zero).mul_(scale)
+        return W.view(codes.shape).to(torch.float32)
 
 
-def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> NoReturn:
-    """Raises :class:`UnsupportedError`: nothing is quantized to this type."""
-    _refuse()
-
-
-def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> NoReturn:
-    """Raises :class:`UnsupportedError`, as :func:`fit` does."""
-    _refuse()
-
-
-def unpack(tensor: QuantizedTensor) -> Tensor:
-    """The weights [out, in] float32 that hqq computes, in the dtype of its scales."""
-    codes, scale, zero = (tensor.parts[name] for name in ("codes", "scale", "zero"))
-    group_size = tensor.scheme.option("group_size")
-    if tensor.scheme.option("axis") == 1:
-        W = codes.view(-1, group_size).to(scale.dtype).sub_(zero[:, None]).mul_(scale[:, None])
-    else:
-        W = codes.view(group_size, -1).to(scale.dtype).sub_(zero).mul_(scale)
-    return W.view(codes.shape).to(torch.float32)
+QTYPE = Hqq()
 
 
 def _refuse() -> NoReturn:

@@ -17,114 +17,131 @@ ones are unsigned with ``offset = −scale·zero``, exact in float32 (11 bits ×
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.errors import RecipeError
 from quantcli.ops.affine import TINY, affine_errors, affine_grid, fit_affine
+from quantcli.qtypes import Parts, QType
 from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
-
-OPTIONS = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "search": "mse", "scale_dtype": "F16", "act": ""}
 
 BITS = (2, 3, 4, 8)
 SEARCHES = ("mse", "minmax")
 SCALE_DTYPES = ("F16", "BF16", "F32")
 
 
-def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The parts of a matrix of ``shape``; :class:`RecipeError` when the options or the width do not fit."""
-    _check_options(scheme)
-    if len(shape) != 2:
-        raise RecipeError(f"{scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
-    group_size = _group_size(shape, scheme)
-    check_divisible(shape, group_size, scheme, _divisors(shape[1]))
-    n_groups = shape[1] // group_size
-    parts = {
-        "codes": ("U8", tuple(shape)),
-        "scale": (_get(scheme, "scale_dtype"), (shape[0], n_groups)),
-        "zero": ("U8", (shape[0], n_groups)),
+class Int(QType):
+    """Integers with a scale and a zero point for each group of inputs."""
+
+    name = "int"
+    options: ClassVar[Mapping[str, Any]] = {
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+        "desc_act": False,
+        "search": "mse",
+        "scale_dtype": "F16",
+        "act": "",
     }
-    if scheme.get("desc_act", False):
-        parts["g_idx"] = ("I32", (shape[1],))
-    if scheme.static_activations:
-        parts["input_scale"] = ("F32", (1,))
-    return {name: TensorSpec.dense(name, dtype, size) for name, (dtype, size) in parts.items()}
+
+    @override
+    def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+        """The parts of a matrix of ``shape``; :class:`RecipeError` when the options or the width do not fit."""
+        _check_options(scheme)
+        if len(shape) != 2:
+            raise RecipeError(f"{scheme} codes matrices [out, in], got shape {list(shape)}; exclude this tensor")
+        group_size = _group_size(shape, scheme)
+        check_divisible(shape, group_size, scheme, _divisors(shape[1]))
+        n_groups = shape[1] // group_size
+        parts = {
+            "codes": ("U8", tuple(shape)),
+            "scale": (scheme.option("scale_dtype"), (shape[0], n_groups)),
+            "zero": ("U8", (shape[0], n_groups)),
+        }
+        if scheme.get("desc_act", False):
+            parts["g_idx"] = ("I32", (shape[1],))
+        if scheme.static_activations:
+            parts["input_scale"] = ("F32", (1,))
+        return {name: TensorSpec.dense(name, dtype, size) for name, (dtype, size) in parts.items()}
+
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
+        """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
+        self.layout(tuple(W.shape), scheme)
+        options = _fit_options(tuple(W.shape), scheme)
+        scale, zero = fit_affine(W, importance, **options)
+        return affine_grid(scale, zero, bits=options["bits"], group_size=options["group_size"], sym=options["sym"])
+
+    @override
+    def errors_in(self, basis: Tensor, Ws: Sequence[Tensor], scheme: Scheme, importance: Tensor) -> list[Tensor]:
+        """As :meth:`QType.errors_in`, fused: no copy of a weight in the basis is made."""
+        errors = []
+        for W in Ws:
+            self.layout(tuple(W.shape), scheme)
+            errors.append(affine_errors(W, basis, importance, **_fit_options(tuple(W.shape), scheme)))
+        return errors
+
+    @override
+    def moved(self, grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
+        """``grid`` with another ``scale`` and ``offset`` [out, n_groups], rounded to what the file holds: the scale to a number of its
+        dtype above zero, the offset to a whole number of them."""
+        dtype = DTYPES[scheme.option("scale_dtype")]
+        scale = scale.to(dtype).float().clamp_min(TINY[dtype])
+        if offset is None:
+            return replace(grid, scale=scale)
+        zero = (-offset / scale).round_().clamp_(grid.lo, grid.hi)
+        return replace(grid, scale=scale, offset=-(scale * zero), parts={**grid.parts, "zero": zero.to(torch.uint8)})
+
+    @override
+    def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
+        """``codes`` [out, in] of ``grid`` as parts, inputs in their natural order.
+
+        With ``desc_act`` the grid's part ``g_idx`` [in] names each input's group; a grid without one has its groups side by side.
+        """
+        parts = {
+            "codes": (codes.to(torch.int16) - grid.lo).to(torch.uint8),
+            "scale": grid.scale.to(DTYPES[scheme.option("scale_dtype")]),
+            "zero": grid.parts["zero"],
+        }
+        if scheme.get("desc_act", False):
+            natural = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // grid.group_size
+            parts["g_idx"] = grid.parts.get("g_idx", natural)
+        elif "g_idx" in grid.parts:
+            raise RecipeError(f"{scheme}: the grid orders its groups by g_idx, which only a scheme with desc_act stores; set desc_act")
+        return QuantizedTensor(scheme, tuple(codes.shape), parts)
+
+    @override
+    def unpack(self, tensor: QuantizedTensor) -> Tensor:
+        """The weights [out, in] float32 that an engine computes: ``scale.float()·(code − zero)``."""
+        codes, scale, zero = (tensor.parts[name] for name in ("codes", "scale", "zero"))
+        if "g_idx" in tensor.parts:
+            index = tensor.parts["g_idx"].long()
+            return scale.float()[:, index] * (codes.to(torch.int16) - zero[:, index]).float()
+        grouped = codes.view(codes.shape[0], scale.shape[1], -1).to(torch.int16)
+        return (scale.float()[:, :, None] * (grouped - zero[:, :, None]).float()).view(codes.shape)
 
 
-def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
-    """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
-    layout(tuple(W.shape), scheme)
-    options = _fit_options(tuple(W.shape), scheme)
-    scale, zero = fit_affine(W, importance, **options)
-    return affine_grid(scale, zero, bits=options["bits"], group_size=options["group_size"], sym=options["sym"])
-
-
-def errors_in(basis: Tensor, W: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
-    """W − Q(W·diag(basis))·diag(1/basis) of ``W`` [out, in] float32, rounded on the grid fitted to it in ``basis`` [in], where its inputs
-    have ``importance`` [in]."""
-    layout(tuple(W.shape), scheme)
-    return affine_errors(W, basis, importance, **_fit_options(tuple(W.shape), scheme))
-
-
-def moved(grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
-    """``grid`` with another ``scale`` and ``offset`` [out, n_groups], rounded to what the file holds: the scale to a number of its dtype
-    above zero, the offset to a whole number of them."""
-    dtype = DTYPES[_get(scheme, "scale_dtype")]
-    scale = scale.to(dtype).float().clamp_min(TINY[dtype])
-    if offset is None:
-        return replace(grid, scale=scale)
-    zero = (-offset / scale).round_().clamp_(grid.lo, grid.hi)
-    return replace(grid, scale=scale, offset=-(scale * zero), parts={**grid.parts, "zero": zero.to(torch.uint8)})
-
-
-def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
-    """``codes`` [out, in] of ``grid`` as parts, inputs in their natural order.
-
-    With ``desc_act`` the grid's part ``g_idx`` [in] names each input's group; a grid without one has its groups side by side.
-    """
-    parts = {
-        "codes": (codes.to(torch.int16) - grid.lo).to(torch.uint8),
-        "scale": grid.scale.to(DTYPES[_get(scheme, "scale_dtype")]),
-        "zero": grid.parts["zero"],
-    }
-    if scheme.get("desc_act", False):
-        natural = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // grid.group_size
-        parts["g_idx"] = grid.parts.get("g_idx", natural)
-    elif "g_idx" in grid.parts:
-        raise RecipeError(f"{scheme}: the grid orders its groups by g_idx, which only a scheme with desc_act stores; set desc_act")
-    return QuantizedTensor(scheme, tuple(codes.shape), parts)
-
-
-def unpack(tensor: QuantizedTensor) -> Tensor:
-    """The weights [out, in] float32 that an engine computes: ``scale.float()·(code − zero)``."""
-    codes, scale, zero = (tensor.parts[name] for name in ("codes", "scale", "zero"))
-    if "g_idx" in tensor.parts:
-        index = tensor.parts["g_idx"].long()
-        return scale.float()[:, index] * (codes.to(torch.int16) - zero[:, index]).float()
-    grouped = codes.view(codes.shape[0], scale.shape[1], -1).to(torch.int16)
-    return (scale.float()[:, :, None] * (grouped - zero[:, :, None]).float()).view(codes.shape)
+QTYPE = Int()
 
 
 def _fit_options(shape: tuple[int, ...], scheme: Scheme) -> dict[str, Any]:
     """What :func:`fit_affine` is told."""
     return {
-        "bits": _get(scheme, "bits"),
+        "bits": scheme.option("bits"),
         "group_size": _group_size(shape, scheme),
-        "sym": _get(scheme, "sym"),
-        "search": _get(scheme, "search") == "mse",
-        "scale_dtype": DTYPES[_get(scheme, "scale_dtype")],
+        "sym": scheme.option("sym"),
+        "search": scheme.option("search") == "mse",
+        "scale_dtype": DTYPES[scheme.option("scale_dtype")],
     }
 
 
-def _get(scheme: Scheme, option: str) -> Any:
-    return scheme.get(option, OPTIONS[option])
-
-
 def _group_size(shape: tuple[int, ...], scheme: Scheme) -> int:
-    group_size = _get(scheme, "group_size")
+    group_size = scheme.option("group_size")
     return shape[1] if group_size == -1 else group_size
 
 
@@ -135,12 +152,12 @@ def _divisors(in_features: int) -> str:
 
 
 def _check_options(scheme: Scheme) -> None:
-    bits, group_size, search = _get(scheme, "bits"), _get(scheme, "group_size"), scheme.get("search", "mse")
+    bits, group_size, search = scheme.option("bits"), scheme.option("group_size"), scheme.get("search", "mse")
     if bits not in BITS:
         raise RecipeError(f"{scheme}: bits is {bits}; expected 2, 3, 4 or 8")
     if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
         raise RecipeError(f"{scheme}: group_size is {group_size}; expected a positive number of inputs, or -1 for a whole row")
     if search not in SEARCHES:
         raise RecipeError(f"{scheme}: search is '{search}'; expected mse or minmax")
-    if (held := _get(scheme, "scale_dtype")) not in SCALE_DTYPES:
+    if (held := scheme.option("scale_dtype")) not in SCALE_DTYPES:
         raise RecipeError(f"{scheme}: scale_dtype is '{held}'; expected F16, BF16 or F32")

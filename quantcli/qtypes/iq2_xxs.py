@@ -8,19 +8,6 @@ The search is llama.cpp's (ggml-quants.c), bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantcli.qtypes._ggml import BookType
 
-OPTIONS: dict[str, Any] = {}
-
-_TYPE = BookType("iq2_xxs")
-
-NO_GRID = _TYPE.no_grid
-NEEDS_IMPORTANCE = _TYPE.needs_importance
-
-layout = _TYPE.layout
-fit = _TYPE.fit
-pack = _TYPE.pack
-unpack = _TYPE.unpack
-encode = _TYPE.encode
+QTYPE = BookType("iq2_xxs")

@@ -7,18 +7,6 @@ The search is llama.cpp's (ggml-quants.c), bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantcli.qtypes._ggml import BookType
 
-OPTIONS: dict[str, Any] = {}
-
-_TYPE = BookType("iq3_xxs")
-
-NO_GRID = _TYPE.no_grid
-
-layout = _TYPE.layout
-fit = _TYPE.fit
-pack = _TYPE.pack
-unpack = _TYPE.unpack
-encode = _TYPE.encode
+QTYPE = BookType("iq3_xxs")

@@ -7,16 +7,6 @@ The search is llama.cpp's (ggml-quants.c), bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantcli.qtypes._ggml import BlockType
 
-OPTIONS: dict[str, Any] = {}
-
-_TYPE = BlockType("iq4_xs")
-
-layout = _TYPE.layout
-fit = _TYPE.fit
-pack = _TYPE.pack
-unpack = _TYPE.unpack
-encode = _TYPE.encode
+QTYPE = BlockType("iq4_xs")

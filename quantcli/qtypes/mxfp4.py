@@ -11,55 +11,66 @@ Option ``search``: "minmax" takes compressed-tensors' exponent (:func:`quantcli.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.ops.minifloat import FP4_LEVELS, dequantize_fp4, fit_fp4, group_step, mx_scale, quantize_fp4
+from quantcli.qtypes import Parts, QType
 from quantcli.qtypes._minifloat import check_matrix, check_search, finite_absmax, fp4_book, fp4_packed
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
-
-OPTIONS: dict[str, Any] = {"search": "mse", "act": ""}
 
 GROUP = 32
 E2M1_EXPONENT = 2  # of 6
 
 
-def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The parts of a matrix of ``shape``; :class:`RecipeError` unless rows are whole groups."""
-    check_matrix(shape, scheme)
-    check_search(scheme)
-    check_divisible(shape, GROUP, scheme, "use nvfp4 (groups of 16) or exclude it")
-    return {
-        "packed": TensorSpec.dense("packed", "U8", (shape[0], shape[1] // 2)),
-        "scale": TensorSpec.dense("scale", "U8", (shape[0], shape[1] // GROUP)),
-    }
+class Mxfp4(QType):
+    """E2M1 with a power of two for each 32 inputs."""
+
+    name = "mxfp4"
+    options: ClassVar[Mapping[str, Any]] = {"search": "mse", "act": ""}
+
+    @override
+    def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+        """The parts of a matrix of ``shape``; :class:`RecipeError` unless rows are whole groups."""
+        check_matrix(shape, scheme)
+        check_search(scheme)
+        check_divisible(shape, GROUP, scheme, "use nvfp4 (groups of 16) or exclude it")
+        return {
+            "packed": TensorSpec.dense("packed", "U8", (shape[0], shape[1] // 2)),
+            "scale": TensorSpec.dense("scale", "U8", (shape[0], shape[1] // GROUP)),
+        }
+
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
+        """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
+        scale = _scale(W, scheme, importance)
+        return Grid(group_step(scale, "mxfp4"), None, 0, 2 * len(FP4_LEVELS) - 2, GROUP, book=fp4_book(W.device), parts={"scale": scale})
+
+    @override
+    def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
+        """``codes`` [out, in] of ``grid`` as parts."""
+        return QuantizedTensor(scheme, tuple(codes.shape), {"packed": fp4_packed(codes), "scale": grid.parts["scale"]})
+
+    @override
+    def unpack(self, tensor: QuantizedTensor) -> Tensor:
+        """The weights [out, in] float32 that an engine computes."""
+        return dequantize_fp4(tensor.parts["packed"], group_step(tensor.parts["scale"], "mxfp4"))
+
+    @override
+    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> QuantizedTensor:
+        """``W`` [out, in] in any float dtype: ties go to even, which a :class:`Grid` does not know."""
+        scale = _scale(W, scheme, importance)
+        packed = quantize_fp4(W, group_step(scale, "mxfp4"))
+        return QuantizedTensor(scheme, tuple(W.shape), {"packed": packed, "scale": scale})
 
 
-def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
-    """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
-    scale = _scale(W, scheme, importance)
-    return Grid(group_step(scale, "mxfp4"), None, 0, 2 * len(FP4_LEVELS) - 2, GROUP, book=fp4_book(W.device), parts={"scale": scale})
-
-
-def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
-    """``codes`` [out, in] of ``grid`` as parts."""
-    return QuantizedTensor(scheme, tuple(codes.shape), {"packed": fp4_packed(codes), "scale": grid.parts["scale"]})
-
-
-def unpack(tensor: QuantizedTensor) -> Tensor:
-    """The weights [out, in] float32 that an engine computes."""
-    return dequantize_fp4(tensor.parts["packed"], group_step(tensor.parts["scale"], "mxfp4"))
-
-
-def encode(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
-    """``W`` [out, in] in any float dtype: ties go to even, which a :class:`Grid` does not know."""
-    scale = _scale(W, scheme, importance)
-    packed = quantize_fp4(W, group_step(scale, "mxfp4"))
-    return QuantizedTensor(scheme, tuple(W.shape), {"packed": packed, "scale": scale})
+QTYPE = Mxfp4()
 
 
 def _scale(W: Tensor, scheme: Scheme, importance: Tensor | None) -> Tensor:
-    layout(tuple(W.shape), scheme)
+    QTYPE.layout(tuple(W.shape), scheme)
     scale = mx_scale(finite_absmax(W, (1, GROUP)), E2M1_EXPONENT)
     return fit_fp4(W, scale, "mxfp4", importance=importance) if check_search(scheme) else scale

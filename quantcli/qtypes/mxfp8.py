@@ -11,54 +11,67 @@ search gains nothing, since a float's relative error does not depend on its scal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.ops.minifloat import dequantize_fp8, group_step, mx_scale, quantize_fp8
+from quantcli.qtypes import Parts, QType
 from quantcli.qtypes._minifloat import check_matrix, finite_absmax, float_bits, signed_book
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
-
-OPTIONS = {"act": ""}
 
 GROUP = 32
 E4M3_EXPONENT = 8  # of 448
 
 
-def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The parts of a matrix of ``shape``; :class:`RecipeError` unless rows are whole groups."""
-    check_matrix(shape, scheme)
-    check_divisible(shape, GROUP, scheme, "use fp8-channel or exclude it")
-    return {
-        "data": TensorSpec.dense("data", "F8_E4M3", shape),
-        "scale": TensorSpec.dense("scale", "U8", (shape[0], shape[1] // GROUP)),
-    }
+class Mxfp8(QType):
+    """E4M3 with a power of two for each 32 inputs."""
+
+    name = "mxfp8"
+    options: ClassVar[Mapping[str, Any]] = {"act": ""}
+
+    @override
+    def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+        """The parts of a matrix of ``shape``; :class:`RecipeError` unless rows are whole groups."""
+        check_matrix(shape, scheme)
+        check_divisible(shape, GROUP, scheme, "use fp8-channel or exclude it")
+        return {
+            "data": TensorSpec.dense("data", "F8_E4M3", shape),
+            "scale": TensorSpec.dense("scale", "U8", (shape[0], shape[1] // GROUP)),
+        }
+
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
+        """The grid of ``W`` [out, in] float32: a book of the 253 finite numbers. Importance changes nothing."""
+        self.layout(tuple(W.shape), scheme)
+        scale = mx_scale(finite_absmax(W, (1, GROUP)), E4M3_EXPONENT)
+        book = signed_book(_magnitudes()).to(W.device)
+        return Grid(group_step(scale, "mxfp4"), None, 0, len(book) - 1, GROUP, book=book, parts={"scale": scale})
+
+    @override
+    def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
+        """``codes`` [out, in] of ``grid`` as parts."""
+        data = float_bits(codes, len(_magnitudes()), 128).view(torch.float8_e4m3fn)
+        return QuantizedTensor(scheme, tuple(codes.shape), {"data": data, "scale": grid.parts["scale"]})
+
+    @override
+    def unpack(self, tensor: QuantizedTensor) -> Tensor:
+        """The weights [out, in] float32 that an engine computes."""
+        return dequantize_fp8(tensor.parts["data"], group_step(tensor.parts["scale"], "mxfp4"), (1, GROUP))
+
+    @override
+    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> QuantizedTensor:
+        """``W`` [out, in] in any float dtype: ties go to even, which a :class:`Grid` does not know."""
+        self.layout(tuple(W.shape), scheme)
+        scale = mx_scale(finite_absmax(W, (1, GROUP)), E4M3_EXPONENT)
+        data = quantize_fp8(W, group_step(scale, "mxfp4"), (1, GROUP))
+        return QuantizedTensor(scheme, tuple(W.shape), {"data": data, "scale": scale})
 
 
-def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Grid:
-    """The grid of ``W`` [out, in] float32: a book of the 253 finite numbers. Importance changes nothing."""
-    layout(tuple(W.shape), scheme)
-    scale = mx_scale(finite_absmax(W, (1, GROUP)), E4M3_EXPONENT)
-    book = signed_book(_magnitudes()).to(W.device)
-    return Grid(group_step(scale, "mxfp4"), None, 0, len(book) - 1, GROUP, book=book, parts={"scale": scale})
-
-
-def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
-    """``codes`` [out, in] of ``grid`` as parts."""
-    data = float_bits(codes, len(_magnitudes()), 128).view(torch.float8_e4m3fn)
-    return QuantizedTensor(scheme, tuple(codes.shape), {"data": data, "scale": grid.parts["scale"]})
-
-
-def unpack(tensor: QuantizedTensor) -> Tensor:
-    """The weights [out, in] float32 that an engine computes."""
-    return dequantize_fp8(tensor.parts["data"], group_step(tensor.parts["scale"], "mxfp4"), (1, GROUP))
-
-
-def encode(W: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedTensor:
-    """``W`` [out, in] in any float dtype: ties go to even, which a :class:`Grid` does not know."""
-    layout(tuple(W.shape), scheme)
-    scale = mx_scale(finite_absmax(W, (1, GROUP)), E4M3_EXPONENT)
-    data = quantize_fp8(W, group_step(scale, "mxfp4"), (1, GROUP))
-    return QuantizedTensor(scheme, tuple(W.shape), {"data": data, "scale": scale})
+QTYPE = Mxfp8()
 
 
 def _magnitudes() -> Tensor:

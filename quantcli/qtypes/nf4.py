@@ -17,11 +17,7 @@ Options: ``block_size`` 32 … 4096; ``double_quant``: the scales in 8 bits, 0.4
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantcli.qtypes._float4 import Float4Type
-
-OPTIONS: dict[str, Any] = {"block_size": 64, "double_quant": False}
 
 LEVELS = (
     -1.0,
@@ -42,11 +38,4 @@ LEVELS = (
     1.0,
 )
 
-_TYPE = Float4Type("nf4", LEVELS)
-
-layout = _TYPE.layout
-fit = _TYPE.fit
-pack = _TYPE.pack
-unpack = _TYPE.unpack
-encode = _TYPE.encode
-errors = _TYPE.errors
+QTYPE = Float4Type("nf4", LEVELS)

@@ -14,62 +14,72 @@ Option ``search``: "minmax" is the scale absmax / 6, compressed-tensors' bytes; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.ops.minifloat import FLOAT8, FP4_LARGEST, FP4_LEVELS, ZERO_GROUP_BYTE, dequantize_fp4, fit_fp4, group_step, quantize_fp4
+from quantcli.qtypes import Parts, QType
 from quantcli.qtypes._minifloat import check_matrix, check_search, finite_absmax, fp4_book, fp4_packed
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
-
-OPTIONS: dict[str, Any] = {"search": "mse", "act": ""}
 
 GROUP = 16
 
 
-def layout(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The parts of a matrix of ``shape``; :class:`RecipeError` unless rows are whole groups."""
-    check_matrix(shape, scheme)
-    check_search(scheme)
-    check_divisible(shape, GROUP, scheme, "use fp8-channel or exclude it")
-    return {
-        "packed": TensorSpec.dense("packed", "U8", (shape[0], shape[1] // 2)),
-        "scale": TensorSpec.dense("scale", "F8_E4M3", (shape[0], shape[1] // GROUP)),
-        "global_scale": TensorSpec.dense("global_scale", "F32", (1,)),
-    }
+class Nvfp4(QType):
+    """E2M1 with an E4M3 scale for each 16 inputs and one float32 for the matrix."""
+
+    name = "nvfp4"
+    options: ClassVar[Mapping[str, Any]] = {"search": "mse", "act": ""}
+
+    @override
+    def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+        """The parts of a matrix of ``shape``; :class:`RecipeError` unless rows are whole groups."""
+        check_matrix(shape, scheme)
+        check_search(scheme)
+        check_divisible(shape, GROUP, scheme, "use fp8-channel or exclude it")
+        return {
+            "packed": TensorSpec.dense("packed", "U8", (shape[0], shape[1] // 2)),
+            "scale": TensorSpec.dense("scale", "F8_E4M3", (shape[0], shape[1] // GROUP)),
+            "global_scale": TensorSpec.dense("global_scale", "F32", (1,)),
+        }
+
+    @override
+    def fused(self, Ws: Sequence[Tensor], scheme: Scheme) -> dict[str, Tensor]:
+        """The global scale that the matrices ``Ws`` share, because an engine joins them: it lets the largest weight of all be 6 · 448."""
+        return {"global_scale": _global_scale(torch.stack([finite_absmax(W, (1, GROUP)).amax() for W in Ws]).amax())}
+
+    @override
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
+        """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
+        parts, step = _scales(W, scheme, importance, fused)
+        return Grid(step, None, 0, 2 * len(FP4_LEVELS) - 2, GROUP, book=fp4_book(W.device), parts=parts)
+
+    @override
+    def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
+        """``codes`` [out, in] of ``grid`` as parts."""
+        return QuantizedTensor(scheme, tuple(codes.shape), {"packed": fp4_packed(codes), **grid.parts})
+
+    @override
+    def unpack(self, tensor: QuantizedTensor) -> Tensor:
+        """The weights [out, in] float32 that an engine computes: ``level·(scale/global_scale)``."""
+        return dequantize_fp4(tensor.parts["packed"], _step(tensor.parts["scale"], tensor.parts["global_scale"]))
+
+    @override
+    def encode(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> QuantizedTensor:
+        """``W`` [out, in] in any float dtype: ties go to even, which a :class:`Grid` does not know."""
+        parts, step = _scales(W, scheme, importance, fused)
+        return QuantizedTensor(scheme, tuple(W.shape), {"packed": quantize_fp4(W, step), **parts})
 
 
-def fused(Ws: Sequence[Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    """The global scale that the matrices ``Ws`` share, because an engine joins them: it lets the largest weight of all be 6 · 448."""
-    return {"global_scale": _global_scale(torch.stack([finite_absmax(W, (1, GROUP)).amax() for W in Ws]).amax())}
+QTYPE = Nvfp4()
 
 
-def fit(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Mapping[str, Tensor] | None = None) -> Grid:
-    """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
-    parts, step = _scales(W, scheme, importance, fused)
-    return Grid(step, None, 0, 2 * len(FP4_LEVELS) - 2, GROUP, book=fp4_book(W.device), parts=parts)
-
-
-def pack(codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
-    """``codes`` [out, in] of ``grid`` as parts."""
-    return QuantizedTensor(scheme, tuple(codes.shape), {"packed": fp4_packed(codes), **grid.parts})
-
-
-def unpack(tensor: QuantizedTensor) -> Tensor:
-    """The weights [out, in] float32 that an engine computes: ``level·(scale/global_scale)``."""
-    return dequantize_fp4(tensor.parts["packed"], _step(tensor.parts["scale"], tensor.parts["global_scale"]))
-
-
-def encode(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Mapping[str, Tensor] | None = None) -> QuantizedTensor:
-    """``W`` [out, in] in any float dtype: ties go to even, which a :class:`Grid` does not know."""
-    parts, step = _scales(W, scheme, importance, fused)
-    return QuantizedTensor(scheme, tuple(W.shape), {"packed": quantize_fp4(W, step), **parts})
-
-
-def _scales(W: Tensor, scheme: Scheme, importance: Tensor | None, fused: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], Tensor]:
+def _scales(W: Tensor, scheme: Scheme, importance: Tensor | None, fused: Parts | None) -> tuple[dict[str, Tensor], Tensor]:
     """The parts ``scale`` and ``global_scale``, and what a level of 1 is worth in each group: [out, in/16] float32."""
-    layout(tuple(W.shape), scheme)
+    QTYPE.layout(tuple(W.shape), scheme)
     absmax = finite_absmax(W, (1, GROUP))
     global_scale = fused["global_scale"].to(W.device) if fused else _global_scale(absmax.amax())
     # In this order, as in compressed-tensors.

@@ -8,17 +8,6 @@ The search is llama.cpp's (ggml-quants.c), bit for bit. In its mixes it stands i
 
 from __future__ import annotations
 
-from typing import Any
+from quantcli.qtypes._ggml import OffsetType
 
-from quantcli.qtypes._ggml import BlockType
-
-OPTIONS: dict[str, Any] = {}
-
-_TYPE = BlockType("q5_1")
-
-layout = _TYPE.layout
-fit = _TYPE.fit
-moved = _TYPE.moved
-pack = _TYPE.pack
-unpack = _TYPE.unpack
-encode = _TYPE.encode
+QTYPE = OffsetType("q5_1")

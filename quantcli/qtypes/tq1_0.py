@@ -6,16 +6,6 @@ The scale is the largest |w|, and weights are rounded to nearest, as llama.cpp d
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantcli.qtypes._ggml import BlockType
 
-OPTIONS: dict[str, Any] = {}
-
-_TYPE = BlockType("tq1_0")
-
-layout = _TYPE.layout
-fit = _TYPE.fit
-pack = _TYPE.pack
-unpack = _TYPE.unpack
-encode = _TYPE.encode
+QTYPE = BlockType("tq1_0")

@@ -17,9 +17,8 @@ import torch
 from stopwatch import best_seconds
 from torch import Tensor
 
-from quantcli import ops
+from quantcli import ops, qtypes
 from quantcli.passes import _basis, awq
-from quantcli.registry import find
 from quantcli.tensors import Grid, Scheme, output_error
 
 T = TypeVar("T")
@@ -36,8 +35,8 @@ def problem(rows: int, inputs: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def plain_errors(W: Tensor, scheme: Scheme, s: Tensor, importance: Tensor) -> Tensor:
-    scaled = W * s
-    return (scaled - _basis.nearest(scaled, scheme, importance, {})) / s
+    scaled, qtype = W * s, qtypes.of(scheme.qtype)
+    return (scaled - qtype.unpack(qtype.encode(scaled, scheme, importance))) / s
 
 
 def plain_clipped(W: Tensor, grid: Grid, scheme: Scheme, H: Tensor) -> Grid:
@@ -76,10 +75,10 @@ def main() -> None:
     s = importance**0.25
     compare("output error", partial(output_error, few, H), lambda: ((few @ H) * few).sum(), float)
     for scheme in map(Scheme.parse, words.schemes):
-        told = (scheme, s, importance / s.square())
-        ours, plain = partial(_basis.rounding_errors, [few], *told), partial(plain_errors, few, *told)
+        seen = importance / s.square()
+        ours, plain = partial(qtypes.of(scheme.qtype).errors_in, s, [few], scheme, seen), partial(plain_errors, few, scheme, s, seen)
         compare(f"errors {scheme}", lambda ours=ours: ours()[0], plain, lambda E: float(E.square().sum()))
-        grid = find("qtypes", scheme.qtype).fit(W, scheme, importance)
+        grid = qtypes.of(scheme.qtype).fit(W, scheme, importance)
         clips = (partial(clip, W, grid, scheme, H) for clip in (awq.clipped, plain_clipped))
         compare(f"clipping {scheme}", *clips, lambda found: clipping_error(W, H, found))
 

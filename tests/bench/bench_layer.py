@@ -29,13 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 from safetensors.torch import save_file
 
-from quantcli import ops
+from quantcli import ops, qtypes
 from quantcli.arrange import open_forward
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates, LoadedLayer, run_dtype
 from quantcli.measuring import measure
 from quantcli.passes import _basis, awq, gptq
-from quantcli.registry import find
 from quantcli.tensors import Layer, Prev, Scheme, Stats
 
 T = TypeVar("T")
@@ -109,7 +108,7 @@ def solved(bench: Bench, word: str, Ws: list[Tensor], H: Tensor) -> None:
     """GPTQ on one tap: its factor, then grid and codes of each of its matrices."""
     n, rows = len(H), sum(len(W) for W in Ws)
     factor = bench.stage(f"factor {word}", lambda: gptq.factorize(H, damp_ratio=0.01), 2 / 3 * n**3, 12 * n * n)
-    importance, qtype = H.diagonal().contiguous(), find("qtypes", SCHEME.qtype)
+    importance, qtype = H.diagonal().contiguous(), qtypes.of(SCHEME.qtype)
     grids = bench.stage(f"grid {word}", lambda: [qtype.fit(W, SCHEME, importance) for W in Ws], 0, 4 * rows * n)
     pairs = list(zip(Ws, grids, strict=True))
     codes = bench.stage(f"solve {word}", lambda: [gptq.solve(W, grid, factor) for W, grid in pairs], rows * n * n, 8 * rows * n)
@@ -124,7 +123,7 @@ def rescaled(bench: Bench, word: str, Ws: list[Tensor], H: Tensor) -> None:
     work = 20 * sum(len(W) for W in few[SCHEME]) * n * n  # the upper half of each product
     read = _basis.Read(few, Stats(H.diagonal(), torch.ones(n), torch.zeros(n), 1, H))
     bench.stage(f"awq ratios {word}", lambda: awq.search([read], Prev(("",), torch.arange(n))), work, 20 * 4 * n * n)
-    importance, qtype = H.diagonal().contiguous(), find("qtypes", SCHEME.qtype)
+    importance, qtype = H.diagonal().contiguous(), qtypes.of(SCHEME.qtype)
     pairs = [(W, qtype.fit(W, SCHEME, importance)) for W in Ws]
     work = rows * n * (4 * GROUP + 20 * len(awq.CLIP_FACTORS))  # two products with a block of H, then each factor's codes and errors
     bench.stage(f"awq clipping {word}", lambda: [awq.clipped(W, grid, SCHEME, H) for W, grid in pairs], work, 4 * rows * n)

@@ -15,7 +15,8 @@ import torch
 from stopwatch import best_seconds
 
 from quantcli import ops
-from quantcli.qtypes import fp4, nf4
+from quantcli.qtypes.fp4 import QTYPE as fp4
+from quantcli.qtypes.nf4 import QTYPE as nf4
 from quantcli.tensors import Scheme
 
 SHAPE = (4096, 4096)
@@ -43,7 +44,7 @@ def main(python: str | None) -> None:
     W = (0.02 * torch.randn(*SHAPE, generator=torch.Generator().manual_seed(0))).bfloat16()
     peer = subprocess.run([python, "-c", PEER], capture_output=True, text=True, check=True).stdout.splitlines() if python else []
     for i, (qtype, words) in enumerate((q, w) for q in (nf4, fp4) for w in ("b64", "b64-dq")):
-        scheme = Scheme.parse(f"{qtype.__name__.rpartition('.')[2]}-{words}")
+        scheme = Scheme.parse(f"{qtype.name}-{words}")
         tensor = qtype.encode(W, scheme)
         theirs = [float(word) for word in peer[i].split()] if peer else []
         for kernel in ops.available()[1:]:

@@ -14,10 +14,9 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats._folder import Coded, FolderCheckpoint, model_dtype, module_of
 from quantcli.formats._fused import fused_groups
 from quantcli.formats.bitsandbytes import state as states
-from quantcli.formats.bitsandbytes.state import PREFIX, State
+from quantcli.formats.bitsandbytes.state import LEVELS, PREFIX, State
 from quantcli.json_files import parse_json, shown
 from quantcli.qtypes import _float4
-from quantcli.registry import find
 from quantcli.shards import Shards, open_folder
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
@@ -164,7 +163,7 @@ def note_levels(folder: Folder, name: str, state: State) -> None:
     if spec is None:
         folder.notes.append(f"{name} has no quant_map, which bitsandbytes needs to load it")
         return
-    levels = torch.tensor(find("qtypes", state.kind).LEVELS)
+    levels = torch.tensor(LEVELS[state.kind])
     stored = folder.shards.read(spec.name).float() if spec.dtype in ("F32", "F16", "BF16") and spec.shape == (16,) else None
     if stored is None or not bool(((stored - levels).abs() < SAME_ENTRY).all()):
         folder.notes.append(f"{spec.name} differs from bitsandbytes' {state.kind} levels; engines decode by these, and so is {name} read")

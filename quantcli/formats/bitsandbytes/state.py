@@ -9,10 +9,12 @@ from typing import Any
 
 from quantcli.errors import CheckpointError
 from quantcli.json_files import shown
+from quantcli.qtypes import fp4, nf4
 
 PREFIX = "quant_state.bitsandbytes__"
 
-KINDS = ("nf4", "fp4")
+LEVELS = {"nf4": nf4.LEVELS, "fp4": fp4.LEVELS}
+"""The sixteen levels of each kind, in the order of their codes."""
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """torch's words for what a weight was, and is decoded to, and safetensors'."""
@@ -88,7 +90,7 @@ def parse(name: str, words: Any) -> tuple[State, list[str]]:
     if missing := [key for key in (*KEYS, *nested_keys) if key not in words]:
         raise damaged(name, f"lacks {missing[0]}")
     kind, block, dtype, shape = (words[key] for key in KEYS)
-    if kind not in KINDS or type(kind) is not str:
+    if kind not in LEVELS or type(kind) is not str:
         raise damaged(name, f"has quant_type {shown(kind)}; expected nf4 or fp4")
     if not is_size(block) or block % 32:
         raise damaged(name, f"has blocksize {shown(block)}; expected a multiple of 32")

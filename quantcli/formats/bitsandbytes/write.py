@@ -27,9 +27,8 @@ from quantcli.formats._folder import (
 )
 from quantcli.formats._fused import check_fused, fused_groups
 from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
-from quantcli.formats.bitsandbytes.state import KINDS, NAMES, PREFIX, Nested, State
+from quantcli.formats.bitsandbytes.state import LEVELS, NAMES, PREFIX, Nested, State
 from quantcli.qtypes import _float4
-from quantcli.registry import find
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
@@ -78,7 +77,7 @@ class BitsAndBytesLayout(QuantizedFolderLayout):
         files = {
             name: tensor.parts["packed"].view(-1, 1),
             f"{name}.absmax": tensor.parts["absmax"],
-            f"{name}.quant_map": torch.tensor(find("qtypes", scheme.qtype).LEVELS),
+            f"{name}.quant_map": torch.tensor(LEVELS[scheme.qtype]),
             f"{name}.{PREFIX}{scheme.qtype}": torch.frombuffer(bytearray(text), dtype=torch.uint8),
         }
         if nested:
@@ -87,7 +86,7 @@ class BitsAndBytesLayout(QuantizedFolderLayout):
 
 
 def supports(scheme: Scheme) -> bool:
-    return is_dense(scheme) or scheme.qtype in (*KINDS, "llm_int8")
+    return is_dense(scheme) or scheme.qtype in (*LEVELS, "llm_int8")
 
 
 def stays_dense(name: str) -> bool:
@@ -108,7 +107,7 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
         dtypes=dtypes,
         sidecars=source.sidecars(),
         max_shard_bytes=shard_bytes(request),
-        state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in coded.items() if scheme.qtype in KINDS},
+        state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in coded.items() if scheme.qtype in LEVELS},
     )
 
 

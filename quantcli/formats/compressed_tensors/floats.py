@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from quantcli import qtypes
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.compressed_tensors.config import BLOCK, Arguments
-from quantcli.registry import find
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 FP8_DTYPES = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
@@ -61,7 +61,7 @@ def fp8_scheme(where: str, weight: TensorSpec, scale: TensorSpec, declared: Argu
 
 def check_parts(where: str, files: Mapping[str, TensorSpec], scheme: Scheme, shape: tuple[int, ...]) -> None:
     """Raise :class:`CheckpointError` unless ``files`` have the dtypes and, numbers alone aside, the shapes of the qtype's parts."""
-    for part, spec in find("qtypes", scheme.qtype).layout(shape, scheme).items():
+    for part, spec in qtypes.of(scheme.qtype).layout(shape, scheme).items():
         if part not in LOCAL_NAMES[scheme.qtype]:
             continue
         local = LOCAL_NAMES[scheme.qtype][part]
@@ -78,13 +78,13 @@ def has_shape(found: TensorSpec, spec: TensorSpec) -> bool:
 
 def decode(scheme: Scheme, shape: tuple[int, ...], files: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The qtype's parts of the file tensors ``files``."""
-    layout = find("qtypes", scheme.qtype).layout(shape, scheme)
+    layout = qtypes.of(scheme.qtype).layout(shape, scheme)
     return {part: files[local].reshape(layout[part].shape) for part, local in LOCAL_NAMES[scheme.qtype].items()}
 
 
 def file_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
     """The file tensors of a matrix in ``scheme`` by their local names."""
-    layout = find("qtypes", scheme.qtype).layout(shape, scheme)
+    layout = qtypes.of(scheme.qtype).layout(shape, scheme)
     return {local: layout[part] for part, local in LOCAL_NAMES[scheme.qtype].items()}
 
 

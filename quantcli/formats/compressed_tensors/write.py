@@ -208,7 +208,7 @@ def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
     if scheme.qtype != "int":
         return
     with about(spec.name):
-        int_qtype.layout(spec.shape, scheme)
+        int_qtype.QTYPE.layout(spec.shape, scheme)
     if scheme.get("act"):
         return
     run = codes_per_run(scheme.option("bits"))

@@ -69,7 +69,7 @@ class Fp8Checkpoint(FolderCheckpoint):
             assert found.scale is not None
             scale = self.shards.read(found.scale.name).view(torch.uint8)
             return QuantizedTensor(scheme, shape, {"packed": data.view(torch.uint8), "scale": scale})
-        parts = {"data": data, "scale": self._scale(found, fp8.layout(shape, scheme)["scale"].shape)}
+        parts = {"data": data, "scale": self._scale(found, fp8.QTYPE.layout(shape, scheme)["scale"].shape)}
         if scheme.static_activations:
             assert found.input is not None
             parts["input_scale"] = self.shards.read(found.input.name).float().view(1)
@@ -144,12 +144,12 @@ def scheme_of(path: Path, found: Members, words: Words) -> tuple[Scheme, tuple[i
     """The scheme of a weight and its dense shape."""
     shape = found.data.shape
     if found.data.dtype not in FLOATS:
-        return Scheme.of("mxfp4", **mxfp4.OPTIONS), (shape[0], 2 * shape[1])
+        return Scheme.of("mxfp4", **mxfp4.QTYPE.options), (shape[0], 2 * shape[1])
     if len(shape) not in (2, 3) or 0 in shape:
         raise CheckpointError(f"{path}: {found.data.name} is {found.data.dtype} {list(shape)}; expected a matrix, or a stack of them")
     strategy, block = strategy_of(path, found, words)
     act = words.activations(found.data.name, strategy, block, found.input)
-    options: dict[str, Any] = {**fp8.OPTIONS, "dtype": FLOATS[found.data.dtype], "strategy": strategy, "act": act}
+    options: dict[str, Any] = {**fp8.QTYPE.options, "dtype": FLOATS[found.data.dtype], "strategy": strategy, "act": act}
     if found.scale and found.scale.dtype not in EXPONENTS:
         options["scale_dtype"] = found.scale.dtype
     if strategy == "block" and block != fp8.BLOCK:

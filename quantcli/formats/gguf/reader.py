@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcli import archs, cuts
+from quantcli import archs, cuts, qtypes
 from quantcli.archs import Architecture
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, UnsupportedError
@@ -26,7 +26,6 @@ from quantcli.formats.gguf.splits import read_model
 from quantcli.json_files import shown
 from quantcli.locations import Location, read_tensor
 from quantcli.ops.blocks import KINDS
-from quantcli.registry import find
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 OURS = "quantcli."
@@ -124,8 +123,7 @@ class GgufCheckpoint(Checkpoint):
     def _dense(self, name: str) -> Tensor:
         """A stored tensor under its HF name, decoded where it is blocks."""
         if name in self._coded:
-            decoded: Tensor = find("qtypes", self._coded[name].qtype).unpack(self.load_quantized(name))
-            return decoded
+            return qtypes.of(self._coded[name].qtype).unpack(self.load_quantized(name))
         if (dtype := self._stored[name].dtype) not in DTYPES:
             raise UnsupportedError(f"{self.path}: {name} is {dtype}, which quantcli cannot decode; {WAY_OUT}")
         return self._in_order(name)

@@ -114,7 +114,7 @@ def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
     if not spec.name.endswith(".weight"):
         raise RecipeError(f"{spec.name}: GPTQ stores linears, whose tensor is named <module>.weight; exclude this one")
     with about(spec.name):
-        int_qtype.layout(spec.shape, scheme)
+        int_qtype.QTYPE.layout(spec.shape, scheme)
     run = codes_per_run(scheme.get("bits", 4))
     for side, size in zip(("out_features", "in_features"), spec.shape, strict=True):
         if size % run:
