@@ -90,7 +90,7 @@ def parse(name: str, words: Any) -> tuple[State, list[str]]:
     if missing := [key for key in (*KEYS, *nested_keys) if key not in words]:
         raise damaged(name, f"lacks {missing[0]}")
     kind, block, dtype, shape = (words[key] for key in KEYS)
-    if kind not in LEVELS or type(kind) is not str:
+    if type(kind) is not str or kind not in LEVELS:
         raise damaged(name, f"has quant_type {shown(kind)}; expected nf4 or fp4")
     if not is_size(block) or block % 32:
         raise damaged(name, f"has blocksize {shown(block)}; expected a multiple of 32")
