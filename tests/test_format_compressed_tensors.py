@@ -18,8 +18,8 @@ from quantcli import pipeline, recipe
 from quantcli.calibrated import Windows
 from quantcli.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
+from quantcli.formats import Request, open_checkpoint
 from quantcli.formats import compressed_tensors as ct
-from quantcli.formats import open_checkpoint
 from quantcli.formats.compressed_tensors import config as words_module
 from quantcli.formats.compressed_tensors.match import Patterns, is_tame, targets_of
 from quantcli.passes import rtn
@@ -110,9 +110,9 @@ def test_what_the_library_stored_is_read_as_the_library_decodes_it(tmp_path: Pat
 def test_the_parts_of_a_tensor_are_written_as_the_library_stored_them(tmp_path: Path, case: str) -> None:
     with opened(write_golden(tmp_path / "in", case)) as source:
         ((name, scheme),) = source.schemes.items()
-        context = ct.context(source, source.schemes, {})
-        written = ct.parts(name, source.quantized(name), context)
-        announced = ct.outputs(source.specs[name], scheme, context)
+        context = ct.FORMAT.layout(source, source.schemes)
+        written = context.parts(name, source.quantized(name))
+        announced = context.outputs(source.specs[name], scheme)
     expected = {f"model.layers.0.{case}.{local}": t for local, t in files_of_case(case).items()}
     if scale := expected.get(f"model.layers.0.{case}.input_scale"):
         expected[f"model.layers.0.{case}.input_scale"] = scale.float()
@@ -184,12 +184,12 @@ def linears(source: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def write(source: Checkpoint, target: Path, tensors: Mapping[str, QuantizedTensor], **options: int) -> None:
     schemes = {name: tensor.scheme for name, tensor in tensors.items()}
-    context = ct.context(source, schemes, {}, **options)
-    outputs = [out for spec in source.specs.values() for out in ct.outputs(spec, schemes.get(spec.name), context)]
-    with ct.writer(target, outputs, context, overwrite=False) as writer:
+    context = ct.FORMAT.layout(source, schemes, Request(options=options))
+    outputs = [out for spec in source.specs.values() for out in context.outputs(spec, schemes.get(spec.name))]
+    with context.writer(target, outputs, {}, overwrite=False) as writer:
         for name in source.specs:
             tensor = tensors[name] if name in tensors else source.read(name)
-            for part, data in ct.parts(name, tensor, context).items():
+            for part, data in context.parts(name, tensor).items():
                 writer.put(part, data)
         writer.commit()
 
@@ -542,10 +542,10 @@ def test_the_key_value_cache_stays_quantized(tiny_llama: TinyLlama, tmp_path: Pa
 
 
 def test_scales_are_suited_to_the_models_dtype() -> None:
-    assert str(ct.suited(Scheme.parse("int4-g128-sym"), {"dtype": "bfloat16"})) == "int4-g128-sym-sbf16"
-    assert str(ct.suited(Scheme.parse("fp8-channel+fp8-token"), {"torch_dtype": "float16"})) == "fp8-channel-sf16+fp8-token"
-    assert str(ct.suited(Scheme.parse("int4-g128-sym"), {})) == "int4-g128-sym-sf32"
-    assert ct.suited(Scheme.parse("mxfp4"), {"dtype": "bfloat16"}) == Scheme.parse("mxfp4")
+    assert str(ct.FORMAT.suited(Scheme.parse("int4-g128-sym"), {"dtype": "bfloat16"})) == "int4-g128-sym-sbf16"
+    assert str(ct.FORMAT.suited(Scheme.parse("fp8-channel+fp8-token"), {"torch_dtype": "float16"})) == "fp8-channel-sf16+fp8-token"
+    assert str(ct.FORMAT.suited(Scheme.parse("int4-g128-sym"), {})) == "int4-g128-sym-sf32"
+    assert ct.FORMAT.suited(Scheme.parse("mxfp4"), {"dtype": "bfloat16"}) == Scheme.parse("mxfp4")
 
 
 @pytest.mark.parametrize(
@@ -566,7 +566,7 @@ def test_scales_are_suited_to_the_models_dtype() -> None:
     ],
 )
 def test_the_format_knows_what_it_holds(scheme: str, held: bool) -> None:
-    assert ct.supports(Scheme.parse(scheme)) is held
+    assert ct.FORMAT.supports(Scheme.parse(scheme)) is held
 
 
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
@@ -591,7 +591,7 @@ def test_what_engines_refuse_is_refused_when_planning(tiny_llama: TinyLlama, wha
         matching = {name: [s for pattern, s in rules.items() if re.search(pattern, name)] for name in source.specs}
         schemes = {name: Scheme.parse(found[0]) for name, found in matching.items() if found}
         with pytest.raises(RecipeError, match=message):
-            ct.context(source, schemes, {})
+            ct.FORMAT.layout(source, schemes)
 
 
 @pytest.mark.parametrize(
@@ -608,11 +608,11 @@ def test_what_engines_refuse_is_refused_when_planning(tiny_llama: TinyLlama, wha
 def test_a_shape_that_readers_refuse_is_refused(tiny_llama: TinyLlama, shape: tuple[int, ...], scheme: str, message: str) -> None:
     spec = TensorSpec.dense(f"{Q}.weight", "BF16", shape)
     with opened(tiny_llama(**SMALL)) as source:
-        context = ct.context(
-            source, {f"{Q}.weight": Scheme.parse("int8-g32-sym")} | dict.fromkeys(linears(source), Scheme.parse("int8-g32-sym")), {}
+        context = ct.FORMAT.layout(
+            source, {f"{Q}.weight": Scheme.parse("int8-g32-sym")} | dict.fromkeys(linears(source), Scheme.parse("int8-g32-sym"))
         )
     with pytest.raises(RecipeError, match=message):
-        ct.outputs(spec, Scheme.parse(scheme), context)
+        context.outputs(spec, Scheme.parse(scheme))
 
 
 RECIPES = [name for name in recipe.shipped() if recipe.load(name).format == "compressed-tensors"]
@@ -642,7 +642,7 @@ def test_a_recipe_writes_the_bytes_and_the_schemes_that_it_announced(tiny_llama:
     with opened(folder) as source, opened(tmp_path / "out") as back:
         assert back.notes == ()
         assert set(back.schemes) == set(linears(source))
-        assert {str(s) for s in back.schemes.values()} == {str(ct.suited(scheme, source.config).with_options(**searched(scheme)))}
+        assert {str(s) for s in back.schemes.values()} == {str(ct.FORMAT.suited(scheme, source.config).with_options(**searched(scheme)))}
 
 
 @pytest.mark.parametrize("name", KEEPING_THE_BASIS)

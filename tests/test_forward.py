@@ -394,8 +394,8 @@ import sys
 from pathlib import Path
 import torch
 from quantcli import heap
-from quantcli.checkpoint import Checkpoint
-from quantcli.forward import Forward
+from quantcli.arrange import open_forward
+from quantcli.formats import open_checkpoint
 
 torch.set_num_threads(1)
 def peak_mb(): return heap.peak_bytes() / (1 << 20)
