@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name CMakeLists.txt)
+MODULES := $(shell find quantcli -name '*.py' | sort | cksum | cut -d' ' -f1)
 CPP := $(filter %.h %.cpp %.cu,$(KERNELS))
 PICO := tests/data/pico
 
@@ -18,7 +19,11 @@ $(VENV)/.packages: constraints.txt pyproject.toml
 	$(BIN)/pip install -q -c constraints.txt scikit-build-core nanobind cmake ninja
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.packages $(KERNELS)
+# An editable install knows each module's file by name, so it is made again when modules have moved.
+$(VENV)/.modules-$(MODULES): $(VENV)/.packages
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(VENV)/.modules-$(MODULES) $(KERNELS)
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,data]'
 	@touch $@
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
-from quantcli import qtypes, ranges
+from quantcli import qtypes
 from quantcli.errors import RecipeError
-from quantcli.outliers import Protection
 from quantcli.passes import of as pass_of
 from quantcli.registry import names
+from quantcli.statistics import ranges
+from quantcli.statistics.outliers import Protection
 from quantcli.tensors import KEEP, KV_CACHES, Scheme
 
 CODES = ("anew", "fitting", "kept")
@@ -84,7 +85,7 @@ class Calibration:
 
     ``moe``: which tokens calibrate an expert (:data:`MOE`). An expert that fewer than ``min_tokens`` tokens reach
     (at least one) is not given to the recipe's passes but to ``fallback``, a pass that needs no statistics. ``input_range``: how the scale
-    of inputs is found where a scheme has one beforehand (:data:`quantcli.ranges.METHODS`).
+    of inputs is found where a scheme has one beforehand (:data:`quantcli.statistics.ranges.METHODS`).
     """
 
     samples: int = 128
@@ -100,7 +101,8 @@ class Calibration:
 class Recipe:
     """Passes, rules and a format. The first rule that matches a tensor wins; ``scheme`` serves the linears of decoder layers that no
     rule names, or ``mix`` lets a GGUF file type choose the type of every tensor. ``codes``: what becomes of those the source has
-    (:data:`CODES`). ``protect_outliers`` goes after the rules: linears with outlying inputs (:mod:`quantcli.outliers`) get its scheme.
+    (:data:`CODES`). ``protect_outliers`` goes after the rules: linears with outlying inputs get its scheme
+    (:mod:`quantcli.statistics.outliers`).
     ``kv_cache``: how the engine is to store keys and values, by scales found beforehand (:data:`quantcli.tensors.KV_CACHES`; "": as they
     are). ``format_options`` are the format's to read."""
 

@@ -9,12 +9,15 @@ from types import ModuleType
 
 from quantcli.errors import UnsupportedError
 
+SHARED = "shared"
+"""The folder beside the variants that holds what several of them use."""
+
 
 @cache
 def names(package: str) -> tuple[str, ...]:
-    """Every variant of ``package`` ("archs", "qtypes", "passes" or "formats"), sorted."""
+    """Every variant of ``package`` ("archs", "qtypes", "passes" or "formats"), sorted: all that lies in its folder but ``shared``."""
     folder = importlib.import_module(f"quantcli.{package}")
-    modules = [m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")]
+    modules = [m.name for m in pkgutil.iter_modules(folder.__path__) if m.name != SHARED]
     return tuple(sorted(name.replace("_", "-") if package == "formats" else name for name in modules))
 
 

@@ -24,7 +24,7 @@ from quantcli import qtypes
 from quantcli.errors import NumericsError, UnsupportedError
 from quantcli.ops.blocks import KINDS, pack_blocks, unpack_blocks
 from quantcli.ops.minifloat import pack_fp4, unpack_fp4
-from quantcli.qtypes._float4 import scales_of
+from quantcli.qtypes.shared.float4 import scales_of
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme
 
 EXACT, CODES = "exact", "codes"

@@ -14,10 +14,10 @@ import numpy as np
 from gguf import GGUFWriter
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from quantcli.formats.gguf.container import Field
-from quantcli.formats.gguf.headers import read_header
-from quantcli.formats.gguf.pretokenizers import FAMILIES, PUNCTUATION, PUNCTUATION_RUNS, Family
-from quantcli.formats.gguf.tokenizer import add_tokenizer
+from quantcli.formats.gguf.file.container import Field
+from quantcli.formats.gguf.file.headers import read_header
+from quantcli.formats.gguf.tokens.pretokenizers import FAMILIES, PUNCTUATION, PUNCTUATION_RUNS, Family
+from quantcli.formats.gguf.tokens.tokenizer import add_tokenizer
 
 GOLDEN = Path(__file__).parent / "data/tokenizers.json"
 VOCAB_SIZE = 300

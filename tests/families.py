@@ -18,8 +18,8 @@ import torch
 from conftest import byte_level_bpe, write_tokenizer
 from safetensors.torch import load_file, save_file
 
-from quantcli.formats.gguf.container import Field
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file.container import Field
+from quantcli.formats.gguf.file.headers import read_header
 
 SIZES = {
     "hidden_size": 64,

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from gguf import GGUFValueType as T
 
-from quantcli.formats.gguf.container import Field, tensor_spec
-from quantcli.formats.gguf.headers import header
+from quantcli.formats.gguf.file.container import Field, tensor_spec
+from quantcli.formats.gguf.file.headers import header
 from quantcli.tensors import DTYPES
 
 HIDDEN, WIDE, LAYERS, HEADS, KV_HEADS, VOCAB, EXPERTS = 256, 512, 4, 4, 2, 4096, 4

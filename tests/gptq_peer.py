@@ -13,12 +13,13 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantcli import evaluate, pipeline, texts
-from quantcli.calibrated import Windows
-from quantcli.checkpoint import Checkpoint
+from quantcli.calibration.data import Windows
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe
+from quantcli.text import texts
+from quantcli.walk import evaluate, pipeline
 
 PYTHON = os.environ.get("QUANTCLI_GPTQMODEL_PYTHON")
 HERE = Path(__file__).parent

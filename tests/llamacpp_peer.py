@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantcli.formats.gguf.container import Container, Field
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file.container import Container, Field
+from quantcli.formats.gguf.file.headers import read_header
 
 LLAMA_CPP = Path(os.environ.get("QUANTCLI_LLAMA_CPP", "/nowhere"))
 if not (LLAMA_CPP / "build/bin/llama-quantize").is_file():

@@ -14,9 +14,9 @@ from typing import Any
 
 from gguf import GGUFValueType
 
-from quantcli.formats.gguf import container, headers
-from quantcli.formats.gguf.container import Field
-from quantcli.formats.gguf.filetypes import file_order
+from quantcli.formats.gguf.file import container, headers
+from quantcli.formats.gguf.file.container import Field
+from quantcli.formats.gguf.types.filetypes import file_order
 
 GOLDEN = Path(__file__).parent / "data/mixes.json"
 LEFT = "-"

@@ -11,7 +11,7 @@ import torch
 from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import Request, open_checkpoint
 from quantcli.tensors import QuantizedTensor, Scheme
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli.archs.llama import ARCH
-from quantcli.arrange import open_forward
 from quantcli.formats import open_checkpoint
 from quantcli.forward.absorb import Absorbers
-from quantcli.passes import _basis
+from quantcli.passes.shared import basis
+from quantcli.plan.arrange import open_forward
 from quantcli.tensors import Layer, Prev
 
 SMALL = {
@@ -103,7 +103,7 @@ def folded(weights: Mapping[str, Tensor], prevs: dict[str, Prev], taps: dict[str
         if tap in unit.scales:
             continue
         s = torch.rand(len(prev.channel), generator=generator, dtype=torch.float64) * 4 + 0.1
-        _basis.fold(unit, tap, _basis.shared(s, prev, "mean"))
+        basis.fold(unit, tap, basis.shared(s, prev, "mean"))
     return unit.tensors
 
 

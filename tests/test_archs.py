@@ -8,10 +8,10 @@ import torch
 
 from quantcli import archs
 from quantcli.archs import Key
-from quantcli.archs._transformations import CUTS, ROW_ORDERS
 from quantcli.archs.llama import ARCH
 from quantcli.archs.mixtral import ARCH as MIXTRAL
-from quantcli.formats.gguf import metadata, rope
+from quantcli.archs.shared.transformations import CUTS, ROW_ORDERS
+from quantcli.formats.gguf.model import metadata, rope
 from quantcli.registry import find, names
 
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}

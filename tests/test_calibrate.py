@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from whole_models import inputs_of
 
-from quantcli.arrange import open_forward
-from quantcli.calibrate import calibrate
+from quantcli.calibration.calibrate import calibrate
+from quantcli.calibration.measuring import measure
+from quantcli.calibration.text_check import Familiarity
 from quantcli.errors import NumericsError, RecipeError
-from quantcli.familiarity import Familiarity
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
 from quantcli.forward import hidden as hidden_states
-from quantcli.measuring import measure
-from quantcli.meter import StatsMeter
-from quantcli.stats_file import StatsFile
+from quantcli.plan.arrange import open_forward
+from quantcli.statistics.meter import StatsMeter
+from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Stats
 
 IDS = torch.randint(2, 512, (11, 40), generator=torch.Generator().manual_seed(3))

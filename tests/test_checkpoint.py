@@ -14,11 +14,12 @@ from gguf_export import export
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
-from quantcli import disk, locations
-from quantcli.checkpoint import hub_way_out
+from quantcli.checkpoint import locations
+from quantcli.checkpoint.checkpoint import hub_way_out
+from quantcli.checkpoint.shards import layout
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import open_checkpoint
-from quantcli.shards import layout
+from quantcli.output import disk
 from quantcli.tensors import TensorSpec
 
 TinyLlama = Callable[..., Path]

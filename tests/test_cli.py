@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from quantcli import __version__
 from quantcli.cli import main
 from quantcli.cli.console import Console, Steps, count, size
-from quantcli.formats.gguf.headers import read_header
-from quantcli.memory import kv_cache_bytes
+from quantcli.formats.gguf.file.headers import read_header
+from quantcli.plan.memory import kv_cache_bytes
 
 TinyLlama = Callable[..., Path]
 SHORT = ["--samples", "2", "--seq-len", "16"]

@@ -14,8 +14,8 @@ from conftest import TinyLlama
 from quantcli.cli import main
 from quantcli.cli.console import Console
 from quantcli.cli.inputs import describe_tap, render_stats
-from quantcli.outliers import Figures
-from quantcli.stats_file import StatsFile
+from quantcli.statistics.outliers import Figures
+from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Stats
 
 KEYS = {f.name for f in fields(Figures)} | {"tap", "warnings"}

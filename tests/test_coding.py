@@ -11,15 +11,15 @@ from conftest import TinyLlama
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantcli import pipeline
 from quantcli import recipe as recipes
-from quantcli.calibrate import calibrate
-from quantcli.calibrated import Windows
-from quantcli.evaluate import compare
+from quantcli.calibration.calibrate import calibrate
+from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
-from quantcli.pipeline import LayerDone
 from quantcli.recipe import Rule
-from quantcli.stats_file import StatsFile
+from quantcli.statistics.stats_file import StatsFile
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import compare
+from quantcli.walk.pipeline import LayerDone
 
 IDS = torch.randint(512, (16, 32), generator=torch.Generator().manual_seed(0))
 LAYER = "model.layers.0"

@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantcli import formats, pipeline, regrid
-from quantcli.checkpoint import Checkpoint
+from quantcli import formats, regrid
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.cli.inspect import describe
-from quantcli.events import Finished, LayerDone, Planned
 from quantcli.formats import open_checkpoint
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.tensors import Scheme
+from quantcli.walk import pipeline
+from quantcli.walk.events import Finished, LayerDone, Planned
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 

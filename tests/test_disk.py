@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quantcli import disk
 from quantcli.errors import QuantcliError, RecipeError, ResourceError
+from quantcli.output import disk
 
 
 def a_folder(path: Path, text: str) -> Path:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from quantcli.documents import Conversation, Dataset, Document, files, tables
 from quantcli.errors import CheckpointError, RecipeError
+from quantcli.text.documents import Conversation, Dataset, Document, files, tables
 
 MIB = 1 << 20
 

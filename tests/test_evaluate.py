@@ -17,15 +17,16 @@ from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli import evaluate as evaluation
-from quantcli import pipeline, recipe
-from quantcli.calibrated import Windows
+from quantcli import recipe
+from quantcli.calibration.data import Windows
 from quantcli.errors import NumericsError, RecipeError
-from quantcli.evaluate import LayerWalked, Scores, compare, evaluate, perplexity
 from quantcli.formats import open_checkpoint
 from quantcli.ops import round_inputs
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
+from quantcli.walk import evaluate as evaluation
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import LayerWalked, Scores, compare, evaluate, perplexity
 
 IDS = torch.randint(2, 512, (5, 48), generator=torch.Generator().manual_seed(4))
 

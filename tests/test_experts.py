@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from quantcli import calibrate, experts, measuring, pipeline
+from quantcli import experts
 from quantcli import recipe as recipes
-from quantcli.arrange import cut_for, open_forward
-from quantcli.calibrated import Windows
+from quantcli.calibration import calibrate, measuring
+from quantcli.calibration.data import Windows
 from quantcli.cli import app
 from quantcli.errors import RecipeError, UnsupportedError
-from quantcli.evaluate import compare, perplexity
 from quantcli.formats import gguf, open_checkpoint
-from quantcli.pipeline import LayerDone
-from quantcli.stats_file import StatsFile
+from quantcli.plan.arrange import cut_for, open_forward
+from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import TensorReport
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import compare, perplexity
+from quantcli.walk.pipeline import LayerDone
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli import pipeline, recipe, texts
-from quantcli.calibrate import calibrate
-from quantcli.calibrated import Windows
-from quantcli.evaluate import perplexity
-from quantcli.familiarity import SAMPLE_TOKENS, Familiarity, sampled
+from quantcli import recipe
+from quantcli.calibration.calibrate import calibrate
+from quantcli.calibration.data import Windows
+from quantcli.calibration.text_check import SAMPLE_TOKENS, Familiarity, sampled
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
+from quantcli.text import texts
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import perplexity
 
 PICO = Path(__file__).parent / "data" / "pico"
 

@@ -13,15 +13,17 @@ from families import CASES
 from gguf_export import export
 from test_format_gguf import rewrite, u32
 
-from quantcli import archs, cuts, pipeline
-from quantcli.arrange import open_forward
-from quantcli.calibrated import Windows
+from quantcli import archs
+from quantcli.calibration.data import Windows
+from quantcli.checkpoint import views
 from quantcli.errors import CheckpointError
-from quantcli.evaluate import compare
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf import metadata
-from quantcli.plan import declared_taps
+from quantcli.formats.gguf.model import metadata
+from quantcli.plan.arrange import open_forward
+from quantcli.plan.plan import declared_taps
 from quantcli.recipe import parse
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import compare
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_a_family_comes_back_from_its_file(models: dict[str, Path], case: str, t
     from transformers import AutoConfig
 
     with open_checkpoint(str(models[case])) as source:
-        wanted = cuts.unfused(source)
+        wanted = views.unfused(source)
         with open_checkpoint(str(export(source, tmp_path / "m.gguf", "F32", **families.options(case)))) as back:
             assert not back.is_stored
             assert back.specs.keys() == wanted.specs.keys()
@@ -138,7 +140,7 @@ def test_declared_taps_are_the_traced_ones(models: dict[str, Path], case: str) -
     if CASES[case].config.get("use_parallel_residual") or CASES[case].config.get("multi_query"):
         pytest.skip("attention and MLP read one norm here, of which the literal does not know: traced taps go before declared ones")
     with open_checkpoint(str(models[case])) as source:
-        assert declared_taps(cuts.unfused(source)) == dict(open_forward(source).taps)
+        assert declared_taps(views.unfused(source)) == dict(open_forward(source).taps)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,13 +14,15 @@ from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli import pipeline, plan, qtypes, recipe
+from quantcli import qtypes, recipe
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import bitsandbytes, open_checkpoint
 from quantcli.formats.bitsandbytes.state import Nested, State, parse
-from quantcli.qtypes import _float4
+from quantcli.plan import plan
+from quantcli.qtypes.shared import float4
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
+from quantcli.walk import pipeline
 
 GOLDEN = load_file(Path(__file__).parent / "data/bitsandbytes.safetensors")
 RECIPES = ("nf4", "nf4-dq", "fp4", "llm-int8")
@@ -276,7 +278,7 @@ def test_other_levels_are_noted_and_the_types_own_obeyed_as_engines_do(folders: 
 
 
 def test_another_map_of_scales_is_obeyed_as_engines_do(folders: dict[str, Path], tmp_path: Path) -> None:
-    entries = _float4.dynamic_map() * 0.5
+    entries = float4.dynamic_map() * 0.5
 
     def change(tensors: Tensors, words: dict) -> None:
         tensors[f"{Q}.weight.nested_quant_map"] = entries.clone()

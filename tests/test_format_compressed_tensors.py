@@ -14,9 +14,9 @@ from mutations import wrong_answers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantcli import pipeline, recipe
-from quantcli.calibrated import Windows
-from quantcli.checkpoint import Checkpoint
+from quantcli import recipe
+from quantcli.calibration.data import Windows
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import Request, open_checkpoint
 from quantcli.formats import compressed_tensors as ct
@@ -24,6 +24,7 @@ from quantcli.formats.compressed_tensors import config as words_module
 from quantcli.formats.compressed_tensors.match import Patterns, is_tame, targets_of
 from quantcli.passes import rtn
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+from quantcli.walk import pipeline
 
 TinyLlama = Callable[..., Path]
 HERE = Path(__file__).parent

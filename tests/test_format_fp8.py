@@ -16,14 +16,16 @@ from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli import pipeline, recipe, texts
-from quantcli.calibrated import Windows
+from quantcli import recipe
+from quantcli.calibration.data import Windows
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.qtypes.fp8 import QTYPE as fp8
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
+from quantcli.text import texts
+from quantcli.walk import pipeline
 
 RECIPES = ("fp8-block", "fp8-tensor", "fp8-tensor-static")
 Q = "model.layers.0.self_attn.q_proj"

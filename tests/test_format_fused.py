@@ -10,12 +10,13 @@ import torch
 from conftest import TinyLlama
 from whole_models import save_mixtral
 
-from quantcli import pipeline, recipe
+from quantcli import recipe
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
-from quantcli.formats._fused import check_fused
+from quantcli.formats.shared.fused import check_fused
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
+from quantcli.walk import pipeline
 
 FORMATS = {
     "gptq": ("int4-g32-sym", "int8-g32-sym"),

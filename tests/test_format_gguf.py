@@ -15,19 +15,22 @@ import pytest
 import torch
 from gguf_export import LLAMA3, edit_config, export, quantized
 
-from quantcli import ops, pipeline, regrid
+from quantcli import ops, regrid
 from quantcli import recipe as recipes
-from quantcli.arrange import cut_for
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
-from quantcli.events import Finished, Planned
 from quantcli.formats import Request, gguf, open_checkpoint
-from quantcli.formats.gguf import container, filetypes, headers, rope
-from quantcli.formats.gguf.filetypes import FILE_TYPES
+from quantcli.formats.gguf.file import container, headers
+from quantcli.formats.gguf.model import rope
+from quantcli.formats.gguf.types import filetypes
+from quantcli.formats.gguf.types.filetypes import FILE_TYPES
 from quantcli.ops.blocks import KINDS
+from quantcli.plan.arrange import cut_for
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+from quantcli.walk import pipeline
+from quantcli.walk.events import Finished, Planned
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True, "shards": 3}, {"bias": True, "kv_heads": 4}, {"dtype": "float16"}])

@@ -19,8 +19,9 @@ from mutations import wrong_answers
 from packed_folders import damage, files_of, linears, loop_pack, loop_unpack, random_codes, words_of
 
 from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
-from quantcli.formats import _dynamic, gptq, open_checkpoint
-from quantcli.formats._folder import module_of
+from quantcli.formats import gptq, open_checkpoint
+from quantcli.formats.shared import dynamic
+from quantcli.formats.shared.folder import module_of
 from quantcli.tensors import DTYPE_NAMES, QuantizedTensor, Scheme, TensorSpec
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -196,21 +197,21 @@ def test_rules_reach_the_modules_on_disk_and_the_ones_that_engines_join(tiny_lla
 def test_ten_thousand_exact_rules_are_read_in_a_moment() -> None:
     """An expert each; a regular expression for every pair of module and rule would take minutes."""
     modules = [f"model.layers.{i}.mlp.experts.{j}.down_proj" for i in range(50) for j in range(200)]
-    of = _dynamic.reader({f"+:^{re.escape(module)}$": {"bits": i} for i, module in enumerate(modules)})
+    of = dynamic.reader({f"+:^{re.escape(module)}$": {"bits": i} for i, module in enumerate(modules)})
     started = time.process_time()
     assert [of(module) for module in modules] == [{"bits": i} for i in range(len(modules))]
     assert time.process_time() - started < 5
 
 
 def test_the_first_rule_that_matches_wins_and_what_is_no_rule_is_passed_over() -> None:
-    of = _dynamic.reader(
+    of = dynamic.reader(
         {"-:a": {}, r"+:^b\.c$": {"bits": 2}, "b": {"bits": 3}, r"+:^d\.e$": {"bits": 5}, "+:(": {}, "f": 7, "d": {"bits": 4}}
     )
     assert [of(module) for module in ("ab", "b.c", "b.d", "d.e", "d", "e", "f")] == [
         None, {"bits": 2}, {"bits": 3}, {"bits": 5}, {"bits": 4}, {}, {},
     ]  # fmt: skip
-    assert _dynamic.reader({"(a+)+$": {"bits": 2}})("a" * 60 + "b") == {}  # would take longer than the universe has stood
-    assert _dynamic.reader(None)("a") == _dynamic.reader(["a"])("a") == _dynamic.reader({"a" * 2000: {}})("a" * 2000) == {}
+    assert dynamic.reader({"(a+)+$": {"bits": 2}})("a" * 60 + "b") == {}  # would take longer than the universe has stood
+    assert dynamic.reader(None)("a") == dynamic.reader(["a"])("a") == dynamic.reader({"a" * 2000: {}})("a" * 2000) == {}
 
 
 @pytest.mark.parametrize(("name", "tied"), [("model.embed_tokens.weight", False), ("lm_head.weight", True)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, UnsupportedError
 from quantcli.formats import Request, gptq, hf, open_checkpoint
 from quantcli.tensors import QuantizedTensor, Scheme

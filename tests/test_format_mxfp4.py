@@ -12,11 +12,11 @@ from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantcli import pipeline
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import mxfp4, open_checkpoint
 from quantcli.tensors import Scheme
+from quantcli.walk import pipeline
 
 EXPERTS = "model.layers.0.mlp.experts"
 HIDDEN, WIDE, N = 64, 96, 3

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from whole_models import inputs_of
 
-from quantcli.arrange import open_forward
 from quantcli.errors import CheckpointError, NumericsError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import Forward, tokenizer
+from quantcli.plan.arrange import open_forward
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -394,7 +394,7 @@ import sys
 from pathlib import Path
 import torch
 from quantcli import heap
-from quantcli.arrange import open_forward
+from quantcli.plan.arrange import open_forward
 from quantcli.formats import open_checkpoint
 
 torch.set_num_threads(1)

@@ -13,8 +13,8 @@ from gguf import GGUFReader
 from gguf import GGUFValueType as T
 
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats.gguf.container import Field, tensor_spec
-from quantcli.formats.gguf.headers import header, read_header
+from quantcli.formats.gguf.file.container import Field, tensor_spec
+from quantcli.formats.gguf.file.headers import header, read_header
 
 FIELDS = {
     "general.architecture": Field(T.STRING, "llama"),

@@ -21,10 +21,10 @@ from gguf import GGUFValueType as T
 
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf import splits
-from quantcli.formats.gguf.container import BLOCKS, Container, Field, tensor_spec
-from quantcli.formats.gguf.headers import header
-from quantcli.formats.gguf.reader import GgufCheckpoint
+from quantcli.formats.gguf.file import splits
+from quantcli.formats.gguf.file.container import BLOCKS, Container, Field, tensor_spec
+from quantcli.formats.gguf.file.headers import header
+from quantcli.formats.gguf.read import GgufCheckpoint
 from quantcli.tensors import DTYPES
 
 HIDDEN, WIDE, VOCAB = 64, 96, 40

@@ -12,10 +12,10 @@ from test_gguf_tokenizer import byte_level, tokenizer_keys
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from quantcli.errors import UnsupportedError
-from quantcli.formats.gguf.expressions import canonical
-from quantcli.formats.gguf.pretokenizers import FAMILIES, PUNCTUATION, PUNCTUATION_RUNS, Family
-from quantcli.formats.gguf.recognition import PROBE
-from quantcli.formats.gguf.tokenizer import add_tokenizer
+from quantcli.formats.gguf.tokens.expressions import canonical
+from quantcli.formats.gguf.tokens.pretokenizers import FAMILIES, PUNCTUATION, PUNCTUATION_RUNS, Family
+from quantcli.formats.gguf.tokens.recognition import PROBE
+from quantcli.formats.gguf.tokens.tokenizer import add_tokenizer
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")

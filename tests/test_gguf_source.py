@@ -12,19 +12,20 @@ from gguf_export import LLAMA3, edit_config, export
 from gguf_files import LAYERS, MODELS, text, write_model
 from test_format_gguf import rewrite
 
-from quantcli import ops, pipeline
-from quantcli.arrange import open_forward
+from quantcli import ops
 from quantcli.cli.export import recipe_of_type, recipe_that_keeps
 from quantcli.cli.inspect import describe
 from quantcli.cli.memory import estimate
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
-from quantcli.events import Finished, Planned
 from quantcli.formats import gguf, open_checkpoint
-from quantcli.formats.gguf.container import Container, Field
-from quantcli.formats.gguf.headers import read_header
-from quantcli.formats.gguf.reader import GgufCheckpoint
+from quantcli.formats.gguf.file.container import Container, Field
+from quantcli.formats.gguf.file.headers import read_header
+from quantcli.formats.gguf.read import GgufCheckpoint
+from quantcli.plan.arrange import open_forward
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import DTYPES, Scheme
+from quantcli.walk import pipeline
+from quantcli.walk.events import Finished, Planned
 
 UNKNOWN = [name for name in MODELS if name not in ("llama", "mixtral")]
 

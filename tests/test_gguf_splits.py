@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from quantcli.cli import app
 from quantcli.errors import CheckpointError, RecipeError
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf import splits
-from quantcli.formats.gguf.container import tensor_spec
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file import splits
+from quantcli.formats.gguf.file.container import tensor_spec
+from quantcli.formats.gguf.file.headers import read_header
 
 SPECS = [tensor_spec(name, "F32", (8,)) for name in "abcde"]  # 32 bytes each
 

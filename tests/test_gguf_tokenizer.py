@@ -16,10 +16,10 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats.gguf.merges import merge_text
-from quantcli.formats.gguf.metadata import fields_of
-from quantcli.formats.gguf.spm import read_sentencepiece
-from quantcli.formats.gguf.tokenizer import add_tokenizer
+from quantcli.formats.gguf.model.metadata import fields_of
+from quantcli.formats.gguf.tokens.merges import merge_text
+from quantcli.formats.gguf.tokens.spm import read_sentencepiece
+from quantcli.formats.gguf.tokens.tokenizer import add_tokenizer
 
 TEKKEN = family_named("tekken").cuts[0]
 

@@ -14,17 +14,19 @@ import torch
 from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 
-from quantcli import calibrate, measuring, pipeline, recipe
-from quantcli.arrange import open_forward
-from quantcli.calibrated import Windows
+from quantcli import recipe
+from quantcli.calibration import calibrate, measuring
+from quantcli.calibration.data import Windows
 from quantcli.errors import RecipeError
-from quantcli.evaluate import compare
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
-from quantcli.pipeline import Finished, LayerDone
+from quantcli.plan.arrange import open_forward
 from quantcli.recipe import PassSpec, Rule
-from quantcli.stats_file import StatsFile
+from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import compare
+from quantcli.walk.pipeline import Finished, LayerDone
 
 IDS = torch.randint(2, 512, (16, 40), generator=torch.Generator().manual_seed(3))
 HEAD = "lm_head.weight"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from quantcli import passes, qtypes
+from quantcli import formats, passes, qtypes
+from quantcli.formats import Format
 from quantcli.passes import Pass
 from quantcli.qtypes import QType
 from quantcli.registry import find, names
@@ -23,26 +24,23 @@ ROOT = Path(__file__).parent.parent / "quantcli"
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"pipeline", "coding", "evaluate", "events", "calibrated"},
-    {"plan", "choices", "caches", "calibrate", "measuring", "original", "familiarity", "meter"},
-    {"forward"},
-    {"formats"},
-    {"checkpoint", "cuts", "recipe", "regrid", "ranges", "outliers", "readahead", "stats_file"}
-    | {"writer", "shards", "locations", "json_files", "texts", "documents", "overlap"},
-    {"passes"},
-    {"archs", "qtypes"},
+    {"walk"},
+    {"calibration"},
+    {"plan"},
+    {"forward", "formats", "recipe"},
+    {"statistics", "passes", "regrid"},
+    {"checkpoint", "text"},
+    {"archs", "qtypes", "output"},
     {"ops"},
-    {"tensors", "errors", "experts", "registry", "heap", "disk"},
+    {"tensors", "errors", "experts", "registry", "heap", "importance"},
 ]
+"""The rooms of the package, from left to right: each may import those further right, and none of its own floor but on the last."""
+
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {"quantcli._kernels": "ops", "transformers": "forward", "typer": "cli", "rich": "cli"}
 BANNED_NAMES = {"utils", "common", "base", "helpers", "manager"}
-CONTRACT = {
-    "archs": ("ARCH",),
-    "qtypes": ("QTYPE",),
-    "passes": ("PASS",),
-    "formats": ("detect", "read", "supports", "context", "outputs", "parts", "writer"),
-}
+CONTRACT = {"archs": "ARCH", "qtypes": "QTYPE", "passes": "PASS", "formats": "FORMAT"}
+"""Folder of variants → the one name that each module exports."""
 
 
 @cache
@@ -99,9 +97,17 @@ def test_imports_go_only_to_the_right(path: Path) -> None:
             continue
         where = f"{path.relative_to(ROOT)}:{line} imports {module}"
         assert there in FLOOR_OF, f"{where}, a room that test_house.py does not know"
-        assert FLOOR_OF[there] > FLOOR_OF[here] or (there != here and FLOORS[FLOOR_OF[here]] >= {here, there} and here not in CONTRACT), (
-            where
-        )
+        assert FLOOR_OF[there] > FLOOR_OF[here] or FLOORS[-1] >= {here, there}, where
+
+
+def test_no_private_name_crosses_rooms() -> None:
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text("utf8"))):
+            if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("quantcli"):
+                continue
+            words = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            private = [word for word in words if word.startswith("_") and word not in ("_kernels", "__version__")]
+            assert not private or str(node.module).split(".")[1:2] == [room_of(path)], f"{path}:{node.lineno} imports {private[0]}"
 
 
 def test_an_import_for_types_alone_or_in_a_function_counts(tmp_path: Path) -> None:
@@ -148,22 +154,22 @@ def test_only_one_room_imports(library: str, room: str) -> None:
 def test_every_variant_keeps_its_contract(folder: str, variant: str) -> None:
     module = find(folder, variant)
     assert module.__doc__
-    for attribute in CONTRACT[folder]:
-        assert hasattr(module, attribute), f"{folder}/{variant} lacks {attribute}"
+    assert hasattr(module, CONTRACT[folder]), f"{folder}/{variant} lacks {CONTRACT[folder]}"
 
 
 VARIANTS: list[tuple[type, object]] = [
     *((QType, qtypes.of(name)) for name in qtypes.names()),
     *((Pass, passes.of(name)) for name in passes.names()),
+    *((Format, formats.of(name)) for name in formats.names()),
 ]
 
 
 def variant_name(value: object) -> str | None:
-    return value.name if isinstance(value, (QType, Pass)) else None
+    return value.name if isinstance(value, (QType, Pass, Format)) else None
 
 
 @pytest.mark.parametrize(("contract", "variant"), VARIANTS, ids=variant_name)
-def test_a_variant_has_no_public_attribute_but_those_of_its_contract(contract: type, variant: QType | Pass) -> None:
+def test_a_variant_has_no_public_attribute_but_those_of_its_contract(contract: type, variant: QType | Pass | Format) -> None:
     """A hook whose name is misspelt would never be called."""
     found = {key for cls in type(variant).__mro__ for key in (*vars(cls), *vars(cls).get("__annotations__", ()))}
     found |= vars(variant).keys() if hasattr(variant, "__dict__") else set()
@@ -172,8 +178,8 @@ def test_a_variant_has_no_public_attribute_but_those_of_its_contract(contract: t
 
 
 @pytest.mark.parametrize(("contract", "variant"), VARIANTS, ids=variant_name)
-def test_a_variant_is_named_after_its_file(contract: type, variant: QType | Pass) -> None:
-    folder = {QType: "qtypes", Pass: "passes"}[contract]
+def test_a_variant_is_named_after_its_file(contract: type, variant: QType | Pass | Format) -> None:
+    folder = {QType: "qtypes", Pass: "passes", Format: "formats"}[contract]
     exported = [value for value in vars(find(folder, variant.name)).values() if isinstance(value, contract)]
     assert exported == [variant]
 
@@ -186,21 +192,19 @@ def test_a_number_format_that_overrides_a_hook_says_so() -> None:
     assert {name for name in qtypes.names() if qtypes.of(name).shares_parts} == {"fp8", "nvfp4"}
 
 
-FORMATS_MODULE = "a format is a module still, asked for what it may lack"
 PROBES = {
     "tensors.py": "torch's own, by version",
     "ops/block_grid.py": "a table of the gguf package, by name",
     "heap.py": "a C library's",
-    "disk.py": "a C library's",
-    "stats_file.py": "fields of a dataclass of ours, by name",
+    "output/disk.py": "a C library's",
+    "statistics/stats_file.py": "fields of a dataclass of ours, by name",
     "recipe.py": "fields of a dataclass of ours, by name",
-    "evaluate.py": "fields of dataclasses of ours, by name",
+    "walk/evaluate.py": "fields of dataclasses of ours, by name",
     "cli/__init__.py": "an error of the parser's, whose class typer does not name",
-    "formats/gguf/metadata.py": "methods of the gguf package's, by name",
-    "documents/records.py": "a tokenizer of transformers'",
+    "formats/gguf/model/metadata.py": "methods of the gguf package's, by name",
+    "text/documents/records.py": "a tokenizer of transformers'",
     "forward/names.py": "a model of transformers'",
     "forward/skeleton.py": "a config of transformers'",
-    **dict.fromkeys(("caches.py", "choices.py", "coding.py", "pipeline.py", "plan.py", "cli/recipes.py"), FORMATS_MODULE),
 }
 """Files that may ask an object whether it has an attribute, and whose object that is."""
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from quantcli import json_files
+from quantcli.checkpoint import json_files
+from quantcli.checkpoint.json_files import parse_json, read_json, shown
 from quantcli.errors import CheckpointError
-from quantcli.json_files import parse_json, read_json, shown
 
 PATH = Path("model/config.json")
 

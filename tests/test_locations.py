@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantcli.checkpoint.locations import Location, first_bytes, read_tensor
+from quantcli.checkpoint.shards import layout, open_folder, read_header
 from quantcli.errors import CheckpointError
-from quantcli.locations import Location, first_bytes, read_tensor
-from quantcli.shards import layout, open_folder, read_header
 from quantcli.tensors import TensorSpec
 
 
@@ -81,7 +81,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from quantcli import heap
-from quantcli.shards import open_folder
+from quantcli.checkpoint.shards import open_folder
 shards = open_folder(Path(sys.argv[1]))
 def walk():
     return sum(float(shards.read(name)[0, 0]) for name in shards.specs)

@@ -11,10 +11,10 @@ import pytest
 from mix_models import MODELS, golden
 
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
-from quantcli.formats.gguf import filetypes
-from quantcli.formats.gguf.filetypes import FILE_TYPES, Options, choose_types, mix
-from quantcli.formats.gguf.mixes import TABLE, Model, Place
-from quantcli.formats.gguf.naming import gguf_names
+from quantcli.formats.gguf.model.naming import gguf_names
+from quantcli.formats.gguf.types import filetypes
+from quantcli.formats.gguf.types.filetypes import FILE_TYPES, Options, choose_types, mix
+from quantcli.formats.gguf.types.mixes import TABLE, Model, Place
 from quantcli.tensors import Scheme, TensorSpec
 
 GOLDEN = golden()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from data.make_manifest import manifest
 
-from quantcli import pipeline
 from quantcli import recipe as recipes
-from quantcli.calibrated import Windows
-from quantcli.evaluate import compare
+from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import compare
 
 DATA = Path(__file__).parent / "data"
 

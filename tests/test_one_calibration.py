@@ -10,16 +10,18 @@ import pytest
 import torch
 from conftest import TinyLlama
 
-from quantcli import calibrate, measuring, meter, pipeline
 from quantcli import recipe as recipes
-from quantcli.calibrated import Windows
-from quantcli.evaluate import compare
+from quantcli.calibration import calibrate, measuring
+from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates, LoadedLayer
 from quantcli.forward.hidden import kept_on
 from quantcli.passes import gptq
 from quantcli.recipe import PassSpec, Recipe
-from quantcli.stats_file import StatsFile
+from quantcli.statistics import meter
+from quantcli.statistics.stats_file import StatsFile
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import compare
 
 IDS = torch.randint(512, (16, 32), generator=torch.Generator().manual_seed(0))
 RECIPES = ("gptq-int4", "awq-int4", "awq-gptq-int4", "smoothquant-w8a8", "smoothquant-w8a8-static", "gptq-nf4", "gptq-q4_k_m")

@@ -13,7 +13,7 @@ from quantcli import ops
 from quantcli.errors import KernelError
 from quantcli.ops.float4 import Book, dequantize_float4, float4_errors, pack_float4, quantize_float4, unpack_float4
 from quantcli.qtypes import fp4, nf4
-from quantcli.qtypes._float4 import book_of
+from quantcli.qtypes.shared.float4 import book_of
 
 KERNELS = [pytest.param(name, "cpu", id=name) for name in ops.available(hidden=True) if name != "reference"]
 NO_CUDA = not torch.cuda.is_available()

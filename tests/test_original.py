@@ -12,18 +12,20 @@ from conftest import TinyLlama
 from torch import Tensor
 from whole_models import inputs_of, save_mixtral
 
-from quantcli import calibrate, pipeline, recipe
-from quantcli.arrange import open_forward
-from quantcli.calibrated import Windows
+from quantcli import recipe
+from quantcli.calibration import calibrate
+from quantcli.calibration.data import Windows
+from quantcli.calibration.measuring import measure
+from quantcli.calibration.original import Original
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
-from quantcli.measuring import measure
-from quantcli.meter import StatsMeter
-from quantcli.original import Original
-from quantcli.passes import _basis
-from quantcli.pipeline import LayerDone
-from quantcli.stats_file import StatsFile
+from quantcli.passes.shared import basis
+from quantcli.plan.arrange import open_forward
+from quantcli.statistics.meter import StatsMeter
+from quantcli.statistics.stats_file import StatsFile
+from quantcli.walk import pipeline
+from quantcli.walk.pipeline import LayerDone
 
 IDS = torch.randint(2, 512, (11, 40), generator=torch.Generator().manual_seed(3))
 NEEDS = frozenset({"H", "dXXT"})
@@ -98,7 +100,7 @@ def test_a_change_of_basis_moves_the_difference_with_the_inputs() -> None:
         meters[-1].add_drift(inputs, originals)
     before, after = (meter.stats() for meter in meters)
     for part in ("H", "dXXT"):
-        torch.testing.assert_close(getattr(_basis.rescaled(before, s), part), getattr(after, part), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(getattr(basis.rescaled(before, s), part), getattr(after, part), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [False, True])

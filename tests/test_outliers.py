@@ -13,16 +13,18 @@ from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli import calibrate, outliers, pipeline
 from quantcli import recipe as recipes
-from quantcli.calibrated import Windows
+from quantcli.calibration import calibrate
+from quantcli.calibration.data import Windows
 from quantcli.errors import RecipeError, UnsupportedError
-from quantcli.events import LayerDone, Planned
 from quantcli.formats import open_checkpoint
-from quantcli.outliers import Figures, Protection, choose, figures_of
 from quantcli.recipe import Recipe
-from quantcli.stats_file import StatsFile
+from quantcli.statistics import outliers
+from quantcli.statistics.outliers import Figures, Protection, choose, figures_of
+from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme, Stats
+from quantcli.walk import pipeline
+from quantcli.walk.events import LayerDone, Planned
 
 IDS = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
 DOWN = "model.layers.1.mlp.down_proj"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantcli.overlap import KEPT, RUN, overlap, sketch
+from quantcli.text.overlap import KEPT, RUN, overlap, sketch
 
 GENERATOR = torch.Generator().manual_seed(0)
 TEXT = torch.randint(0, 5000, (60_000,), generator=GENERATOR)

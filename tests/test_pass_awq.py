@@ -10,14 +10,16 @@ from conftest import TinyLlama
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantcli import pipeline, qtypes
+from quantcli import qtypes
 from quantcli import recipe as recipes
-from quantcli.arrange import open_forward
-from quantcli.calibrated import Windows
+from quantcli.calibration.data import Windows
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
-from quantcli.passes import _basis, awq, gptq, rtn
+from quantcli.passes import awq, gptq, rtn
+from quantcli.passes.shared import basis
+from quantcli.plan.arrange import open_forward
 from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error, relative_error
+from quantcli.walk import pipeline
 
 ASYM = Scheme.parse("int4-g32-asym")
 
@@ -65,7 +67,7 @@ def test_the_loss_from_h_is_the_loss_of_the_modules_output(scheme: str) -> None:
     W, X = problem()
     stats, parsed = stats_of(X), Scheme.parse(scheme)
     s = torch.rand(64, generator=torch.Generator().manual_seed(5)) + 0.5
-    loss = float(_basis.rounding_error({parsed: [W, W[:8]]}, s, stats.importance, stats.H))
+    loss = float(basis.rounding_error({parsed: [W, W[:8]]}, s, stats.importance, stats.H))
     assert loss == pytest.approx(output_loss(W, X, s, parsed) + output_loss(W[:8], X, s, parsed), rel=1e-4)
 
 
@@ -85,7 +87,7 @@ def test_the_search_finds_the_ratio_that_a_search_on_the_modules_outputs_finds(s
     prev = layer_of(W).prev["a"]
     scales = [awq.input_scales(X.square().mean(0), prev, i / 20) for i in range(20)]
     direct = [output_loss(W, X, s, ASYM) for s in scales]
-    found = awq.search([_basis.Read({ASYM: [W]}, stats_of(X))], prev)
+    found = awq.search([basis.Read({ASYM: [W]}, stats_of(X))], prev)
     assert found.ratio > 0
     assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct)
     assert found.loss == pytest.approx(direct[round(found.ratio * 20)] / direct[0], rel=1e-3)
@@ -106,7 +108,7 @@ def test_on_a_model_the_ratios_are_those_of_a_search_on_what_its_modules_put_out
         prev = Prev(("",), torch.arange(X.shape[1]))
         scales = [awq.input_scales(X.square().mean(0), prev, i / 20) for i in range(20)]
         direct = [sum(output_loss(W, X, s, ASYM) for W in Ws) for s in scales]
-        found = awq.search([_basis.Read({ASYM: Ws}, stats_of(X))], prev)
+        found = awq.search([basis.Read({ASYM: Ws}, stats_of(X))], prev)
         assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct), tap
 
 
@@ -168,7 +170,7 @@ def test_a_norm_keeps_its_dtype_and_the_weights_make_up_for_its_rounding(dtype: 
     layer = layer_of(W.double(), norm_dtype=dtype)
     before = layer.tensors["norm.weight"].double() * layer.tensors["a.weight"]
     s = awq.input_scales(X.square().mean(0), layer.prev["a"], 0.5)
-    folded = _basis.fold(layer, "a", s)
+    folded = basis.fold(layer, "a", s)
     assert layer.tensors["norm.weight"].dtype == dtype
     torch.testing.assert_close(layer.tensors["norm.weight"].double() * layer.tensors["a.weight"], before, rtol=1e-12, atol=0)
     torch.testing.assert_close(folded.float(), s, rtol=2**-8, atol=0)
@@ -178,7 +180,7 @@ def test_a_norm_weight_of_zero_keeps_its_place() -> None:
     W, _ = problem()
     layer = layer_of(W)
     layer.tensors["norm.weight"][3] = 0
-    s = _basis.fold(layer, "a", torch.full((64,), 2.0))
+    s = basis.fold(layer, "a", torch.full((64,), 2.0))
     assert s[3] == 1
     assert torch.equal(layer.tensors["a.weight"][:, 3], W[:, 3])
 
@@ -263,7 +265,7 @@ def test_an_input_that_calibration_never_saw_is_neither_blown_up_nor_crushed() -
 def test_rescaled_statistics_are_those_of_the_divided_inputs() -> None:
     _, X = problem()
     s = torch.rand(64) + 0.5
-    got, expected = _basis.rescaled(stats_of(X), s), stats_of(X / s)
+    got, expected = basis.rescaled(stats_of(X), s), stats_of(X / s)
     for field in ("importance", "absmax", "mean", "H"):
         torch.testing.assert_close(getattr(got, field), getattr(expected, field), rtol=1e-4, atol=1e-6)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantcli import evaluate, pipeline, qtypes, recipe, texts
-from quantcli.checkpoint import Checkpoint
+from quantcli import qtypes, recipe
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
@@ -19,6 +19,8 @@ from quantcli.passes import hqq, rtn
 from quantcli.passes.hqq import Options, Solved, half_quadratic
 from quantcli.recipe import PassSpec
 from quantcli.tensors import Layer, Scheme
+from quantcli.text import texts
+from quantcli.walk import evaluate, pipeline
 
 PICO = Path(__file__).parent / "data/pico"
 GOLDEN = load_file(Path(__file__).parent / "data/hqq_golden.safetensors")

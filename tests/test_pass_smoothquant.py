@@ -9,13 +9,14 @@ import torch
 from conftest import TinyLlama
 from torch import Tensor
 
-from quantcli import plan as planning
 from quantcli import qtypes
 from quantcli import recipe as recipes
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.ops import round_inputs
-from quantcli.passes import _basis, rtn, smoothquant
+from quantcli.passes import rtn, smoothquant
+from quantcli.passes.shared import basis
+from quantcli.plan import plan as planning
 from quantcli.tensors import Layer, Prev, Scheme, Stats
 
 W8A8 = Scheme.parse("int8-channel-sym+int8-token")
@@ -98,7 +99,7 @@ def test_the_alpha_found_is_nearly_the_best_on_the_inputs_themselves(scheme: Sch
     absmax, largest = X.abs().amax(0), W.abs().amax(0)
     errors = [true_error(W, X, smoothquant.input_scales(absmax, largest, alpha), scheme) for alpha in smoothquant.ALPHAS]
     plain = true_error(W, X, torch.ones(64), scheme)
-    _, s = smoothquant.search([_basis.Read({scheme: [W]}, stats_of(X))], absmax, largest)
+    _, s = smoothquant.search([basis.Read({scheme: [W]}, stats_of(X))], absmax, largest)
     assert true_error(W, X, s, scheme) <= min(1.15 * min(errors), plain)
 
 
@@ -144,7 +145,7 @@ def test_the_basis_serves_any_pass_after_it() -> None:
     layer = layer_of(W, W8A8)
     smoothquant.PASS.run(layer, {"a": stats_of(X)})
     s = layer.scales["a"].float()
-    stats = _basis.rescaled(stats_of(X), layer.scales["a"])
+    stats = basis.rescaled(stats_of(X), layer.scales["a"])
     rtn.PASS.run(layer, {"a": stats})
     assert not torch.equal(layer.tensors["a.weight"], W)
     W_hat = qtypes.of("int").unpack(layer.quantized["a.weight"])

@@ -17,13 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import evaluate, pipeline, recipe, texts
-from quantcli.checkpoint import Checkpoint
+from quantcli import recipe
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.cli import main
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
+from quantcli.text import texts
+from quantcli.walk import evaluate, pipeline
 
 pytestmark = pytest.mark.peer
 

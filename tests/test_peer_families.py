@@ -17,7 +17,7 @@ from gguf_export import export
 from llamacpp_peer import assert_same, convert_all, log_probabilities, run
 
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file.headers import read_header
 
 pytestmark = pytest.mark.peer
 

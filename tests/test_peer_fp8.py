@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import evaluate, pipeline, qtypes, recipe, texts
-from quantcli.calibrated import Windows
+from quantcli import qtypes, recipe
+from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.tensors import Scheme
+from quantcli.text import texts
+from quantcli.walk import evaluate, pipeline
 
 pytestmark = pytest.mark.peer
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from quantcli.cli import app
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf.container import Container
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file.container import Container
+from quantcli.formats.gguf.file.headers import read_header
 
 pytestmark = pytest.mark.peer
 

@@ -12,10 +12,11 @@ import gptq_peer
 import pytest
 from gptq_peer import Answer
 
-from quantcli import evaluate, recipe
+from quantcli import recipe
 from quantcli.formats import open_checkpoint
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
+from quantcli.walk import evaluate
 
 pytestmark = pytest.mark.peer
 gptq_peer.skip_without_peer()

@@ -17,14 +17,14 @@ from data.make_imatrix import N_CTX, TEXT, imatrix_of
 from gguf_export import export
 from test_imatrix import GOLDEN, PICO, chunks, measure, quantize, written
 
-from quantcli import pipeline
 from quantcli import recipe as recipes
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf import imatrix, importance
-from quantcli.formats.gguf.container import Field
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file.container import Field
+from quantcli.formats.gguf.file.headers import read_header
+from quantcli.formats.gguf.imatrix import file, importance
 from quantcli.forward import tokenizer
+from quantcli.walk import pipeline
 
 pytestmark = pytest.mark.peer
 
@@ -47,9 +47,7 @@ def pico(path: Path, file_type: str) -> Path:
 )
 def test_llama_imatrix_measures_what_we_measure(options: tuple[str, ...], tolerance: float, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    theirs = imatrix.read(
-        imatrix_of(LLAMA_CPP, pico(tmp_path / "m.gguf", "F32"), tmp_path / "text.txt", tmp_path / "theirs.gguf", *options)
-    )
+    theirs = file.read(imatrix_of(LLAMA_CPP, pico(tmp_path / "m.gguf", "F32"), tmp_path / "text.txt", tmp_path / "theirs.gguf", *options))
     ours = written(measure(tmp_path / "stats.safetensors", chunks(), hessian=False), tmp_path / "ours.gguf")
     assert (list(ours), ours.n_chunks, theirs.datasets) == (sorted(theirs), theirs.n_chunks, ("text.txt",))
     for name in theirs:
@@ -62,7 +60,7 @@ def test_llama_imatrix_reads_and_adds_up_our_file(tmp_path: Path) -> None:
     command = [LLAMA_CPP / "build/bin/llama-imatrix", "-m", pico(tmp_path / "m.gguf", "F16"), "-c", str(N_CTX), "-o", tmp_path / "sum.gguf"]
     files = ["--in-file", ours.path, "--in-file", ours.path]
     subprocess.run([*command, *files], check=True, capture_output=True, stdin=subprocess.DEVNULL)
-    both = imatrix.read(tmp_path / "sum.gguf")
+    both = file.read(tmp_path / "sum.gguf")
     assert both.datasets == ("some.txt", "some.txt")
     for name in ours:
         assert both.entries[name].counts == (2 * ours.entries[name].counts[0],)
@@ -97,7 +95,7 @@ def matrix_file(word: str, folder: Path) -> Path | None:
     if word == "llama-imatrix's":
         return GOLDEN
     if word == "ours":
-        return written(measure(folder / "stats.safetensors", chunks()[:4], hessian=False), folder / "ours-imatrix.gguf").path
+        return written(measure(folder / "stats.safetensors", chunks()[:4], hessian=False), folder / "ours-file.gguf").path
     (folder / "text.txt").write_text(TEXT)
     return imatrix_of(LLAMA_CPP, pico(folder / "f32.gguf", "F32"), folder / "text.txt", folder / "i.dat", "--output-format", "dat")
 
@@ -145,7 +143,7 @@ def test_experts_are_measured_and_weighed_as_llama_cpp_does(experts: Path, tmp_p
         stored = export(source, tmp_path / "bf16.gguf", "BF16", pre_tokenizer="gpt-2")
     n = len(ids) // N_CTX
     windows = torch.tensor(ids[: n * N_CTX]).view(n, N_CTX)
-    theirs = imatrix.read(imatrix_of(LLAMA_CPP, dense, tmp_path / "text.txt", tmp_path / "theirs.gguf"))
+    theirs = file.read(imatrix_of(LLAMA_CPP, dense, tmp_path / "text.txt", tmp_path / "theirs.gguf"))
     ours = written(measure(tmp_path / "stats.safetensors", windows, hessian=False, folder=experts), tmp_path / "ours.gguf", experts)
     measured = [name for name in theirs if not name.endswith(ABSORBED)]
     assert {name: entry.counts for name, entry in ours.entries.items()} == {name: theirs.entries[name].counts for name in measured}

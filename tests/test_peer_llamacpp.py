@@ -16,14 +16,14 @@ from gguf_export import LLAMA3, edit_config, export
 from llamacpp_peer import assert_same, convert, run
 from test_imatrix import needs_matrix, weighed
 
-from quantcli import pipeline
 from quantcli import recipe as recipes
 from quantcli.cli.export import recipe_that_keeps
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf.filetypes import FILE_TYPES
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file.headers import read_header
+from quantcli.formats.gguf.types.filetypes import FILE_TYPES
 from quantcli.recipe import PassSpec, Recipe, Rule
 from quantcli.tensors import Scheme
+from quantcli.walk import pipeline
 
 pytestmark = pytest.mark.peer
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from mix_models import MODELS, some_imatrix, sparse_file, types_by_llama_quantize
 
-from quantcli.formats.gguf.filetypes import Options, choose_types, without_layers
-from quantcli.formats.gguf.mixes import TABLE, Model
+from quantcli.formats.gguf.types.filetypes import Options, choose_types, without_layers
+from quantcli.formats.gguf.types.mixes import TABLE, Model
 
 pytestmark = pytest.mark.peer
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from quantcli import evaluate, pipeline, texts
 from quantcli import recipe as recipes
-from quantcli.calibrated import Windows
+from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
+from quantcli.text import texts
+from quantcli.walk import evaluate, pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 

@@ -26,11 +26,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf.container import Container
-from quantcli.formats.gguf.headers import read_header
-from quantcli.formats.gguf.merges import byte_alphabet
-from quantcli.formats.gguf.pretokenizers import FAMILIES, KNOWN_NAMES, Family
-from quantcli.formats.gguf.spm import read_sentencepiece
+from quantcli.formats.gguf.file.container import Container
+from quantcli.formats.gguf.file.headers import read_header
+from quantcli.formats.gguf.tokens.merges import byte_alphabet
+from quantcli.formats.gguf.tokens.pretokenizers import FAMILIES, KNOWN_NAMES, Family
+from quantcli.formats.gguf.tokens.spm import read_sentencepiece
 
 pytestmark = pytest.mark.peer
 

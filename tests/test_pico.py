@@ -10,13 +10,14 @@ import pytest
 import torch
 from data.make_manifest import manifest
 
-from quantcli import pipeline, texts
 from quantcli import recipe as recipes
-from quantcli.calibrated import Windows
-from quantcli.evaluate import Scores, compare, perplexity
+from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file.headers import read_header
 from quantcli.forward import tokenizer
+from quantcli.text import texts
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import Scores, compare, perplexity
 
 PICO = Path(__file__).parent / "data" / "pico"
 MANIFEST = Path(__file__).parent / "data" / "pico-q4_k_m.json"

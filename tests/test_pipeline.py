@@ -17,18 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_imatrix import weighed
 
-from quantcli import calibrate, ops, pipeline
+from quantcli import ops
 from quantcli import recipe as recipes
-from quantcli.calibrated import Windows
-from quantcli.choices import is_coded
+from quantcli.calibration import calibrate
+from quantcli.calibration.data import Windows
 from quantcli.errors import NumericsError, RecipeError
-from quantcli.evaluate import compare
 from quantcli.formats import open_checkpoint
-from quantcli.pipeline import Finished, LayerDone, Planned
-from quantcli.plan import PlannedTensor
+from quantcli.plan.plan import PlannedTensor
+from quantcli.plan.schemes import is_coded
 from quantcli.regrid import grid_of
-from quantcli.stats_file import StatsFile
+from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import TensorSpec
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import compare
+from quantcli.walk.pipeline import Finished, LayerDone, Planned
 
 TinyLlama = Callable[..., Path]
 
@@ -244,10 +246,11 @@ def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_
 
 CHILD = """
 import contextlib, pathlib, signal, sys, torch
-from quantcli import heap, pipeline, recipe as recipes
-from quantcli.calibrated import Windows
+from quantcli import heap, recipe as recipes
+from quantcli.walk import pipeline
+from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
-from quantcli.pipeline import LayerDone
+from quantcli.walk.pipeline import LayerDone
 torch.set_num_threads(1)
 ids = torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(0))
 with open_checkpoint(sys.argv[1]) as source:

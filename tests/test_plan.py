@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_imatrix import weighed
 
-from quantcli import formats, pipeline
-from quantcli import plan as planning
+from quantcli import formats
 from quantcli import recipe as recipes
-from quantcli.arrange import Arranged, arrange, declared_taps, open_forward
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf.filetypes import FILE_TYPES
+from quantcli.formats.gguf.types.filetypes import FILE_TYPES
 from quantcli.importance import ImportanceSource
-from quantcli.plan import Plan
+from quantcli.plan import plan as planning
+from quantcli.plan.arrange import Arranged, arrange, declared_taps, open_forward
+from quantcli.plan.plan import Plan
 from quantcli.recipe import PassSpec, Recipe, Rule
+from quantcli.walk import pipeline
 
 TinyLlama = Callable[..., Path]
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from quantcli import ops, qtypes
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.passes import gptq, rtn
-from quantcli.qtypes import _float4
 from quantcli.qtypes.fp4 import LEVELS as FP4_LEVELS
 from quantcli.qtypes.llm_int8 import QTYPE as llm_int8
 from quantcli.qtypes.nf4 import LEVELS as NF4_LEVELS
 from quantcli.qtypes.nf4 import QTYPE as nf4
+from quantcli.qtypes.shared import float4
 from quantcli.tensors import Layer, QuantizedTensor, Scheme, Stats, relative_error
 
 GOLDEN = load_file(Path(__file__).parent / "data/bitsandbytes.safetensors")
@@ -69,8 +69,8 @@ def test_int8_rows_are_bitsandbytes_bytes(name: str) -> None:
 
 def test_tables_are_bitsandbytes_tables() -> None:
     for kind, levels in (("nf4", NF4_LEVELS), ("fp4", FP4_LEVELS)):
-        assert torch.equal(_float4.book_of(levels).levels, GOLDEN[f"map/{kind}"])
-    assert torch.equal(_float4.dynamic_map(), GOLDEN["map/dynamic"])
+        assert torch.equal(float4.book_of(levels).levels, GOLDEN[f"map/{kind}"])
+    assert torch.equal(float4.dynamic_map(), GOLDEN["map/dynamic"])
 
 
 def two_halves(offset: float) -> Tensor:
@@ -101,7 +101,7 @@ def test_the_levels_are_engines_constants_and_not_a_formula_of_the_literature() 
     right = nf4.encode(W, scheme_of())
     for other in (paper_equation_4(), even_quantiles()):
         assert float((other - ours).abs().max()) > 0.02
-        theirs = _float4.Float4Type("nf4", tuple(other.tolist())).encode(W, scheme_of())
+        theirs = float4.Float4Type("nf4", tuple(other.tolist())).encode(W, scheme_of())
         read = QuantizedTensor(scheme_of(), theirs.shape, theirs.parts)
         assert relative_error(W, nf4.unpack(read)) > 1.2 * relative_error(W, nf4.unpack(right))
 

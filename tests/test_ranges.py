@@ -12,17 +12,19 @@ from conftest import TinyLlama
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantcli import pipeline, ranges, recipe
-from quantcli.arrange import open_forward
-from quantcli.calibrate import calibrate
-from quantcli.calibrated import Windows
+from quantcli import recipe
+from quantcli.calibration.calibrate import calibrate
+from quantcli.calibration.data import Windows
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
-from quantcli.passes import _basis
-from quantcli.ranges import find_range
+from quantcli.passes.shared import basis
+from quantcli.plan.arrange import open_forward
 from quantcli.recipe import PassSpec, Recipe
-from quantcli.stats_file import StatsFile
+from quantcli.statistics import ranges
+from quantcli.statistics.ranges import find_range
+from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Layer
+from quantcli.walk import pipeline
 
 ACTS = ("int8-tensor", "fp8-tensor")
 
@@ -178,8 +180,8 @@ def test_ranges_are_of_the_inputs_as_a_change_of_basis_leaves_them(
             folded[tap] = s
         return s
 
-    real = _basis.fold
-    monkeypatch.setattr(_basis, "fold", fold)
+    real = basis.fold
+    monkeypatch.setattr(basis, "fold", fold)
     how = replace(static_recipe(method), passes=(PassSpec(name, {"alpha": 0.7} if name == "smoothquant" else {}), PassSpec("rtn")))
     with open_checkpoint(str(model)) as source:
         list(pipeline.quantize(source, tmp_path / "out", how, data=Windows(ids)))

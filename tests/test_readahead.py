@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import TinyLlama
 
-from quantcli import readahead
+from quantcli.checkpoint import readahead
+from quantcli.checkpoint.locations import Location
+from quantcli.checkpoint.readahead import ReadAhead, reading_ahead, spans
 from quantcli.formats import open_checkpoint
-from quantcli.locations import Location
-from quantcli.readahead import ReadAhead, reading_ahead, spans
 from quantcli.tensors import TensorSpec
 
 Span = tuple[Path, int, int]

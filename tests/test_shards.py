@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from quantcli.checkpoint.locations import read_tensor
+from quantcli.checkpoint.shards import INDEX, layout, open_folder, read_header
 from quantcli.errors import CheckpointError
-from quantcli.locations import read_tensor
-from quantcli.shards import INDEX, layout, open_folder, read_header
+from quantcli.output.writer import Writer
 from quantcli.tensors import DTYPE_NAMES, DTYPES, TensorSpec
-from quantcli.writer import Writer
 
 
 def raw(header: object, data: bytes = b"", n: int | None = None) -> bytes:

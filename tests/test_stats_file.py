@@ -11,14 +11,14 @@ from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantcli.checkpoint.shards import file_layout
 from quantcli.cli import main
 from quantcli.errors import CheckpointError, RecipeError
 from quantcli.formats import open_checkpoint
-from quantcli.shards import file_layout
-from quantcli.stats_file import StatsFile, put_stats, stats_metadata, stats_specs
+from quantcli.output.writer import Writer
+from quantcli.statistics.stats_file import StatsFile, put_stats, stats_metadata, stats_specs
 from quantcli.tensors import Stats
-from quantcli.texts import sha256
-from quantcli.writer import Writer
+from quantcli.text.texts import sha256
 
 IDS = torch.arange(60).view(3, 20)
 WIDTHS = {"model.layers.0.mlp.down_proj": 96, "lm_head": 64}
@@ -127,7 +127,7 @@ def test_width_and_hessian_are_known_without_reading_data(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: bool
 ) -> None:
     stats = write(folder, tmp_path / "stats.safetensors", hessian=hessian)
-    monkeypatch.setattr("quantcli.stats_file.read_tensor", lambda location: pytest.fail(f"{location.spec.name} was read"))
+    monkeypatch.setattr("quantcli.statistics.stats_file.read_tensor", lambda location: pytest.fail(f"{location.spec.name} was read"))
     assert {tap: stats.in_features(tap) for tap in stats} == WIDTHS
     assert [stats.has_hessian(tap) for tap in stats] == [hessian] * 2
     stats.check_tap(TAP, 64, needs=frozenset({"importance", "absmax", "mean"}))

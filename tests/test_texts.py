@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from quantcli.errors import RecipeError
-from quantcli.texts import default_eval_text, default_text, eval_windows, eval_windows_of, sha256, windows, windows_of
+from quantcli.text.texts import default_eval_text, default_text, eval_windows, eval_windows_of, sha256, windows, windows_of
 
 DOCUMENTS = [f"document number {i} speaks of {'many ' * i}things" for i in range(30)]
 

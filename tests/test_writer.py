@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quantcli import disk
-from quantcli import writer as module
 from quantcli.errors import CheckpointError, RecipeError, ResourceError
+from quantcli.output import disk
+from quantcli.output import writer as module
+from quantcli.output.writer import FileLayout, Slot, Writer
 from quantcli.tensors import TensorSpec
-from quantcli.writer import FileLayout, Slot, Writer
 
 HEADER = b"HEAD"
 

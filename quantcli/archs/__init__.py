@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.archs._transformations import ROW_ORDERS
+from quantcli.archs.shared.transformations import ROW_ORDERS
 from quantcli.registry import find, names
 
 

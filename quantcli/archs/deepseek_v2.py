@@ -1,7 +1,7 @@
 """DeepSeek-V2, V2-Lite, V3 and R1: keys and values compressed to a rank (MLA), shared and routed experts. llama.cpp: "deepseek2"."""
 
 from quantcli.archs import REQUIRED, Architecture, Cut, Key, Linear
-from quantcli.archs._usual import DROPPED, ENDS, MLP, MLP_NAMES, NORM_NAMES, RMS
+from quantcli.archs.shared.usual import DROPPED, ENDS, MLP, MLP_NAMES, NORM_NAMES, RMS
 
 EXPERT, SHARED = "mlp.experts.{e}", "mlp.shared_experts"
 

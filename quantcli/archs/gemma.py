@@ -1,7 +1,7 @@
 """Gemma 1 and CodeGemma: Llama's layers with norms that store w − 1, and embeddings that are always the head too."""
 
 from quantcli.archs import REQUIRED, Architecture, Key
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, MLP, MLP_NAMES, NORM_NAMES, RMS, TIED_ENDS
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, MLP, MLP_NAMES, NORM_NAMES, RMS, TIED_ENDS
 
 KEYS = (
     Key("context_length", "max_position_embeddings", default=REQUIRED),

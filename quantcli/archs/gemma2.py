@@ -1,7 +1,7 @@
 """Gemma 2: norms before and after attention and MLP, capped logits, and windows in every other layer."""
 
 from quantcli.archs import REQUIRED, Architecture, Key, gemma
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, MLP, MLP_NAMES, TIED_ENDS, after
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, MLP, MLP_NAMES, TIED_ENDS, after
 
 NORM_NAMES = {
     "model.layers.{i}.input_layernorm": "blk.{i}.attn_norm",

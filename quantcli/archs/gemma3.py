@@ -2,8 +2,20 @@
 their own."""
 
 from quantcli.archs import Architecture, Key
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, HEAD_NORM_NAMES, HEAD_SIZES, MLP, MLP_NAMES, RMS, SIZES, after
 from quantcli.archs.gemma2 import NORM_NAMES
+from quantcli.archs.shared.usual import (
+    ATTENTION,
+    ATTENTION_NAMES,
+    DROPPED,
+    ENDS,
+    HEAD_NORM_NAMES,
+    HEAD_SIZES,
+    MLP,
+    MLP_NAMES,
+    RMS,
+    SIZES,
+    after,
+)
 
 ARCH = Architecture(
     model_types=("gemma3_text", "gemma3"),

@@ -1,7 +1,7 @@
 """GLM-4 (0414): norms before and after attention and MLP, gate and up in one linear, half of each head rotated by neighbours."""
 
 from quantcli.archs import Architecture, Key, Linear
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, NORM_NAMES, USUAL
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, NORM_NAMES, USUAL
 
 ARCH = Architecture(
     model_types=("glm4",),

@@ -1,7 +1,7 @@
 """gpt-oss: sinks beside the keys, windows in every other layer, experts with biases whose gate and up take turns, stored [in, out]."""
 
 from quantcli.archs import Architecture, Cut, Key, Linear
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, USUAL
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, USUAL
 
 EXPERT = "mlp.experts.{e}"
 

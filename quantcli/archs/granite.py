@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from quantcli.archs import Key, llama
-from quantcli.archs._usual import RMS, SIZES
+from quantcli.archs.shared.usual import RMS, SIZES
 
 ARCH = replace(
     llama.ARCH,

@@ -1,7 +1,7 @@
 """Llama (1, 2, 3, 3.x, Code Llama, SmolLM 1 and 2, and every model that keeps their layout)."""
 
 from quantcli.archs import Architecture, Key
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, MLP, MLP_NAMES, NORM_NAMES, RMS, ROTARY_ROWS, SIZES
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, MLP, MLP_NAMES, NORM_NAMES, RMS, ROTARY_ROWS, SIZES
 
 ARCH = Architecture(
     model_types=("llama",),

@@ -1,7 +1,7 @@
 """Mixtral: Mistral's attention, and eight experts in place of the MLP. llama.cpp's architecture is "llama" too."""
 
 from quantcli.archs import Architecture, Cut, Key, Linear
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, NORM_NAMES, ROTARY_ROWS, USUAL
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, NORM_NAMES, ROTARY_ROWS, USUAL
 
 EXPERT = "block_sparse_moe.experts.{e}"
 

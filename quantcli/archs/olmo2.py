@@ -1,7 +1,7 @@
 """OLMo 2: no norms before attention and MLP but after them, and one on all queries, one on all keys."""
 
 from quantcli.archs import Architecture
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, HEAD_NORM_NAMES, MLP, MLP_NAMES, USUAL, after
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, HEAD_NORM_NAMES, MLP, MLP_NAMES, USUAL, after
 
 ARCH = Architecture(
     model_types=("olmo2",),

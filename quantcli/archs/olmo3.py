@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from quantcli.archs import Key, olmo2
-from quantcli.archs._usual import USUAL
+from quantcli.archs.shared.usual import USUAL
 
 ARCH = replace(
     olmo2.ARCH,

@@ -1,7 +1,7 @@
 """Phi-3, Phi-3.5-mini, Phi-4 and Phi-4-mini: Llama's layers with queries, keys and values, and gate and up, in one linear each."""
 
 from quantcli.archs import REQUIRED, Architecture, Key, Linear
-from quantcli.archs._usual import DROPPED, ENDS, NORM_NAMES, RMS
+from quantcli.archs.shared.usual import DROPPED, ENDS, NORM_NAMES, RMS
 
 ARCH = Architecture(
     model_types=("phi3",),

@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama's layers with biases on queries, keys and values, rotated by halves in llama.cpp too."""
 
 from quantcli.archs import Architecture
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, MLP, MLP_NAMES, NORM_NAMES, USUAL
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, MLP, MLP_NAMES, NORM_NAMES, USUAL
 
 ARCH = Architecture(
     model_types=("qwen2",),

@@ -1,7 +1,7 @@
 """Qwen3: Qwen2 without biases, with a norm on every head's queries and keys."""
 
 from quantcli.archs import Architecture
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, HEAD_NORM_NAMES, MLP, MLP_NAMES, NORM_NAMES, USUAL
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, HEAD_NORM_NAMES, MLP, MLP_NAMES, NORM_NAMES, USUAL
 
 ARCH = Architecture(
     model_types=("qwen3",),

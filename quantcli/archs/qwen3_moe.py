@@ -1,7 +1,7 @@
 """Qwen3-MoE (30B-A3B, 235B-A22B, Qwen3-Coder): Qwen3's attention, and many small experts in place of the MLP."""
 
 from quantcli.archs import Architecture, Cut, Key, Linear
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, HEAD_NORM_NAMES, MLP, NORM_NAMES, USUAL
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, HEAD_NORM_NAMES, MLP, NORM_NAMES, USUAL
 
 EXPERT = "mlp.experts.{e}"
 

@@ -1,7 +1,7 @@
 """StableLM: layer norms with biases, a quarter of each head rotated; in some, queries and keys normed head by head."""
 
 from quantcli.archs import REQUIRED, Architecture, Key
-from quantcli.archs._usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, MLP, MLP_NAMES, NORM_NAMES
+from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, MLP, MLP_NAMES, NORM_NAMES
 
 ARCH = Architecture(
     model_types=("stablelm", "stablelm_epoch"),

@@ -14,10 +14,10 @@ from quantcli.cli import options
 from quantcli.cli.console import Console, count
 
 if TYPE_CHECKING:
-    from quantcli.calibrate import LayerMeasured
-    from quantcli.checkpoint import Checkpoint
-    from quantcli.familiarity import Familiarity
-    from quantcli.stats_file import StatsFile
+    from quantcli.calibration.calibrate import LayerMeasured
+    from quantcli.calibration.text_check import Familiarity
+    from quantcli.checkpoint.checkpoint import Checkpoint
+    from quantcli.statistics.stats_file import StatsFile
 
 
 def command(
@@ -39,11 +39,12 @@ def command(
     verbose: options.Verbose = False,
 ) -> None:
     """Run text through a model and keep what its linears read."""
-    from quantcli import calibrate, texts
+    from quantcli.calibration import calibrate
     from quantcli.formats import open_checkpoint
-    from quantcli.formats.gguf.naming import architecture
+    from quantcli.formats.gguf.model.naming import architecture
     from quantcli.forward import tokenizer
-    from quantcli.stats_file import StatsFile
+    from quantcli.statistics.stats_file import StatsFile
+    from quantcli.text import texts
 
     console = Console(json, quiet, verbose)
     started = time.perf_counter()
@@ -87,8 +88,8 @@ def command(
 
 def check_outputs(output: Path, imatrix: Path | None, *, overwrite: bool) -> None:
     """Raise before the work where a file cannot be put. ``overwrite`` replaces statistics, never another file such as a model's shard."""
-    from quantcli.disk import check_replaceable
-    from quantcli.stats_file import StatsFile
+    from quantcli.output.disk import check_replaceable
+    from quantcli.statistics.stats_file import StatsFile
 
     for path in (output, imatrix):
         if path is not None:
@@ -99,7 +100,7 @@ def check_outputs(output: Path, imatrix: Path | None, *, overwrite: bool) -> Non
 
 def measure(console: Console, events: Iterable[LayerMeasured | Familiarity]) -> tuple[int, Familiarity]:
     """Walk the ``events`` of a calibration; how many taps were measured, and how well the model knows the text."""
-    from quantcli.familiarity import Familiarity
+    from quantcli.calibration.text_check import Familiarity
 
     n_taps, known = 0, None
     with console.progress("embedding the text") as progress:
@@ -115,9 +116,9 @@ def measure(console: Console, events: Iterable[LayerMeasured | Familiarity]) -> 
 
 def write_imatrix(console: Console, path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets: list[str], *, overwrite: bool) -> None:
     """The statistics as llama-imatrix would have written them. ``datasets``: the words by which the user named the text."""
-    from quantcli.arrange import arrange
-    from quantcli.formats.gguf import imatrix, importance
-    from quantcli.formats.gguf.naming import gguf_names
+    from quantcli.formats.gguf.imatrix import file, importance
+    from quantcli.formats.gguf.model.naming import gguf_names
+    from quantcli.plan.arrange import arrange
     from quantcli.recipe import PassSpec, Recipe
 
     arranged = arrange(checkpoint, Recipe("imatrix", "gguf", (PassSpec("rtn"),)), run=True)
@@ -125,7 +126,7 @@ def write_imatrix(console: Console, path: Path, stats: StatsFile, checkpoint: Ch
     measured = importance.measured(stats, arranged.taps, names)
     for target in importance.unmeasured(measured, names, arranged.source.specs):
         console.warn(f"{path}: no entry for {target}, whose input was not measured")
-    imatrix.write(
+    file.write(
         path,
         measured,
         datasets=datasets,

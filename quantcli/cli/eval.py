@@ -15,7 +15,7 @@ from quantcli.errors import GateError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.checkpoint.checkpoint import Checkpoint
 
 
 DATASET_HELP = "A .txt, .jsonl, .json or .parquet file, or a datasets name; several are read one after the other."
@@ -39,8 +39,8 @@ def command(
     """Measure perplexity, and with --baseline KL divergence and top-1 agreement."""
     from contextlib import ExitStack
 
-    from quantcli import evaluate
     from quantcli.formats import open_checkpoint
+    from quantcli.walk import evaluate
 
     if max_kld is not None and baseline is None:
         raise options.wrong("--max-kld", "it needs --baseline, the model to diverge from")
@@ -73,7 +73,7 @@ def command(
 
 def tell_activations(console: Console, checkpoint: Checkpoint, simulated: bool) -> None:
     """A note on what becomes of the linears' inputs, where the engine rounds them."""
-    from quantcli.evaluate import rounded_inputs
+    from quantcli.walk.evaluate import rounded_inputs
 
     acts = Counter(rounded_inputs(checkpoint).values())
     if not acts:
@@ -87,8 +87,8 @@ def tell_activations(console: Console, checkpoint: Checkpoint, simulated: bool) 
 
 def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], samples: int, seq_len: int) -> Tensor:
     """The first windows of the texts, in order; by default of a text that calibration does not use."""
-    from quantcli import texts
     from quantcli.forward import tokenizer
+    from quantcli.text import texts
 
     options.check_context(console, checkpoint, seq_len)
     return texts.eval_windows_of(datasets, tokenizer(checkpoint), samples, seq_len, note=console.note)
@@ -96,7 +96,7 @@ def read_windows(console: Console, checkpoint: Checkpoint, datasets: list[str], 
 
 def check_unseen(console: Console, checkpoint: Checkpoint, windows: Tensor) -> None:
     """Warn when the text was calibrated on, as far as ``checkpoint`` tells: its figures would then flatter it."""
-    from quantcli import overlap
+    from quantcli.text import overlap
 
     sketch = checkpoint.provenance.get("dataset_sketch")
     if not isinstance(sketch, str) or not re.fullmatch("([0-9a-f]{8})+", sketch):

@@ -15,7 +15,7 @@ from quantcli.cli.quantize import execute
 from quantcli.cli.recipes import check_format, gguf_types, load_type
 
 if TYPE_CHECKING:
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.recipe import Recipe
 
 DENSE_TYPES = {"bfloat16": "BF16", "float32": "F32"}
@@ -129,8 +129,8 @@ def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
 
 def commonest_type(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The GGUF type that most of a quantized source's weights take: it names the output."""
-    from quantcli.choices import kept_schemes
-    from quantcli.formats.gguf.container import ggml_type_of
+    from quantcli.formats.gguf.file.container import ggml_type_of
+    from quantcli.plan.schemes import kept_schemes
 
     n_weights: Counter[str] = Counter()
     for name, scheme in kept_schemes(checkpoint, recipe, {}).items():

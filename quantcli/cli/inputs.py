@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.cli.console import Console
 
 if TYPE_CHECKING:
-    from quantcli.stats_file import StatsFile
+    from quantcli.statistics.stats_file import StatsFile
     from quantcli.tensors import Stats
 
 
@@ -18,8 +18,8 @@ def describe_stats(stats: StatsFile) -> list[dict[str, Any]]:
 
 
 def describe_tap(tap: str, stats: Stats) -> dict[str, Any]:
-    """The figures of :mod:`quantcli.outliers`, and what they warn of."""
-    from quantcli.outliers import figures_of
+    """The figures of :mod:`quantcli.statistics.outliers`, and what they warn of."""
+    from quantcli.statistics.outliers import figures_of
 
     row = {"tap": tap, **asdict(figures_of(stats))}
     return {**row, "warnings": warnings(row)}

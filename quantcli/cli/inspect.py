@@ -15,7 +15,7 @@ from quantcli.cli.inputs import describe_stats, render_stats
 from quantcli.cli.memory import estimate, render_memory
 
 if TYPE_CHECKING:
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.tensors import Scheme
 
 
@@ -51,7 +51,7 @@ def command(
 
 def inputs_of(checkpoint: Checkpoint, path: Path, console: Console) -> list[dict[str, Any]]:
     """What the statistics at ``path``, measured on this checkpoint, tell of its inputs."""
-    from quantcli.stats_file import StatsFile
+    from quantcli.statistics.stats_file import StatsFile
 
     stats = StatsFile(path)
     stats.check_source(checkpoint, warn=console.warn)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from quantcli.cli.console import Console, size
 
 if TYPE_CHECKING:
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.checkpoint.checkpoint import Checkpoint
 
 
 def estimate(checkpoint: Checkpoint, context: int) -> dict[str, Any]:
     """The bytes of each shipped recipe that fits the model, planned and not measured, smallest first; activations are not counted."""
-    from quantcli import memory
+    from quantcli.plan import memory
 
     return {
         "context": context,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.cli.console import Console
 
 SOURCE_HELP = "Hugging Face folder, Hub id (org/name[@revision]), quantized folder or .gguf file."

@@ -22,11 +22,11 @@ from quantcli.cli.recipes import check_imatrix, choose_recipe, set_cache, set_ca
 from quantcli.errors import RecipeError
 
 if TYPE_CHECKING:
-    from quantcli.calibrated import Data
-    from quantcli.checkpoint import Checkpoint
-    from quantcli.events import Finished, LayerDone, Planned
-    from quantcli.plan import Plan, PlannedLayer
+    from quantcli.calibration.data import Data
+    from quantcli.checkpoint.checkpoint import Checkpoint
+    from quantcli.plan.plan import Plan, PlannedLayer
     from quantcli.recipe import Recipe
+    from quantcli.walk.events import Finished, LayerDone, Planned
 
 Flag = bool | None
 
@@ -109,9 +109,9 @@ def execute(
     dry_run: bool = False,
 ) -> None:
     """Run a recipe, or the one that fits the source, and render what comes of it; ``quantize`` and ``export`` share it."""
-    from quantcli import events, pipeline
     from quantcli.formats import open_checkpoint
-    from quantcli.formats.gguf import importance
+    from quantcli.formats.gguf.imatrix import importance
+    from quantcli.walk import events, pipeline
 
     started = time.perf_counter()
     torch_device = options.set_up_device(console, device, threads)
@@ -149,7 +149,7 @@ def execute(
 def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
     """Raise before hours of work what the writer would raise after them, and keep ``--overwrite`` from other people's files."""
     from quantcli import formats
-    from quantcli.disk import check_replaceable
+    from quantcli.output.disk import check_replaceable
 
     check_replaceable(Path(os.path.realpath(target)), overwrite=overwrite, folder=folder)
     if target.is_file() and not formats.of("gguf").detect(target, None):
@@ -158,10 +158,10 @@ def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
 
 def load_calibration(console: Console, checkpoint: Checkpoint, recipe: Recipe, stats: Path | None) -> Data:
     """Statistics from a file, or token windows from the recipe's texts."""
-    from quantcli import texts
-    from quantcli.calibrated import Windows
+    from quantcli.calibration.data import Windows
     from quantcli.forward import tokenizer
-    from quantcli.stats_file import StatsFile
+    from quantcli.statistics.stats_file import StatsFile
+    from quantcli.text import texts
 
     if stats is not None:
         loaded = StatsFile(stats)

@@ -67,7 +67,7 @@ def check_format(word: str) -> str:
 def gguf_types() -> dict[str, str]:
     """The GGUF file types that a shipped recipe writes → that recipe; Q4_K and Q5_K mean what they mean to llama-quantize."""
     from quantcli import recipe as recipes
-    from quantcli.formats.gguf.filetypes import ALIASES
+    from quantcli.formats.gguf.types.filetypes import ALIASES
 
     types = {mix: name for name in recipes.shipped() if (mix := recipes.load(name).mix)}
     return types | {alias: types[name] for alias, name in ALIASES.items() if name in types}

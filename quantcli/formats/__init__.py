@@ -13,11 +13,11 @@ from torch import Tensor
 
 from quantcli import registry
 from quantcli.archs import Cut
-from quantcli.checkpoint import Checkpoint, locate, read_config, unread
+from quantcli.checkpoint.checkpoint import Checkpoint, locate, read_config, unread
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.importance import Importance, ImportanceSource
+from quantcli.output.writer import Writer
 from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec
-from quantcli.writer import Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class OutputLayout(ABC):
     ) -> Writer:
         """A writer of the files at ``path``, declared, with room for ``outputs``, all of them.
 
-        ``record``: how the output came to be (:meth:`quantcli.provenance.Provenance.to_dict`), for formats that have a place for it;
+        ``record``: how the output came to be (:meth:`quantcli.walk.provenance.Provenance.to_dict`), for formats that have a place for it;
         ``importance``: what weighed plain rounding, for formats that tell where it came from.
         """
 
@@ -120,6 +120,11 @@ class Format(ABC):
     option_names: ClassVar[tuple[str, ...]] = ("max_shard_bytes",)
     """The keys that ``format_options`` of a recipe may have."""
 
+    @property
+    def name(self) -> str:
+        """The name by which :func:`of` finds it."""
+        return type(self).__module__.split(".")[2].replace("_", "-")
+
     @abstractmethod
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         """Whether the folder or file at ``path`` is of this format; ``config``: the folder's config.json."""
@@ -160,7 +165,7 @@ class Format(ABC):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise :class:`RecipeError` for a key of ``format_options`` that this format does not have."""
         if unknown := sorted(options.keys() - set(self.option_names)):
-            raise RecipeError(f"the {name_of(self)} format has no option '{unknown[0]}'; it has: {', '.join(self.option_names) or 'none'}")
+            raise RecipeError(f"the {self.name} format has no option '{unknown[0]}'; it has: {', '.join(self.option_names) or 'none'}")
 
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
         """How ``source`` lies in this format when ``schemes`` code its tensors and the rest stays as it is.
@@ -168,7 +173,7 @@ class Format(ABC):
         Raises :class:`RecipeError` for what the format cannot say or its engines cannot load, :class:`UnsupportedError` where the format
         is only read.
         """
-        raise UnsupportedError(f"{name_of(self)} is read and not written; choose another --format")
+        raise UnsupportedError(f"{self.name} is read and not written; choose another --format")
 
 
 def names() -> tuple[str, ...]:
@@ -183,11 +188,6 @@ def of(name: str) -> Format:
     found = importlib.import_module(f"quantcli.formats.{name.replace('-', '_')}").FORMAT
     assert isinstance(found, Format)
     return found
-
-
-def name_of(fmt: Format) -> str:
-    """The name by which :func:`of` finds ``fmt``."""
-    return type(fmt).__module__.split(".")[2].replace("_", "-")
 
 
 def open_checkpoint(source: str) -> Checkpoint:

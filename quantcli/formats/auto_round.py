@@ -21,13 +21,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.json_files import shown
+from quantcli.checkpoint.shards import open_folder
 from quantcli.errors import UnsupportedError
 from quantcli.formats import DEFAULTS, Format, Request
-from quantcli.formats._packed_folder import PackedCheckpoint, Settings
-from quantcli.formats._patterns import compiled
-from quantcli.json_files import shown
-from quantcli.shards import open_folder
+from quantcli.formats.shared.packed_folder import PackedCheckpoint, Settings
+from quantcli.formats.shared.patterns import compiled
 from quantcli.tensors import Scheme
 
 DEFAULT_PACKING = "auto_round:auto_gptq"

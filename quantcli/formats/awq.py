@@ -1,6 +1,6 @@
 """A Hugging Face folder in AWQ's GEMM layout, which vLLM, SGLang, transformers and GPTQModel read: integers of 4 bits with zero points.
 
-A linear ``<module>.weight`` [out, in] becomes, with eight interleaved nibbles in each word (:mod:`quantcli.formats._packed_int`)::
+A linear ``<module>.weight`` [out, in] becomes, with eight interleaved nibbles in each word (:mod:`quantcli.formats.shared.packed_int`)::
 
     <module>.qweight  I32 [in, out/8]         codes, packed along the outputs
     <module>.qzeros   I32 [n_groups, out/8]   zero points 0 … 15 as they are: nothing is subtracted
@@ -28,10 +28,13 @@ from typing import Any
 from torch import Tensor
 
 from quantcli import __version__
-from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.json_files import read_json, shown
+from quantcli.checkpoint.shards import Shards, open_folder, stored_as
 from quantcli.errors import RecipeError, UnsupportedError, about
-from quantcli.formats import DEFAULTS, Format, Request, _dynamic
-from quantcli.formats._folder import (
+from quantcli.formats import DEFAULTS, Format, Request
+from quantcli.formats.shared import dynamic
+from quantcli.formats.shared.folder import (
     Coded,
     FolderCheckpoint,
     QuantizedFolderLayout,
@@ -43,11 +46,9 @@ from quantcli.formats._folder import (
     shard_bytes,
     split_block,
 )
-from quantcli.formats._fused import check_fused
-from quantcli.formats._packed_int import Packed, find_modules, is_symmetric, looks_symmetric, measure, pack_interleaved, unpacked
-from quantcli.json_files import read_json, shown
+from quantcli.formats.shared.fused import check_fused
+from quantcli.formats.shared.packed_int import Packed, find_modules, is_symmetric, looks_symmetric, measure, pack_interleaved, unpacked
 from quantcli.qtypes import int as int_qtype
-from quantcli.shards import Shards, open_folder, stored_as
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 USUAL_SCHEME = "int4-g128-asym"
@@ -218,7 +219,7 @@ def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str,
         "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": {}},
     }
     if left:  # which GPTQModel's own loader looks for in its rules instead
-        words["dynamic"] = _dynamic.written({**dict.fromkeys(f"{module}.weight" for module in left), **dict.fromkeys(coded, ())}, ())
+        words["dynamic"] = dynamic.written({**dict.fromkeys(f"{module}.weight" for module in left), **dict.fromkeys(coded, ())}, ())
     return words
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import UnsupportedError
 from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
-from quantcli.formats._folder import CONFIG_DTYPES, DENSE_QTYPES, FolderLayout, as_json, dense_dtypes, shard_bytes
-from quantcli.shards import Shards, open_folder
+from quantcli.formats.shared.folder import CONFIG_DTYPES, DENSE_QTYPES, FolderLayout, as_json, dense_dtypes, shard_bytes
 from quantcli.tensors import Scheme
 
 

@@ -24,13 +24,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.json_files import shown
+from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import DEFAULTS, Format, Request
-from quantcli.formats._folder import Coded, FolderCheckpoint
-from quantcli.json_files import shown
+from quantcli.formats.shared.folder import Coded, FolderCheckpoint
 from quantcli.qtypes import hqq as hqq_qtype
-from quantcli.shards import Shards, open_folder
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 SETTINGS = (

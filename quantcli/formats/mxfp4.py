@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.checkpoint import Checkpoint, read_config
+from quantcli.checkpoint.locations import Location, read_tensor
+from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import DEFAULTS, Format, Request
-from quantcli.locations import Location, read_tensor
 from quantcli.qtypes import mxfp4
-from quantcli.shards import Shards, open_folder
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 STACK = re.compile(r"(?P<experts>.+)\.(?P<linear>gate_up_proj|down_proj)_(?P<part>blocks|scales)")

@@ -25,7 +25,7 @@ from quantcli import archs
 from quantcli.experts import expert_of
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.model import Forward
-from quantcli.passes import _basis
+from quantcli.passes.shared import basis
 from quantcli.tensors import Layer, Prev
 
 N_TOKENS = 24
@@ -116,7 +116,7 @@ class _Trial:
         """
         was = {name: self.layer.get(name) for name in norm.names}
         unit = Layer("", {name: W.float() for name, W in was.items()}, {}, prev={"": norm})
-        s = _basis.fold(unit, "", self.random_scales(norm)).float()
+        s = basis.fold(unit, "", self.random_scales(norm)).float()
         for name in was:
             self.layer.set(name, unit.tensors[name])
         divided = {kind: X * s for kind, X in self.read_by_kind().items() if kind in read and X.shape[-1] == len(s)}
@@ -152,14 +152,14 @@ class _Trial:
 
     def random_scales(self, prev: Prev) -> Tensor:
         s = torch.empty(len(prev.channel)).uniform_(-1, 1, generator=self.random).exp2()
-        return _basis.shared(s, prev, "mean")
+        return basis.shared(s, prev, "mean")
 
     def change(self, readers: Mapping[str, str], s: Tensor, prev: Prev, *, folded: bool) -> float:
         """How far the layer's output moves when the columns of ``readers`` are multiplied by ``s``, ``folded`` into prev or not."""
         touched = (*readers, *prev.names)
         was = {name: self.layer.get(name) for name in touched}
         unit = Layer("", {name: W.float() for name, W in was.items()}, {}, dict(readers), prev=dict.fromkeys(readers.values(), prev))
-        _basis.fold(unit, next(iter(readers.values())), s)
+        basis.fold(unit, next(iter(readers.values())), s)
         for name in touched if folded else readers:
             self.layer.set(name, unit.tensors[name])
         output = self.layer(self.hidden, self.ids)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
-from quantcli.cuts import Piece
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.views import Piece
 from quantcli.tensors import TensorSpec
 
 PROBE_ROWS = 4

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli import cuts, heap
-from quantcli.checkpoint import Checkpoint
+from quantcli import heap
+from quantcli.checkpoint import views
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import UnsupportedError
 from quantcli.forward.cache import OnUpdate
 from quantcli.forward.layer import LoadedLayer, OnRead
@@ -40,7 +41,7 @@ class Forward:
     experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model has no place for; ``caches``: where keys and
     values are kept, whose taps are apart from ``taps``.
 
-    ``checkpoint``: with a tensor for each expert's linear where its family has names for them (:mod:`quantcli.arrange`).
+    ``checkpoint``: with a tensor for each expert's linear where its family has names for them (:mod:`quantcli.plan.arrange`).
     Experts run one after the other, transformers' implementation "eager". ``all_tokens``: observed experts are shown every token, not
     only those routed to them.
 
@@ -68,7 +69,7 @@ class Forward:
         self.device = torch.device(device)
         self._model = model
         self.checkpoint = checkpoint
-        names = NameMap(model, checkpoint.specs, checkpoint.source, cuts.experts_apart(checkpoint))
+        names = NameMap(model, checkpoint.specs, checkpoint.source, views.experts_apart(checkpoint))
         self._stack = Stack(self._model)
         self._weights = Weights(self._stack, names, checkpoint, dtype, self.device)
         self._by_tokens = self._stack.trace(self.device)

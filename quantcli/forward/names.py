@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.cuts import Joint
+from quantcli.checkpoint.views import Joint
 from quantcli.errors import CheckpointError
 from quantcli.tensors import TensorSpec
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from quantcli.checkpoint import Checkpoint
+    from quantcli.checkpoint.checkpoint import Checkpoint
 
 
 def tokenizer(checkpoint: Checkpoint) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.forward.names import NameMap, Source
 from quantcli.forward.skeleton import drop, dtypes, put
 from quantcli.forward.stack import Stack

@@ -13,7 +13,7 @@ Where we differ:
 - Both losses are traces with H = E[x·xᵀ], tr(E·H·Eᵀ) and, for a group, its diagonal block of H. They are what the paper measures on module
   inputs it keeps, without keeping any.
 - x̄ is √E[x²] rather than E|x|: it is at hand, and the ratios found do as well.
-- The ratios are tried on about :data:`quantcli.passes._basis.SAMPLED_ROWS` rows of a tap, evenly spread: all rows share the scales.
+- The ratios are tried on about :data:`quantcli.passes.shared.basis.SAMPLED_ROWS` rows of a tap, evenly spread: all rows share the scales.
 - Experts that read one norm share one s: their losses count by their tokens, and x̄ is that of all tokens that reached one.
 - Rounding before the clipping is our weighted least-squares search, which shrinks the range already where that pays on the diagonal of H.
   What the clipping search adds is the rest of the block: rounding errors of a group that cancel in its output. On the pico model it takes
@@ -39,8 +39,9 @@ from typing_extensions import override
 from quantcli import qtypes
 from quantcli.errors import RecipeError, about
 from quantcli.ops.choice import choose_grid
-from quantcli.passes import Pass, _basis, _runs
-from quantcli.passes._fused import fused_parts
+from quantcli.passes import Pass
+from quantcli.passes.shared import basis, runs
+from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Grid, Layer, Prev, QuantizedTensor, Report, Scheme, Stats
 
 CLIP_FACTORS = tuple(0.80 + 0.35 * i / 39 for i in range(40))
@@ -78,11 +79,11 @@ def input_scales(importance: Tensor, prev: Prev, ratio: float) -> Tensor:
     """s(r) [in] from ``importance`` [in], the mean of x². An input that calibration never saw counts as one of middling size."""
     seen = importance > 0
     size = torch.where(seen, importance, importance[seen].median() if bool(seen.any()) else 1.0)
-    s = _basis.shared(size, prev, "mean").sqrt() ** ratio
+    s = basis.shared(size, prev, "mean").sqrt() ** ratio
     return s / (s.max() * s.min()).sqrt()
 
 
-def search(reads: Sequence[_basis.Read], prev: Prev, n_grid: int = 20, *, compensated: bool = False) -> Found:
+def search(reads: Sequence[basis.Read], prev: Prev, n_grid: int = 20, *, compensated: bool = False) -> Found:
     """The ratio with the smallest loss over the taps ``reads`` that share ``prev``, whose statistics have H."""
     Hs = [H for read in reads if (H := read.stats.H) is not None]
     own = [H.diagonal().contiguous() for H in Hs]
@@ -91,7 +92,7 @@ def search(reads: Sequence[_basis.Read], prev: Prev, n_grid: int = 20, *, compen
     weighed = list(zip(reads, own, measures, strict=True))
 
     def loss(s: Tensor) -> Tensor:
-        return torch.stack([read.share * _basis.rounding_error(read.Ws, s, mine, measure) for read, mine, measure in weighed]).sum()
+        return torch.stack([read.share * basis.rounding_error(read.Ws, s, mine, measure) for read, mine, measure in weighed]).sum()
 
     ratios = [i / n_grid for i in range(n_grid)]
     losses = torch.stack([loss(input_scales(importance, prev, ratio)) for ratio in ratios]).tolist()  # a GPU is waited for once
@@ -162,8 +163,8 @@ class Awq(Pass[Options]):
     @override
     def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
         """Change the basis of every tap that has a ``layer.prev``, then quantize every tensor of ``layer.schemes``."""
-        by_tap = _runs.by_tap(layer, stats)
-        hessians = {tap: _runs.hessian(tap, stats[tap], layer.tensors[names[0]].device, "awq") for tap, names in by_tap.items()}
+        by_tap = runs.by_tap(layer, stats)
+        hessians = {tap: runs.hessian(tap, stats[tap], layer.tensors[names[0]].device, "awq") for tap, names in by_tap.items()}
         settings: dict[str, dict[str, float]] = {}
         for tap in by_tap:
             if tap not in layer.prev or options.n_grid == 1 or tap in settings:
@@ -172,17 +173,17 @@ class Awq(Pass[Options]):
             known = {each: stats[each] for each in together if each in stats}
             known |= {each: replace(known[each], H=hessians[each]) for each in together if each in hessians}
             with about(tap):
-                found = search(_basis.reads(layer, tap, known), layer.prev[tap], options.n_grid, compensated=options.compensated)
+                found = search(basis.reads(layer, tap, known), layer.prev[tap], options.n_grid, compensated=options.compensated)
             settings |= {each: {"awq_ratio": found.ratio, "awq_loss": round(found.loss, 4)} for each in together}
             if found.ratio > 0:
-                s = _basis.fold(layer, tap, found.s).float()
+                s = basis.fold(layer, tap, found.s).float()
                 hessians |= {each: hessians[each] / s / s[:, None] for each in together if each in hessians}
         reports, shared = [], fused_parts(layer)
         for name in layer.schemes:
             tap = layer.taps[name]
             solve = partial(quantize, H=hessians[tap], options=options, fused=shared.get(name))
-            notes = _basis.notes(layer, tap, "awq")
-            reports.append(_runs.code(layer, name, solve, hessians[tap], notes=notes, settings=settings.get(tap, {})))
+            notes = basis.notes(layer, tap, "awq")
+            reports.append(runs.code(layer, name, solve, hessians[tap], notes=notes, settings=settings.get(tap, {})))
         return Report(tuple(reports))
 
 

@@ -45,8 +45,9 @@ from typing_extensions import override
 
 from quantcli import ops, qtypes
 from quantcli.errors import NumericsError, RecipeError, about
-from quantcli.passes import Pass, _runs
-from quantcli.passes._fused import fused_parts
+from quantcli.passes import Pass
+from quantcli.passes.shared import runs
+from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
 
 DAMP_LADDER: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
@@ -222,7 +223,7 @@ class Gptq(Pass[Options]):
 
         ``layer.taps`` names the tap of each; a tap without statistics is a :class:`RecipeError`.
         """
-        by_tap = _runs.by_tap(layer, stats).items()
+        by_tap = runs.by_tap(layer, stats).items()
         return Report(tuple(report for tap, members in by_tap for report in _run_tap(layer, tap, members, stats[tap], options)))
 
 
@@ -230,7 +231,7 @@ PASS = Gptq()
 
 
 def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, options: Options) -> list[TensorReport]:
-    H = _runs.hessian(tap, stats, layer.tensors[members[0]].device, "gptq")
+    H = runs.hessian(tap, stats, layer.tensors[members[0]].device, "gptq")
     with about(tap):
         factor = factorize(H, damp_ratio=options.damp_ratio, act_order=options.act_order)
     notes = []
@@ -243,7 +244,7 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
         notes += note
     shared = fused_parts(layer)
     solve = partial(quantize, H=H, factor=factor, options=options)
-    return [_runs.code(layer, name, partial(solve, fused=shared.get(name)), H, notes=tuple(notes)) for name in members]
+    return [runs.code(layer, name, partial(solve, fused=shared.get(name)), H, notes=tuple(notes)) for name in members]
 
 
 def _asymmetric(tap: str, factor: Factor, stats: Stats, options: Options) -> tuple[Factor, list[str]]:

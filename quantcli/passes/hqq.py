@@ -36,7 +36,8 @@ from typing_extensions import override
 
 from quantcli import qtypes
 from quantcli.errors import RecipeError, UnsupportedError
-from quantcli.passes import Pass, _runs
+from quantcli.passes import Pass
+from quantcli.passes.shared import runs
 from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats
 
 CHUNK_ELEMENTS = 1 << 17
@@ -175,7 +176,7 @@ class Hqq(Pass[Options]):
     @override
     def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
         """Quantize every tensor of ``layer.schemes``; ``stats`` are not looked at."""
-        return Report(tuple(_runs.code(layer, name, partial(quantize, options=options)) for name in layer.schemes))
+        return Report(tuple(runs.code(layer, name, partial(quantize, options=options)) for name in layer.schemes))
 
 
 PASS = Hqq()

@@ -16,7 +16,7 @@ from typing_extensions import override
 from quantcli import qtypes
 from quantcli.errors import NumericsError, about
 from quantcli.passes import Pass
-from quantcli.passes._fused import fused_parts
+from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
 
 

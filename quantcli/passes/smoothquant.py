@@ -31,7 +31,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from quantcli.errors import RecipeError, about
-from quantcli.passes import Pass, _basis, _runs
+from quantcli.passes import Pass
+from quantcli.passes.shared import basis, runs
 from quantcli.tensors import Layer, Report, Scheme, Stats, TensorReport
 
 ALPHAS = tuple(i / 20 for i in range(2, 19))
@@ -73,7 +74,7 @@ def expected_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, stats: Stats) -
     """A number, float64: the mean over tokens of the output error of one tap, weights ``Ws`` [out, in] float32 by scheme and inputs
     rounded in basis ``s``."""
     assert stats.H is not None
-    total = _basis.rounding_error(Ws, s, stats.importance, stats.H)
+    total = basis.rounding_error(Ws, s, stats.importance, stats.H)
     for scheme, weights in Ws.items():
         step = step_squared(stats, s, str(scheme.get("act", "")))
         for W in weights:
@@ -81,7 +82,7 @@ def expected_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, stats: Stats) -
     return total
 
 
-def search(reads: Sequence[_basis.Read], absmax: Tensor, largest: Tensor) -> tuple[float, Tensor]:
+def search(reads: Sequence[basis.Read], absmax: Tensor, largest: Tensor) -> tuple[float, Tensor]:
     """The α with the smallest expected error over the taps ``reads`` and its scales; 0 and ones where no α does better than the basis as
     it is."""
 
@@ -110,14 +111,14 @@ class SmoothQuant(Pass[Options]):
         """Change the basis of every tap whose ``layer.prev`` may take scales over. Quantizes nothing."""
         reports = []
         settings: dict[str, dict[str, float]] = {}
-        for tap, names in _runs.by_tap(layer, stats).items():
-            notes = _basis.notes(layer, tap, "smoothquant")
+        for tap, names in runs.by_tap(layer, stats).items():
+            notes = basis.notes(layer, tap, "smoothquant")
             if tap in layer.prev and tap not in settings and (options.linears or layer.tensors[layer.prev[tap].names[0]].ndim == 1):
                 with about(tap):
                     alpha, s = scales(layer, tap, stats, options.alpha)
                 settings |= {each: {"smoothquant_alpha": alpha} for each in layer.prev[tap].taps(tap)}
                 if bool((s != 1).any()):
-                    _basis.fold(layer, tap, s)
+                    basis.fold(layer, tap, s)
             reports += [TensorReport(name, 0.0, notes, settings=settings.get(tap, {})) for name in names]
         return Report(tuple(reports))
 
@@ -127,11 +128,11 @@ PASS = SmoothQuant()
 
 def scales(layer: Layer, tap: str, stats: Mapping[str, Stats], alpha: float | str) -> tuple[float, Tensor]:
     """α and s [in] of ``tap``, and of the taps that share its prev."""
-    prev, reads = layer.prev[tap], _basis.reads(layer, tap, stats)
-    names = [name for each in prev.taps(tap) for name in _basis.coded(layer, each)]
-    absmax = _basis.shared(torch.stack([read.stats.absmax for read in reads]).amax(0), prev, "amax")
+    prev, reads = layer.prev[tap], basis.reads(layer, tap, stats)
+    names = [name for each in prev.taps(tap) for name in basis.coded(layer, each)]
+    absmax = basis.shared(torch.stack([read.stats.absmax for read in reads]).amax(0), prev, "amax")
     columns = torch.stack([layer.tensors[name].abs().amax(0).float() for name in names]).amax(0)
-    largest = _basis.shared(columns, prev, "amax")
+    largest = basis.shared(columns, prev, "amax")
     if alpha != AUTO:
         return float(alpha), input_scales(absmax, largest, float(alpha))
     if any(read.stats.H is None for read in reads):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from quantcli.qtypes._dense import DenseType
+from quantcli.qtypes.shared.dense import DenseType
 
 QTYPE = DenseType("f32")

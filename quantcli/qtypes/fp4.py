@@ -11,7 +11,7 @@ At equal size NF4 is nearer to trained weights, which are close to normal; FP4 i
 
 from __future__ import annotations
 
-from quantcli.qtypes._float4 import Float4Type
+from quantcli.qtypes.shared.float4 import Float4Type
 
 TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 

@@ -28,7 +28,7 @@ from typing_extensions import override
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.ops.minifloat import FLOAT8, Float8, Tile, dequantize_fp8, quantize_fp8, tiles_of
 from quantcli.qtypes import Parts, QType
-from quantcli.qtypes._minifloat import check_matrix, finite_absmax, float_bits, signed_book
+from quantcli.qtypes.shared.minifloat import check_matrix, finite_absmax, float_bits, signed_book
 from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec
 
 STRATEGIES = ("tensor", "channel", "block")

@@ -7,6 +7,6 @@ differs. llama.cpp's exponent, bit for bit, is ⌊log2(largest |w|)⌋ − 2, an
 
 from __future__ import annotations
 
-from quantcli.qtypes._ggml import BlockType
+from quantcli.qtypes.shared.ggml import BlockType
 
 QTYPE = BlockType("ggml_mxfp4")

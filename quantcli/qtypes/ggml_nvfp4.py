@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from quantcli.ops.minifloat import FLOAT8, FP4_LARGEST
 from quantcli.qtypes import Parts
-from quantcli.qtypes._ggml import BlockType
+from quantcli.qtypes.shared.ggml import BlockType
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
 

@@ -8,6 +8,6 @@ The search is llama.cpp's (ggml-quants.c), bit for bit.
 
 from __future__ import annotations
 
-from quantcli.qtypes._ggml import BookType
+from quantcli.qtypes.shared.ggml import BookType
 
 QTYPE = BookType("iq2_xxs")

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from quantcli.ops.minifloat import dequantize_fp8, group_step, mx_scale, quantize_fp8
 from quantcli.qtypes import Parts, QType
-from quantcli.qtypes._minifloat import check_matrix, finite_absmax, float_bits, signed_book
+from quantcli.qtypes.shared.minifloat import check_matrix, finite_absmax, float_bits, signed_book
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 GROUP = 32

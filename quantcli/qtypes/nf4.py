@@ -17,7 +17,7 @@ Options: ``block_size`` 32 … 4096; ``double_quant``: the scales in 8 bits, 0.4
 
 from __future__ import annotations
 
-from quantcli.qtypes._float4 import Float4Type
+from quantcli.qtypes.shared.float4 import Float4Type
 
 LEVELS = (
     -1.0,

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from quantcli.ops.minifloat import FLOAT8, FP4_LARGEST, FP4_LEVELS, ZERO_GROUP_BYTE, dequantize_fp4, fit_fp4, group_step, quantize_fp4
 from quantcli.qtypes import Parts, QType
-from quantcli.qtypes._minifloat import check_matrix, check_search, finite_absmax, fp4_book, fp4_packed
+from quantcli.qtypes.shared.minifloat import check_matrix, check_search, finite_absmax, fp4_book, fp4_packed
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 GROUP = 16

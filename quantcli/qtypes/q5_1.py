@@ -8,6 +8,6 @@ The search is llama.cpp's (ggml-quants.c), bit for bit. In its mixes it stands i
 
 from __future__ import annotations
 
-from quantcli.qtypes._ggml import OffsetType
+from quantcli.qtypes.shared.ggml import OffsetType
 
 QTYPE = OffsetType("q5_1")

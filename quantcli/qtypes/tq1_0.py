@@ -6,6 +6,6 @@ The scale is the largest |w|, and weights are rounded to nearest, as llama.cpp d
 
 from __future__ import annotations
 
-from quantcli.qtypes._ggml import BlockType
+from quantcli.qtypes.shared.ggml import BlockType
 
 QTYPE = BlockType("tq1_0")

@@ -18,7 +18,8 @@ from stopwatch import best_seconds
 from torch import Tensor
 
 from quantcli import ops, qtypes
-from quantcli.passes import _basis, awq
+from quantcli.passes import awq
+from quantcli.passes.shared import basis
 from quantcli.tensors import Grid, Scheme, output_error
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ def main() -> None:
     words = parser.parse_args()
     ops.set_threads(1)
     W, H = problem(words.rows, words.inputs, words.device)
-    few, importance = W[: _basis.SAMPLED_ROWS].contiguous(), H.diagonal().contiguous()
+    few, importance = W[: basis.SAMPLED_ROWS].contiguous(), H.diagonal().contiguous()
     s = importance**0.25
     compare("output error", partial(output_error, few, H), lambda: ((few @ H) * few).sum(), float)
     for scheme in map(Scheme.parse, words.schemes):

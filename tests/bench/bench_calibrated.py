@@ -19,7 +19,6 @@ from pathlib import Path
 from bench_export import timed
 from safetensors.torch import save_file
 
-from quantcli import texts
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 
@@ -67,7 +66,7 @@ def main() -> None:
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as made, open_checkpoint(str(words.model)) as source:
         windows = Path(made) / "windows.safetensors"
-        ids = texts.windows_of([str(words.calibration)], tokenizer(source), words.samples, words.seq_len)
+        ids = windows.windows_of([str(words.calibration)], tokenizer(source), words.samples, words.seq_len)
         save_file({"windows": ids.contiguous()}, windows)
         for method in words.methods:
             compare(method, Path(made), windows, words)

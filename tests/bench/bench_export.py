@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf.headers import read_header
+from quantcli.formats.gguf.file.headers import read_header
 
 LLAMA_CPP = Path(os.environ.get("QUANTCLI_LLAMA_CPP", "/nowhere"))
 
@@ -152,10 +152,12 @@ class Clock:
 
 
 def profile(model: Path, out: Path, threads: int) -> None:
-    from quantcli import ops, pipeline, writer
-    from quantcli.checkpoint import Checkpoint
+    from quantcli import ops
+    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.cli.export import recipe_of_type
+    from quantcli.output import writer
     from quantcli.passes import rtn
+    from quantcli.walk import pipeline
 
     ops.set_threads(threads)
     clock = Clock()

@@ -30,11 +30,12 @@ from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, w
 from safetensors.torch import save_file
 
 from quantcli import ops, qtypes
-from quantcli.arrange import open_forward
+from quantcli.calibration.measuring import measure
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates, LoadedLayer, run_dtype
-from quantcli.measuring import measure
-from quantcli.passes import _basis, awq, gptq
+from quantcli.passes import awq, gptq
+from quantcli.passes.shared import basis
+from quantcli.plan.arrange import open_forward
 from quantcli.tensors import Layer, Prev, Scheme, Stats
 
 T = TypeVar("T")
@@ -119,9 +120,9 @@ def rescaled(bench: Bench, word: str, Ws: list[Tensor], H: Tensor) -> None:
     """AWQ on one tap: ratios tried on sampled rows, then the clipping of all."""
     n, rows = len(H), sum(len(W) for W in Ws)
     names = [f"{i}.weight" for i in range(len(Ws))]
-    few = _basis.sampled(Layer("", dict(zip(names, Ws, strict=True)), dict.fromkeys(names, SCHEME)), names)
+    few = basis.sampled(Layer("", dict(zip(names, Ws, strict=True)), dict.fromkeys(names, SCHEME)), names)
     work = 20 * sum(len(W) for W in few[SCHEME]) * n * n  # the upper half of each product
-    read = _basis.Read(few, Stats(H.diagonal(), torch.ones(n), torch.zeros(n), 1, H))
+    read = basis.Read(few, Stats(H.diagonal(), torch.ones(n), torch.zeros(n), 1, H))
     bench.stage(f"awq ratios {word}", lambda: awq.search([read], Prev(("",), torch.arange(n))), work, 20 * 4 * n * n)
     importance, qtype = H.diagonal().contiguous(), qtypes.of(SCHEME.qtype)
     pairs = [(W, qtype.fit(W, SCHEME, importance)) for W in Ws]

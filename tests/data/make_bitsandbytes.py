@@ -3,7 +3,7 @@
     PYTHON_WITH_BITSANDBYTES tests/data/make_bitsandbytes.py [TARGET]
 
 Names: ``<input>/W``; ``<input>/<nf4|fp4>-b<block>[-dq]/<part>`` with the tensors of its QuantState as a folder would hold them;
-``<input>/llm_int8/<weight|SCB>``; ``…/decoded`` in float32. bitsandbytes sums on one thread here (see quantcli/qtypes/_float4.py).
+``<input>/llm_int8/<weight|SCB>``; ``…/decoded`` in float32. bitsandbytes sums on one thread here (see quantcli/qtypes/shared/float4.py).
 """
 
 from __future__ import annotations

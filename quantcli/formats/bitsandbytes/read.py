@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from quantcli.checkpoint import read_config
+from quantcli.checkpoint.checkpoint import read_config
+from quantcli.checkpoint.json_files import parse_json, shown
+from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats._folder import Coded, FolderCheckpoint, model_dtype, module_of
-from quantcli.formats._fused import fused_groups
 from quantcli.formats.bitsandbytes import state as states
 from quantcli.formats.bitsandbytes.state import LEVELS, PREFIX, State
-from quantcli.json_files import parse_json, shown
-from quantcli.qtypes import _float4
-from quantcli.shards import Shards, open_folder
+from quantcli.formats.shared.folder import Coded, FolderCheckpoint, model_dtype, module_of
+from quantcli.formats.shared.fused import fused_groups
+from quantcli.qtypes.shared import float4
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -153,8 +153,8 @@ def check_tensors(folder: Folder, name: str, state: State) -> None:
         if spec is None or spec.dtype not in dtypes or spec.shape != shape:
             got = "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
             raise CheckpointError(f"{path}: {name}.{part} is {got}; expected {' or '.join(dtypes)} {list(shape)}")
-    if state.block_size not in _float4.BLOCK_SIZES:
-        raise UnsupportedError(f"{path}: {name} has blocks of {state.block_size}; bitsandbytes has {_float4.BLOCK_SIZES}")
+    if state.block_size not in float4.BLOCK_SIZES:
+        raise UnsupportedError(f"{path}: {name} has blocks of {state.block_size}; bitsandbytes has {float4.BLOCK_SIZES}")
 
 
 def note_levels(folder: Folder, name: str, state: State) -> None:
@@ -172,10 +172,10 @@ def note_levels(folder: Folder, name: str, state: State) -> None:
 def has_usual_scales(folder: Folder, name: str, state: State) -> bool:
     """Whether the scales of ``name`` are coded by bitsandbytes' own map in its own blocks."""
     assert state.nested is not None
-    stored, usual = folder.shards.read(f"{name}.nested_quant_map"), _float4.dynamic_map()
+    stored, usual = folder.shards.read(f"{name}.nested_quant_map"), float4.dynamic_map()
     if not bool(((stored - usual).abs() < SAME_ENTRY).all()):
         folder.notes.append(f"{name}.nested_quant_map differs from bitsandbytes' dynamic map; its entries are obeyed, as engines do")
-    return torch.equal(stored, usual) and state.nested.block_size == _float4.NESTED_BLOCK
+    return torch.equal(stored, usual) and state.nested.block_size == float4.NESTED_BLOCK
 
 
 def find_rows(folder: Folder, dtype: str) -> dict[str, Coded]:

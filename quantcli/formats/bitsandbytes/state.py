@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantcli.checkpoint.json_files import shown
 from quantcli.errors import CheckpointError
-from quantcli.json_files import shown
 from quantcli.qtypes import fp4, nf4
 
 PREFIX = "quant_state.bitsandbytes__"

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.experts import expert_of
 from quantcli.formats import DEFAULTS, Request
-from quantcli.formats._folder import (
+from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
+from quantcli.formats.bitsandbytes.state import LEVELS, NAMES, PREFIX, Nested, State
+from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
     coded_only,
     dense_dtypes,
@@ -25,10 +27,8 @@ from quantcli.formats._folder import (
     shard_bytes,
     split_block,
 )
-from quantcli.formats._fused import check_fused, fused_groups
-from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
-from quantcli.formats.bitsandbytes.state import LEVELS, NAMES, PREFIX, Nested, State
-from quantcli.qtypes import _float4
+from quantcli.formats.shared.fused import check_fused, fused_groups
+from quantcli.qtypes.shared import float4
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
@@ -81,7 +81,7 @@ class BitsAndBytesLayout(QuantizedFolderLayout):
             f"{name}.{PREFIX}{scheme.qtype}": torch.frombuffer(bytearray(text), dtype=torch.uint8),
         }
         if nested:
-            files |= {f"{name}.nested_absmax": tensor.parts["nested_absmax"], f"{name}.nested_quant_map": _float4.dynamic_map()}
+            files |= {f"{name}.nested_absmax": tensor.parts["nested_absmax"], f"{name}.nested_quant_map": float4.dynamic_map()}
         return files
 
 
@@ -160,7 +160,7 @@ def dense_modules(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
 def state_of(spec_shape: tuple[int, ...], scheme: Scheme, dtype: str, offset: float = 0.0) -> State:
     """What the JSON of a weight says; ``dtype`` that it had, or F32 for one that bitsandbytes has no word for."""
     out, n_in = spec_shape
-    nested = Nested(_float4.NESTED_BLOCK, offset) if scheme.option("double_quant") else None
+    nested = Nested(float4.NESTED_BLOCK, offset) if scheme.option("double_quant") else None
     return State(scheme.qtype, scheme.option("block_size"), dtype if dtype in NAMES else "F32", (out, n_in), nested)
 
 

@@ -39,7 +39,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
 from quantcli.formats.compressed_tensors import read, write
 from quantcli.tensors import Scheme

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.shards import Shards
 from quantcli.errors import CheckpointError
 from quantcli.formats.compressed_tensors.config import Arguments, argument_words, parse_arguments
-from quantcli.shards import Shards
 from quantcli.tensors import DTYPES, KvCache, TensorSpec
 
 SCHEMES: dict[str, Arguments] = {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantcli.checkpoint.shards import shown
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.shards import shown
 from quantcli.tensors import Scheme
 
 METHOD = "compressed-tensors"

@@ -9,10 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quantcli.checkpoint.shards import shown
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.compressed_tensors.config import Arguments
 from quantcli.ops.bits import BITS, codes_per_run, pack_bits, unpack_bits
-from quantcli.shards import shown
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 SCALE_DTYPES = ("F16", "BF16", "F32")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from quantcli.formats._folder import split_block
-from quantcli.formats._patterns import is_tame
+from quantcli.checkpoint.shards import shown
 from quantcli.formats.compressed_tensors.config import Group, Words
-from quantcli.shards import shown
+from quantcli.formats.shared.folder import split_block
+from quantcli.formats.shared.patterns import is_tame
 
 
 class Patterns:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from quantcli.checkpoint import read_config
+from quantcli.checkpoint.checkpoint import read_config
+from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
-from quantcli.formats._folder import Coded, FolderCheckpoint, model_dtype, module_of
 from quantcli.formats.compressed_tensors import cache, floats, ints
 from quantcli.formats.compressed_tensors.config import (
     INPUTS,
@@ -26,7 +26,7 @@ from quantcli.formats.compressed_tensors.config import (
     words_of,
 )
 from quantcli.formats.compressed_tensors.match import Claims, contradictions, listed
-from quantcli.shards import Shards, open_folder
+from quantcli.formats.shared.folder import Coded, FolderCheckpoint, model_dtype, module_of
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 WEIGHT_FILES = (

@@ -9,10 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Request
-from quantcli.formats._folder import (
+from quantcli.formats.compressed_tensors import cache as caches
+from quantcli.formats.compressed_tensors import floats, ints
+from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_words, input_scale_file
+from quantcli.formats.compressed_tensors.match import targets_of
+from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
     coded_only,
     dense_dtypes,
@@ -22,11 +26,7 @@ from quantcli.formats._folder import (
     shard_bytes,
     split_block,
 )
-from quantcli.formats._fused import check_fused
-from quantcli.formats.compressed_tensors import cache as caches
-from quantcli.formats.compressed_tensors import floats, ints
-from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_words, input_scale_file
-from quantcli.formats.compressed_tensors.match import targets_of
+from quantcli.formats.shared.fused import check_fused
 from quantcli.ops.bits import codes_per_run
 from quantcli.qtypes import int as int_qtype
 from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec

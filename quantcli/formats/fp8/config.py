@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.json_files import shown
 from quantcli.errors import CheckpointError
-from quantcli.formats._folder import module_of, split_block
-from quantcli.json_files import shown
+from quantcli.formats.shared.folder import module_of, split_block
 from quantcli.tensors import Scheme, TensorSpec
 
 LISTS = ("modules_to_not_convert", "ignored_layers")

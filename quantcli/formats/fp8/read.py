@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import read_config
+from quantcli.checkpoint.checkpoint import read_config
+from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import CheckpointError
-from quantcli.formats._folder import Coded, FolderCheckpoint, model_dtype
 from quantcli.formats.fp8.config import Words, disagreements
+from quantcli.formats.shared.folder import Coded, FolderCheckpoint, model_dtype
 from quantcli.ops.minifloat import group_step, tiles_of
 from quantcli.qtypes import fp8, mxfp4
-from quantcli.shards import Shards, open_folder
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 METHODS = ("fp8", "fbgemm_fp8")

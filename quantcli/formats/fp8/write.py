@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Request
-from quantcli.formats._folder import (
+from quantcli.formats.fp8.config import quantization_words
+from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
     coded_only,
     dense_dtypes,
@@ -21,8 +22,7 @@ from quantcli.formats._folder import (
     shard_bytes,
     split_block,
 )
-from quantcli.formats._fused import check_fused
-from quantcli.formats.fp8.config import quantization_words
+from quantcli.formats.shared.fused import check_fused
 from quantcli.qtypes import fp8
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 

@@ -14,21 +14,23 @@ from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 from torch import Tensor
 
 from quantcli.archs import Architecture, Cut, StoredNames
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
-from quantcli.formats.gguf import filetypes, naming, rope, splits
-from quantcli.formats.gguf import importance as weighing
-from quantcli.formats.gguf import metadata as keyed
-from quantcli.formats.gguf.chooser import DENSE, is_quantizable
-from quantcli.formats.gguf.container import MAGIC, Field, ggml_type_of, qtype_of, tensor_spec
-from quantcli.formats.gguf.naming import architecture
-from quantcli.formats.gguf.reader import GgufCheckpoint
-from quantcli.formats.gguf.tokenizer import add_tokenizer
+from quantcli.formats.gguf.file import splits
+from quantcli.formats.gguf.file.container import MAGIC, Field, ggml_type_of, qtype_of, tensor_spec
+from quantcli.formats.gguf.imatrix import importance as weighing
+from quantcli.formats.gguf.model import metadata as keyed
+from quantcli.formats.gguf.model import naming, rope
+from quantcli.formats.gguf.model.naming import architecture
+from quantcli.formats.gguf.read import GgufCheckpoint
+from quantcli.formats.gguf.tokens.tokenizer import add_tokenizer
+from quantcli.formats.gguf.types import filetypes
+from quantcli.formats.gguf.types.chooser import DENSE, is_quantizable
 from quantcli.importance import Importance, ImportanceSource
 from quantcli.ops.blocks import KINDS
+from quantcli.output.writer import Writer
 from quantcli.tensors import DTYPE_NAMES, DTYPES, QuantizedTensor, Scheme, TensorSpec
-from quantcli.writer import Writer
 
 SCALED_IN = ("llama", "qwen3", "qwen3moe")
 """GGUF architectures where llama.cpp multiplies by the scale beside every matrix; in others it loads those of the MLP and forgets them."""

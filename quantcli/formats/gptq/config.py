@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quantcli import __version__
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.json_files import read_json, shown
 from quantcli.errors import UnsupportedError
-from quantcli.formats import _dynamic
-from quantcli.formats._folder import dense_linears, module_of, split_block
-from quantcli.formats._packed_folder import Settings
-from quantcli.json_files import read_json, shown
+from quantcli.formats.shared import dynamic
+from quantcli.formats.shared.folder import dense_linears, module_of, split_block
+from quantcli.formats.shared.packed_folder import Settings
 from quantcli.tensors import Scheme
 
 V1, V2 = "gptq", "gptq_v2"
@@ -22,7 +22,7 @@ LEGACY_CONFIG = "quantize_config.json"
 
 def settings_reader(words: Mapping[str, Any]) -> Callable[[str], Settings]:
     """The declared settings of a module: the folder's, as changed by its ``dynamic`` rules."""
-    rule = _dynamic.reader(words.get("dynamic"))
+    rule = dynamic.reader(words.get("dynamic"))
 
     def of(module: str) -> Settings:
         own = rule(module)
@@ -78,8 +78,8 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version:
     if left := dense_linears(source, coded):
         # vLLM and optimum take the list of what is quantized, GPTQModel the patterns of what is not.
         words["modules_in_block_to_quantize"] = [module_suffixes(coded, left), *([["lm_head"]] if words["lm_head"] else [])]
-    if dynamic := _dynamic.written({**dict.fromkeys(left), **settings}, common):
-        words["dynamic"] = dynamic
+    if rules := dynamic.written({**dict.fromkeys(left), **settings}, common):
+        words["dynamic"] = rules
     return words
 
 

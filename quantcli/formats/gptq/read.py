@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint import read_config
-from quantcli.formats._packed_folder import PackedCheckpoint
+from quantcli.checkpoint.checkpoint import read_config
+from quantcli.checkpoint.json_files import shown
+from quantcli.checkpoint.shards import open_folder
 from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, declared_version, is_gptq, legacy_words, settings_reader
-from quantcli.json_files import shown
-from quantcli.shards import open_folder
+from quantcli.formats.shared.packed_folder import PackedCheckpoint
 
 
 def detect(path: Path, config: dict[str, Any] | None) -> bool:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.shards import stored_as
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Request
-from quantcli.formats._folder import (
+from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_settings, quantization_words, surprises
+from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
     as_json,
     coded_only,
@@ -23,12 +25,10 @@ from quantcli.formats._folder import (
     shard_bytes,
     split_block,
 )
-from quantcli.formats._fused import check_fused
-from quantcli.formats._packed_int import BITS, natural_groups
-from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_settings, quantization_words, surprises
+from quantcli.formats.shared.fused import check_fused
+from quantcli.formats.shared.packed_int import BITS, natural_groups
 from quantcli.ops.bits import codes_per_run, pack_bits
 from quantcli.qtypes import int as int_qtype
-from quantcli.shards import stored_as
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 

@@ -1,0 +1,90 @@
+"""Token windows → Stats for each tap, measured layer by layer and streamed to a file of statistics.
+
+Memory: one layer, the H of its taps, and the hidden states of all windows (n_tokens · hidden · 4 bytes, 2 in bfloat16).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from quantcli.calibration import text_check
+from quantcli.calibration.measuring import DIAGONALS, EVERYTHING, measure, measure_and_advance, measure_head, shares
+from quantcli.calibration.text_check import Familiarity
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.readahead import reading_ahead
+from quantcli.checkpoint.shards import file_layout
+from quantcli.forward import Forward, HiddenStates, run_dtype
+from quantcli.output.writer import Writer
+from quantcli.plan.arrange import open_forward
+from quantcli.statistics.stats_file import put_stats, stats_metadata, stats_specs
+from quantcli.tensors import HEAD
+
+MOE = "moe"
+"""The key of the file's metadata that tells which tokens experts were measured on; only models that have experts have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMeasured:
+    """One layer's taps are in the stats file."""
+
+    name: str
+    index: int
+    n_layers: int
+    n_taps: int
+    seconds: float
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    target: Path,
+    *,
+    hessian: bool = True,
+    histograms: bool = False,
+    head: bool = False,
+    moe: str = "routed",
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Iterator[LayerMeasured | Familiarity]:
+    """Measure every tap of ``checkpoint``, its caches' too, on token windows ``ids`` [n, T] and write the statistics to ``target``.
+
+    With ``head`` also what the output embedding reads. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every
+    token. The last event tells how well the model knows the text. The file stands under its name only after it.
+    """
+    needs = (EVERYTHING if hessian else DIAGONALS) | ({"histogram"} if histograms else set())
+    dtype = run_dtype(checkpoint.specs.values(), device)
+    forward = open_forward(checkpoint, dtype=dtype, device=device, all_tokens=moe == "all")
+    specs = stats_specs(tap_widths(forward, head=head), hessian=hessian, histograms=histograms)
+    caches = {tap: width for cache in forward.caches for tap, width in cache.widths.items()}
+    specs += stats_specs(caches, hessian=False, histograms=histograms)
+    with Writer(target, overwrite=overwrite, folder=False) as writer:
+        experts = {MOE: moe} if forward.has_experts else {}
+        writer.declare([file_layout(target.name, specs, stats_metadata(checkpoint, ids) | experts)])
+        states = HiddenStates.embed(forward, ids)
+        n_layers = len(forward.layers) + head
+        for i, name in enumerate(reading_ahead(forward.layers, forward.layers, forward.checkpoint.locations())):
+            started = time.perf_counter()
+            with forward.layer(i) as layer:
+                *first, last = shares(sorted(layer.tap_widths), layer.tap_widths, needs) or [[]]
+                for taps in first:
+                    put_stats(writer, measure(layer, states, taps=taps, needs=needs))
+                put_stats(writer, measure_and_advance(layer, states, taps=[*last, *layer.cache_widths], needs=needs))
+                n_taps = len(layer.tap_widths)
+            yield LayerMeasured(name, i, n_layers, n_taps, time.perf_counter() - started)
+        if head:
+            started = time.perf_counter()
+            put_stats(writer, measure_head(forward, states, needs=needs))
+            yield LayerMeasured(HEAD, n_layers - 1, n_layers, 1, time.perf_counter() - started)
+        yield text_check.measure(forward, states.of(text_check.sampled(ids)), ids)
+        writer.commit()
+
+
+def tap_widths(forward: Forward, *, head: bool) -> dict[str, int]:
+    """Tap → in_features."""
+    widths = {tap: forward.checkpoint.specs[name].shape[-1] for name, tap in forward.taps.items()}
+    return widths | {HEAD: forward.head_in_features} if head else widths

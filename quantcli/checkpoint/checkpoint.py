@@ -1,0 +1,260 @@
+"""A model to read: headers at open, tensors on demand, from a folder, a Hub id or a file, in any dialect that ``formats/`` knows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from quantcli import qtypes
+from quantcli.checkpoint.json_files import read_json, shown
+from quantcli.checkpoint.locations import Location, first_bytes
+from quantcli.checkpoint.shards import open_folder
+from quantcli.errors import CheckpointError, QuantcliError, UnsupportedError
+from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
+
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+"""Weights, config, tokenizer files and chat templates: all that is read or copied, and no pickle."""
+
+SIDECAR_PATTERNS = (
+    "*.json",
+    "*.model",
+    "*.model.v*",
+    "*.tiktoken",
+    "*.jinja",
+    "*.txt",
+    "*.py",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "additional_chat_templates/*.jinja",
+)
+MAX_SIDECAR_BYTES = 200_000_000
+RECORD = "quantcli.json"
+"""How a folder came to be."""
+
+FORMAT_FILES = ("config.json", "quantize_config.json", "quant_config.json", RECORD, "trainer_state.json")
+"""Written by the output's own format, or telling how *this* folder came to be: not carried over to another."""
+
+FINGERPRINT_BYTES = 1024
+"""What a fingerprint reads of each tensor: of a matrix hundreds of weights, some of which any training of it moves."""
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+NO_PICKLE = (
+    "is a pickle file, and pickle runs whatever code the file carries when it is read. Convert it to safetensors where you trust it: "
+    "transformers' AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(FOLDER)"
+)
+
+
+class Checkpoint(ABC):
+    """What every format's reader returns. A context manager; reads are thread-safe.
+
+    ``source``: what the user named; ``path``: where it lies; ``kind``: the format module that reads it; ``config``: HF's config.json;
+    ``specs``: the logical tensors under their names on disk, with dense shapes and the bytes of all their parts; ``schemes``: those of
+    them that are quantized; ``quantization``: the format's own words; ``notes``: contradictions found between metadata and tensors;
+    ``kv_cache``: attention module → how its engine stores keys and values (``tensors.KV_CACHES``), by scales that the file has.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        kind: str,
+        config: dict[str, Any],
+        specs: Mapping[str, TensorSpec],
+        schemes: Mapping[str, Scheme] | None = None,
+        quantization: dict[str, Any] | None = None,
+        notes: Sequence[str] = (),
+        kv_cache: Mapping[str, str] | None = None,
+    ) -> None:
+        self.source = str(path)
+        self.path = path
+        self.kind = kind
+        self.config = config
+        self.specs = dict(specs)
+        self.schemes = dict(schemes or {})
+        self.quantization = quantization
+        self.notes = tuple(notes)
+        self.kv_cache = dict(kv_cache or {})
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``: its stored dtype when dense, float32 as its engine decodes it when quantized."""
+        if name in self.schemes:
+            return qtypes.of(self.schemes[name].qtype).unpack(self.quantized(name))
+        self._check(name)
+        return self.load(name)
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The codes of a quantized tensor as they stand in the file, in the parts of its qtype."""
+        self._check(name)
+        if name not in self.schemes and not self.is_opaque(name):
+            raise CheckpointError(f"{self.source}: {name} is not quantized")
+        return self.load_quantized(name)
+
+    def is_opaque(self, name: str) -> bool:
+        """Whether the tensor is of a type that nobody here decodes: :meth:`quantized` gives its bytes, under a scheme without a qtype."""
+        return name not in self.schemes and self.specs[name].dtype not in DTYPES
+
+    @abstractmethod
+    def load(self, name: str) -> Tensor:
+        """A dense tensor of ``specs`` in its stored dtype."""
+
+    def load_quantized(self, name: str) -> QuantizedTensor:
+        """The parts of a tensor of ``schemes``, or of an opaque one; a reader of a format without any need not say."""
+        raise UnsupportedError(f"{self.kind} holds no quantized tensors")
+
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        """The scales of keys and of values of a module in ``kv_cache``: float32 [1] or [heads]."""
+        raise UnsupportedError(f"{self.kind} holds no scales of a key-value cache")
+
+    @property
+    def file_metadata(self) -> Mapping[str, Any]:
+        """Key → value of the metadata that a single-file format has, in the file's order and that format's own words; {} for a folder."""
+        return {}
+
+    def unnamed(self) -> dict[str, Tensor]:
+        """Tensors that the file stores and ``specs`` has no name for, since the config says what they hold: by the file's own names."""
+        return {}
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """How quantcli made this model: what quantcli.json, or a file's ``quantcli.*`` keys, say of it; {} where there is nothing."""
+        record = self.path / RECORD
+        known = read_json(record) if record.is_file() else None
+        return known if isinstance(known, dict) else {}
+
+    def locations(self) -> Iterable[Location]:
+        """Where the tensors of the file or files lie, by their own names; a format other than a folder of safetensors says it anew."""
+        return open_folder(self.path).locations.values()
+
+    def fingerprint(self) -> str:
+        """sha256 that tells these weights from those of another fine-tune, though all shapes are equal.
+
+        Of every stored tensor's name, dtype, shape and first KiB: a megabyte or some, where a checksum of a large model would take minutes.
+        A copy elsewhere has the same one, in other shards or with another config.json too; weights in another dtype have not.
+        """
+        digest = hashlib.sha256()
+        for location in sorted(self.locations(), key=lambda location: location.spec.name):
+            spec = location.spec
+            digest.update(json.dumps([spec.name, spec.dtype, spec.shape]).encode())
+            digest.update(first_bytes(location, FINGERPRINT_BYTES))
+        return digest.hexdigest()
+
+    def sidecars(self) -> dict[str, Path]:
+        """The small files beside the weights that any copy of the model needs: tokenizer, templates, generation config, code, licence.
+
+        Raises :class:`UnsupportedError` for a source that is a single file and has none to give.
+        """
+        if not self.path.is_dir():
+            raise UnsupportedError(
+                f"{self.source}: a single file lacks the tokenizer's files of a Hugging Face folder; start from the folder"
+            )
+        files = sorted({path for pattern in SIDECAR_PATTERNS for path in self.path.glob(pattern) if path.is_file()})
+        named = {path.relative_to(self.path).as_posix(): path for path in files if path.stat().st_size <= MAX_SIDECAR_BYTES}
+        return {name: path for name, path in named.items() if name not in FORMAT_FILES and not name.endswith(".index.json")}
+
+    def close(self) -> None:
+        """Give back what the reader holds open."""
+        return
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _check(self, name: str) -> None:
+        if name not in self.specs:
+            raise CheckpointError(f"{self.source}: no tensor {name} among its {len(self.specs)}")
+
+
+def locate(source: str) -> Path:
+    """The folder or file that ``source`` means; a Hub id is downloaded, or taken from the cache when there is no network."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        check_file(path)
+        return path
+    if path.is_dir():
+        check_folder(path)
+        return path
+    match = HUB_ID.fullmatch(source)
+    if not match:
+        raise CheckpointError(f"{source}: no such file or folder, and no Hub id (org/name or org/name@revision)")
+    folder = download(match["repo"], match["revision"])
+    check_folder(folder)
+    return folder
+
+
+def check_file(path: Path) -> None:
+    if path.suffix in PICKLE_SUFFIXES:
+        raise CheckpointError(f"{path}: {NO_PICKLE}")
+    if path.suffix in (".safetensors", ".json"):
+        raise CheckpointError(f"{path}: give the folder it lies in, {path.parent}: a model is its weights and its config.json")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder whose weights are pickles only, or lie in a file that must be named itself."""
+    files = sorted(f.name for f in path.iterdir() if f.is_file())
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
+        return
+    if pickles := [name for name in files if name.endswith((*PICKLE_SUFFIXES, ".bin.index.json")) and name != "training_args.bin"]:
+        raise CheckpointError(f"{path / pickles[0]}: {NO_PICKLE}")
+    if ggufs := [name for name in files if name.endswith(".gguf")]:
+        raise CheckpointError(f"{path}: holds {len(ggufs)} .gguf files; name one of them: {path / ggufs[0]}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of ``folder``."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; a Hugging Face model folder has one (is this the right folder, the download complete?)")
+    # Two equal keys in a config are sloppy and harmless: every other reader takes the last one.
+    config = read_json(path, unique=False)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: is no JSON object")
+    return config
+
+
+def download(repo: str, revision: str | None) -> Path:
+    """The snapshot of a Hub repository in the local cache. ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are huggingface_hub's to read."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the library's transport, and with it the class of its network errors, changes between versions
+        name = repo if revision is None else f"{repo}@{revision}"
+        raise CheckpointError(f"{name}: {hub_way_out(error)}") from error
+
+
+def hub_way_out(error: Exception) -> str:
+    """What to do about an error of huggingface_hub."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "access is gated; accept its terms on the Hub and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository on the Hub, or a private one (set HF_TOKEN), and no such local folder"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "no such local folder, not in the local cache, and the Hub cannot be reached; connect, or check HF_ENDPOINT"
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return f"the download failed ({reason}); try again, or give a local folder"
+
+
+def unread(path: Path, config: dict[str, Any] | None, formats: Sequence[str]) -> QuantcliError:
+    """The error for a source that none of ``formats`` claims."""
+    if config is None:
+        return CheckpointError(f"{path}: no model file that quantcli reads (a folder, or a .gguf file)")
+    words = config.get("quantization_config")
+    method = words.get("quant_method") if isinstance(words, dict) else words
+    return UnsupportedError(f"{path}: is quantized by {shown(method)}; quantcli reads {', '.join(formats)}")

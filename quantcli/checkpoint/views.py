@@ -1,0 +1,236 @@
+"""A checkpoint seen through cuts: tensors that it stores as one, a layer's experts or tied embeddings, by the names of each, or back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli import archs
+from quantcli.archs import Architecture, Cut
+from quantcli.archs.shared.transformations import CUTS, JOINS
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.locations import Location
+from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.tensors import DTYPES, QuantizedTensor, TensorSpec
+
+HEAD_WEIGHT = "lm_head.weight"
+"""The output embedding where it is a tensor of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor of ``shape`` as what ``take`` gives of the tensor ``stored``; without ``take`` it is all of it."""
+
+    stored: str
+    shape: tuple[int, ...] = ()
+    take: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """A tensor put together of others. ``parts``: of each expert (or head), or of the one there is, the tensors that a cut of the kind
+    ``how`` gives, in its order; ``by_expert``: whether the cut knows experts, so that a part is a slice of what it gives."""
+
+    parts: tuple[tuple[str, ...], ...]
+    how: str
+    config: Mapping
+    by_expert: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor that it needs."""
+        return tuple(name for parts in self.parts for name in parts)
+
+    def made(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor; ``read`` gives the others. One expert's are in memory beside it at a time."""
+        whole: Tensor | None = None
+        for e, names in enumerate(self.parts):
+            part = JOINS[self.how]([read(name)[None] if self.by_expert else read(name) for name in names], self.config)
+            if whole is None:
+                whole = part.new_empty(len(self.parts) * part.shape[0], *part.shape[1:])
+            whole[e * part.shape[0] : (e + 1) * part.shape[0]] = part
+        assert whole is not None
+        return whole
+
+    def spec(self, name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+        """What it is as ``name``; ``specs``: of the parts. Of quantized parts it is float32, decoded, and takes their bytes."""
+        parts = [specs[part] for part in self.names]
+        try:
+            shape = tuple(self.made(lambda part: torch.empty(specs[part].shape, device="meta")).shape)
+        except (RuntimeError, IndexError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{name}: cannot be put together of {parts[0].name} and its like: {error}") from error
+        dtype = parts[0].dtype if parts[0].dtype in DTYPES else "F32"
+        return TensorSpec(name, dtype, shape, sum(part.nbytes for part in parts))
+
+
+class View(Checkpoint):
+    """``inner`` under other names: every tensor of ``pieces`` is a stored one, cut from one that is not quantized, or joined of several.
+    ``config``: in place of that of ``inner``."""
+
+    def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece | Joint], config: dict[str, Any] | None = None) -> None:
+        self.inner = inner
+        self._pieces = dict(pieces)
+        super().__init__(
+            inner.path,
+            kind=inner.kind,
+            config=inner.config if config is None else config,
+            specs={name: _spec(name, piece, inner.specs) for name, piece in pieces.items()},
+            schemes={
+                name: inner.schemes[piece.stored]
+                for name, piece in pieces.items()
+                if isinstance(piece, Piece) and piece.stored in inner.schemes
+            },
+            quantization=inner.quantization,
+            notes=inner.notes,
+            kv_cache=inner.kv_cache,
+        )
+        self.source = inner.source
+
+    @property
+    def file_metadata(self) -> Mapping[str, Any]:
+        return self.inner.file_metadata
+
+    def unnamed(self) -> dict[str, Tensor]:
+        return self.inner.unnamed()
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self.inner.provenance
+
+    def load(self, name: str) -> Tensor:
+        piece = self._pieces[name]
+        if isinstance(piece, Joint):
+            return piece.made(self.inner.read)
+        tensor = self.inner.read(piece.stored)
+        return tensor if piece.take is None else piece.take(tensor).contiguous()
+
+    def load_quantized(self, name: str) -> QuantizedTensor:
+        piece = self._pieces[name]
+        assert isinstance(piece, Piece)
+        return self.inner.quantized(piece.stored)
+
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        return self.inner.cache_scales(attention)
+
+    def locations(self) -> Iterable[Location]:
+        return self.inner.locations()
+
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint()
+
+    def sidecars(self) -> dict[str, Path]:
+        return self.inner.sidecars()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def _spec(name: str, piece: Piece | Joint, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    if isinstance(piece, Joint):
+        return piece.spec(name, specs)
+    stored = specs[piece.stored]
+    if piece.take is None:
+        return TensorSpec(name, stored.dtype, stored.shape, stored.nbytes)
+    return TensorSpec.dense(name, stored.dtype, piece.shape)
+
+
+def pieces_of(source: Checkpoint, cuts: Mapping[str, Cut]) -> dict[str, Piece]:
+    """Every tensor of ``source``, those that ``cuts`` names cut up; quantized ones stay whole. Nothing where no name or shape changes."""
+    arch = archs.of(source.config)
+    if arch is None or not cuts:
+        return {}
+    config = arch.usual(source.config)
+    pieces: dict[str, Piece] = {}
+    for name, spec in source.specs.items():
+        rest = arch.rest_of(name) or ""
+        found = cuts.get(rest)
+        if found is None or name in source.schemes or spec.dtype not in DTYPES:
+            pieces[arch.published(name)] = Piece(name)
+        else:
+            pieces |= _pieces_of(spec, found, name.removesuffix(rest), config)
+    return pieces if pieces.keys() != source.specs.keys() or any(piece.take for piece in pieces.values()) else {}
+
+
+def tied_embedding(source: Checkpoint) -> str | None:
+    """The input embedding's weight, where the output embedding is the same tensor; None where it is not, or not to be told from others."""
+    config = {**source.config, **(source.config.get("text_config") or {})}
+    if not config.get("tie_word_embeddings", HEAD_WEIGHT not in source.specs):
+        return None
+    matrices = (spec for name, spec in source.specs.items() if len(spec.shape) == 2 and name != HEAD_WEIGHT)
+    embeddings = [spec.name for spec in matrices if spec.shape[0] == config.get("vocab_size")]
+    return embeddings[0] if len(embeddings) == 1 else None
+
+
+HALVES = ("gptq", "awq")
+"""Kinds of folders that gptqmodel makes: under the names of gate and up they have the first and the second half of the rows in
+which gpt-oss has both in turn (Defuser's ``_split_fused_projection``, 2026)."""
+
+
+def experts_apart(source: Checkpoint) -> dict[str, Joint]:
+    """The tensors in which alone transformers knows the experts of ``source``, of those that it has one by one; none for other families.
+    Raises :class:`UnsupportedError` where its names mean other rows."""
+    arch = archs.of(source.config)
+    if arch is None or not arch.stacked:
+        return {}
+    joints = joints_of(source.specs, arch.experts, arch, source.config)
+    if joints and source.kind in HALVES:
+        raise UnsupportedError(
+            f"{source.source}: {source.kind} folders of {source.config['model_type']} have other rows than those of "
+            "gate and up under these names; quantcli does not read them: take the model that it was made from"
+        )
+    return joints
+
+
+def joints_of(names: Iterable[str], cuts: Mapping[str, Cut], arch: Architecture, config: Mapping) -> dict[str, Joint]:
+    """Stored tensor → how it is put together of those among ``names`` that ``cuts`` would give; :class:`CheckpointError` when some of
+    these are missing."""
+    seats = {name: (stored, k) for stored, cut in cuts.items() for k, name in enumerate(cut.names)}
+    found: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
+    for name in names:
+        rest = arch.rest_of(name) or ""
+        pattern, e = archs.by_expert(rest)
+        if (seat := seats.get(pattern)) is not None:
+            found.setdefault((name.removesuffix(rest), seat[0]), {}).setdefault(e or 0, {})[seat[1]] = name
+    usual = arch.usual(config)
+    return {prefix + stored: _joint(prefix + stored, cuts[stored], slices, usual) for (prefix, stored), slices in found.items()}
+
+
+def _joint(stored: str, cut: Cut, slices: Mapping[int, Mapping[int, str]], config: Mapping) -> Joint:
+    for e in range(max(slices) + 1):
+        for k, name in enumerate(cut.names):
+            if k not in slices.get(e, {}):
+                raise CheckpointError(f"{stored}: {name.replace('{e}', str(e))}, which is a part of it, is missing in the checkpoint")
+    parts = tuple(tuple(slices[e][k] for k in range(len(cut.names))) for e in range(len(slices)))
+    return Joint(parts, cut.how, config, by_expert="{e}" in cut.names[0])
+
+
+def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping) -> dict[str, Piece]:
+    """Name → piece of the stored tensor ``spec``; ``prefix``: the name of its layer and a dot."""
+    made = partial(_made, cut, config)
+    try:
+        parts = dict(zip(cut.names, made(torch.empty(spec.shape, device="meta")), strict=True))
+    except (RuntimeError, IndexError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{spec.name}: {list(spec.shape)} cannot be cut into {', '.join(cut.names)}: {error}") from error
+    pieces: dict[str, Piece] = {}
+    for k, (name, part) in enumerate(parts.items()):
+        if "{e}" not in name:
+            pieces[prefix + name] = Piece(spec.name, tuple(part.shape), partial(_part, made, k, None))
+            continue
+        for e in range(part.shape[0]):
+            pieces[prefix + name.replace("{e}", str(e))] = Piece(spec.name, tuple(part.shape[1:]), partial(_part, made, k, e))
+    return pieces
+
+
+def _made(cut: Cut, config: Mapping, tensor: Tensor) -> Sequence[Tensor]:
+    return CUTS[cut.how](tensor, len(cut.names), config)
+
+
+def _part(made: Callable[[Tensor], Sequence[Tensor]], k: int, e: int | None, tensor: Tensor) -> Tensor:
+    part = made(tensor)[k]
+    return part if e is None else part[e]

@@ -1,0 +1,1 @@
+"""The GGUF file itself: header, metadata fields, tensors, splits."""

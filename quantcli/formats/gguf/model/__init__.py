@@ -1,0 +1,1 @@
+"""A model as GGUF has it: names of tensors, metadata, configuration."""

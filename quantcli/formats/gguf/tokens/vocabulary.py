@@ -1,0 +1,81 @@
+"""A vocabulary as GGUF has it: pieces, types and scores by id, made from a tokenizer's own pieces and the tokens added to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gguf import TokenType
+
+from quantcli.errors import CheckpointError
+from quantcli.formats.gguf.tokens.roles import WORDS, content_of
+
+SPACE = "\u2581"
+ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0
+SPECIAL_LOOKS = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
+
+
+@dataclass
+class Vocabulary:
+    """Pieces by id, as llama.cpp wants them. Ids that the tokenizer leaves out are unused ``[PAD<id>]`` pieces.
+
+    ``left_out``: added tokens whose id is beyond the model's embedding.
+    """
+
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    left_out: list[str] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, size: int) -> Vocabulary:
+        return cls([f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size, [PAD_SCORE] * size)
+
+    def set(self, id: int, token: str, kind: TokenType, score: float) -> None:
+        if not 0 <= id < len(self.tokens):
+            raise CheckpointError(
+                f"the tokenizer's {token!r} has id {id}, but config.json's vocab_size is {len(self.tokens)}; they do not match"
+            )
+        self.tokens[id], self.types[id], self.scores[id] = token, kind, score
+
+    def add(self, id: int, token: str, *, special: bool) -> None:
+        """An added token: matched as it is before anything else, and never printed when ``special``."""
+        if special or looks_special(token):
+            self.set(id, token, TokenType.CONTROL, ADDED_SCORE)
+        else:
+            self.set(id, token.replace(SPACE, " "), TokenType.USER_DEFINED, ADDED_SCORE)
+
+    def add_all(self, tokens: Mapping[int, Mapping]) -> None:
+        """Added tokens by id, as tokenizer_config.json's added_tokens_decoder has them."""
+        for id, token in tokens.items():
+            self.add(id, token["content"], special=bool(token.get("special")))
+
+    def add_within(self, tokens: Mapping[int, Mapping]) -> None:
+        """The same, of a SentencePiece model: what is beyond the embedding no model can use, and is left out."""
+        self.left_out += [token["content"] for id, token in tokens.items() if id >= len(self.tokens)]
+        self.add_all({id: token for id, token in tokens.items() if id < len(self.tokens)})
+
+    def name_specials(self, settings: Mapping) -> None:
+        """Tokens that tokenizer_config.json gives a role are control tokens, added or not."""
+        contents = {content_of(settings.get(f"{word}_token")) for word in WORDS}
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            extra = settings.get(key) or []
+            contents |= {content_of(token) for token in (extra.values() if isinstance(extra, dict) else extra)}
+        contents -= {""}
+        for id, token in enumerate(self.tokens):
+            if token in contents and self.types[id] in (TokenType.NORMAL, TokenType.USER_DEFINED):
+                self.types[id] = TokenType.CONTROL
+
+    def ids(self) -> dict[str, int]:
+        """Token → id; :class:`CheckpointError` for a token that stands there twice, which llama.cpp does not survive."""
+        ids: dict[str, int] = {}
+        for id, token in enumerate(self.tokens):
+            if (other := ids.setdefault(token, id)) != id:
+                raise CheckpointError(f"the tokenizer has {token!r} twice, as {other} and {id}; llama.cpp loads no such vocabulary")
+        return ids
+
+
+def looks_special(token: str) -> bool:
+    """Control tokens that some models publish as ordinary ones."""
+    bracketed = any(token.startswith(a) and token.endswith(b) for a, b in (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">")))
+    return bracketed or token in SPECIAL_LOOKS

@@ -1,0 +1,1 @@
+"""GGUF file types: which tensor of a model gets which block type."""

@@ -1,0 +1,220 @@
+"""The token windows to calibrate and to measure on, cut from datasets or from text that every Python carries."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import RecipeError
+from quantcli.text.documents import Dataset, Held, Renderer
+from quantcli.text.documents.files import LargeText
+
+EVAL_TEXT_CHARS = 400_000
+
+CHARS_A_TOKEN = 6
+"""How much text is read at first for each token that is wanted: a little more than English takes."""
+
+_CODE = re.compile(  # what a docstring's quotes may not be taken from: comments and other strings
+    r'#[^\n]*|"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""|\'\'\'[^\'\\]*(?:(?:\\.|\'(?!\'\'))[^\'\\]*)*\'\'\'|'
+    r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'',
+    re.DOTALL,
+)
+_HEADING = re.compile(r"(?:\A|:[ \t]*\n)\s*([rR]?)\Z")  # what stands before a docstring: a file's beginning, or def and class
+
+
+def default_text() -> str:
+    """CPython's language reference (``pydoc_data.topics``): half a megabyte of English and code that every Python carries."""
+    from pydoc_data import topics
+
+    return "\n\n".join(text for _, text in sorted(topics.topics.items()))
+
+
+def default_eval_text() -> str:
+    """Docstrings of CPython's standard library, module by module: a text that :func:`default_text` does not contain."""
+    return _joined(_docstrings(), EVAL_TEXT_CHARS)[0]
+
+
+def windows(texts: Sequence[str], tokenizer: Any, *, n_samples: int, seq_len: int, seed: int = 0) -> Tensor:
+    """Token windows to calibrate on: documents in an order drawn by ``seed``, joined by the tokenizer's separator, cut, and drawn again.
+
+    Returns [n, seq_len] int64 with n ≤ ``n_samples``: all there are when the text is short, and one shorter window when it does not fill
+    one. Each window begins with BOS where the tokenizer puts one before a text, as inference will.
+    """
+    return _drawn_windows(Dataset("", Held(texts)), Renderer(tokenizer), n_samples, seq_len, seed)
+
+
+def windows_of(
+    words: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int, seed: int = 0, *, note: Callable[[str], None] = lambda _: None
+) -> Tensor:
+    """Windows [n, seq_len] of the datasets that ``words`` name, each with its weight's share; none means :func:`default_text`.
+
+    Conversations go through the tokenizer's chat template. ``note`` is told what a user should know: that the default text was used, that
+    there is no template, that there were fewer windows than asked.
+    """
+    if not words:
+        note("calibrating on CPython's language reference; for best results give --dataset with text of your own domain")
+    datasets = [Dataset.open(word) for word in words] or [Dataset("default", Held([default_text()]))]
+    render = Renderer(tokenizer, note)
+    if len(datasets) == 1:
+        ids = _drawn_windows(datasets[0], render, n_samples, seq_len, seed)
+    else:
+        ids = _mixed(datasets, render, n_samples, seq_len, seed)
+    _note_fewer(ids, n_samples, seq_len, note)
+    return ids
+
+
+def eval_windows_of(
+    words: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int, *, note: Callable[[str], None] = lambda _: None
+) -> Tensor:
+    """The first windows [n, seq_len] of the datasets that ``words`` name, one after the other; none means Python's docstrings.
+
+    No more is read and tokenized than the windows take.
+    """
+    if not words:
+        note("measuring on docstrings of CPython's standard library; give --dataset with text of your own domain")
+    datasets = [Dataset.open(word) for word in words]
+    render = Renderer(tokenizer, note)
+    n_chars = CHARS_A_TOKEN * n_samples * seq_len
+    while True:
+        text, is_whole = _joined(_in_order(datasets, render) if words else _docstrings(), n_chars)
+        # One window more than needed, so that the place where the text is cut tells in none of those that are.
+        ids = eval_windows(text, tokenizer, n_samples=n_samples + 1, seq_len=seq_len)
+        if is_whole or len(ids) > n_samples:
+            break
+        n_chars *= 2
+    _note_fewer(ids[:n_samples], n_samples, seq_len, note)
+    return ids[:n_samples]
+
+
+def eval_windows(text: str, tokenizer: Any, *, n_samples: int | None, seq_len: int) -> Tensor:
+    """The first ``n_samples`` (None: all) consecutive windows of ``text``, which do not overlap: [n, seq_len] int64.
+
+    Each begins with BOS where the tokenizer puts one before a text. A text shorter than one window is one shorter window; a shorter
+    rest at the end is left out.
+    """
+    bos = bos_added(tokenizer)
+    body = seq_len - len(bos)
+    if body < 2 - len(bos):
+        raise RecipeError(f"--seq-len {seq_len} leaves nothing to predict")
+    tokens = _stream([text], tokenizer, None)
+    cut = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)] or [tokens]
+    return _stack(cut[:n_samples], bos)
+
+
+def bos_added(tokenizer: Any) -> list[int]:
+    """[BOS] when the tokenizer puts it before a text by itself, else []."""
+    ids = list(tokenizer("a")["input_ids"])
+    return ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
+
+
+def sha256(ids: Tensor) -> str:
+    """Fingerprint of token windows [n, T]: the shape and the ids as little-endian int64."""
+    digest = hashlib.sha256(json.dumps(list(ids.shape)).encode())
+    digest.update(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _drawn_windows(dataset: Dataset, render: Renderer, n_samples: int, seq_len: int, seed: int) -> Tensor:
+    draw = random.Random(seed)
+    bos = bos_added(render.tokenizer)
+    body = seq_len - len(bos)
+    if body < 1:
+        raise RecipeError(f"--seq-len {seq_len} leaves no room for text")
+    tokens = _stream(map(render, dataset.source.drawn(draw)), render.tokenizer, n_samples * body)
+    cut = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)] or [tokens]
+    return _stack(draw.sample(cut, min(n_samples, len(cut))), bos)
+
+
+def _mixed(datasets: Sequence[Dataset], render: Renderer, n_samples: int, seq_len: int, seed: int) -> Tensor:
+    parts: list[Tensor] = []
+    for dataset, share in zip(datasets, _shares([d.weight for d in datasets], n_samples), strict=True):
+        if share == 0:
+            raise RecipeError(f"--dataset {dataset.name}: its weight gives it none of the {n_samples} windows; raise one of the two")
+        part = _drawn_windows(dataset, render, share, seq_len, seed)
+        if part.shape[1] < seq_len:
+            raise RecipeError(f"--dataset {dataset.name} has {part.shape[1]} tokens, less than one window of {seq_len}; lower --seq-len")
+        parts.append(part)
+    ids = torch.cat(parts)
+    return ids[random.Random(seed).sample(range(len(ids)), len(ids))]
+
+
+def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[int]:
+    """Tokens of ``texts`` joined by a separator; stops after the document that brings ``at_least`` tokens.
+
+    A document that ends or begins with special tokens, as a chat template writes them, gets none of them twice.
+    """
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    bos = bos_added(tokenizer)
+    tokens: list[int] = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokens and ids and separator is not None and tokens[-1] != separator:
+            tokens.append(separator)
+        tokens += ids[1:] if bos and ids[:1] == bos else ids
+        if at_least is not None and len(tokens) >= at_least:
+            break
+    if not tokens:
+        raise RecipeError("the text to calibrate or measure on is empty")
+    return tokens
+
+
+def _stack(cut: Sequence[list[int]], bos: list[int]) -> Tensor:
+    return torch.tensor([bos + tokens for tokens in cut], dtype=torch.int64)
+
+
+def _shares(weights: Sequence[float], n: int) -> list[int]:
+    """``n`` divided by ``weights``: largest remainders round up, so the shares add up to ``n``."""
+    exact = [n * w / sum(weights) for w in weights]
+    shares = [int(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[: n - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _note_fewer(ids: Tensor, n_samples: int, seq_len: int, note: Callable[[str], None]) -> None:
+    if ids.shape != (n_samples, seq_len):
+        note(f"the text gives {ids.shape[0]} windows of {ids.shape[1]} tokens; {n_samples} of {seq_len} were asked for")
+
+
+def _in_order(datasets: Sequence[Dataset], render: Renderer) -> Iterator[str]:
+    """Pieces of text that make one when joined."""
+    for i, dataset in enumerate(datasets):
+        in_pieces = isinstance(dataset.source, LargeText)
+        for j, document in enumerate(dataset.source.in_order()):
+            separator = "" if i == j == 0 or (in_pieces and j > 0) else "\n\n"
+            yield separator + render(document)
+
+
+def _docstrings() -> Iterator[str]:
+    """Docstrings of the standard library, module by module, each with an empty line after it: ten times as fast as parsing."""
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        source = file.read_text("utf8")
+        for match in _CODE.finditer(source):
+            if not match[0].startswith(('"""', "'''")):
+                continue
+            if heading := _HEADING.search(source[max(0, match.start() - 200) : match.start()]):
+                yield inspect.cleandoc(ast.literal_eval(heading[1] + match[0])) + "\n\n"
+
+
+def _joined(pieces: Iterable[str], n_chars: int) -> tuple[str, bool]:
+    """The text that ``pieces`` make up to ``n_chars``, and whether that is all of it."""
+    held: list[str] = []
+    n_held = 0
+    for piece in pieces:
+        held.append(piece)
+        n_held += len(piece)
+        if n_held > n_chars:
+            return "".join(held)[:n_chars], False
+    return "".join(held), True

@@ -1,0 +1,86 @@
+"""What the walk tells as it goes: the plan, each layer with its time and error, the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli import heap
+from quantcli.plan import plan as planning
+from quantcli.plan.plan import Plan, PlannedLayer
+from quantcli.tensors import TensorReport
+
+if TYPE_CHECKING:
+    from quantcli.calibration.text_check import Familiarity
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan stands; nothing has been written. ``notes``: what a user might not expect of it, or of the data that it is given."""
+
+    plan: Plan
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDone:
+    """One layer is on disk. ``relative_error``: mean over its coded tensors, None when it has none; ``bpw`` of its weights."""
+
+    name: str
+    index: int
+    n_layers: int
+    relative_error: float | None
+    bpw: float
+    seconds: float
+    tensors: tuple[TensorReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The output stands under its final name. ``calibrated_by``: "windows" or "statistics"; ``familiarity``: of the source with the
+    calibration text, where windows were run."""
+
+    output: Path
+    plan: Plan
+    lossless: bool
+    dataset_sha256: str | None = None
+    familiarity: Familiarity | None = None
+    calibrated_by: str | None = None
+
+
+Event = Planned | LayerDone | Finished
+
+
+@dataclass(slots=True)
+class Timed:
+    """One layer of the walk and the clock that runs for it."""
+
+    planned: PlannedLayer
+    index: int
+    n_layers: int
+    started: float
+    reports: list[TensorReport] = field(default_factory=list)
+
+    def done(self) -> LayerDone:
+        coded = [t for t in self.planned.tensors if planning.is_coded(t.scheme)]
+        errors = [r.relative_error for r in self.reports if any(t.name == r.name for t in coded)]
+        n_bytes = sum(spec.nbytes for t in self.planned.tensors for spec in t.outputs)
+        return LayerDone(
+            name=self.planned.name,
+            index=self.index,
+            n_layers=self.n_layers,
+            relative_error=sum(errors) / len(errors) if errors else None,
+            bpw=8 * n_bytes / max(1, sum(t.source.n_elements for t in self.planned.tensors)),
+            seconds=time.perf_counter() - self.started,
+            tensors=tuple(self.reports),
+        )
+
+
+def timed(plan: Plan) -> Iterator[Timed]:
+    """The layers of ``plan`` in turn; what each leaves behind goes back to the system."""
+    for index, planned in enumerate(plan.layers):
+        yield Timed(planned, index, len(plan.layers), time.perf_counter())
+        heap.trim()

@@ -1,0 +1,262 @@
+"""For each layer: load → measure → passes → write → forget. The walk from a checkpoint to a quantized one; it yields events."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantcli import ops, qtypes
+from quantcli.calibration import measuring, text_check
+from quantcli.calibration.data import Data, Learned, checked, is_importance, protected_by, weighed
+from quantcli.calibration.original import Original
+from quantcli.calibration.text_check import Familiarity
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.readahead import reading_ahead
+from quantcli.errors import RecipeError
+from quantcli.forward import Forward, HiddenStates, LoadedLayer
+from quantcli.forward.absorb import Absorbers
+from quantcli.output.writer import Writer
+from quantcli.plan import kv_caches
+from quantcli.plan import plan as planning
+from quantcli.plan.arrange import arrange
+from quantcli.plan.plan import PlannedLayer, PlannedTensor
+from quantcli.plan.schemes import is_coded
+from quantcli.recipe import Recipe
+from quantcli.statistics.outliers import Protected
+from quantcli.statistics.stats_file import StatsFile
+from quantcli.tensors import DTYPES, HEAD, Prev, Stats, TensorReport
+from quantcli.walk.encoder import Coding
+from quantcli.walk.events import Event, Finished, LayerDone, Planned, timed
+from quantcli.walk.provenance import Provenance
+
+MAX_TENSORS_AT_ONCE = 4
+"""Tensors that are read, coded and written at the same time when no statistics tie them together; the threads are shared among them."""
+
+
+def quantize(
+    source: Checkpoint,
+    target: Path,
+    recipe: Recipe,
+    *,
+    data: Data | Callable[[], Data] | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Generator[Event, None, None]:
+    """Write ``source`` to ``target`` as ``recipe`` says.
+
+    ``data``: what the recipe learns from; a function that gives it is called once the plan stands, or for it (``protect_outliers``). With
+    token windows each layer is measured on what the layers before it, already quantized, hand it; with statistics gathered before no layer
+    runs; an importance matrix weighs plain rounding. Nothing stands at ``target`` until the last event; ``overwrite`` replaces what stood
+    there only then. Close the walk (``contextlib.closing``) where you may leave it half way: that removes the unfinished output.
+    """
+    _check_apart(source, target)
+    arranged = arrange(source, recipe, device)
+    plan = planning.make(arranged, recipe, is_weighed=is_importance(data, recipe))
+    learned = weighed(plan, data) if is_importance(data, recipe) else Learned()
+    planning.check_importance(plan, learned.importance or ())
+    protected: list[Protected] | None = None
+    if recipe.protect_outliers is not None:  # whose plan follows from the inputs
+        learned = checked(plan, data)
+        if learned.stats is not None or not dry_run:
+            protected = protected_by(plan, learned, arranged.forward)
+            plan = planning.make(arranged, recipe, protected=protected)
+    yield Planned(plan, (*plan.notes, *(learned.importance.notes if learned.importance is not None else ())))
+    if dry_run:
+        return
+    if recipe.is_calibrated and learned.kind is None:
+        learned = checked(plan, data)
+    provenance = replace(
+        Provenance.of(arranged.source, recipe, untied=arranged.untied),
+        data=learned.provenance(),
+        protected=None if protected is None else tuple(unit.to_dict() for unit in protected),
+    )
+    familiarity = None
+    layout, record = plan.layout, provenance.to_dict()
+    with layout.writer(target, plan.outputs, record, importance=learned.importance, overwrite=overwrite) as writer:
+        _check_files_apart(source, writer)
+        run = Coding(plan.source, plan, writer, torch.device(device), learned.importance or {})
+        if learned.stats is not None:
+            yield from _each_layer(run, learned.stats, arranged.forward)
+        elif learned.windows is not None:
+            assert arranged.forward is not None
+            familiarity = yield from _propagate(run, arranged.forward, learned.windows.ids)
+        else:
+            yield from _each_tensor(run)
+        if writer.folder:
+            told = {"dataset_sha256": None, **record, "tensors": run.record()}
+            writer.add_sidecar("quantcli.json", (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
+        writer.commit()
+    exact = {report.name for report in run.reports if report.is_exact}
+    lossless = all(tensor.name in exact or _is_exact(plan.source, tensor) for tensor in plan.tensors)
+    yield Finished(writer.target, plan, lossless, learned.dataset_sha256, familiarity, learned.kind)
+
+
+def _check_apart(source: Checkpoint, target: Path) -> None:
+    """Raise :class:`RecipeError` when the output would replace the model that it is made from."""
+    model, output = Path(os.path.realpath(source.path)), Path(os.path.realpath(target))
+    if output == model or output in model.parents:
+        raise RecipeError(f"{target}: the output would replace the model it is made from, {source.source}; choose another -o")
+
+
+def _check_files_apart(source: Checkpoint, writer: Writer) -> None:
+    """The same of files that are cut or joined, whose names the writer alone knows."""
+    read = {os.path.realpath(path) for path in {location.path for location in source.locations()}}
+    if taken := [path for path in writer.files if os.path.realpath(path) in read]:
+        raise RecipeError(f"{taken[0]}: the output would replace the model it is made from, {source.source}; choose another -o")
+
+
+def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
+    """Whether the output of ``tensor`` holds every value of the source."""
+    if not tensor.outputs:
+        return True
+    if is_coded(tensor.scheme):
+        return False
+    read = torch.float32 if tensor.name in source.schemes else DTYPES.get(tensor.source.dtype)
+    stored = DTYPES.get(tensor.outputs[0].dtype)
+    return read == stored or (read is not None and stored is not None and torch.promote_types(read, stored) == stored)
+
+
+def _each_tensor(run: Coding) -> Iterator[LayerDone]:
+    """No statistics: every tensor for itself, a few at a time, written as they come."""
+    layers = [[(layer.name, unit) for unit in units(layer)] for layer in run.plan.layers]
+    n_threads = torch.get_num_threads()
+    n_at_once = min(n_threads + 1, MAX_TENSORS_AT_ONCE)  # one more than there are threads: it waits for the disk
+    with ThreadPoolExecutor(n_at_once) as pool:
+        futures: dict[str, Future[list[TensorReport]]] = {}
+        try:
+            ops.set_threads(max(1, n_threads // n_at_once))
+            futures = {unit[0].name: pool.submit(run.code, layer, unit, {}) for layer, unit in spread(layers)}
+            for layer in timed(run.plan):
+                for _, unit in layers[layer.index]:
+                    layer.reports += futures.pop(unit[0].name).result()
+                yield layer.done()
+        finally:
+            ops.set_threads(n_threads)
+            for future in futures.values():
+                future.cancel()
+
+
+Unit = tuple[str, list[PlannedTensor]]
+"""What is coded at once, and the layer it belongs to."""
+
+
+def spread(layers: Sequence[Sequence[Unit]]) -> list[Unit]:
+    """The units of all ``layers`` in the order of work: those of decoder layers as they come, and embedding, head and the like evenly among
+    them. These are the largest: two side by side would take the most memory, and the last one would have one thread while others idle."""
+    order = [unit for layer in layers for unit in layer if unit[0] != unit[1][0].name]
+    alone = [unit for layer in layers for unit in layer if unit[0] == unit[1][0].name]
+    step = len(order) // max(1, len(alone))
+    for i in reversed(range(len(alone))):
+        order.insert(i * step, alone[i])
+    return order
+
+
+def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
+    """The tensors of ``layer`` one by one, but together those of one tap whose number format has parts that engines want them to share."""
+    groups: dict[object, list[PlannedTensor]] = {}
+    for tensor in layer.tensors:
+        shared = tensor.is_solved and tensor.scheme is not None and qtypes.of(tensor.scheme.qtype).shares_parts
+        groups.setdefault((tensor.tap, tensor.scheme) if shared else tensor.name, []).append(tensor)
+    return list(groups.values())
+
+
+def _each_layer(run: Coding, stats: StatsFile, forward: Forward | None) -> Iterator[LayerDone]:
+    """Statistics from a file: layer by layer, no error propagation, no forward pass but the trials of a change of basis."""
+    names = [layer.name for layer in run.plan.layers]
+    absorbers = _absorbers(run, forward)
+    for layer in reading_ahead(timed(run.plan), names, (*run.source.locations(), *stats.locations())):
+        name = layer.planned.name
+        prevs = absorbers(name) if absorbers else None
+        layer.reports += run.code(name, layer.planned.tensors, stats, None, prevs)
+        for one in layer.planned.caches:
+            run.put_caches([one], kv_caches.rebased(one.cache, stats, run.folds))
+        yield layer.done()
+
+
+def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, Familiarity]:
+    """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next.
+
+    A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares.
+    """
+    states = HiddenStates.embed(forward, windows)
+    original = Original(forward, windows) if "dXXT" in run.plan.recipe.needs else None
+    untouched = HiddenStates.embed(forward, windows[text_check.sampled(windows)])
+    absorbers = _absorbers(run, forward)
+    taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
+    index = {name: i for i, name in enumerate(forward.layers)}
+    has_head = bool(run.plan.recipe.needs) and any(tensor.tap == HEAD and tensor.is_solved for tensor in run.plan.tensors)
+    for layer in reading_ahead(timed(run.plan), [layer.name for layer in run.plan.layers], run.source.locations()):
+        name = layer.planned.name
+        if name not in index:
+            is_head = has_head and any(tensor.tap == HEAD for tensor in layer.planned.tensors)  # which comes after all layers
+            stats = measuring.measure_head(forward, states, needs=run.plan.recipe.needs, original=original) if is_head else {}
+            layer.reports += run.code(name, layer.planned.tensors, stats)
+        else:
+            prevs = absorbers(name) if absorbers else None
+            with forward.layer(index[name]) as loaded, original.layer(index[name]) if original else nullcontext():
+                untouched.advance(loaded)
+                layer.reports += _measure_and_code(run, layer.planned, loaded, states, original, taps, prevs)
+                is_last = index[name] + 1 == len(forward.layers) and not has_head
+                run.put_caches(layer.planned.caches, _leave(run, states, loaded, layer.planned, is_last=is_last))
+        yield layer.done()
+    return text_check.measure(forward, untouched, windows)
+
+
+def _leave(run: Coding, states: HiddenStates, loaded: LoadedLayer, planned: PlannedLayer, *, is_last: bool) -> Mapping[str, Stats]:
+    """Have the windows go through a coded layer, unless nothing comes after it. Returns the statistics of its caches, as it runs now."""
+    taps, needs = [tap for one in planned.caches for tap in one.cache.widths], run.plan.recipe.cache_needs
+    if taps and not is_last:
+        return measuring.measure_and_advance(loaded, states, taps=taps, needs=needs)
+    if taps:
+        return measuring.measure(loaded, states, taps=taps, needs=needs)
+    if not is_last:
+        states.advance(loaded)
+    return {}
+
+
+def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[str, Prev]] | None:
+    """Layer name → its taps' :class:`Prev`, where a pass of the recipe changes the basis."""
+    if forward is None or not run.plan.recipe.changes_basis:
+        return None
+    if forward.dtype != torch.float32:  # trials tell what holds from what does not by less than other types can show
+        forward = forward.another(dtype=torch.float32)
+    found, index = Absorbers(forward), {name: i for i, name in enumerate(forward.layers)}
+    return lambda name: found.of(index[name]) if name in index else {}
+
+
+def _measure_and_code(
+    run: Coding,
+    planned: PlannedLayer,
+    loaded: LoadedLayer,
+    states: HiddenStates,
+    original: Original | None,
+    order: Sequence[str],
+    prevs: Mapping[str, Prev] | None,
+) -> list[TensorReport]:
+    """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
+    ``order``: the model's taps as it runs them; ``prevs``: given where a pass changes the basis, which ties all taps together."""
+    needs = run.plan.recipe.needs
+    measure = partial(measuring.measure, loaded, states, needs=needs, original=original)
+    solved = [t for t in planned.tensors if t.is_solved]
+    wanted = {t.tap for t in solved}
+    taps = [tap for tap in order if tap in wanted]
+    if prevs is not None:
+        recount = partial(measuring.histograms, loaded, states) if "histogram" in needs else None
+        return run.code(planned.name, planned.tensors, measure(taps=taps), loaded, prevs, recount)
+    stages = measuring.in_turn(taps) if run.plan.recipe.true_sequential else [taps]
+    stages = [share for stage in stages for share in measuring.shares(stage, loaded.tap_widths, needs)]
+    reports: list[TensorReport] = []
+    for stage in stages:
+        stats = measure(taps=stage) if needs else {}
+        reports += run.code(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
+    return reports + run.code(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)
