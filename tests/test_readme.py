@@ -138,6 +138,12 @@ def test_what_may_become_of_existing_codes_is_described() -> None:
     assert set(re.findall(r"^\| `(\w+)` \| ", section, re.MULTILINE)) - {"codes"} == set(recipe.CODES)
 
 
+def test_the_formats_page_says_which_are_written() -> None:
+    rows = [line.split(" | ") for line in TEXTS["docs/formats.md"].splitlines() if line.startswith("| ") and " | yes | " in line]
+    written = {name for first, _, cell, *_ in rows if cell.startswith("yes") for name in re.findall(r"`([\w-]+)`", first)}
+    assert written == set(tables.writable())
+
+
 def test_the_python_of_the_readme_is_python() -> None:
     (text,) = (text for page, language, text in BLOCKS if page == "README.md" and language == "python")
     assert ast.parse(text).body
@@ -249,3 +255,16 @@ def test_architectures_rooms_exist() -> None:
 def test_architectures_import_line_is_the_one_that_is_tested() -> None:
     (line,) = re.findall(r"^cli → .*$", (ROOT / "ARCHITECTURE.md").read_text("utf8"), re.MULTILINE)
     assert [set(floor.split(", ")) for floor in line.split(" → ")] == [floor for floor in FLOORS if floor != {"__main__"}]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_a_file_of_the_code_host_is_yaml(path: Path) -> None:
+    assert yaml.safe_load(path.read_text("utf8"))
+
+
+def test_pre_commit_calls_what_make_lint_calls() -> None:
+    hooks_ = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf8"))["repos"][0]["hooks"]
+    called = {Path(hook["entry"].split()[0]).name for hook in hooks_}
+    linters = set(re.findall(r"\$\(BIN\)/(\S+)", (ROOT / "Makefile").read_text("utf8").partition("\nlint:")[2].partition("\n\n")[0]))
+    assert linters
+    assert linters <= called
