@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 from collections.abc import Iterable, Sequence
 
@@ -28,5 +29,10 @@ def section(name: str, command: TyperCommand) -> str:
     context = command.make_context(name, [], resilient_parsing=True)
     usage = " ".join(["quantcli", name, *command.collect_usage_pieces(context)])
     records = [record for parameter in command.get_params(context) if (record := parameter.get_help_record(context))]
-    rows = [[f"`{option}`", " ".join(what.split())] for option, what in records]
+    rows = [[code(option), " ".join(what.split())] for option, what in records]
     return "\n\n".join([f"### {name}", f"```\n{usage}\n```", inspect.cleandoc(command.help), table(["option", "what"], rows)])
+
+
+def code(text: str) -> str:
+    """``text`` as code in a table's cell; Markdown dialects differ on how to write a vertical bar there."""
+    return f"`{text}`" if "|" not in text else f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
