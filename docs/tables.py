@@ -110,7 +110,7 @@ def exit_codes() -> str:
 
 def writable() -> list[str]:
     """The formats that export can write."""
-    return [name for name in names("formats") if hasattr(formats.of(name), "USUAL_SCHEME")]
+    return [name for name in formats.names() if formats.of(name).is_written]
 
 
 def conversion(source: Scheme, target: str) -> tuple[Scheme | None, str]:
@@ -119,7 +119,7 @@ def conversion(source: Scheme, target: str) -> tuple[Scheme | None, str]:
     for scheme in regrid.candidates(source):
         if fmt.supports(scheme) and (degree := regrid.exactness(source, scheme, WIDTH)):
             return scheme, degree
-    return None if fmt.USUAL_SCHEME is None else Scheme.parse(fmt.USUAL_SCHEME), "requantized"
+    return None if fmt.usual_scheme is None else Scheme.parse(fmt.usual_scheme), "requantized"
 
 
 def conversions() -> str:
