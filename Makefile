@@ -45,8 +45,8 @@ lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-docs: setup  ## the pages as a site in build/site; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: setup  ## the pages as a site in build/site; a link that leads nowhere is an error (--quiet would silence that too)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup  ## put every file into the house's form
 	$(BIN)/ruff check --fix .

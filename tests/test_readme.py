@@ -218,6 +218,11 @@ def test_a_site_without_a_repository_has_no_links_to_one() -> None:
     assert hooks.relinked(match, "files.md", "") == "q"
 
 
+def test_every_page_is_in_the_menu_of_the_site() -> None:
+    menu = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf8"), re.MULTILINE))
+    assert menu == {path.name for path in (ROOT / "docs").glob("*.md")} | set(hooks.OUTSIDE.values())
+
+
 def test_every_page_outside_docs_that_is_in_the_site_exists() -> None:
     assert {source for source in hooks.OUTSIDE if not (ROOT / source).is_file()} == set()
 
