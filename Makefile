@@ -8,7 +8,7 @@ CPP := $(filter %.h %.cpp %.cu,$(KERNELS))
 PICO := tests/data/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test peer-test bench lint format clean
+.PHONY: help setup build demo test peer-test bench lint docs format clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+docs: setup  ## the pages as a site in build/site; a link that leads nowhere is an error (--quiet would silence that too)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup  ## put every file into the house's form
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The README's figures and its picture of a run, taken on this machine: docs/measure.sh [speed|picture] …
+# The figures of docs/performance.md and the picture of docs/run.md, taken on this machine: docs/measure.sh [speed|picture] …
 #   PYTHON=.venv/bin/python        the environment to run in
 #   QUANTCLI_LIBGGML=…/libggml-base.so   ggml to compare with (tests/PEERS.md); without it that table is left out
 set -eu

@@ -1,28 +1,31 @@
-"""Tables made from what they describe: recipes from configs/, files from docstrings, exit codes from errors.py, conversions from regrid.py.
+"""What the pages say of the code, made from the code: recipes from configs/, commands from their options, files from docstrings, ….
 
     python docs/tables.py            # says which tables are out of date; exit code 1 if any is
     python docs/tables.py --write    # puts them right
 
-A table stands in its page between ``<!-- NAME: … -->`` and ``<!-- /NAME -->``. tests/test_readme.py holds them equal, and
+A table stands in its page between ``<!-- NAME: … -->`` and ``<!-- /NAME -->``. tests/test_readme.py checks that all are up to date, and
 tests/test_conversions.py tries every cell of the conversions.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from commands import reference, table
+
 from quantcli import errors, formats, recipe, regrid
-from quantcli.registry import names
+from quantcli.registry import find, names
 from quantcli.tensors import Scheme
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-CONVERSIONS = ROOT / "docs" / "conversions.md"
+DOCS = ROOT / "docs"
 
 CODED: dict[str, tuple[str, ...]] = {
     "gptq": ("int4-g32-sym", "int4-g32-asym", "int2-g32-asym", "int3-g32-sym", "int8-g32-sym", "int8-g32-asym", "int4-g32-sym-desc"),
@@ -45,12 +48,12 @@ READERS: dict[str, tuple[str, ...]] = {
 """Programs that a test has load what a recipe writes, and the formats that each is asked for."""
 
 MISREAD = {
-    ("transformers 5.23", "gptq-w4a16-asym"): "takes its packed zero points for damaged ones; load with dequantize=True",
-    ("transformers 5.23", "awq-w4a16"): "the same",
-    ("transformers 5.23", "fp8-tensor"): "knows FP8 in blocks; reads one scale a weight wrong, without a word",
-    ("transformers 5.23", "fp8-tensor-static"): "the same",
+    ("transformers 5.23", "gptq-w4a16-asym"): "with `dequantize=True`",
+    ("transformers 5.23", "awq-w4a16"): "with `dequantize=True`",
+    ("transformers 5.23", "fp8-tensor"): "**no**",
+    ("transformers 5.23", "fp8-tensor-static"): "**no**",
 }
-"""(reader, recipe) → why it does not load as it is."""
+"""(reader, recipe) → what the table says where the recipe does not load as it is; docs/engines.md gives the reasons."""
 
 WIDTH = 256
 """Inputs of a row, for questions of divisibility."""
@@ -61,11 +64,6 @@ OTHER_EXITS = {
     2: "wrong usage of the command line",
     130: "interrupted (Ctrl-C)",
 }
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("``", "`") for cell in line) + " |" for line in lines)
 
 
 def recipes() -> str:
@@ -100,7 +98,7 @@ def files() -> str:
     for path in modules():
         shown = path.relative_to(ROOT).as_posix()
         target = shown.removesuffix("__init__.py")
-        rows.append([f"[{target}]({target})", first_sentence(path)])
+        rows.append([f"[{target}](../{target})", first_sentence(path)])
     return table(["file", "what"], rows)
 
 
@@ -112,16 +110,16 @@ def exit_codes() -> str:
 
 def writable() -> list[str]:
     """The formats that export can write."""
-    return [name for name in names("formats") if hasattr(formats.of(name), "USUAL_SCHEME")]
+    return [name for name in formats.names() if formats.of(name).is_written]
 
 
 def conversion(source: Scheme, target: str) -> tuple[Scheme | None, str]:
-    """What ``export --format TARGET`` makes of a tensor: its scheme there (None: dense), and "exact", "codes" or "anew"."""
+    """What ``export --format TARGET`` makes of a tensor: its scheme there (None: dense), and "exact", "codes" or "requantized"."""
     fmt = formats.of(target)
     for scheme in regrid.candidates(source):
         if fmt.supports(scheme) and (degree := regrid.exactness(source, scheme, WIDTH)):
             return scheme, degree
-    return (None, "anew") if fmt.USUAL_SCHEME is None else (Scheme.parse(fmt.USUAL_SCHEME), "anew")
+    return None if fmt.usual_scheme is None else Scheme.parse(fmt.usual_scheme), "requantized"
 
 
 def conversions() -> str:
@@ -142,18 +140,39 @@ def loads(reader: str, name: str) -> bool:
     return recipe.load(name).format in READERS[reader] and (reader, name) not in MISREAD
 
 
-def compatibility() -> str:
-    """One row a recipe, one column a reader."""
-    rows = [[f"`{name}`", *("yes" if loads(reader, name) else "" for reader in READERS)] for name in recipe.shipped()]
-    return table(["recipe", *READERS], rows)
+def answer(reader: str, name: str) -> str:
+    """The cell of ``reader`` for the recipe ``name``; empty where nobody has tried."""
+    return "yes" if loads(reader, name) else MISREAD.get((reader, name), "")
+
+
+def engines() -> str:
+    """One row for the recipes of a format that load alike, one column a reader."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in recipe.shipped():
+        alike.setdefault((recipe.load(name).format, *(answer(reader, name) for reader in READERS)), []).append(f"`{name}`")
+    rows = [[format_, ", ".join(alike[format_, *answers]), *answers] for format_, *answers in sorted(alike)]
+    return table(["format", "recipes", *READERS], rows)
+
+
+def passes() -> str:
+    """One row a pass, with its options as a recipe writes them."""
+    rows = []
+    for name in names("passes"):
+        module = find("passes", name)
+        options = [f"`{option.name}: {json.dumps(option.default)}`" for option in fields(module.Options)]
+        meaning = " ".join((module.Options.__doc__ or "").split()) if options else ""
+        rows.append([f"`{name}`", first_sentence(Path(module.__file__)), ", ".join(options), meaning])
+    return table(["pass", "what", "options", "what they mean"], rows)
 
 
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
-    "recipes": (README, recipes),
-    "files": (README, files),
-    "exit codes": (README, exit_codes),
-    "compatibility": (README, compatibility),
-    "conversions": (CONVERSIONS, conversions),
+    "recipes": (DOCS / "recipes.md", recipes),
+    "passes": (DOCS / "recipes.md", passes),
+    "engines": (DOCS / "engines.md", engines),
+    "commands": (DOCS / "cli.md", reference),
+    "exit codes": (DOCS / "cli.md", exit_codes),
+    "conversions": (DOCS / "conversions.md", conversions),
+    "files": (DOCS / "files.md", files),
 }
 
 

@@ -86,7 +86,7 @@ def test_a_cell_of_the_conversions_is_so(coded: Callable[[str, str], Path], tmp_
             if expected is None:
                 assert DOWN not in result.schemes
             else:
-                if degree == "anew" and hasattr(formats.of(target), "suited"):
+                if degree == "requantized":
                     expected = formats.of(target).suited(expected, source.config)
                 assert regrid.exactness(result.schemes[DOWN], expected, tables.WIDTH) == regrid.EXACT
             same = all(torch.equal(result.read(name), source.read(name)) for name in source.schemes)

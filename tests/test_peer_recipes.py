@@ -1,4 +1,4 @@
-"""Every yes of the README's compatibility table: a program loads what a recipe makes of the pico model, with our perplexity.
+"""Every yes of the table in docs/engines.md: a program loads what a recipe makes of the pico model, with our perplexity.
 
 Each reader needs its Python; tests/PEERS.md says how to make them. llama.cpp's column is tested in test_peer_llamacpp.py.
 """
