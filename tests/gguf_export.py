@@ -15,7 +15,7 @@ from quantcli.formats import Request, gguf
 from quantcli.formats.gguf.types import filetypes
 from quantcli.formats.gguf.types.chooser import DENSE
 from quantcli.ops.blocks import KINDS
-from quantcli.plan.arrange import cut_for
+from quantcli.planning.arrange import cut_for
 from quantcli.tensors import QuantizedTensor, Scheme
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -16,7 +16,7 @@ from quantcli.archs.llama import ARCH
 from quantcli.formats import open_checkpoint
 from quantcli.forward.absorb import Absorbers
 from quantcli.passes.shared import basis
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.tensors import Layer, Prev
 
 SMALL = {

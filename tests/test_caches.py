@@ -22,7 +22,7 @@ from quantcli.checkpoint import views
 from quantcli.errors import CheckpointError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.recipe import PassSpec, Rule
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import KV_CACHES, KvCache, Scheme

@@ -19,7 +19,7 @@ from quantcli.errors import NumericsError, RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
 from quantcli.forward import hidden as hidden_states
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.statistics.meter import StatsMeter
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Stats

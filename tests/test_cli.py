@@ -20,7 +20,7 @@ from quantcli import __version__
 from quantcli.cli import main
 from quantcli.cli.console import Console, Steps, count, size
 from quantcli.formats.gguf.file.headers import read_header
-from quantcli.plan.memory import kv_cache_bytes
+from quantcli.planning.memory import kv_cache_bytes
 
 TinyLlama = Callable[..., Path]
 SHORT = ["--samples", "2", "--seq-len", "16"]

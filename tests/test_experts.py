@@ -26,7 +26,7 @@ from quantcli.calibration.data import Windows
 from quantcli.cli import app
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.formats import gguf, open_checkpoint
-from quantcli.plan.arrange import cut_for, open_forward
+from quantcli.planning.arrange import cut_for, open_forward
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import TensorReport
 from quantcli.walk import pipeline

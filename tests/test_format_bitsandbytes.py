@@ -18,7 +18,7 @@ from quantcli import qtypes, recipe
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import bitsandbytes, open_checkpoint
 from quantcli.formats.bitsandbytes.state import Nested, State, parse
-from quantcli.plan import plan
+from quantcli.planning import plan
 from quantcli.qtypes.shared import float4
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme

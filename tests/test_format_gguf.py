@@ -26,7 +26,7 @@ from quantcli.formats.gguf.model import rope
 from quantcli.formats.gguf.types import filetypes
 from quantcli.formats.gguf.types.filetypes import FILE_TYPES
 from quantcli.ops.blocks import KINDS
-from quantcli.plan.arrange import cut_for
+from quantcli.planning.arrange import cut_for
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 from quantcli.walk import pipeline

@@ -23,7 +23,7 @@ from whole_models import inputs_of
 from quantcli.errors import CheckpointError, NumericsError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import Forward, tokenizer
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -394,7 +394,7 @@ import sys
 from pathlib import Path
 import torch
 from quantcli import heap
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.formats import open_checkpoint
 
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from quantcli.formats import gguf, open_checkpoint
 from quantcli.formats.gguf.file.container import Container, Field
 from quantcli.formats.gguf.file.headers import read_header
 from quantcli.formats.gguf.read import GgufCheckpoint
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import DTYPES, Scheme
 from quantcli.walk import pipeline

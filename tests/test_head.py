@@ -20,7 +20,7 @@ from quantcli.calibration.data import Windows
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.recipe import PassSpec, Rule
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme

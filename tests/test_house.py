@@ -26,7 +26,7 @@ FLOORS = [
     {"cli"},
     {"walk"},
     {"calibration"},
-    {"plan"},
+    {"planning"},
     {"forward", "formats", "recipe"},
     {"statistics", "passes", "regrid"},
     {"checkpoint", "text"},
@@ -116,7 +116,7 @@ def test_an_import_for_types_alone_or_in_a_function_counts(tmp_path: Path) -> No
         "from typing import TYPE_CHECKING\nfrom quantcli import plan\nif TYPE_CHECKING:\n    from quantcli.forward import Forward, hidden\n"
         "def f():\n    import torch\n"
     )
-    expected = {("typing", 1), ("quantcli.plan.plan", 2), ("quantcli.forward", 4), ("quantcli.forward.hidden", 4), ("torch", 6)}
+    expected = {("typing", 1), ("quantcli.planning.plan", 2), ("quantcli.forward", 4), ("quantcli.forward.hidden", 4), ("torch", 6)}
     assert set(imports(path)) == expected
 
 

@@ -21,7 +21,7 @@ from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
 from quantcli.passes.shared import basis
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.statistics.meter import StatsMeter
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.walk import pipeline

@@ -17,7 +17,7 @@ from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.passes import awq, gptq, rtn
 from quantcli.passes.shared import basis
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error, relative_error
 from quantcli.walk import pipeline
 

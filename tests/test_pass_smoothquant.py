@@ -16,7 +16,7 @@ from quantcli.formats import open_checkpoint
 from quantcli.ops import round_inputs
 from quantcli.passes import rtn, smoothquant
 from quantcli.passes.shared import basis
-from quantcli.plan import plan as planning
+from quantcli.planning import plan as planning
 from quantcli.tensors import Layer, Prev, Scheme, Stats
 
 W8A8 = Scheme.parse("int8-channel-sym+int8-token")

@@ -23,8 +23,8 @@ from quantcli.calibration import calibrate
 from quantcli.calibration.data import Windows
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.formats import open_checkpoint
-from quantcli.plan.plan import PlannedTensor
-from quantcli.plan.schemes import is_coded
+from quantcli.planning.plan import PlannedTensor
+from quantcli.planning.schemes import is_coded
 from quantcli.regrid import grid_of
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import TensorSpec

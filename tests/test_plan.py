@@ -17,9 +17,9 @@ from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.types.filetypes import FILE_TYPES
 from quantcli.importance import ImportanceSource
-from quantcli.plan import plan as planning
-from quantcli.plan.arrange import Arranged, arrange, declared_taps, open_forward
-from quantcli.plan.plan import Plan
+from quantcli.planning import plan as planning
+from quantcli.planning.arrange import Arranged, arrange, declared_taps, open_forward
+from quantcli.planning.plan import Plan
 from quantcli.recipe import PassSpec, Recipe, Rule
 from quantcli.walk import pipeline
 

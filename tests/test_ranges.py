@@ -18,7 +18,7 @@ from quantcli.calibration.data import Windows
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.passes.shared import basis
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.statistics import ranges
 from quantcli.statistics.ranges import find_range

@@ -20,7 +20,7 @@ from quantcli.checkpoint.readahead import reading_ahead
 from quantcli.checkpoint.shards import file_layout
 from quantcli.forward import Forward, HiddenStates, run_dtype
 from quantcli.output.writer import Writer
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.statistics.stats_file import put_stats, stats_metadata, stats_specs
 from quantcli.tensors import HEAD
 

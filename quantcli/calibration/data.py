@@ -11,7 +11,7 @@ from torch import Tensor
 from quantcli import formats
 from quantcli.errors import RecipeError, about
 from quantcli.importance import Importance, ImportanceSource
-from quantcli.plan.plan import Plan
+from quantcli.planning.plan import Plan
 from quantcli.recipe import Recipe
 from quantcli.statistics import outliers
 from quantcli.statistics.outliers import Protected

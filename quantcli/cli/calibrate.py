@@ -118,7 +118,7 @@ def write_imatrix(console: Console, path: Path, stats: StatsFile, checkpoint: Ch
     """The statistics as llama-imatrix would have written them. ``datasets``: the words by which the user named the text."""
     from quantcli.formats.gguf.imatrix import file, importance
     from quantcli.formats.gguf.model.naming import gguf_names
-    from quantcli.plan.arrange import arrange
+    from quantcli.planning.arrange import arrange
     from quantcli.recipe import PassSpec, Recipe
 
     arranged = arrange(checkpoint, Recipe("imatrix", "gguf", (PassSpec("rtn"),)), run=True)

@@ -130,7 +130,7 @@ def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
 def commonest_type(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The GGUF type that most of a quantized source's weights take: it names the output."""
     from quantcli.formats.gguf.file.container import ggml_type_of
-    from quantcli.plan.schemes import kept_schemes
+    from quantcli.planning.schemes import kept_schemes
 
     n_weights: Counter[str] = Counter()
     for name, scheme in kept_schemes(checkpoint, recipe, {}).items():

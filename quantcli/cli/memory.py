@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def estimate(checkpoint: Checkpoint, context: int) -> dict[str, Any]:
     """The bytes of each shipped recipe that fits the model, planned and not measured, smallest first; activations are not counted."""
-    from quantcli.plan import memory
+    from quantcli.planning import memory
 
     return {
         "context": context,

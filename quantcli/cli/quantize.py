@@ -24,7 +24,7 @@ from quantcli.errors import RecipeError
 if TYPE_CHECKING:
     from quantcli.calibration.data import Data
     from quantcli.checkpoint.checkpoint import Checkpoint
-    from quantcli.plan.plan import Plan, PlannedLayer
+    from quantcli.planning.plan import Plan, PlannedLayer
     from quantcli.recipe import Recipe
     from quantcli.walk.events import Finished, LayerDone, Planned
 

@@ -41,7 +41,7 @@ class Forward:
     experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model has no place for; ``caches``: where keys and
     values are kept, whose taps are apart from ``taps``.
 
-    ``checkpoint``: with a tensor for each expert's linear where its family has names for them (:mod:`quantcli.plan.arrange`).
+    ``checkpoint``: with a tensor for each expert's linear where its family has names for them (:mod:`quantcli.planning.arrange`).
     Experts run one after the other, transformers' implementation "eager". ``all_tokens``: observed experts are shown every token, not
     only those routed to them.
 

@@ -16,10 +16,10 @@ from quantcli.experts import expert_of
 from quantcli.output.writer import Writer
 from quantcli.passes import of as pass_of
 from quantcli.passes.shared import activations, basis
-from quantcli.plan import kv_caches
-from quantcli.plan import plan as planning
-from quantcli.plan.kv_caches import Fold, PlannedCache
-from quantcli.plan.plan import Plan, PlannedTensor
+from quantcli.planning import kv_caches
+from quantcli.planning import plan as planning
+from quantcli.planning.kv_caches import Fold, PlannedCache
+from quantcli.planning.plan import Plan, PlannedTensor
 from quantcli.recipe import PassSpec
 from quantcli.statistics.ranges import find_range
 from quantcli.tensors import Layer, Prev, QuantizedTensor, Stats, TensorReport

@@ -23,7 +23,7 @@ from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.forward import Forward, HiddenStates
 from quantcli.ops import round_cache, round_inputs
 from quantcli.ops.activations import STATIC
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.tensors import Scheme
 
 MAX_HIDDEN_BYTES = 4 << 30

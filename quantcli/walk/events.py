@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli import heap
-from quantcli.plan import plan as planning
-from quantcli.plan.plan import Plan, PlannedLayer
+from quantcli.planning import plan as planning
+from quantcli.planning.plan import Plan, PlannedLayer
 from quantcli.tensors import TensorReport
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from quantcli.errors import RecipeError
 from quantcli.forward import Forward, HiddenStates, LoadedLayer
 from quantcli.forward.absorb import Absorbers
 from quantcli.output.writer import Writer
-from quantcli.plan import kv_caches
-from quantcli.plan import plan as planning
-from quantcli.plan.arrange import arrange
-from quantcli.plan.plan import PlannedLayer, PlannedTensor
-from quantcli.plan.schemes import is_coded
+from quantcli.planning import kv_caches
+from quantcli.planning import plan as planning
+from quantcli.planning.arrange import arrange
+from quantcli.planning.plan import PlannedLayer, PlannedTensor
+from quantcli.planning.schemes import is_coded
 from quantcli.recipe import Recipe
 from quantcli.statistics.outliers import Protected
 from quantcli.statistics.stats_file import StatsFile

@@ -35,7 +35,7 @@ from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates, LoadedLayer, run_dtype
 from quantcli.passes import awq, gptq
 from quantcli.passes.shared import basis
-from quantcli.plan.arrange import open_forward
+from quantcli.planning.arrange import open_forward
 from quantcli.tensors import Layer, Prev, Scheme, Stats
 
 T = TypeVar("T")

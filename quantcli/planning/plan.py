@@ -14,10 +14,10 @@ from quantcli.checkpoint.views import HEAD_WEIGHT
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import Format, OutputLayout, Request
 from quantcli.passes import of as pass_of
-from quantcli.plan import kv_caches
-from quantcli.plan.arrange import Arranged, experts_joined
-from quantcli.plan.kv_caches import PlannedCache
-from quantcli.plan.schemes import carried_over, choose_schemes, is_coded, layer_of, listed, protect
+from quantcli.planning import kv_caches
+from quantcli.planning.arrange import Arranged, experts_joined
+from quantcli.planning.kv_caches import PlannedCache
+from quantcli.planning.schemes import carried_over, choose_schemes, is_coded, layer_of, listed, protect
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.statistics.outliers import Protected
 from quantcli.tensors import HEAD, KvCache, Scheme, TensorSpec
@@ -109,7 +109,7 @@ class Plan:
 
 
 def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protected: Sequence[Protected] | None = None) -> Plan:
-    """The plan for what :func:`quantcli.plan.arrange.arrange` made of a source for ``recipe``. ``is_weighed``: plain rounding is given the
+    """The plan for what :func:`quantcli.planning.arrange.arrange` made of a source for ``recipe``. ``is_weighed``: plain rounding is given the
     importance of inputs, by which GGUF's mixes choose; ``protected``: what the recipe's ``protect_outliers`` found in the inputs, None as
     long as these are not known.
 

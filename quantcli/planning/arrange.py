@@ -16,7 +16,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.views import HEAD_WEIGHT, Joint, Piece, View
 from quantcli.errors import CheckpointError
 from quantcli.formats import Format
-from quantcli.plan.schemes import layer_of, untied_head
+from quantcli.planning.schemes import layer_of, untied_head
 from quantcli.recipe import Recipe
 from quantcli.tensors import KvCache
 

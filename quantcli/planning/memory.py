@@ -10,9 +10,9 @@ from quantcli import recipe as recipes
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.forward import Forward
-from quantcli.plan import plan as planning
-from quantcli.plan.arrange import arrange
-from quantcli.plan.plan import Plan
+from quantcli.planning import plan as planning
+from quantcli.planning.arrange import arrange
+from quantcli.planning.plan import Plan
 from quantcli.recipe import Recipe
 
 KV_BYTES = 2
