@@ -17,6 +17,7 @@ from quantcli.ops import round_inputs
 from quantcli.passes import rtn, smoothquant
 from quantcli.passes.shared import basis
 from quantcli.planning import plan as planning
+from quantcli.planning.arrange import arrange
 from quantcli.tensors import Absorber, Layer, Scheme, Stats
 
 W8A8 = Scheme.parse("int8-channel-sym+int8-token")
@@ -162,4 +163,4 @@ def test_a_recipe_that_cannot_work_is_refused_in_the_plan(tiny_llama: TinyLlama,
     recipe = recipes.load("smoothquant-w8a8")
     wrong = recipes.parse({**recipe.to_dict(), **change}, "wrong")
     with open_checkpoint(str(tiny_llama())) as source, pytest.raises(RecipeError, match=words):
-        planning.make(source, wrong, planning.declared_taps(source) or {})
+        planning.make(arrange(source, wrong, run=False), wrong)

@@ -103,9 +103,9 @@ def recipe_of_type(format_: str, type_: str) -> Recipe:
     from quantcli.tensors import Scheme
 
     if format_ == "gguf":
-        return replace(load_type(type_, "TYPE"), codes="fitting")
+        return replace(load_type(type_, "TYPE"), codes="reuse")
     scheme = Scheme.parse(type_)
-    return Recipe(f"{format_}-{scheme}", format_, (PassSpec("rtn"),), scheme=scheme, codes="fitting")
+    return Recipe(f"{format_}-{scheme}", format_, (PassSpec("rtn"),), scheme=scheme, codes="reuse")
 
 
 def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
@@ -114,7 +114,7 @@ def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
     from quantcli.recipe import PassSpec, Recipe
     from quantcli.tensors import Scheme
 
-    recipe = Recipe(format_, format_, (PassSpec("rtn"),), codes="kept")
+    recipe = Recipe(format_, format_, (PassSpec("rtn"),), codes="keep")
     if format_ != "gguf":
         usual = formats.of(format_).usual_scheme
         return replace(recipe, scheme=None if usual is None else Scheme.parse(usual))

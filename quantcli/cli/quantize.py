@@ -90,7 +90,7 @@ def default_output(source: Checkpoint, recipe: Recipe) -> Path:
     path = Path(source.source).expanduser()
     model = path.resolve().name if path.exists() else source.source.partition("@")[0].rpartition("/")[2]
     if recipe.format == "gguf":
-        kind = recipe.name if recipe.codes == "kept" else recipe.mix or recipe.name
+        kind = recipe.name if recipe.codes == "keep" else recipe.mix or recipe.name
         return Path(f"{model.removesuffix('.gguf')}-{kind}.gguf")
     return Path(f"{model}-{recipe.name}")
 

@@ -31,7 +31,7 @@ def choose_recipe(method: str | None, recipe: str | None, type_: str | None, for
     else:
         chosen = load_type(type_, "--type")
         if method in (None, "rtn"):
-            chosen = replace(chosen, codes="fitting")
+            chosen = replace(chosen, codes="reuse")
         else:
             chosen = replace(chosen, name=f"{chosen.mix}-{method}", passes=recipes.default_for(str(method)).passes)
     return replace(chosen, format=format_ or chosen.format)

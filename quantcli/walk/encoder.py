@@ -63,7 +63,7 @@ class Coding:
         """Run the passes over what is to be solved, round to nearest what else has a scheme, carry over and copy the rest.
 
         ``stats``: tap → Stats. ``loaded`` has the solved weights in memory already, and receives each one as the engine will see it.
-        ``absorbers``: tap → what can absorb a scale of its inputs, for a recipe that changes the basis; then all tensors of the layer are here.
+        ``absorbers``: tap → what can absorb a scale of its inputs, for a recipe that changes the basis; the layer is whole then.
         ``recount`` counts inputs anew in the basis found, where their range is told by a histogram.
         """
         tensors = list(tensors)
