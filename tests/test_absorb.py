@@ -17,7 +17,7 @@ from quantcli.formats import open_checkpoint
 from quantcli.forward.absorb import Absorbers
 from quantcli.passes.shared import basis
 from quantcli.planning.arrange import open_forward
-from quantcli.tensors import Layer, Prev
+from quantcli.tensors import Absorber, Layer
 
 SMALL = {
     "vocab_size": 64,
@@ -87,23 +87,23 @@ def model_of(model_type: str, folder: Path, **options: object) -> transformers.P
     return model
 
 
-def found_in(folder: Path) -> tuple[dict[str, Prev], dict[str, str]]:
+def found_in(folder: Path) -> tuple[dict[str, Absorber], dict[str, str]]:
     with open_checkpoint(str(folder)) as source:
         forward = open_forward(source)
         absorbers = Absorbers(forward)
-        return {tap: prev for i in range(len(forward.layers)) for tap, prev in absorbers.of(i).items()}, forward.taps
+        return {tap: absorber for i in range(len(forward.layers)) for tap, absorber in absorbers.of(i).items()}, forward.taps
 
 
-def folded(weights: Mapping[str, Tensor], prevs: dict[str, Prev], taps: dict[str, str]) -> dict[str, Tensor]:
+def folded(weights: Mapping[str, Tensor], absorbers: dict[str, Absorber], taps: dict[str, str]) -> dict[str, Tensor]:
     """``weights`` with random scales folded at every tap."""
-    unit = Layer("", dict(weights), {}, dict(taps), prev=prevs)
-    unit.taps |= {name: tap for prev in prevs.values() for name, tap in prev.readers.items()}
+    unit = Layer("", dict(weights), {}, dict(taps), absorbers=absorbers)
+    unit.taps |= {name: tap for absorber in absorbers.values() for name, tap in absorber.readers.items()}
     generator = torch.Generator().manual_seed(1)
-    for tap, prev in prevs.items():
+    for tap, absorber in absorbers.items():
         if tap in unit.scales:
             continue
-        s = torch.rand(len(prev.channel), generator=generator, dtype=torch.float64) * 4 + 0.1
-        basis.fold(unit, tap, basis.shared(s, prev, "mean"))
+        s = torch.rand(len(absorber.channel), generator=generator, dtype=torch.float64) * 4 + 0.1
+        basis.fold(unit, tap, basis.shared(s, absorber, "mean"))
     return unit.tensors
 
 
@@ -111,10 +111,10 @@ def folded(weights: Mapping[str, Tensor], prevs: dict[str, Prev], taps: dict[str
 def test_every_op_that_can_absorb_a_scale_is_found_and_no_other(model_type: str, tmp_path: Path) -> None:
     options, expected = MODELS[model_type]
     model_of(model_type, tmp_path, **options)
-    prevs, _ = found_in(tmp_path)
-    suffixes = {tap.partition(".0.")[2]: prev.names[0].partition(".0.")[2] for tap, prev in prevs.items() if ".0." in tap}
-    assert suffixes == {tap: f"{prev}.weight" for tap, prev in expected.items()}
-    assert len(prevs) == 2 * len(expected)
+    absorbers, _ = found_in(tmp_path)
+    suffixes = {tap.partition(".0.")[2]: absorber.names[0].partition(".0.")[2] for tap, absorber in absorbers.items() if ".0." in tap}
+    assert suffixes == {tap: f"{absorber}.weight" for tap, absorber in expected.items()}
+    assert len(absorbers) == 2 * len(expected)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -132,16 +132,16 @@ def test_folding_scales_changes_nothing(model_type: str, tmp_path: Path) -> None
 
 
 def test_the_literal_of_llama_says_what_trying_finds(tiny_llama: TinyLlama) -> None:
-    prevs, _ = found_in(tiny_llama(layers=1))
+    absorbers, _ = found_in(tiny_llama(layers=1))
     layer = "model.layers.0."
-    assert {linear.tap: linear.prev for linear in ARCH.linears} == {
-        tap.removeprefix(layer): prev.names[0].removeprefix(layer).removesuffix(".weight") for tap, prev in prevs.items()
+    assert {linear.tap: linear.absorber for linear in ARCH.linears} == {
+        tap.removeprefix(layer): absorber.names[0].removeprefix(layer).removesuffix(".weight") for tap, absorber in absorbers.items()
     }
 
 
 def test_each_head_of_a_group_reads_the_rows_of_its_own_values(tiny_llama: TinyLlama) -> None:
-    prevs, _ = found_in(tiny_llama(layers=1, hidden=64, heads=4, kv_heads=2))
-    channel = prevs["model.layers.0.self_attn.o_proj"].channel
+    absorbers, _ = found_in(tiny_llama(layers=1, hidden=64, heads=4, kv_heads=2))
+    channel = absorbers["model.layers.0.self_attn.o_proj"].channel
     assert channel.tolist() == [*range(16), *range(16), *range(16, 32), *range(16, 32)]
 
 
@@ -178,21 +178,21 @@ EXPERTS: dict[str, tuple[dict, set[str]]] = {
 def test_the_norm_before_experts_takes_one_scale_for_all_that_reads_it(model_type: str, tmp_path: Path) -> None:
     options, beside = EXPERTS[model_type]
     model_of(model_type, tmp_path, **options)
-    prevs, taps = found_in(tmp_path)
+    absorbers, taps = found_in(tmp_path)
     for layer in ("model.layers.0.", "model.layers.1."):
         norm = f"{layer}post_attention_layernorm.weight"
-        groups = {tap: prev for tap, prev in prevs.items() if prev.names == (norm,)}
+        groups = {tap: absorber for tap, absorber in absorbers.items() if absorber.names == (norm,)}
         readers = next(iter(groups.values())).readers
-        assert all(prev.readers == readers for prev in groups.values())
+        assert all(absorber.readers == readers for absorber in groups.values())
         assert groups.keys() == set(readers.values())
         first = {name for name in taps if name.startswith(layer) and ".experts." in name and name.split(".")[-2][:2] not in ("w2", "do")}
         others = {name.split(".", 4)[4] for name in readers.keys() - first}
         assert first <= readers.keys()
         assert others == beside
         assert all(taps.get(name, tap) == tap for name, tap in readers.items())
-    downs = {tap for tap in prevs if tap.endswith((".w2", ".down_proj"))}
+    downs = {tap for tap in absorbers if tap.endswith((".w2", ".down_proj"))}
     assert downs == {tap for tap in taps.values() if tap.endswith((".w2", ".down_proj"))}
-    assert prevs.keys() >= {tap for tap in taps.values() if ".mlp." in tap or ".block_sparse_moe." in tap}
+    assert absorbers.keys() >= {tap for tap in taps.values() if ".mlp." in tap or ".block_sparse_moe." in tap}
 
 
 def logits_of(folder: Path) -> Tensor:
@@ -218,6 +218,6 @@ def test_a_norm_before_experts_that_something_unseen_reads_too_is_left_alone(tmp
     with open_checkpoint(str(tmp_path)) as source:
         forward = open_forward(source)
         forward.untapped = ()  # as if the router were no matrix of the file
-        prevs = Absorbers(forward).of(0)
-    assert not any("post_attention_layernorm" in prev.names[0] for prev in prevs.values())
-    assert "model.layers.0.self_attn.q_proj" in prevs
+        absorbers = Absorbers(forward).of(0)
+    assert not any("post_attention_layernorm" in absorber.names[0] for absorber in absorbers.values())
+    assert "model.layers.0.self_attn.q_proj" in absorbers

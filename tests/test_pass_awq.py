@@ -18,7 +18,7 @@ from quantcli.formats import open_checkpoint
 from quantcli.passes import awq, gptq, rtn
 from quantcli.passes.shared import basis
 from quantcli.planning.arrange import open_forward
-from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error, relative_error
+from quantcli.tensors import Absorber, Layer, Scheme, Stats, output_error, relative_error
 from quantcli.walk import pipeline
 
 ASYM = Scheme.parse("int4-g32-asym")
@@ -41,8 +41,8 @@ def stats_of(X: Tensor) -> Stats:
 def layer_of(W: Tensor, scheme: Scheme = ASYM, norm_dtype: torch.dtype = torch.float32) -> Layer:
     """One linear behind a norm."""
     norm = torch.linspace(0.5, 1.5, W.shape[1]).to(norm_dtype)
-    prev = Prev(("norm.weight",), torch.arange(W.shape[1]))
-    return Layer("l", {"a.weight": W, "norm.weight": norm}, {"a.weight": scheme}, {"a.weight": "a"}, prev={"a": prev})
+    absorber = Absorber(("norm.weight",), torch.arange(W.shape[1]))
+    return Layer("l", {"a.weight": W, "norm.weight": norm}, {"a.weight": scheme}, {"a.weight": "a"}, absorbers={"a": absorber})
 
 
 def decode(layer: Layer, name: str = "a.weight") -> Tensor:
@@ -84,10 +84,10 @@ def test_an_output_error_is_taken_from_the_upper_blocks_of_h(n: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_the_search_finds_the_ratio_that_a_search_on_the_modules_outputs_finds(seed: int) -> None:
     W, X = problem(seed=seed)
-    prev = layer_of(W).prev["a"]
-    scales = [awq.input_scales(X.square().mean(0), prev, i / 20) for i in range(20)]
+    absorber = layer_of(W).absorbers["a"]
+    scales = [awq.input_scales(X.square().mean(0), absorber, i / 20) for i in range(20)]
     direct = [output_loss(W, X, s, ASYM) for s in scales]
-    found = awq.search([basis.Read({ASYM: [W]}, stats_of(X))], prev)
+    found = awq.search([basis.Read({ASYM: [W]}, stats_of(X))], absorber)
     assert found.ratio > 0
     assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct)
     assert found.loss == pytest.approx(direct[round(found.ratio * 20)] / direct[0], rel=1e-3)
@@ -105,10 +105,10 @@ def test_on_a_model_the_ratios_are_those_of_a_search_on_what_its_modules_put_out
     assert len(weights) == 4
     for tap, Ws in weights.items():
         X = torch.cat(inputs[tap])
-        prev = Prev(("",), torch.arange(X.shape[1]))
-        scales = [awq.input_scales(X.square().mean(0), prev, i / 20) for i in range(20)]
+        absorber = Absorber(("",), torch.arange(X.shape[1]))
+        scales = [awq.input_scales(X.square().mean(0), absorber, i / 20) for i in range(20)]
         direct = [sum(output_loss(W, X, s, ASYM) for W in Ws) for s in scales]
-        found = awq.search([basis.Read({ASYM: Ws}, stats_of(X))], prev)
+        found = awq.search([basis.Read({ASYM: Ws}, stats_of(X))], absorber)
         assert direct[round(found.ratio * 20)] <= 1.0001 * min(direct), tap
 
 
@@ -169,7 +169,7 @@ def test_a_norm_keeps_its_dtype_and_the_weights_make_up_for_its_rounding(dtype: 
     W, X = problem()
     layer = layer_of(W.double(), norm_dtype=dtype)
     before = layer.tensors["norm.weight"].double() * layer.tensors["a.weight"]
-    s = awq.input_scales(X.square().mean(0), layer.prev["a"], 0.5)
+    s = awq.input_scales(X.square().mean(0), layer.absorbers["a"], 0.5)
     folded = basis.fold(layer, "a", s)
     assert layer.tensors["norm.weight"].dtype == dtype
     torch.testing.assert_close(layer.tensors["norm.weight"].double() * layer.tensors["a.weight"], before, rtol=1e-12, atol=0)
@@ -201,10 +201,12 @@ def shared_by_two(schemes: int = 2) -> tuple[Layer, dict[str, Tensor]]:
     Ws, inputs = {}, {}
     for e, n_tokens in enumerate((64, 256)):
         Ws[f"{e}.weight"], inputs[str(e)] = problem(seed=e, n_tokens=n_tokens)
-    prev = Prev(("norm.weight",), torch.arange(64), readers={"0.weight": "0", "1.weight": "1", "router.weight": "0"})
+    absorber = Absorber(("norm.weight",), torch.arange(64), readers={"0.weight": "0", "1.weight": "1", "router.weight": "0"})
     tensors = {**Ws, "router.weight": torch.ones(2, 64), "norm.weight": torch.ones(64)}
     coded = [(name, ASYM) for name in Ws]
-    layer = Layer("l", tensors, dict(coded[:schemes]), dict(prev.readers), prev=dict.fromkeys("01", prev), deferred=dict(coded[schemes:]))
+    layer = Layer(
+        "l", tensors, dict(coded[:schemes]), dict(absorber.readers), absorbers=dict.fromkeys("01", absorber), deferred=dict(coded[schemes:])
+    )
     return layer, inputs
 
 
@@ -212,7 +214,7 @@ def test_experts_behind_one_norm_share_the_ratio_that_is_best_for_all_their_toke
     layer, inputs = shared_by_two()
     before, stats = dict(layer.tensors), {tap: stats_of(X) for tap, X in inputs.items()}
     every = torch.cat(list(inputs.values())).square().mean(0)
-    scales = [awq.input_scales(every, layer.prev["0"], i / 20) for i in range(20)]
+    scales = [awq.input_scales(every, layer.absorbers["0"], i / 20) for i in range(20)]
     losses = [sum(len(X) * output_loss(before[f"{tap}.weight"], X, s, ASYM) for tap, X in inputs.items()) for s in scales]
     reports = awq.PASS.run(layer, stats).tensors
     best = min(range(20), key=losses.__getitem__)
@@ -248,7 +250,7 @@ def test_experts_without_tokens_leave_the_choice_to_the_others() -> None:
 def test_a_tap_that_nothing_can_absorb_is_reported_and_clipped_all_the_same() -> None:
     W, X = problem()
     layer = layer_of(W)
-    layer.prev.clear()
+    layer.absorbers.clear()
     report = awq.PASS.run(layer, {"a": stats_of(X)}).tensors[0]
     assert "can absorb a scale" in report.notes[0]
     assert not layer.scales
@@ -258,7 +260,7 @@ def test_a_tap_that_nothing_can_absorb_is_reported_and_clipped_all_the_same() ->
 def test_an_input_that_calibration_never_saw_is_neither_blown_up_nor_crushed() -> None:
     W, X = problem()
     X[:, 7] = 0
-    s = awq.input_scales(X.square().mean(0), layer_of(W).prev["a"], 0.95)
+    s = awq.input_scales(X.square().mean(0), layer_of(W).absorbers["a"], 0.95)
     assert s.min() < s[7] < s.max()
 
 

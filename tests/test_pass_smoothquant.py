@@ -17,7 +17,8 @@ from quantcli.ops import round_inputs
 from quantcli.passes import rtn, smoothquant
 from quantcli.passes.shared import basis
 from quantcli.planning import plan as planning
-from quantcli.tensors import Layer, Prev, Scheme, Stats
+from quantcli.planning.arrange import arrange
+from quantcli.tensors import Absorber, Layer, Scheme, Stats
 
 W8A8 = Scheme.parse("int8-channel-sym+int8-token")
 STATIC = Scheme.parse("int8-channel-sym+int8-tensor")
@@ -35,9 +36,9 @@ def stats_of(X: Tensor) -> Stats:
     return Stats(X.square().mean(0), X.abs().amax(0), X.mean(0), len(X), X.T @ X / len(X))
 
 
-def layer_of(W: Tensor, scheme: Scheme, prev: str = "norm.weight") -> Layer:
+def layer_of(W: Tensor, scheme: Scheme, absorber: str = "norm.weight") -> Layer:
     tensors = {"a.weight": W, "norm.weight": torch.ones(64), "v.weight": torch.eye(64)}
-    return Layer("l", tensors, {"a.weight": scheme}, {"a.weight": "a"}, prev={"a": Prev((prev,), torch.arange(64))})
+    return Layer("l", tensors, {"a.weight": scheme}, {"a.weight": "a"}, absorbers={"a": Absorber((absorber,), torch.arange(64))})
 
 
 def true_error(W: Tensor, X: Tensor, s: Tensor, scheme: Scheme) -> float:
@@ -62,20 +63,22 @@ def test_scales_are_those_of_the_paper_one_by_one() -> None:
 
 def test_heads_that_share_a_value_share_its_scale() -> None:
     W, X = problem()
-    prev = Prev(("v.weight",), torch.arange(32).view(2, 16).repeat_interleave(2, 0).flatten())
-    layer = Layer("l", {"a.weight": W, "v.weight": torch.randn(32, 8)}, {"a.weight": W8A8}, {"a.weight": "a"}, prev={"a": prev})
+    absorber = Absorber(("v.weight",), torch.arange(32).view(2, 16).repeat_interleave(2, 0).flatten())
+    layer = Layer("l", {"a.weight": W, "v.weight": torch.randn(32, 8)}, {"a.weight": W8A8}, {"a.weight": "a"}, absorbers={"a": absorber})
     alpha, s = smoothquant.scales(layer, "a", {"a": stats_of(X)}, 0.5)
     assert alpha == 0.5
     for j in range(64):
-        twins = (prev.channel == prev.channel[j]).nonzero().flatten()
+        twins = (absorber.channel == absorber.channel[j]).nonzero().flatten()
         assert float(s[j]) == pytest.approx(float(X[:, twins].abs().max()) ** 0.5 / float(W[:, twins].abs().max()) ** 0.5, rel=1e-5)
 
 
 def test_experts_behind_one_norm_share_the_largest_magnitudes_of_all() -> None:
     (W0, X0), (W1, X1) = problem(0), problem(1, loud=90.0)
-    prev = Prev(("norm.weight",), torch.arange(64), readers={"0.weight": "0", "1.weight": "1"})
+    absorber = Absorber(("norm.weight",), torch.arange(64), readers={"0.weight": "0", "1.weight": "1"})
     tensors = {"0.weight": W0.clone(), "1.weight": W1.clone(), "norm.weight": torch.ones(64)}
-    layer = Layer("l", tensors, {"0.weight": W8A8}, dict(prev.readers), prev=dict.fromkeys("01", prev), deferred={"1.weight": W8A8})
+    layer = Layer(
+        "l", tensors, {"0.weight": W8A8}, dict(absorber.readers), absorbers=dict.fromkeys("01", absorber), deferred={"1.weight": W8A8}
+    )
     report = smoothquant.PASS.run(layer, {"0": stats_of(X0), "1": stats_of(X1)}, smoothquant.Options(alpha=0.5)).tensors
     s = torch.cat([X0, X1]).abs().amax(0).sqrt() / torch.cat([W0, W1]).abs().amax(0).sqrt()
     assert [r.settings for r in report] == [{"smoothquant_alpha": 0.5}]
@@ -114,7 +117,7 @@ def test_even_inputs_of_even_weights_keep_their_basis_without_rounded_activation
 def test_linears_take_scales_over_only_when_told() -> None:
     W, X = problem()
     for linears in (True, False):
-        layer = layer_of(W, W8A8, prev="v.weight")
+        layer = layer_of(W, W8A8, absorber="v.weight")
         smoothquant.PASS.run(layer, {"a": stats_of(X)}, smoothquant.Options(linears=linears))
         assert bool(layer.scales) == linears
 
@@ -122,7 +125,7 @@ def test_linears_take_scales_over_only_when_told() -> None:
 def test_a_tap_that_nothing_can_absorb_is_reported() -> None:
     W, X = problem()
     layer = layer_of(W, W8A8)
-    layer.prev.clear()
+    layer.absorbers.clear()
     assert "can absorb a scale" in smoothquant.PASS.run(layer, {"a": stats_of(X)}).tensors[0].notes[0]
 
 
@@ -160,4 +163,4 @@ def test_a_recipe_that_cannot_work_is_refused_in_the_plan(tiny_llama: TinyLlama,
     recipe = recipes.load("smoothquant-w8a8")
     wrong = recipes.parse({**recipe.to_dict(), **change}, "wrong")
     with open_checkpoint(str(tiny_llama())) as source, pytest.raises(RecipeError, match=words):
-        planning.make(source, wrong, planning.declared_taps(source) or {})
+        planning.make(arrange(source, wrong, run=False), wrong)
