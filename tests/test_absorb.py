@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from quantcli.forward.absorb import Absorbers
 from quantcli.passes.shared import basis
 from quantcli.planning.arrange import open_forward
 from quantcli.tensors import Layer, Prev
+from support.tiny_models import TinyLlama
 
 SMALL = {
     "vocab_size": 64,

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import KV_CACHES, KvCache, Scheme
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import perplexity
+from support.tiny_models import TinyLlama
 
 IDS = torch.randint(2, 512, (6, 40), generator=torch.Generator().manual_seed(3))
 HEADS, DIM = 2, 64

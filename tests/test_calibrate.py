@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from whole_models import inputs_of
 
 from quantcli.calibration.calibrate import calibrate
 from quantcli.calibration.measuring import measure
@@ -23,6 +21,8 @@ from quantcli.planning.arrange import open_forward
 from quantcli.statistics.meter import StatsMeter
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Stats
+from support.tiny_models import TinyLlama
+from support.whole_models import inputs_of
 
 IDS = torch.randint(2, 512, (11, 40), generator=torch.Generator().manual_seed(3))
 TAPS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")

@@ -10,7 +10,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from gguf_export import export
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +20,7 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.output import disk
 from quantcli.tensors import TensorSpec
+from support.gguf_export import export
 
 TinyLlama = Callable[..., Path]
 SMALL = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "vocab": 300}

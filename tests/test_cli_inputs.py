@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyLlama
 
 from quantcli.cli import main
 from quantcli.cli.console import Console
@@ -18,6 +17,7 @@ from quantcli.planning.inspection import describe_tap
 from quantcli.statistics.outliers import Figures
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Stats
+from support.tiny_models import TinyLlama
 
 KEYS = {f.name for f in fields(Figures)} | {"tap", "warnings"}
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyLlama
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from quantcli.statistics.stats_file import StatsFile
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
 from quantcli.walk.pipeline import LayerDone
+from support.tiny_models import TinyLlama
 
 IDS = torch.randint(512, (16, 32), generator=torch.Generator().manual_seed(0))
 LAYER = "model.layers.0"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from quantcli.archs import Cut
 from quantcli.checkpoint import views
 from quantcli.errors import CheckpointError
 from quantcli.formats import open_checkpoint
+from support import families
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])

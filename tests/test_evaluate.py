@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from quantcli.tensors import Scheme
 from quantcli.walk import evaluate as evaluation
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import LayerWalked, Scores, compare, evaluate, perplexity
+from support.tiny_models import TinyLlama
 
 IDS = torch.randint(2, 512, (5, 48), generator=torch.Generator().manual_seed(4))
 

@@ -19,8 +19,7 @@ from quantcli.forward import tokenizer
 from quantcli.text import texts
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import perplexity
-
-PICO = Path(__file__).parent / "data" / "pico"
+from support.places import PICO
 
 
 def windows(text: str) -> Tensor:

@@ -6,12 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
-from families import CASES
-from gguf_export import export
-from test_format_gguf import rewrite, u32
 
 from quantcli import archs
 from quantcli.calibration.data import Windows
@@ -24,6 +20,11 @@ from quantcli.planning.plan import declared_taps
 from quantcli.recipe import parse
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
+from support import families
+from support.families import CASES
+from support.gguf_export import export
+from support.gguf_files import u32
+from support.gguf_rewriting import rewrite
 
 
 @pytest.fixture(scope="module")

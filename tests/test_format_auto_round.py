@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import auto_round, open_checkpoint
 from quantcli.tensors import Scheme
+from support.mutations import wrong_answers
+from support.places import DATA
 
-GOLDEN = load_file(Path(__file__).parent / "data/auto_round_golden.safetensors")
+GOLDEN = load_file(DATA / "auto_round_golden.safetensors")
 CASES = sorted({name.partition("/")[0] for name in GOLDEN})
 PACKINGS = {"zp": "auto_round:auto_gptq", "plain": "auto_round", "awq": "auto_round:auto_awq"}
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"

@@ -8,17 +8,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import packed_folders
 import pytest
 import torch
-from conftest import TinyLlama
-from mutations import wrong_answers
-from packed_folders import damage, files_of, linears, random_codes, words_of
 from safetensors.torch import load_file
 
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import awq, open_checkpoint
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
+from support import packed_folders
+from support.mutations import wrong_answers
+from support.packed_folders import damage, files_of, linears, random_codes, words_of
+from support.places import DATA
+from support.tiny_models import TinyLlama
 
 write = partial(packed_folders.write, awq)
 quantized_folder = partial(packed_folders.quantized_folder, awq)
@@ -27,7 +28,7 @@ Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
 SYM, ASYM = (Scheme.of("int", bits=4, group_size=32, sym=sym) for sym in (True, False))
 I32 = torch.int32
-GOLDEN = Path(__file__).parent / "data/awq_golden.safetensors"
+GOLDEN = DATA / "awq_golden.safetensors"
 
 
 def nibbles(words: torch.Tensor) -> np.ndarray:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyLlama
-from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,8 +21,11 @@ from quantcli.qtypes.shared import float4
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
+from support.mutations import wrong_answers
+from support.places import DATA
+from support.tiny_models import TinyLlama
 
-GOLDEN = load_file(Path(__file__).parent / "data/bitsandbytes.safetensors")
+GOLDEN = load_file(DATA / "bitsandbytes.safetensors")
 RECIPES = ("nf4", "nf4-dq", "fp4", "llm-int8")
 Q = "model.layers.0.self_attn.q_proj"
 STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import wrong_answers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,10 +24,11 @@ from quantcli.formats.compressed_tensors.match import Patterns, is_tame, targets
 from quantcli.passes import rtn
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 from quantcli.walk import pipeline
+from support.mutations import wrong_answers
+from support.places import DATA
 
 TinyLlama = Callable[..., Path]
-HERE = Path(__file__).parent
-GOLDEN = HERE / "data/compressed_tensors.safetensors"
+GOLDEN = DATA / "compressed_tensors.safetensors"
 Q = "model.layers.0.self_attn.q_proj"
 SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 300}
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyLlama
-from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +24,8 @@ from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
 from quantcli.text import texts
 from quantcli.walk import pipeline
+from support.mutations import wrong_answers
+from support.tiny_models import TinyLlama
 
 RECIPES = ("fp8-block", "fp8-tensor", "fp8-tensor-static")
 Q = "model.layers.0.self_attn.q_proj"

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyLlama
-from whole_models import save_mixtral
 
 from quantcli import recipe
 from quantcli.errors import RecipeError
@@ -17,6 +15,8 @@ from quantcli.formats.shared.fused import check_fused
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
+from support.tiny_models import TinyLlama
+from support.whole_models import save_mixtral
 
 FORMATS = {
     "gptq": ("int4-g32-sym", "int8-g32-sym"),

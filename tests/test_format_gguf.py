@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import families
 import gguf as peer
 import numpy as np
 import pytest
 import torch
-from gguf_export import LLAMA3, edit_config, export, quantized
 
 from quantcli import ops, regrid
 from quantcli import recipe as recipes
@@ -31,6 +28,10 @@ from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 from quantcli.walk import pipeline
 from quantcli.walk.events import Finished, Planned
+from support import families
+from support.gguf_export import LLAMA3, edit_config, export, quantized
+from support.gguf_files import u32
+from support.gguf_rewriting import rewrite
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True, "shards": 3}, {"bias": True, "kv_heads": 4}, {"dtype": "float16"}])
@@ -274,37 +275,6 @@ def test_unknown_rotary_scaling_is_refused(tiny_llama: Any) -> None:
 def test_unknown_options_are_refused(tiny_llama: Any) -> None:
     with open_checkpoint(str(tiny_llama())) as source, pytest.raises(RecipeError, match="colour"):
         gguf.FORMAT.layout(source, {}, Request(options={"colour": "red"}))
-
-
-def rewrite(
-    path: Path,
-    target: Path,
-    *,
-    drop: str = "",
-    fields: Mapping[str, Any] | None = None,
-    dtype: dict[str, str] | None = None,
-    data: dict[str, int] | None = None,
-) -> Path:
-    """The file at ``path`` again, with a tensor dropped, metadata replaced, or a tensor's type renamed (its data then zeros, or a byte of
-    ``data`` over and over)."""
-    read = headers.read_header(path)
-    specs = [spec for name, spec in read.specs.items() if name != drop]
-    specs = [container.tensor_spec(s.name, (dtype or {}).get(s.name, s.dtype), s.shape) for s in specs]
-    kept = {key: field for key, field in read.fields.items() if key not in (fields or {})}
-    head, offsets, size = headers.header(kept | dict(fields or {}), specs)
-    out = bytearray(head + bytes(size - len(head)))
-    for spec in specs:
-        start, end = offsets[spec.name], offsets[spec.name] + spec.nbytes
-        if spec == read.specs[spec.name]:
-            out[start:end] = path.read_bytes()[read.offsets[spec.name] :][: spec.nbytes]
-        else:
-            out[start:end] = bytes([(data or {}).get(spec.name, 0)]) * spec.nbytes
-    target.write_bytes(out)
-    return target
-
-
-def u32(value: int) -> container.Field:
-    return container.Field(peer.GGUFValueType.UINT32, value)
 
 
 @pytest.mark.parametrize(

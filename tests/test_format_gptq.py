@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import packed_folders
 import pytest
 import torch
-from conftest import TinyLlama
-from mutations import wrong_answers
-from packed_folders import damage, files_of, linears, loop_pack, loop_unpack, random_codes, words_of
 
 from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
 from quantcli.formats import gptq, open_checkpoint
 from quantcli.formats.shared import dynamic
 from quantcli.formats.shared.folder import module_of
 from quantcli.tensors import DTYPE_NAMES, QuantizedTensor, Scheme, TensorSpec
+from support import packed_folders
+from support.mutations import wrong_answers
+from support.packed_folders import damage, files_of, linears, loop_pack, loop_unpack, random_codes, words_of
+from support.tiny_models import TinyLlama
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import hqq, open_checkpoint
 from quantcli.qtypes import hqq as hqq_qtype
 from quantcli.tensors import Scheme
+from support.mutations import wrong_answers
+from support.places import DATA
 
-GOLDEN = load_file(Path(__file__).parent / "data/hqq_golden.safetensors")
+GOLDEN = load_file(DATA / "hqq_golden.safetensors")
 CASES = sorted({name.partition("/")[0] for name in GOLDEN if "axis" in name})
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 WORDS = {

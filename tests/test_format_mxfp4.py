@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import families
 import pytest
 import torch
-from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -17,6 +15,8 @@ from quantcli.formats import mxfp4, open_checkpoint
 from quantcli.planning.selection import that_keeps
 from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
+from support import families
+from support.mutations import wrong_answers
 
 EXPERTS = "model.layers.0.mlp.experts"
 HIDDEN, WIDE, N = 64, 96, 3

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from whole_models import inputs_of
 
 from quantcli.errors import CheckpointError, NumericsError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import Forward, tokenizer
 from quantcli.planning.arrange import open_forward
+from support.tiny_models import TinyLlama
+from support.whole_models import inputs_of
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,

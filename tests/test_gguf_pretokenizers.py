@@ -6,9 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from converted_tokenizers import IN_BYTES, pre_tokenizer_of, split
 from gguf import GGUFWriter
-from test_gguf_tokenizer import byte_level, tokenizer_keys
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from quantcli.errors import UnsupportedError
@@ -16,6 +14,8 @@ from quantcli.formats.gguf.tokens.expressions import canonical
 from quantcli.formats.gguf.tokens.pretokenizers import FAMILIES, PUNCTUATION, PUNCTUATION_RUNS, Family
 from quantcli.formats.gguf.tokens.recognition import PROBE
 from quantcli.formats.gguf.tokens.tokenizer import add_tokenizer
+from support.converted_tokenizers import IN_BYTES, pre_tokenizer_of, split
+from support.gguf_tokenizers import byte_level, tokenizer_keys
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")

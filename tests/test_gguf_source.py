@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_export import LLAMA3, edit_config, export
-from gguf_files import LAYERS, MODELS, text, write_model
-from test_format_gguf import rewrite
 
 from quantcli import ops
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
@@ -25,6 +22,9 @@ from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import DTYPES, Scheme
 from quantcli.walk import pipeline
 from quantcli.walk.events import Finished, Planned
+from support.gguf_export import LLAMA3, edit_config, export
+from support.gguf_files import LAYERS, MODELS, text, write_model
+from support.gguf_rewriting import rewrite
 
 UNKNOWN = [name for name in MODELS if name not in ("llama", "mixtral")]
 

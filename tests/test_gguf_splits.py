@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gguf_files import write_model
 from typer.testing import CliRunner
 
 from quantcli.cli import app
@@ -16,6 +15,7 @@ from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file import splits
 from quantcli.formats.gguf.file.container import tensor_spec
 from quantcli.formats.gguf.file.headers import read_header
+from support.gguf_files import write_model
 
 SPECS = [tensor_spec(name, "F32", (8,)) for name in "abcde"]  # 32 bytes each
 

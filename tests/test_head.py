@@ -11,7 +11,6 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 
 from quantcli import recipe
@@ -27,6 +26,7 @@ from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
 from quantcli.walk.pipeline import Finished, LayerDone
+from support.tiny_models import TinyLlama
 
 IDS = torch.randint(2, 512, (16, 40), generator=torch.Generator().manual_seed(3))
 HEAD = "lm_head.weight"

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops_blocks import INPUTS, assert_as_ggml, gaussian, load_golden, weightings
 from torch import Tensor
 
 from quantcli.ops.blocks import KINDS
+from support.block_inputs import INPUTS, assert_as_ggml, gaussian, load_golden, weightings
+from support.places import ROOT, SUPPORT
 
 pytest.importorskip("ziglang", reason="no cross compiler: pip install ziglang")
 unicorn = pytest.importorskip("unicorn", reason="no emulator: pip install unicorn")
@@ -25,8 +26,7 @@ arm64 = pytest.importorskip("unicorn.arm64_const")
 
 pytestmark = pytest.mark.slow  # ten to twenty seconds of compiling
 
-TESTS = Path(__file__).parent
-KERNELS = TESTS.parent / "kernels"
+KERNELS = ROOT / "kernels"
 SOURCES = re.search(r"set\(LANE_SOURCES (.*?)\)", (KERNELS / "CMakeLists.txt").read_text(), re.S)
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fno-exceptions", "-fno-builtin"]
 FLAGS += ["-fno-threadsafe-statics"]
@@ -46,7 +46,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     assert SOURCES is not None
     folder = tmp_path_factory.mktemp("neon")
     objects = []
-    for source in [*(KERNELS / name for name in SOURCES[1].split()), KERNELS / "grids.cpp", TESTS / "neon_harness.cpp"]:
+    for source in [*(KERNELS / name for name in SOURCES[1].split()), KERNELS / "grids.cpp", SUPPORT / "neon_harness.cpp"]:
         objects.append(folder / f"{source.stem}.o")
         zig("c++", "-target", "aarch64-linux-gnu", *FLAGS, "-c", source, "-o", objects[-1])
     zig("c++", "-target", "aarch64-freestanding-none", "-nostdlib", "-static", "-Wl,-e,quantize", *objects, "-o", folder / "image")

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-from mix_models import MODELS, golden
 
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats.gguf.model.naming import gguf_names
@@ -16,6 +15,7 @@ from quantcli.formats.gguf.types import filetypes
 from quantcli.formats.gguf.types.filetypes import FILE_TYPES, Options, choose_types, mix
 from quantcli.formats.gguf.types.mixes import TABLE, Model, Place
 from quantcli.tensors import Scheme, TensorSpec
+from support.mix_models import MODELS, golden
 
 GOLDEN = golden()
 

@@ -6,18 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import odd_llama
 import pytest
 import torch
-from data.make_manifest import manifest
 
+from data.make_manifest import manifest
 from quantcli import recipe as recipes
 from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
-
-DATA = Path(__file__).parent / "data"
+from support import odd_llama
+from support.places import DATA
 
 
 @pytest.fixture(scope="module")

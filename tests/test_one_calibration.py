@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyLlama
 
 from quantcli import recipe as recipes
 from quantcli.calibration import calibrate, measuring
@@ -22,6 +21,7 @@ from quantcli.statistics import meter
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
+from support.tiny_models import TinyLlama
 
 IDS = torch.randint(512, (16, 32), generator=torch.Generator().manual_seed(0))
 RECIPES = ("gptq-int4", "awq-int4", "awq-gptq-int4", "smoothquant-w8a8", "smoothquant-w8a8-static", "gptq-nf4", "gptq-q4_k_m")

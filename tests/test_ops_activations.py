@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_ops_solve import on_every_kernel
 from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import KernelError
 from quantcli.ops import activations, round_inputs
 from quantcli.tensors import ACTIVATIONS
+from support.kernel_cases import on_every_kernel
 
 F = np.float32
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from test_ops_solve import equals_reference, on_every_kernel, random, weights_of_every_sort
 from torch import Tensor
 
 from quantcli import ops
 from quantcli.errors import KernelError
 from quantcli.ops import minifloat
 from quantcli.ops.minifloat import dequantize_fp4, dequantize_fp8, fit_fp4, quantize_fp4, quantize_fp8, tile_absmax
+from support.kernel_cases import equals_reference, on_every_kernel, random, weights_of_every_sort
 
 TILES = [(5, 352), (1, 352), (128, 128), (2, 100), (1, 32), (3, 7)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TinyLlama
 from torch import Tensor
-from whole_models import inputs_of, save_mixtral
 
 from quantcli import recipe
 from quantcli.calibration import calibrate
@@ -26,6 +24,8 @@ from quantcli.statistics.meter import StatsMeter
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.walk import pipeline
 from quantcli.walk.pipeline import LayerDone
+from support.tiny_models import TinyLlama
+from support.whole_models import inputs_of, save_mixtral
 
 IDS = torch.randint(2, 512, (11, 40), generator=torch.Generator().manual_seed(3))
 NEEDS = frozenset({"H", "dXXT"})

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme, Stats
 from quantcli.walk import pipeline
 from quantcli.walk.events import LayerDone, Planned
+from support.tiny_models import TinyLlama
 
 IDS = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
 DOWN = "model.layers.1.mlp.down_proj"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyLlama
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from quantcli.passes.shared import basis
 from quantcli.planning.arrange import open_forward
 from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error, relative_error
 from quantcli.walk import pipeline
+from support.tiny_models import TinyLlama
 
 ASYM = Scheme.parse("int4-g32-asym")
 

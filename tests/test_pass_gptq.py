@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import gptaq, obq
 from torch import Tensor
 
 from quantcli import qtypes
@@ -14,6 +13,7 @@ from quantcli.errors import NumericsError, RecipeError
 from quantcli.passes import gptq, rtn
 from quantcli.recipe import PassSpec
 from quantcli.tensors import Layer, Scheme, Stats, relative_error
+from support.oracles import gptaq, obq
 
 SCHEMES = ["int4-g32-sym", "int4-g32-asym", "int3-g64-sym", "int2-channel-asym", "int8-g32-sym"]
 

@@ -21,9 +21,9 @@ from quantcli.recipe import PassSpec
 from quantcli.tensors import Layer, Scheme
 from quantcli.text import texts
 from quantcli.walk import evaluate, pipeline
+from support.places import DATA, PICO
 
-PICO = Path(__file__).parent / "data/pico"
-GOLDEN = load_file(Path(__file__).parent / "data/hqq_golden.safetensors")
+GOLDEN = load_file(DATA / "hqq_golden.safetensors")
 P = 0.7
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyLlama
 from torch import Tensor
 
 from quantcli import qtypes
@@ -18,6 +17,7 @@ from quantcli.passes import rtn, smoothquant
 from quantcli.passes.shared import basis
 from quantcli.planning import plan as planning
 from quantcli.tensors import Layer, Prev, Scheme, Stats
+from support.tiny_models import TinyLlama
 
 W8A8 = Scheme.parse("int8-channel-sym+int8-token")
 STATIC = Scheme.parse("int8-channel-sym+int8-tensor")

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import gptq_peer
 import pytest
-from gptq_peer import Answer
 
 from quantcli import recipe
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
+from support import gptq_peer
+from support.gptq_peer import Answer
 
 pytestmark = pytest.mark.peer
 gptq_peer.skip_without_peer()

@@ -26,6 +26,7 @@ from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
 from quantcli.text import texts
 from quantcli.walk import evaluate, pipeline
+from support.places import DATA, PICO, TESTS
 
 pytestmark = pytest.mark.peer
 
@@ -33,8 +34,6 @@ PYTHON = os.environ.get("QUANTCLI_BITSANDBYTES_PYTHON")
 if PYTHON is None:
     pytest.skip("QUANTCLI_BITSANDBYTES_PYTHON names no Python with transformers, bitsandbytes and peft", allow_module_level=True)
 
-HERE = Path(__file__).parent
-PICO = HERE / "data/pico"
 RTN = recipe.load("nf4").passes
 
 CASES: dict[str, Recipe] = {
@@ -83,7 +82,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     tasks = {f"perplexity {case}": f"perplexity={root / str(i)}" for i, case in enumerate(CASES)}
     tasks |= {f"qlora {case}": f"qlora={root / str(i)}" for i, case in enumerate(CASES) if case in ("nf4", "nf4-dq")}
     tasks |= {f"save {task}": f"{task}={root / 'pico'}" for task in PEERS_OWN}
-    command = [str(PYTHON), str(HERE / "bitsandbytes_client.py"), str(root / "windows.safetensors"), str(root / "answers.json")]
+    command = [str(PYTHON), str(TESTS / "support/bitsandbytes_client.py"), str(root / "windows.safetensors"), str(root / "answers.json")]
     done = subprocess.run([*command, *tasks.values()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = dict(zip(tasks, json.loads((root / "answers.json").read_text()), strict=True))
@@ -120,9 +119,9 @@ def test_a_qlora_step_lowers_the_loss(case: str, answers: Answers) -> None:
 
 def test_bitsandbytes_still_makes_the_golden_vectors(tmp_path: Path) -> None:
     """Against which test_qtype_nf4.py holds every type, block size and odd shape."""
-    script = HERE / "data/make_bitsandbytes.py"
+    script = DATA / "make_bitsandbytes.py"
     subprocess.run([str(PYTHON), str(script), str(tmp_path / "new.safetensors")], check=True, capture_output=True)
-    new, golden = load_file(tmp_path / "new.safetensors"), load_file(HERE / "data/bitsandbytes.safetensors")
+    new, golden = load_file(tmp_path / "new.safetensors"), load_file(DATA / "bitsandbytes.safetensors")
     assert new.keys() == golden.keys()
     assert [name for name, tensor in golden.items() if not torch.equal(new[name], tensor)] == []
 

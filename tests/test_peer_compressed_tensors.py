@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import families
-import gptq_peer
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +28,8 @@ from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
 from quantcli.text import texts
 from quantcli.walk import evaluate, pipeline
+from support import families, gptq_peer
+from support.places import PICO, TESTS
 
 pytestmark = pytest.mark.peer
 
@@ -41,8 +41,6 @@ if TRANSFORMERS is None or LLMCOMPRESSOR is None:
         allow_module_level=True,
     )
 
-HERE = Path(__file__).parent
-PICO = HERE / "data/pico"
 N_LINEARS = 21
 N_LAYERS = 3
 
@@ -107,7 +105,7 @@ def quantized(model: Checkpoint, target: Path, case: Case, windows: torch.Tensor
 
 def ask(python: str | None, script: str, *words: str) -> None:
     """Run a client; its imports take longer than its work, so one process does all cases."""
-    done = subprocess.run([str(python), str(HERE / script), *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(python), str(TESTS / script), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -132,7 +130,8 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, floa
 def answers(python: str | None, ours: dict[str, tuple[Path, float]], cases: list[tuple[Case, str]]) -> dict[str, dict[str, Any]]:
     root = next(iter(ours.values()))[0].parent
     target = root / "answers.json"
-    ask(python, "transformers_client.py", str(root / "windows.safetensors"), str(target), *(f"{how}={ours[c.name][0]}" for c, how in cases))
+    asked = [f"{how}={ours[c.name][0]}" for c, how in cases]
+    ask(python, "support/transformers_client.py", str(root / "windows.safetensors"), str(target), *asked)
     return {case.name: answer for (case, _), answer in zip(cases, json.loads(target.read_text()), strict=True)}
 
 
@@ -186,7 +185,7 @@ def test_a_tied_head_that_was_quantized_is_run_as_we_run_it(tmp_path: Path, sche
         learned, measured = gptq_peer.windows_of_pico(model)
         quantized(model, tmp_path / "out", case, learned)
     save_file({"windows": measured}, tmp_path / "windows.safetensors")
-    ask(TRANSFORMERS, "transformers_client.py", *(str(tmp_path / name) for name in ("windows.safetensors", "answers.json", "out")))
+    ask(TRANSFORMERS, "support/transformers_client.py", *(str(tmp_path / name) for name in ("windows.safetensors", "answers.json", "out")))
     (answer,) = json.loads((tmp_path / "answers.json").read_text())
     with open_checkpoint(str(tmp_path / "out")) as back:
         assert "lm_head.weight" in back.schemes
@@ -211,7 +210,7 @@ def test_scales_of_caches_are_those_that_llm_compressor_computes_on_the_same_win
     root = tmp_path_factory.getbasetemp() / "llm-compressor-caches"
     if not root.exists():
         root.mkdir()
-        ask(LLMCOMPRESSOR, "llmcompressor_client.py", str(PICO), str(root), *(f"KV-{how}" for how in CACHES.values()))
+        ask(LLMCOMPRESSOR, "support/llmcompressor_client.py", str(PICO), str(root), *(f"KV-{how}" for how in CACHES.values()))
     windows = torch.randint(10, 500, (4, 64), generator=torch.Generator().manual_seed(0))
     how = replace(recipe.load("fp8-dynamic-kv"), scheme=Scheme.parse("bf16"), kv_cache=word)
     with open_checkpoint(str(PICO)) as model:
@@ -236,7 +235,7 @@ PRESETS += ("NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4", "MXFP8A16", "MXFP8")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of llm-compressor for each preset, and its library's weights beside it."""
     root = tmp_path_factory.mktemp("llm-compressor")
-    ask(LLMCOMPRESSOR, "llmcompressor_client.py", str(PICO), str(root), *PRESETS)
+    ask(LLMCOMPRESSOR, "support/llmcompressor_client.py", str(PICO), str(root), *PRESETS)
     return root
 
 
@@ -274,7 +273,7 @@ def test_a_folder_of_llm_compressor_is_written_again_as_it_was(theirs: Path, tmp
 def test_gpt_oss_is_written_as_llm_compressor_writes_it(tmp_path: Path) -> None:
     """Expert by expert, gate and up being the rows that these are: what transformers has in one tensor."""
     folder = families.make("gpt-oss", tmp_path / "model")
-    ask(LLMCOMPRESSOR, "llmcompressor_client.py", str(folder), str(tmp_path), "W8A8")
+    ask(LLMCOMPRESSOR, "support/llmcompressor_client.py", str(folder), str(tmp_path), "W8A8")
     how = recipe.parse({"format": "compressed-tensors", "passes": ["rtn"], "scheme": "int8-channel-sym+int8-token"}, "w8a8")
     with open_checkpoint(str(folder)) as source:
         list(pipeline.quantize(source, tmp_path / "ours", how))

@@ -9,15 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from pydoc_data import topics
 
-import families
 import pytest
 import torch
-from families import CASES
-from gguf_export import export
-from llamacpp_peer import assert_same, convert_all, log_probabilities, run
 
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.headers import read_header
+from support import families
+from support.families import CASES
+from support.gguf_export import export
+from support.llamacpp_peer import assert_same, convert_all, log_probabilities, run
 
 pytestmark = pytest.mark.peer
 

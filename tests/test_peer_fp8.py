@@ -23,6 +23,7 @@ from quantcli.forward import tokenizer
 from quantcli.tensors import Scheme
 from quantcli.text import texts
 from quantcli.walk import evaluate, pipeline
+from support.places import PICO, TESTS
 
 pytestmark = pytest.mark.peer
 
@@ -30,15 +31,13 @@ PYTHON = os.environ.get("QUANTCLI_TRANSFORMERS_PYTHON")
 if PYTHON is None:
     pytest.skip("QUANTCLI_TRANSFORMERS_PYTHON names no Python with transformers", allow_module_level=True)
 
-HERE = Path(__file__).parent
-PICO = HERE / "data/pico"
 RECIPES = ("fp8-block", "fp8-tensor", "fp8-tensor-static")
 THEIR_NAMES = {".weight_scale": ".weight_scale_inv", ".input_scale": ".activation_scale"}
 """vLLM's names of one scale a weight, and transformers', which reads no others."""
 
 
 def run(script: str, *arguments: str) -> None:
-    done = subprocess.run([str(PYTHON), str(HERE / script), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(PYTHON), str(TESTS / script), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -74,7 +73,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
         ours[name] = seen(root / name, measured)
         assert seen(folder, measured) == ours[name], "our reader sees the same under either name"
     save_file({"windows": measured}, root / "windows.safetensors")
-    run("transformers_client.py", str(root / "windows.safetensors"), str(root / "answers.json"), *(f"fp8={f}" for f in folders.values()))
+    asked = [f"fp8={folder}" for folder in folders.values()]
+    run("support/transformers_client.py", str(root / "windows.safetensors"), str(root / "answers.json"), *asked)
     theirs = json.loads((root / "answers.json").read_text())
     return {name: (ours[name], answer) for name, answer in zip(folders, theirs, strict=True)}
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_export import export
-from gguf_files import write_model
 from typer.testing import CliRunner
 
 from quantcli.cli import app
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.container import Container
 from quantcli.formats.gguf.file.headers import read_header
+from support.gguf_export import export
+from support.gguf_files import write_model
 
 pytestmark = pytest.mark.peer
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import gptq_peer
 import pytest
-from gptq_peer import Answer
 
 from quantcli import recipe
 from quantcli.formats import open_checkpoint
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
 from quantcli.walk import evaluate
+from support import gptq_peer
+from support.gptq_peer import Answer
 
 pytestmark = pytest.mark.peer
 gptq_peer.skip_without_peer()

@@ -9,14 +9,11 @@ import os
 import subprocess
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
-from data.make_imatrix import N_CTX, TEXT, imatrix_of
-from gguf_export import export
-from test_imatrix import GOLDEN, PICO, chunks, measure, quantize, written
 
+from data.make_imatrix import N_CTX, TEXT, imatrix_of
 from quantcli import recipe as recipes
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
@@ -25,6 +22,9 @@ from quantcli.formats.gguf.file.headers import read_header
 from quantcli.formats.gguf.imatrix import imatrix, importance
 from quantcli.forward import tokenizer
 from quantcli.walk import pipeline
+from support import families
+from support.gguf_export import export
+from support.importance_files import GOLDEN, PICO, chunks, measure, quantize, written
 
 pytestmark = pytest.mark.peer
 

@@ -12,9 +12,6 @@ from pydoc_data import topics
 from typing import Any
 
 import pytest
-from gguf_export import LLAMA3, edit_config, export
-from llamacpp_peer import assert_same, convert, run
-from test_imatrix import needs_matrix, weighed
 
 from quantcli import recipe as recipes
 from quantcli.formats import open_checkpoint
@@ -24,10 +21,12 @@ from quantcli.planning.selection import that_keeps
 from quantcli.recipe import PassSpec, Recipe, Rule
 from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
+from support.gguf_export import LLAMA3, edit_config, export
+from support.importance_files import needs_matrix, weighed
+from support.llamacpp_peer import assert_same, convert, run
+from support.places import PICO
 
 pytestmark = pytest.mark.peer
-
-PICO = Path(__file__).parent / "data/pico"
 
 
 @pytest.fixture(scope="module", params=["untied", "tied, llama3 rotary scaling"])

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mix_models import MODELS, some_imatrix, sparse_file, types_by_llama_quantize
 
 from quantcli.formats.gguf.types.filetypes import Options, choose_types, without_layers
 from quantcli.formats.gguf.types.mixes import TABLE, Model
+from support.mix_models import MODELS, some_imatrix, sparse_file, types_by_llama_quantize
 
 pytestmark = pytest.mark.peer
 

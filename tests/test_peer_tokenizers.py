@@ -19,9 +19,7 @@ from pydoc_data import topics
 
 import pytest
 import sentencepiece
-from converted_tokenizers import GOLDEN, converted, family_named, pre_tokenizer_of, save, write
 from gguf import TokenType
-from gguf_export import export
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import PreTokenizer
 
@@ -31,6 +29,8 @@ from quantcli.formats.gguf.file.headers import read_header
 from quantcli.formats.gguf.tokens.merges import byte_alphabet
 from quantcli.formats.gguf.tokens.pretokenizers import FAMILIES, KNOWN_NAMES, Family
 from quantcli.formats.gguf.tokens.spm import read_sentencepiece
+from support.converted_tokenizers import GOLDEN, converted, family_named, pre_tokenizer_of, save, write
+from support.gguf_export import export
 
 pytestmark = pytest.mark.peer
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_imatrix import weighed
 
 from quantcli import ops
 from quantcli import recipe as recipes
@@ -31,6 +30,7 @@ from quantcli.tensors import TensorSpec
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
 from quantcli.walk.pipeline import Finished, LayerDone, Planned
+from support.importance_files import weighed
 
 TinyLlama = Callable[..., Path]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_imatrix import weighed
 
 from quantcli import formats
 from quantcli import recipe as recipes
@@ -22,6 +21,7 @@ from quantcli.planning.arrange import Arranged, arrange, declared_taps, open_for
 from quantcli.planning.plan import Plan
 from quantcli.recipe import PassSpec, Recipe, Rule
 from quantcli.walk import pipeline
+from support.importance_files import weighed
 
 TinyLlama = Callable[..., Path]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops_solve import random, weights_of_every_sort
-from test_qtype_fp8 import GOLDEN, parts_equal
 
 from quantcli import qtypes
 from quantcli.errors import NumericsError, RecipeError
@@ -14,6 +12,8 @@ from quantcli.passes import gptq, rtn
 from quantcli.qtypes.mxfp4 import QTYPE as mxfp4
 from quantcli.qtypes.nvfp4 import QTYPE as nvfp4
 from quantcli.tensors import QuantizedTensor, Scheme, relative_error
+from support.kernel_cases import random, weights_of_every_sort
+from support.minifloat_golden import GOLDEN, parts_equal
 
 NAMES = ["mxfp4", "nvfp4"]
 ALL = [*NAMES, *(f"{name}-minmax" for name in NAMES)]

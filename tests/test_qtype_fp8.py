@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_ops_solve import random, weights_of_every_sort
 
 from quantcli import qtypes
 from quantcli.errors import NumericsError, RecipeError
@@ -15,20 +11,11 @@ from quantcli.passes import gptq, rtn
 from quantcli.qtypes.fp8 import QTYPE as fp8
 from quantcli.qtypes.mxfp8 import QTYPE as mxfp8
 from quantcli.tensors import QuantizedTensor, Scheme, relative_error
+from support.kernel_cases import random, weights_of_every_sort
+from support.minifloat_golden import GOLDEN, parts_equal
 
-GOLDEN = load_file(Path(__file__).parent / "data" / "minifloat.safetensors")
 FP8 = ["fp8-tensor", "fp8-channel", "fp8-block"]
 ALL = [*FP8, *(f"{name}-e5m2" for name in FP8), "fp8-channel-sbf16", "mxfp8"]
-
-
-def parts_equal(found: QuantizedTensor, name: str) -> bool:
-    expected = {key.split("/")[1]: part for key, part in GOLDEN.items() if key.startswith(f"{name}/")} | {}
-    expected.pop("decoded", None)
-    same = [
-        part.dtype == found.parts[key].dtype and torch.equal(part.view(torch.uint8), found.parts[key].view(torch.uint8))
-        for key, part in expected.items()
-    ]
-    return found.parts.keys() == expected.keys() and all(same)
 
 
 @pytest.mark.parametrize("name", [*FP8, "fp8-channel-sbf16", "mxfp8"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ from quantcli.qtypes.nf4 import LEVELS as NF4_LEVELS
 from quantcli.qtypes.nf4 import QTYPE as nf4
 from quantcli.qtypes.shared import float4
 from quantcli.tensors import Layer, QuantizedTensor, Scheme, Stats, relative_error
+from support.places import DATA
 
-GOLDEN = load_file(Path(__file__).parent / "data/bitsandbytes.safetensors")
+GOLDEN = load_file(DATA / "bitsandbytes.safetensors")
 INPUTS = sorted({name.split("/")[0] for name in GOLDEN} - {"map"})
 FOUR_BITS = sorted({name.rpartition("/")[0] for name in GOLDEN if "4-b" in name})
 

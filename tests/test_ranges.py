@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyLlama
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from quantcli.statistics.ranges import find_range
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Layer
 from quantcli.walk import pipeline
+from support.tiny_models import TinyLlama
 
 ACTS = ("int8-tensor", "fp8-tensor")
 

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TinyLlama
 
 from quantcli.checkpoint import readahead
 from quantcli.checkpoint.locations import Location
 from quantcli.checkpoint.readahead import ReadAhead, reading_ahead, spans
 from quantcli.formats import open_checkpoint
 from quantcli.tensors import TensorSpec
+from support.tiny_models import TinyLlama
 
 Span = tuple[Path, int, int]
 

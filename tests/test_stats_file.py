@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from quantcli.output.writer import Writer
 from quantcli.statistics.stats_file import StatsFile, put_stats, stats_metadata, stats_specs
 from quantcli.tensors import Stats
 from quantcli.text.texts import sha256
+from support.tiny_models import TinyLlama
 
 IDS = torch.arange(60).view(3, 20)
 WIDTHS = {"model.layers.0.mlp.down_proj": 96, "lm_head": 64}

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BOS, EOS
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from quantcli.errors import RecipeError
 from quantcli.text.texts import default_eval_text, default_text, eval_windows, eval_windows_of, sha256, windows, windows_of
+from support.tiny_models import BOS, EOS
 
 DOCUMENTS = [f"document number {i} speaks of {'many ' * i}things" for i in range(30)]
 

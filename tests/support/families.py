@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
-from conftest import byte_level_bpe, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from quantcli.formats.gguf.file.container import Field
 from quantcli.formats.gguf.file.headers import read_header
+from support.places import DATA
+from support.tiny_models import byte_level_bpe, write_tokenizer
 
 SIZES = {
     "hidden_size": 64,
@@ -237,7 +238,7 @@ def publish(path: Path, words: Mapping[str, Any]) -> None:
 
 
 def options(name: str) -> dict[str, str]:
-    """What an export of case ``name`` is given: the pre-tokenizer that tests/llamacpp_peer.py gives the converter."""
+    """What an export of case ``name`` is given: the pre-tokenizer that tests/support/llamacpp_peer.py gives the converter."""
     return {} if CASES[name].sentencepiece else {"pre_tokenizer": "gpt-2"}
 
 
@@ -245,7 +246,7 @@ def golden(name: str) -> Path:
     """Where llama.cpp's own file of case ``name`` is written down (tests/data/make_families.py)."""
     case = CASES[CASES[name].converted_as or name]
     slug = "-".join(re.findall(r"\w+", next(key for key, value in CASES.items() if value is case)))
-    return Path(__file__).parent / "data/families" / f"{slug}.json"
+    return DATA / "families" / f"{slug}.json"
 
 
 def manifest(path: Path) -> dict[str, dict[str, list]]:

@@ -17,8 +17,9 @@ from gguf import GGUFValueType
 from quantcli.formats.gguf.file import container, headers
 from quantcli.formats.gguf.file.container import Field
 from quantcli.formats.gguf.types.filetypes import file_order
+from support.places import DATA
 
-GOLDEN = Path(__file__).parent / "data/mixes.json"
+GOLDEN = DATA / "mixes.json"
 LEFT = "-"
 """In a golden: the tensor is none that llama-quantize touches."""
 

@@ -1,7 +1,7 @@
 """Hashes of every output that the shipped recipes give on the pico model and on the families: whether a change left them as they were.
 
-    python tests/output_hashes.py models FOLDER          makes the models, once
-    python tests/output_hashes.py hash FOLDER > LIST     runs every recipe over each of them, by the command line
+    python tests/support/output_hashes.py models FOLDER          makes the models, once
+    python tests/support/output_hashes.py hash FOLDER > LIST     runs every recipe over each of them, by the command line
 
 Two lists, taken before and after a change, are compared with diff. What an output says of the run (quantcli.json, and quantcli.* among a
 GGUF file's keys) is left out, since it names the version and the recipe's words; the same run's exit code stands in for a hash where a
@@ -19,16 +19,16 @@ import shutil
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 SHORT = ["--samples", "4", "--seq-len", "64"]
 
 
 def make_models(folder: Path) -> None:
     """The pico model and every family in ``folder``."""
-    sys.path.insert(0, str(HERE))
-    import families
+    sys.path.insert(0, str(TESTS))
+    from support import families
 
-    shutil.copytree(HERE / "data/pico", folder / "pico")
+    shutil.copytree(TESTS / "data/pico", folder / "pico")
     for name in families.CASES:
         families.make(name, folder / name.replace(" ", "-").replace(",", ""))
 

@@ -20,10 +20,9 @@ from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe
 from quantcli.text import texts
 from quantcli.walk import evaluate, pipeline
+from support.places import PICO, SUPPORT
 
 PYTHON = os.environ.get("QUANTCLI_GPTQMODEL_PYTHON")
-HERE = Path(__file__).parent
-PICO = HERE / "data/pico"
 Answer = dict[str, Any]
 
 
@@ -52,7 +51,7 @@ def quantized(model: Checkpoint, target: Path, how: Recipe, windows: Tensor) -> 
 
 def run(script: str, *words: str | Path, where: Path) -> None:
     """One of the scripts beside this one, in the peer's Python and in the folder ``where``, which gptqmodel fills with logs."""
-    done = subprocess.run([str(PYTHON), str(HERE / script), *map(str, words)], capture_output=True, text=True, check=False, cwd=where)
+    done = subprocess.run([str(PYTHON), str(SUPPORT / script), *map(str, words)], capture_output=True, text=True, check=False, cwd=where)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

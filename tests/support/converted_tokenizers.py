@@ -18,8 +18,9 @@ from quantcli.formats.gguf.file.container import Field
 from quantcli.formats.gguf.file.headers import read_header
 from quantcli.formats.gguf.tokens.pretokenizers import FAMILIES, PUNCTUATION, PUNCTUATION_RUNS, Family
 from quantcli.formats.gguf.tokens.tokenizer import add_tokenizer
+from support.places import DATA
 
-GOLDEN = Path(__file__).parent / "data/tokenizers.json"
+GOLDEN = DATA / "tokenizers.json"
 VOCAB_SIZE = 300
 IN_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TinyLlama
 from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import Request, open_checkpoint
 from quantcli.tensors import QuantizedTensor, Scheme
+from support.tiny_models import TinyLlama
 
 
 def loop_pack(codes: list[int], bits: int) -> list[int]:

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import byte_level_bpe, llama_config, llama_groups, write_tokenizer
 from safetensors.torch import save_file
+
+from support.tiny_models import byte_level_bpe, llama_config, llama_groups, write_tokenizer
 
 SIZES = {"hidden": 160, "intermediate": 352, "layers": 8, "heads": 4, "kv_heads": 2, "vocab": 512}
 
