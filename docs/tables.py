@@ -18,6 +18,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+import contracts
 from commands import reference, table
 
 from quantcli import errors, formats, recipe, regrid
@@ -173,6 +174,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "exit codes": (DOCS / "cli.md", exit_codes),
     "conversions": (DOCS / "conversions.md", conversions),
     "files": (DOCS / "files.md", files),
+    "contracts": (DOCS / "contracts.md", contracts.reference),
 }
 
 
