@@ -33,6 +33,9 @@ SECTIONS = (
 )
 """In the order of the page. Ops follow: those that ``quantcli.ops`` exports."""
 
+OPS_ARGUMENTS = {"Params", "Tile", "Book"}
+"""Types of what several ops of a file take or give."""
+
 WIDTH = 120
 """Characters of a line of code; what is longer takes several lines."""
 
@@ -76,7 +79,7 @@ def ops() -> Iterator[str]:
     for line in package.body:
         if isinstance(line, ast.ImportFrom):
             file = f"ops/{str(line.module).rpartition('.')[2]}.py"
-            module, wanted = parsed(file), {alias.name for alias in line.names}
+            module, wanted = parsed(file), {alias.name for alias in line.names} | OPS_ARGUMENTS
             yield f"### {Path(file).stem}"
             yield f"{link(file)}: {markdown(summary(module))}"
             yield "\n".join(item(node, doc) for node, doc in documented(module.body) if name_of(node) in wanted)
@@ -168,9 +171,11 @@ def constructor(node: ast.FunctionDef) -> list[str]:
 
 
 def item(node: ast.stmt, doc: str) -> str:
-    """A function, method, property, field or constant: its signature as code, what kind it is, its docstring."""
+    """A function, method, property, field, constant, or the class of an argument: its signature as code, what kind it is, its docstring."""
     marks = {source(decorator) for decorator in node.decorator_list} if isinstance(node, ast.FunctionDef) else set()
-    if not isinstance(node, ast.FunctionDef):
+    if isinstance(node, ast.ClassDef):
+        code = f"class {node.name}"
+    elif not isinstance(node, ast.FunctionDef):
         code = source(node)
         code = code if len(code) <= WIDTH else code.partition(" = ")[0]  # a long table is the source's own matter
     elif marks & {"property", "cached_property"}:
