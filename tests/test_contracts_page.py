@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import sys
@@ -53,6 +54,28 @@ def test_a_changed_default_is_found() -> None:
 def test_a_name_that_the_source_lost_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"tensors\.py has no NOWHERE"):
         list(contracts.parts_of(contracts.Section("Nouns", ("tensors.py",), ("HEAD", "NOWHERE"))))
+
+
+def resolve(name: str) -> object:
+    """What a dotted name below ``quantcli`` means."""
+    parts = name.split(".")
+    for n_modules in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(["quantcli", *parts[:n_modules]]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[n_modules:]:
+            found = getattr(found, attribute)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+def test_every_name_of_the_package_that_a_docstring_gives_exists() -> None:
+    rooms = "|".join(path.stem for path in contracts.PACKAGE.iterdir() if not path.name.startswith("_"))
+    names = set(re.findall(rf"`((?:{rooms})(?:\.\w+)+)`", PAGE))
+    assert len(names) > 5
+    for name in sorted(names):
+        assert resolve(name) is not None
 
 
 def function(source: str) -> ast.FunctionDef:
