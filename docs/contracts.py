@@ -29,6 +29,10 @@ SECTIONS = (
     Section("Architectures", ("archs/__init__.py",), ("REQUIRED", "of", "of_gguf")),
     Section("Checkpoints", ("checkpoint/checkpoint.py",)),
     Section("Writers", ("output/writer.py",)),
+    Section("Recipes", ("recipe.py",), ("load", "default_for", "shipped", "parse")),
+    Section("Planning", ("planning/arrange.py", "planning/plan.py"), ("arrange", "make")),
+    Section("Statistics", ("statistics/stats_file.py",)),
+    Section("The walk", ("calibration/data.py", "walk/events.py", "walk/pipeline.py"), ("Data", "Event", "quantize")),
     Section("Running a model", ("forward/model.py", "forward/layer.py", "forward/hidden.py"), ("OnInput", "OnRead", "run_dtype")),
 )
 """In the order of the page. Ops follow: those that ``quantcli.ops`` exports."""
