@@ -13,7 +13,8 @@ from conftest import TinyLlama
 
 from quantcli.cli import main
 from quantcli.cli.console import Console
-from quantcli.cli.inputs import describe_tap, render_stats
+from quantcli.cli.tables import render_stats
+from quantcli.planning.inspection import describe_tap
 from quantcli.statistics.outliers import Figures
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Stats

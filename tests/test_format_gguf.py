@@ -18,7 +18,6 @@ from gguf_export import LLAMA3, edit_config, export, quantized
 from quantcli import ops, regrid
 from quantcli import recipe as recipes
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.cli.export import recipe_that_keeps
 from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.formats import Request, gguf, open_checkpoint
 from quantcli.formats.gguf.file import container, headers
@@ -27,6 +26,7 @@ from quantcli.formats.gguf.types import filetypes
 from quantcli.formats.gguf.types.filetypes import FILE_TYPES
 from quantcli.ops.blocks import KINDS
 from quantcli.planning.arrange import cut_for
+from quantcli.planning.selection import that_keeps
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 from quantcli.walk import pipeline
@@ -395,7 +395,7 @@ def test_a_type_nobody_here_decodes_goes_over_byte_for_byte_where_it_is_kept(tin
 
     with open_checkpoint(str(tmp_path / "iq.gguf")) as source:
         n_bytes = source.specs["model.layers.0.mlp.up_proj.weight"].nbytes
-        assert kept(source, recipe_that_keeps(source, "gguf")) == (b"\xa5" * n_bytes, True)
+        assert kept(source, that_keeps(source, "gguf")) == (b"\xa5" * n_bytes, True)
         mixed = replace(recipes.load("q8_0"), format_options={"tensor_type": ["blk.0.ffn_up=iq1_m"]})
         assert kept(source, mixed) == (b"\xa5" * n_bytes, False)
 
@@ -404,7 +404,7 @@ def test_a_file_of_types_that_need_importance_is_copied_without_any(tiny_llama: 
     with open_checkpoint(str(tiny_llama())) as source:
         path = export(source, tmp_path / "small.gguf", "IQ2_XXS")
     with open_checkpoint(str(path)) as source:
-        *_, finished = pipeline.quantize(source, tmp_path / "copy.gguf", recipe_that_keeps(source, "gguf"))
+        *_, finished = pipeline.quantize(source, tmp_path / "copy.gguf", that_keeps(source, "gguf"))
         assert isinstance(finished, Finished)
         assert finished.lossless
         with open_checkpoint(str(finished.output)) as back:
@@ -501,7 +501,7 @@ def test_an_nvfp4_folder_keeps_its_codes_and_scales(monkeypatch: pytest.MonkeyPa
     with open_checkpoint(str(families.make("nvfp4", tmp_path / "dense"))) as source:
         list(pipeline.quantize(source, tmp_path / "coded", recipes.load("nvfp4")))
     with open_checkpoint(str(tmp_path / "coded")) as source:
-        recipe = replace(recipe_that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
+        recipe = replace(that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
         *_, finished = pipeline.quantize(source, tmp_path / "m.gguf", recipe)
         read = headers.read_header(tmp_path / "m.gguf")
         assert read.specs["blk.1.attn_q.scale"] == TensorSpec.dense("blk.1.attn_q.scale", "F32", (1,))
@@ -514,7 +514,7 @@ def test_an_nvfp4_folder_keeps_its_codes_and_scales(monkeypatch: pytest.MonkeyPa
                 kept, _ = regrid.regrid(source.quantized(name), back.schemes[name])
                 assert all(torch.equal(back.quantized(name).parts[part], kept.parts[part]) for part in ("blocks", "scale")), name
                 torch.testing.assert_close(back.read(name), source.read(name), rtol=3e-7, atol=0)
-            *_, again = pipeline.quantize(back, tmp_path / "copy.gguf", recipe_that_keeps(back, "gguf"))
+            *_, again = pipeline.quantize(back, tmp_path / "copy.gguf", that_keeps(back, "gguf"))
     assert isinstance(finished, Finished)
     assert isinstance(again, Finished)
     assert (finished.lossless, again.lossless) == (False, True)
@@ -537,7 +537,7 @@ def test_nvfp4_is_rounded_anew_where_llama_cpp_forgets_the_scale_of_a_matrix(tmp
     with open_checkpoint(str(families.make("qwen2", tmp_path / "dense"))) as source:
         list(pipeline.quantize(source, tmp_path / "coded", recipes.load("nvfp4")))
     with open_checkpoint(str(tmp_path / "coded")) as source:
-        recipe = replace(recipe_that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
+        recipe = replace(that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
         planned = next(pipeline.quantize(source, tmp_path / "m.gguf", recipe))
         assert isinstance(planned, Planned)
         assert {t.scheme for t in planned.plan.tensors if t.name in source.schemes} == {Scheme.of("q8_0")}

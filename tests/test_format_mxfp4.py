@@ -12,9 +12,9 @@ from mutations import wrong_answers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantcli.cli.export import recipe_that_keeps
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import mxfp4, open_checkpoint
+from quantcli.planning.selection import that_keeps
 from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
 
@@ -65,7 +65,7 @@ def test_weights_are_those_that_transformers_decodes(tmp_path: Path) -> None:
 def test_made_dense_it_is_the_folder_that_transformers_decodes_it_to(tmp_path: Path) -> None:
     folder = families.make("gpt-oss, mxfp4", tmp_path / "model")
     with open_checkpoint(str(folder)) as source:
-        list(pipeline.quantize(source, tmp_path / "dense", recipe_that_keeps(source, "hf")))
+        list(pipeline.quantize(source, tmp_path / "dense", that_keeps(source, "hf")))
     packed, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "dense"))
     stacks = {name.removesuffix("_blocks") for name in packed if name.endswith("_blocks")}
     assert dense.keys() == {name for name in packed if not name.endswith(("_blocks", "_scales"))} | stacks

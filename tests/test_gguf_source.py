@@ -13,15 +13,14 @@ from gguf_files import LAYERS, MODELS, text, write_model
 from test_format_gguf import rewrite
 
 from quantcli import ops
-from quantcli.cli.export import recipe_of_type, recipe_that_keeps
-from quantcli.cli.inspect import describe
-from quantcli.cli.memory import estimate
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import gguf, open_checkpoint
 from quantcli.formats.gguf.file.container import Container, Field
 from quantcli.formats.gguf.file.headers import read_header
 from quantcli.formats.gguf.read import GgufCheckpoint
 from quantcli.planning.arrange import open_forward
+from quantcli.planning.inspection import describe, estimate
+from quantcli.planning.selection import of_type, that_keeps
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import DTYPES, Scheme
 from quantcli.walk import pipeline
@@ -50,7 +49,7 @@ def copied() -> Recipe:
     class OfGguf:
         kind = "gguf"
 
-    return recipe_that_keeps(OfGguf(), "gguf")  # type: ignore[arg-type]
+    return that_keeps(OfGguf(), "gguf")  # type: ignore[arg-type]
 
 
 def data(container: Container, name: str) -> bytes:
@@ -68,7 +67,7 @@ def test_a_copy_has_every_byte_and_every_key(model: Path, tmp_path: Path) -> Non
 
 
 def test_every_matrix_gets_ggmls_bytes_and_the_rest_stays(model: Path, tmp_path: Path) -> None:
-    go(model, tmp_path / "out.gguf", recipe_of_type("gguf", "Q8_0"))
+    go(model, tmp_path / "out.gguf", of_type("gguf", "Q8_0"))
     before, after = read_header(model), read_header(tmp_path / "out.gguf")
     assert before.specs.keys() == after.specs.keys()
     coded = [name for name, spec in after.specs.items() if spec.dtype == "Q8_0"]
@@ -83,7 +82,7 @@ def test_every_matrix_gets_ggmls_bytes_and_the_rest_stays(model: Path, tmp_path:
 
 
 def test_metadata_goes_over_but_for_what_tells_of_the_making(model: Path, tmp_path: Path) -> None:
-    go(model, tmp_path / "out.gguf", recipe_of_type("gguf", "Q4_K_M"))
+    go(model, tmp_path / "out.gguf", of_type("gguf", "Q4_K_M"))
     before, after = read_header(model).fields, read_header(tmp_path / "out.gguf").fields
     theirs = [key for key in after if not key.startswith("quantcli.")]
     made = ["general.quantization_version", "general.file_type"]
@@ -114,8 +113,8 @@ def test_an_unknown_architecture_cannot_be_run(tmp_path: Path) -> None:
 
 def test_requantizing_says_so_and_is_not_lossless(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "starcoder2")
-    first, _ = go(path, tmp_path / "q8_0.gguf", recipe_of_type("gguf", "Q8_0"))
-    finished, notes = go(first.output, tmp_path / "q4_0.gguf", recipe_of_type("gguf", "Q4_0"))
+    first, _ = go(path, tmp_path / "q8_0.gguf", of_type("gguf", "Q8_0"))
+    finished, notes = go(first.output, tmp_path / "q4_0.gguf", of_type("gguf", "Q4_0"))
     assert not finished.lossless
     assert any("decoded and coded anew, with some loss" in note for note in notes)
     before, after = read_header(first.output), read_header(finished.output)
@@ -130,8 +129,8 @@ def blocks(container: Container, name: str) -> torch.Tensor:
 
 def test_tensors_that_have_the_type_already_keep_their_bytes(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "llama")
-    first, _ = go(path, tmp_path / "a.gguf", recipe_of_type("gguf", "Q4_K_M"))
-    second, _ = go(first.output, tmp_path / "b.gguf", recipe_of_type("gguf", "Q4_K_S"))
+    first, _ = go(path, tmp_path / "a.gguf", of_type("gguf", "Q4_K_M"))
+    second, _ = go(first.output, tmp_path / "b.gguf", of_type("gguf", "Q4_K_S"))
     a, b = read_header(first.output), read_header(second.output)
     alike = [name for name in a.specs if a.specs[name] == b.specs[name]]
     assert any(a.specs[name].dtype == "Q4_K" for name in alike)
@@ -140,8 +139,8 @@ def test_tensors_that_have_the_type_already_keep_their_bytes(tmp_path: Path) -> 
 
 def test_a_quantized_head_left_alone_keeps_its_codes(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "llama")
-    first, _ = go(path, tmp_path / "a.gguf", recipe_of_type("gguf", "Q5_0"))
-    recipe = recipe_of_type("gguf", "Q4_0")
+    first, _ = go(path, tmp_path / "a.gguf", of_type("gguf", "Q5_0"))
+    recipe = of_type("gguf", "Q4_0")
     second, _ = go(first.output, tmp_path / "b.gguf", replace(recipe, format_options={"leave_output_tensor": True}))
     a, b = read_header(first.output), read_header(second.output)
     assert b.specs["output.weight"].dtype == "Q6_K"
@@ -151,7 +150,7 @@ def test_a_quantized_head_left_alone_keeps_its_codes(tmp_path: Path) -> None:
 def test_rotary_factors_go_over_as_they_are(tiny_llama: Any, tmp_path: Path) -> None:
     with open_checkpoint(str(edit_config(tiny_llama(), rope_parameters=LLAMA3))) as source:
         first = export(source, tmp_path / "a.gguf", "BF16")
-    go(first, tmp_path / "b.gguf", recipe_of_type("gguf", "Q4_0"))
+    go(first, tmp_path / "b.gguf", of_type("gguf", "Q4_0"))
     with open_checkpoint(str(first)) as source:  # by way of Hugging Face's names, as a calibrated recipe goes
         export(source, tmp_path / "c.gguf", "Q4_0")
     a, b, c = (read_header(tmp_path / f"{x}.gguf") for x in "abc")
@@ -171,7 +170,7 @@ def test_a_scaling_of_the_rotation_that_has_no_words_here_leaves_the_file_as_it_
 def test_rules_go_by_the_names_of_the_file(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "starcoder2")
     rules = (Rule.parse(r"blk\.0\.attn_q", "keep"), Rule.parse(r"ffn_down", "q8_0"))
-    go(path, tmp_path / "out.gguf", replace(recipe_of_type("gguf", "Q4_0"), rules=rules))
+    go(path, tmp_path / "out.gguf", replace(of_type("gguf", "Q4_0"), rules=rules))
     specs = read_header(tmp_path / "out.gguf").specs
     assert specs["blk.0.attn_q.weight"].dtype == "BF16"
     assert {specs[f"blk.{i}.ffn_down.weight"].dtype for i in range(LAYERS)} == {"Q8_0"}
@@ -179,7 +178,7 @@ def test_rules_go_by_the_names_of_the_file(tmp_path: Path) -> None:
 
 def test_stacks_of_experts_decode_in_their_shape(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "mixtral")
-    finished, _ = go(path, tmp_path / "out.gguf", recipe_of_type("gguf", "Q6_K"))
+    finished, _ = go(path, tmp_path / "out.gguf", of_type("gguf", "Q6_K"))
     with GgufCheckpoint(path, as_stored=True) as dense, GgufCheckpoint(finished.output, as_stored=True) as coded:
         name = "blk.1.ffn_down_exps.weight"
         assert coded.schemes[name] == Scheme.of("q6_k")
@@ -198,14 +197,14 @@ def test_a_size_that_is_no_number_is_refused(tmp_path: Path, key: str) -> None:
 def test_an_output_does_not_replace_the_source(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", "llama")
     with pytest.raises(RecipeError, match="replace the model"):
-        go(path, path, recipe_of_type("gguf", "Q8_0"))
+        go(path, path, of_type("gguf", "Q8_0"))
 
 
 @pytest.mark.parametrize("format_", ["hf", "gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8"])
 def test_a_file_taken_as_it_is_becomes_no_folder(tmp_path: Path, format_: str) -> None:
     path = write_model(tmp_path / "m.gguf", "starcoder2")
     with open_checkpoint(str(path)) as source, pytest.raises(UnsupportedError):
-        list(pipeline.quantize(source, tmp_path / "out", recipe_that_keeps(source, format_)))
+        list(pipeline.quantize(source, tmp_path / "out", that_keeps(source, format_)))
 
 
 def test_its_memory_is_estimated(tmp_path: Path) -> None:

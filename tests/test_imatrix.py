@@ -22,15 +22,14 @@ from torch import Tensor
 
 from quantcli import ops
 from quantcli import recipe as recipes
+from quantcli.api import write_imatrix
 from quantcli.calibration import calibrate
 from quantcli.cli import main
-from quantcli.cli.calibrate import write_imatrix
-from quantcli.cli.console import Console
 from quantcli.errors import CheckpointError, NumericsError, RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.headers import read_header
-from quantcli.formats.gguf.imatrix import file, importance
-from quantcli.formats.gguf.imatrix.file import Measured
+from quantcli.formats.gguf.imatrix import imatrix, importance
+from quantcli.formats.gguf.imatrix.imatrix import Measured
 from quantcli.formats.gguf.model.naming import gguf_names
 from quantcli.formats.gguf.types.filetypes import file_type
 from quantcli.formats.gguf.types.mixes import FileType
@@ -43,7 +42,7 @@ from quantcli.walk import pipeline
 from quantcli.walk.events import Planned
 
 DATA = Path(__file__).parent / "data"
-PICO, GOLDEN = DATA / "pico", DATA / "pico-file.gguf"
+PICO, GOLDEN = DATA / "pico", DATA / "pico-imatrix.gguf"
 
 
 def chunks() -> Tensor:
@@ -60,11 +59,11 @@ def measure(target: Path, ids: Tensor, *, hessian: bool, folder: Path = PICO) ->
     return StatsFile(target)
 
 
-def written(stats: StatsFile, path: Path, folder: Path = PICO) -> file.Imatrix:
+def written(stats: StatsFile, path: Path, folder: Path = PICO) -> imatrix.Imatrix:
     """What ``calibrate --imatrix`` writes of ``stats``."""
     with open_checkpoint(str(folder)) as source:
-        write_imatrix(Console(False, True, False), path, stats, source, ["some.txt"], overwrite=False)
-    return file.read(path)
+        write_imatrix(path, stats, source, ["some.txt"], overwrite=False, tell=lambda event: None)
+    return imatrix.read(path)
 
 
 def quantize(target: Path, recipe: str, folder: Path = PICO, imatrix: Path | None = None, **options: Any) -> tuple[str, ...]:
@@ -81,8 +80,8 @@ def save(path: Path, sums: Mapping[str, np.ndarray], counts: Mapping[str, Sequen
     writer = GGUFWriter(str(path), "none")
     writer.kv_data[0].clear()
     writer.add_string("general.type", "imatrix")
-    writer.add_array("file.datasets", keys.get("datasets", ["a.txt"]))
-    writer.add_uint32("file.chunk_count", keys.get("n_chunks", 2))
+    writer.add_array("imatrix.datasets", keys.get("datasets", ["a.txt"]))
+    writer.add_uint32("imatrix.chunk_count", keys.get("n_chunks", 2))
     for name in sums:
         writer.add_tensor(f"{name}.in_sum2", sums[name].astype(np.float32))
         writer.add_tensor(f"{name}.counts", np.array(counts[name], np.float32)[:, None])
@@ -115,21 +114,21 @@ def needs_matrix(kind: FileType) -> bool:
     return not kind.types.isdisjoint(name.upper() for name in importance.needy_types(kind.number))
 
 
-def weighed(recipe: str, folder: Path, scratch: Path) -> tuple[Recipe, file.Imatrix | None]:
+def weighed(recipe: str, folder: Path, scratch: Path) -> tuple[Recipe, imatrix.Imatrix | None]:
     """A shipped recipe, and for those that are refused without a matrix one of ``folder``'s own, written to ``scratch``."""
     loaded = recipes.load(recipe)
     if loaded.mix is None or not needs_matrix(file_type(loaded.mix)):
         return loaded, None
     sums = everything(folder)
     path = save(scratch / "weights.gguf", sums, {name: [4] for name in sums})
-    return loaded, file.read(path)
+    return loaded, imatrix.read(path)
 
 
 @pytest.mark.parametrize("hessian", [False, True])
 def test_ours_is_llama_imatrixs_within_float_noise(hessian: bool, tmp_path: Path) -> None:
     """The golden is llama-imatrix's own, on the same text and window."""
     ours = written(measure(tmp_path / "stats.safetensors", chunks(), hessian=hessian), tmp_path / "ours.gguf")
-    theirs = file.read(GOLDEN)
+    theirs = imatrix.read(GOLDEN)
     assert read_header(ours.path).specs == read_header(GOLDEN).specs
     assert [(e.counts, ours.n_values(name)) for name, e in ours.entries.items()] == [
         (theirs.entries[name].counts, theirs.n_values(name)) for name in ours
@@ -142,7 +141,7 @@ def test_ours_is_llama_imatrixs_within_float_noise(hessian: bool, tmp_path: Path
 def test_our_file_is_read_by_the_gguf_package(tmp_path: Path) -> None:
     squares = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]])
     measured = {"blk.0.ffn_down_exps.weight": Measured([2, 3, 0], 2, lambda: squares), "a": Measured([5], 2, lambda: squares[:1])}
-    file.write(tmp_path / "i.gguf", measured, datasets=["x", "y"], n_chunks=7, chunk_size=64, said={}, overwrite=False)
+    imatrix.write(tmp_path / "i.gguf", measured, datasets=["x", "y"], n_chunks=7, chunk_size=64, said={}, overwrite=False)
     reader = GGUFReader(tmp_path / "i.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert list(tensors) == [f"{name}.{part}" for name in ("a", "blk.0.ffn_down_exps.weight") for part in ("in_sum2", "counts")]
@@ -150,7 +149,7 @@ def test_our_file_is_read_by_the_gguf_package(tmp_path: Path) -> None:
     assert tensors["blk.0.ffn_down_exps.weight.in_sum2"].data.tolist() == [[2.0, 4.0], [9.0, 12.0], [0.0, 0.0]]
     assert tensors["blk.0.ffn_down_exps.weight.counts"].data.tolist() == [[2.0], [3.0], [0.0]]
     fields = {name: reader.fields[name].contents() for name in reader.fields if not name.startswith("GGUF")}
-    assert fields == {"general.type": "imatrix", "file.datasets": ["x", "y"], "file.chunk_count": 7, "file.chunk_size": 64}
+    assert fields == {"general.type": "imatrix", "imatrix.datasets": ["x", "y"], "imatrix.chunk_count": 7, "imatrix.chunk_size": 64}
 
 
 @pytest.mark.parametrize("name", FILE_TYPES)
@@ -163,7 +162,7 @@ def test_weighed_files_have_llama_quantizes_bytes(name: str, tmp_path: Path) -> 
 def test_the_file_says_which_importance_matrix_it_was_made_with(tmp_path: Path) -> None:
     quantize(tmp_path / "pico.gguf", "q4_k_s", imatrix=GOLDEN, override_kv=["general.name=str:weighed"], prune_layers=[1])
     fields = read_header(tmp_path / "pico.gguf").fields
-    theirs = file.read(GOLDEN)
+    theirs = imatrix.read(GOLDEN)
     said = {key.removeprefix("quantize.imatrix."): field.value for key, field in fields.items() if key.startswith("quantize.")}
     assert said == {"file": str(GOLDEN)[:127], "dataset": theirs.datasets[0], "entries_count": 21, "chunks_count": theirs.n_chunks}
     order = [key for key in fields if not key.startswith(("quantcli.", "tokenizer."))]
@@ -194,19 +193,19 @@ def test_both_formats_give_the_same_means(tmp_path: Path) -> None:
     tail = struct.pack("<ii", 9, 3) + b"set"
     (tmp_path / "i.dat").write_bytes(legacy({"a": (7, [14.0, 3.5])}, tail))
     for name in ("i.gguf", "i.dat"):
-        matrix = file.read(tmp_path / name)
+        matrix = imatrix.read(tmp_path / name)
         assert (matrix["a"].tolist(), matrix.datasets, matrix.n_chunks) == ([2.0, 0.5], ("set",), 9)
 
 
 def test_old_files_without_chunks_or_calls_are_read(tmp_path: Path) -> None:
     (tmp_path / "i.dat").write_bytes(legacy({"a": (0, [2.0]), "b": (2, [3.0])}))
-    matrix = file.read(tmp_path / "i.dat")
+    matrix = imatrix.read(tmp_path / "i.dat")
     assert ({name: row.tolist() for name, row in matrix.items()}, matrix.datasets, matrix.n_chunks) == ({"a": [2.0], "b": [1.5]}, (), 0)
 
 
 def test_an_expert_that_saw_no_token_counts_all_its_inputs_alike(tmp_path: Path) -> None:
     """As llama-quantize has it: ones."""
-    matrix = file.read(save(tmp_path / "i.gguf", {"e": np.array([[8.0, 4.0], [0.0, 0.0], [3.0, 9.0]])}, {"e": [4, 0, 3]}))
+    matrix = imatrix.read(save(tmp_path / "i.gguf", {"e": np.array([[8.0, 4.0], [0.0, 0.0], [3.0, 9.0]])}, {"e": [4, 0, 3]}))
     assert matrix["e"].tolist() == [2.0, 1.0, 1.0, 1.0, 1.0, 3.0]
     assert matrix.unseen("e") == [1]
 
@@ -219,20 +218,20 @@ def stacked(n: int, width: int = 32) -> tuple[Any, dict[str, str]]:
 
 def test_every_expert_has_its_own_row_and_those_without_tokens_are_told_of(tmp_path: Path) -> None:
     sums = np.random.default_rng(0).random((3, 32)) + 1
-    matrix = file.read(save(tmp_path / "i.gguf", {"blk.0.ffn_down_exps.weight": sums}, {"blk.0.ffn_down_exps.weight": [2, 0, 0]}))
+    matrix = imatrix.read(save(tmp_path / "i.gguf", {"blk.0.ffn_down_exps.weight": sums}, {"blk.0.ffn_down_exps.weight": [2, 0, 0]}))
     source, names = stacked(3)
     found = importance.of_imatrix(matrix, source, names)
     assert found["model.layers.0.mlp.experts.0.down_proj.weight"].tolist() == pytest.approx(sums[0] / 2)
     assert found["model.layers.0.mlp.experts.2.down_proj.weight"].tolist() == [1.0] * 32
     (tmp_path / "i.dat").write_bytes(legacy({"blk.0.ffn_down_exps.weight": (2, sums.flatten().tolist())}))
-    old = importance.of_imatrix(file.read(tmp_path / "i.dat"), source, names)
+    old = importance.of_imatrix(imatrix.read(tmp_path / "i.dat"), source, names)
     assert old["model.layers.0.mlp.experts.1.down_proj.weight"].tolist() == pytest.approx(sums[1] / 2)
     assert "blk.0.ffn_down_exps.weight: no token reached experts 1, 2, whose inputs all count alike" in found.notes[0]
 
 
 def test_a_stack_of_experts_is_coded_with_a_row_for_each(tmp_path: Path) -> None:
     sums = np.random.default_rng(0).random((2, 256)) + 0.01
-    matrix = file.read(save(tmp_path / "i.gguf", {"e": sums}, {"e": [1, 1]}))
+    matrix = imatrix.read(save(tmp_path / "i.gguf", {"e": sums}, {"e": [1, 1]}))
     source = SimpleNamespace(specs={"e": TensorSpec.dense("e", "BF16", (2, 8, 256))})
     rows = importance.of_imatrix(matrix, source, {"e": "e"})["e"]  # type: ignore[arg-type]
     W = torch.randn(2, 8, 256, generator=torch.Generator().manual_seed(0))
@@ -281,7 +280,7 @@ def test_an_embedding_of_another_width_goes_without(tiny_llama: TinyLlama, tmp_p
 
 
 def test_values_that_are_not_finite_are_an_error_with_their_name(tmp_path: Path) -> None:
-    matrix = file.read(save(tmp_path / "i.gguf", {"blk.0.attn_q.weight": np.array([1.0, np.nan])}, {"blk.0.attn_q.weight": [1]}))
+    matrix = imatrix.read(save(tmp_path / "i.gguf", {"blk.0.attn_q.weight": np.array([1.0, np.nan])}, {"blk.0.attn_q.weight": [1]}))
     with pytest.raises(NumericsError, match=r"blk\.0\.attn_q\.weight has NaN"):
         matrix["blk.0.attn_q.weight"]
 
@@ -297,14 +296,14 @@ def test_values_that_are_not_finite_are_an_error_with_their_name(tmp_path: Path)
 )
 def test_a_damaged_gguf_matrix_is_refused(sums: dict, counts: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=words):
-        file.read(save(tmp_path / "i.gguf", sums, counts))
+        imatrix.read(save(tmp_path / "i.gguf", sums, counts))
 
 
 def test_a_gguf_file_that_lacks_one_of_two_tensors_is_refused(tmp_path: Path) -> None:
     data = save(tmp_path / "i.gguf", {"a": np.ones(6)}, {"a": [1]}).read_bytes()
     (tmp_path / "j.gguf").write_bytes(data.replace(b"a.counts", b"a.cOunts"))
     with pytest.raises(CheckpointError, match=r"a\.counts is missing, expected F32"):
-        file.read(tmp_path / "j.gguf")
+        imatrix.read(tmp_path / "j.gguf")
 
 
 def test_a_legacy_file_cut_short_or_changed_is_read_or_refused(tmp_path: Path) -> None:
@@ -315,13 +314,13 @@ def test_a_legacy_file_cut_short_or_changed_is_read_or_refused(tmp_path: Path) -
         for changed in (data[:k], data[:k] + b"\xff" + data[k + 1 :], data[:k] + b"\x7f" + data[k + 1 :]):
             path.write_bytes(changed)
             try:
-                file.read(path)
+                imatrix.read(path)
             except CheckpointError:
                 refused += 1
     assert refused > len(data) / 2
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"i\.dat: .*number of entries is the end of the file"):
-        file.read(path)
+        imatrix.read(path)
 
 
 def test_statistics_serve_as_importance_without_a_second_run(tmp_path: Path) -> None:
@@ -345,7 +344,7 @@ def test_statistics_of_other_weights_are_refused_as_importance(tiny_llama: TinyL
 def test_a_matrix_beside_a_pass_that_learns_from_statistics_is_refused(tmp_path: Path) -> None:
     recipe = replace(recipes.load("q4_k_m"), passes=recipes.default_for("gptq").passes)
     with open_checkpoint(str(PICO)) as source, pytest.raises(RecipeError, match="leave one out"):
-        list(pipeline.quantize(source, tmp_path / "m.gguf", recipe, data=file.read(GOLDEN)))
+        list(pipeline.quantize(source, tmp_path / "m.gguf", recipe, data=imatrix.read(GOLDEN)))
 
 
 def test_types_that_are_garbage_without_importance_are_refused_but_for_the_ends() -> None:
@@ -381,7 +380,7 @@ def test_the_command_line_measures_and_uses_a_matrix(cli: Cli, tmp_path: Path) -
     window = ("--dataset", text, "--samples", "8", "--seq-len", "64")
     code, out, _ = cli("calibrate", PICO, "-o", stats, "--imatrix", matrix, "--no-hessian", "--json", *window)
     assert (code, json.loads(out)["imatrix"]) == (0, str(matrix))
-    assert file.read(matrix).datasets == (str(text),)
+    assert imatrix.read(matrix).datasets == (str(text),)
     assert cli("export", PICO, "Q4_0", "--imatrix", matrix, "-o", tmp_path / "a.gguf")[0] == 0
     assert cli("quantize", PICO, "--type", "Q4_0", "--stats", stats, "-o", tmp_path / "b.gguf")[0] == 0
     assert manifest(tmp_path / "a.gguf") == manifest(tmp_path / "b.gguf")

@@ -22,7 +22,7 @@ from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.container import Field
 from quantcli.formats.gguf.file.headers import read_header
-from quantcli.formats.gguf.imatrix import file, importance
+from quantcli.formats.gguf.imatrix import imatrix, importance
 from quantcli.forward import tokenizer
 from quantcli.walk import pipeline
 
@@ -47,7 +47,9 @@ def pico(path: Path, file_type: str) -> Path:
 )
 def test_llama_imatrix_measures_what_we_measure(options: tuple[str, ...], tolerance: float, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    theirs = file.read(imatrix_of(LLAMA_CPP, pico(tmp_path / "m.gguf", "F32"), tmp_path / "text.txt", tmp_path / "theirs.gguf", *options))
+    theirs = imatrix.read(
+        imatrix_of(LLAMA_CPP, pico(tmp_path / "m.gguf", "F32"), tmp_path / "text.txt", tmp_path / "theirs.gguf", *options)
+    )
     ours = written(measure(tmp_path / "stats.safetensors", chunks(), hessian=False), tmp_path / "ours.gguf")
     assert (list(ours), ours.n_chunks, theirs.datasets) == (sorted(theirs), theirs.n_chunks, ("text.txt",))
     for name in theirs:
@@ -60,7 +62,7 @@ def test_llama_imatrix_reads_and_adds_up_our_file(tmp_path: Path) -> None:
     command = [LLAMA_CPP / "build/bin/llama-imatrix", "-m", pico(tmp_path / "m.gguf", "F16"), "-c", str(N_CTX), "-o", tmp_path / "sum.gguf"]
     files = ["--in-file", ours.path, "--in-file", ours.path]
     subprocess.run([*command, *files], check=True, capture_output=True, stdin=subprocess.DEVNULL)
-    both = file.read(tmp_path / "sum.gguf")
+    both = imatrix.read(tmp_path / "sum.gguf")
     assert both.datasets == ("some.txt", "some.txt")
     for name in ours:
         assert both.entries[name].counts == (2 * ours.entries[name].counts[0],)
@@ -143,7 +145,7 @@ def test_experts_are_measured_and_weighed_as_llama_cpp_does(experts: Path, tmp_p
         stored = export(source, tmp_path / "bf16.gguf", "BF16", pre_tokenizer="gpt-2")
     n = len(ids) // N_CTX
     windows = torch.tensor(ids[: n * N_CTX]).view(n, N_CTX)
-    theirs = file.read(imatrix_of(LLAMA_CPP, dense, tmp_path / "text.txt", tmp_path / "theirs.gguf"))
+    theirs = imatrix.read(imatrix_of(LLAMA_CPP, dense, tmp_path / "text.txt", tmp_path / "theirs.gguf"))
     ours = written(measure(tmp_path / "stats.safetensors", windows, hessian=False, folder=experts), tmp_path / "ours.gguf", experts)
     measured = [name for name in theirs if not name.endswith(ABSORBED)]
     assert {name: entry.counts for name, entry in ours.entries.items()} == {name: theirs.entries[name].counts for name in measured}

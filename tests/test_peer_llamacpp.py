@@ -17,10 +17,10 @@ from llamacpp_peer import assert_same, convert, run
 from test_imatrix import needs_matrix, weighed
 
 from quantcli import recipe as recipes
-from quantcli.cli.export import recipe_that_keeps
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.headers import read_header
 from quantcli.formats.gguf.types.filetypes import FILE_TYPES
+from quantcli.planning.selection import that_keeps
 from quantcli.recipe import PassSpec, Recipe, Rule
 from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
@@ -124,7 +124,7 @@ def test_llama_cpp_runs_what_we_export_from_every_dialect_as_well_as_the_decoded
         list(pipeline.quantize(source, tmp_path / "coded", recipe))
     with open_checkpoint(str(tmp_path / "coded")) as source:
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
-        list(pipeline.quantize(source, tmp_path / "kept.gguf", recipe_that_keeps(source, "gguf")))
+        list(pipeline.quantize(source, tmp_path / "kept.gguf", that_keeps(source, "gguf")))
     theirs = perplexity_in_llama_cpp(decoded, text)
     assert perplexity_in_llama_cpp(tmp_path / "kept.gguf", text) == pytest.approx(theirs, rel=0.01)  # ggml rounds activations to 8 bits
 
@@ -165,7 +165,7 @@ def test_an_nvfp4_folder_becomes_the_file_that_convert_makes(tmp_path: Path) -> 
         list(pipeline.quantize(source, tmp_path / "coded", recipes.load("nvfp4")))
     with open_checkpoint(str(tmp_path / "coded")) as source:
         decoded = export(source, tmp_path / "decoded.gguf", "F32")
-        recipe = replace(recipe_that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
+        recipe = replace(that_keeps(source, "gguf"), format_options={"pre_tokenizer": "gpt-2"})
         list(pipeline.quantize(source, tmp_path / "ours.gguf", recipe))
     a, b = (read_header(path) for path in (tmp_path / "ours.gguf", convert(tmp_path / "coded", tmp_path / "theirs.gguf", "gpt-2")))
     assert a.specs == {name: b.specs[name] for name in a.specs}

@@ -60,6 +60,11 @@ class Imatrix(Mapping[str, Tensor]):
     n_chunks: int
     said: Mapping[str, Field] = field(default_factory=dict)
 
+    @staticmethod
+    def read(path: str | Path) -> Imatrix:
+        """The importance matrix at ``path``, in either of llama.cpp's forms; :class:`CheckpointError` when it is none."""
+        return read(Path(path))
+
     def __getitem__(self, name: str) -> Tensor:
         """The means; ones for an expert that saw no token, as llama-quantize takes them. :class:`NumericsError` unless they are finite."""
         entry = self.entries[name]
