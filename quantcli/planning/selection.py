@@ -1,4 +1,4 @@
-"""The recipe that a method, a GGUF type, a format or the codes of a source stand for, and where its output goes unless told otherwise."""
+"""Selects a recipe by method, GGUF type, format or the codes of a source, and the default output path."""
 
 from __future__ import annotations
 
