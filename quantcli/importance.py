@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+from typing_extensions import override
 
 
 class Row(Protocol):
@@ -40,14 +41,18 @@ class Importance(Mapping[str, Tensor]):
     dataset: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @override
     def __getitem__(self, name: str) -> Tensor:
         return self.rows[name].read()
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
 
+    @override
     def __len__(self) -> int:
         return len(self.rows)
 
+    @override
     def __contains__(self, name: object) -> bool:
         return name in self.rows  # Mapping's own reads the row

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.errors import RecipeError
 from quantcli.registry import find, names
@@ -148,6 +149,7 @@ class Scheme:
         """Whether a scale of the input is found beforehand and stored, as the part ``input_scale`` F32 [1]."""
         return str(self.get("act", "")).endswith("-tensor") or self.get("act") == "nvfp4-g16"
 
+    @override
     def __str__(self) -> str:
         options = dict(self.options)
         text = f"{self.qtype}{options.get('bits', '')}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli import archs
 from quantcli.archs import Architecture, Cut
@@ -39,7 +40,7 @@ class Joint:
 
     parts: tuple[tuple[str, ...], ...]
     how: str
-    config: Mapping
+    config: Mapping[str, Any]
     by_expert: bool
 
     @property
@@ -93,16 +94,20 @@ class View(Checkpoint):
         self.source = inner.source
 
     @property
+    @override
     def file_metadata(self) -> Mapping[str, Any]:
         return self.inner.file_metadata
 
+    @override
     def unnamed(self) -> dict[str, Tensor]:
         return self.inner.unnamed()
 
     @property
+    @override
     def provenance(self) -> Mapping[str, Any]:
         return self.inner.provenance
 
+    @override
     def load(self, name: str) -> Tensor:
         piece = self._pieces[name]
         if isinstance(piece, Joint):
@@ -110,23 +115,29 @@ class View(Checkpoint):
         tensor = self.inner.read(piece.stored)
         return tensor if piece.take is None else piece.take(tensor).contiguous()
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         piece = self._pieces[name]
         assert isinstance(piece, Piece)
         return self.inner.quantized(piece.stored)
 
+    @override
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
         return self.inner.cache_scales(attention)
 
+    @override
     def locations(self) -> Iterable[Location]:
         return self.inner.locations()
 
+    @override
     def fingerprint(self) -> str:
         return self.inner.fingerprint()
 
+    @override
     def sidecars(self) -> dict[str, Path]:
         return self.inner.sidecars()
 
+    @override
     def close(self) -> None:
         self.inner.close()
 
@@ -187,7 +198,7 @@ def experts_apart(source: Checkpoint) -> dict[str, Joint]:
     return joints
 
 
-def joints_of(names: Iterable[str], cuts: Mapping[str, Cut], arch: Architecture, config: Mapping) -> dict[str, Joint]:
+def joints_of(names: Iterable[str], cuts: Mapping[str, Cut], arch: Architecture, config: Mapping[str, Any]) -> dict[str, Joint]:
     """Stored tensor → how it is put together of those among ``names`` that ``cuts`` would give; :class:`CheckpointError` when some of
     these are missing."""
     seats = {name: (stored, k) for stored, cut in cuts.items() for k, name in enumerate(cut.names)}
@@ -201,7 +212,7 @@ def joints_of(names: Iterable[str], cuts: Mapping[str, Cut], arch: Architecture,
     return {prefix + stored: _joint(prefix + stored, cuts[stored], slices, usual) for (prefix, stored), slices in found.items()}
 
 
-def _joint(stored: str, cut: Cut, slices: Mapping[int, Mapping[int, str]], config: Mapping) -> Joint:
+def _joint(stored: str, cut: Cut, slices: Mapping[int, Mapping[int, str]], config: Mapping[str, Any]) -> Joint:
     for e in range(max(slices) + 1):
         for k, name in enumerate(cut.names):
             if k not in slices.get(e, {}):
@@ -210,7 +221,7 @@ def _joint(stored: str, cut: Cut, slices: Mapping[int, Mapping[int, str]], confi
     return Joint(parts, cut.how, config, by_expert="{e}" in cut.names[0])
 
 
-def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping) -> dict[str, Piece]:
+def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping[str, Any]) -> dict[str, Piece]:
     """Name → piece of the stored tensor ``spec``; ``prefix``: the name of its layer and a dot."""
     made = partial(_made, cut, config)
     try:
@@ -227,7 +238,7 @@ def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping) -> dict
     return pieces
 
 
-def _made(cut: Cut, config: Mapping, tensor: Tensor) -> Sequence[Tensor]:
+def _made(cut: Cut, config: Mapping[str, Any], tensor: Tensor) -> Sequence[Tensor]:
     return CUTS[cut.how](tensor, len(cut.names), config)
 
 

@@ -102,7 +102,8 @@ def set_cache(recipe: Recipe, word: str | None) -> Recipe:
 
 def set_rules(recipe: Recipe, rules: list[str], skips: list[str]) -> Recipe:
     """Rules of the command line go before those of the recipe, skips before rules."""
-    from quantcli.recipe import KEEP, Rule
+    from quantcli.recipe import Rule
+    from quantcli.tensors import KEEP
 
     pairs = [(pattern, KEEP) for pattern in skips] + [options.split_pair(text, "--rule") for text in rules]
     return replace(recipe, rules=(*(Rule.parse(*pair) for pair in pairs), *recipe.rules))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -213,7 +214,7 @@ class _Trial:
             yield width + n_kv + kv  # [q; k; v]
 
 
-def declared(config: Mapping) -> dict[str, str]:
+def declared(config: Mapping[str, Any]) -> dict[str, str]:
     """Tap → the module that the architecture's literal, where there is one, says can absorb a scale."""
     arch = archs.of(config)
     return {} if arch is None else {linear.tap: linear.absorber for linear in arch.linears if linear.absorber}

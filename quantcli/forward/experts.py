@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.tensors import TensorSpec
@@ -114,7 +115,10 @@ class Products(TorchFunctionMode):
         self._on_product = on_product
         self.is_watching = True
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    @override
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if func in PRODUCTS and self.is_watching:
             X, W = args[0], args[1] if len(args) > 1 else (kwargs or {})["weight"]
             if (found := self._slice(W)) is not None:

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.forward.cache import OnUpdate, watched
@@ -234,16 +235,20 @@ class _Tensors(Mapping[str, Tensor]):
         self._names = names
         self._get = get
 
+    @override
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         return self._get(name)
 
+    @override
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
+    @override
     def __len__(self) -> int:
         return len(self._names)

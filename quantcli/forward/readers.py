@@ -61,7 +61,8 @@ class Readers:
         return {self._model.get_submodule(x.parameter.rpartition(".")[0]): len(x.rows) for x in self.experts}
 
     def _submodule(self, name: str) -> nn.Module:
-        return self._model.get_submodule(f"{self._module}.{name}")
+        module: nn.Module = self._model.get_submodule(f"{self._module}.{name}")
+        return module
 
     def _find_linears(self) -> dict[str, str]:
         tap_of: dict[str, str] = {}

@@ -41,8 +41,8 @@ def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
         parsed = CONFIG_MAPPING[model_type].from_dict(words)
         with _parameters_on_meta():
             # Experts one after the other: what each reads can be seen, and no token is copied for all of them at once.
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, experts_implementation="eager", trust_remote_code=False)
-            return model.eval()
+            causal_lm: Any = AutoModelForCausalLM  # which transformers has no types for
+            return causal_lm.from_config(parsed, dtype=dtype, experts_implementation="eager", trust_remote_code=False).eval()
     except Exception as error:  # whatever the values of a foreign file may set off in configuration and modelling code
         raise CheckpointError(f"{where}: transformers cannot build a {model_type} model from config.json: {error}") from error
 

@@ -84,7 +84,8 @@ class Stack:
 
     def module_name(self, module: nn.Module) -> str:
         """What the model calls ``module``."""
-        return next(name for name, m in self.model.named_modules() if m is module)
+        names: Iterator[str] = (name for name, m in self.model.named_modules() if m is module)
+        return next(names)
 
     def trace(self, device: torch.device) -> bool:
         """Fill ``traces``; returns whether the layers' arguments depend on the tokens. Raises :class:`UnsupportedError`."""
@@ -144,7 +145,8 @@ class Stack:
             return self.traces[-1].output(hidden)
 
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return self._forward(ids, [*self._passing()[:-1], last], 0.0, head).logits
+        logits: Tensor = self._forward(ids, [*self._passing()[:-1], last], 0.0, head).logits
+        return logits
 
     def _passing(self) -> list[Run]:
         return [partial(_pass, trace) for trace in self.traces]

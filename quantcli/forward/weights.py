@@ -43,7 +43,8 @@ class Weights:
 
     def tensor(self, target: str) -> Tensor:
         """The model's tensor ``target`` as it is in memory."""
-        return self._model.get_parameter_or_buffer(target).data
+        live: Tensor = self._model.get_parameter_or_buffer(target)
+        return live.data
 
     def rebuild(self, source: Source, part: Part, weights: Mapping[str, Tensor]) -> None:
         """Make those tensors of ``part`` that come from ``source``: of ``weights``, by disk name, where given, else of the checkpoint's."""
