@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantcli.ops.block_codecs import CODECS, KINDS
 from quantcli.ops.block_search import Found, Kind, Params
-from quantcli.ops.block_codecs import KINDS, CODECS
 
 
 def _lanes(values: Tensor, size: int) -> Tensor:

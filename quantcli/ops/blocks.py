@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quantcli.errors import KernelError
 from quantcli.ops import block_reference as reference
-from quantcli.ops.block_search import Kind
 from quantcli.ops.block_codecs import KINDS
+from quantcli.ops.block_search import Kind
 from quantcli.ops.dispatch import kernel, stream
 
 __all__ = ["KINDS", "Params", "dequantize_blocks", "fit_blocks", "pack_blocks", "quantize_blocks", "unpack_blocks"]
