@@ -18,6 +18,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+import contracts
 from commands import reference, table
 
 from quantcli import errors, formats, recipe, regrid
@@ -136,7 +137,7 @@ def conversions() -> str:
 
 
 def loads(reader: str, name: str) -> bool:
-    """Whether a test (tests/test_peer_recipes.py, tests/test_peer_llamacpp.py) has ``reader`` load what the recipe ``name`` writes."""
+    """Whether a test (test_peer_recipes.py, test_peer_llamacpp.py) has ``reader`` load what the recipe ``name`` writes."""
     return recipe.load(name).format in READERS[reader] and (reader, name) not in MISREAD
 
 
@@ -173,6 +174,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "exit codes": (DOCS / "cli.md", exit_codes),
     "conversions": (DOCS / "conversions.md", conversions),
     "files": (DOCS / "files.md", files),
+    "contracts": (DOCS / "contracts.md", contracts.reference),
 }
 
 

@@ -48,6 +48,17 @@ class ResourceError(QuantcliError):
     exit_code = 8
 
 
+class OptionError(QuantcliError):
+    """An option or an argument has a value that fits no model. ``option``: its name in a call, such as ``seq_len``; the command line
+    spells it ``--seq-len``."""
+
+    exit_code = 2
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
 class GateError(QuantcliError):
     """A quality gate (``--max-perplexity``, ``--max-kld``) was missed."""
 

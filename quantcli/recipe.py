@@ -154,6 +154,11 @@ class Recipe:
         """Whether a pass of it scales inputs against weights (awq, smoothquant)."""
         return any(pass_of(p.name).changes_basis for p in self.passes)
 
+    @staticmethod
+    def load(name: str) -> Recipe:
+        """A shipped recipe by name, or the YAML file at that path; :class:`RecipeError` where there is none."""
+        return load(name)
+
     def with_pass(self, name: str, **options: Any) -> Recipe:
         """The same recipe with ``options`` set on pass ``name``; :class:`RecipeError` when the recipe has no such pass."""
         if all(p.name != name for p in self.passes):

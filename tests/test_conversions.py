@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from quantcli import formats, regrid
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.cli.export import recipe_that_keeps
-from quantcli.cli.inspect import describe
 from quantcli.formats import open_checkpoint
+from quantcli.planning.inspection import describe
+from quantcli.planning.selection import that_keeps
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
@@ -78,7 +78,7 @@ def test_inspect_tells_every_dialect_in_the_same_words(coded: Callable[[str, str
 def test_a_cell_of_the_conversions_is_so(coded: Callable[[str, str], Path], tmp_path: Path, format_: str, text: str, target: str) -> None:
     expected, degree = tables.conversion(Scheme.parse(text), target)
     with open_checkpoint(str(coded(format_, text))) as source:
-        recipe = recipe_that_keeps(source, target)
+        recipe = that_keeps(source, target)
         finished, layers = run(source, tmp_path / ("out.gguf" if target == "gguf" else "out"), recipe)
         error = next(layer.relative_error for layer in layers if layer.name == "model.layers.0")
         with open_checkpoint(str(finished.output)) as result:
@@ -147,7 +147,7 @@ def as_hqq(module: str, W: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_hqqs_codes_go_to_gguf_and_the_result_says_so(hqq_folder: Path, tmp_path: Path) -> None:
     with open_checkpoint(str(hqq_folder)) as source:
-        recipe = recipe_that_keeps(source, "gguf")
+        recipe = that_keeps(source, "gguf")
         events = list(pipeline.quantize(source, tmp_path / "out.gguf", recipe))
         assert isinstance(events[0], Planned)
         assert isinstance(events[-1], Finished)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from test_house import FLOORS
+
+from support.floors import FLOORS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 
@@ -33,6 +34,7 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)  # named, so that nothing in .venv or build/ is one
 )
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf8") for path in PAGES}
+ARCHITECTURE = TEXTS["ARCHITECTURE.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [(page, language, text) for page, whole in TEXTS.items() for language, text in FENCE.findall(whole)]
 COMMANDS = sorted(
@@ -238,13 +240,36 @@ def test_every_environment_variable_is_described() -> None:
     assert used - FOREIGN_VARIABLES - set(re.findall(r"`(QUANTCLI_[A-Z_]+)`", TEXTS["docs/cli.md"])) == set()
 
 
-def test_architectures_rooms_exist() -> None:
-    """Each file and folder of the map in §2, and no module of quantcli/ that the map leaves out."""
-    text = (ROOT / "ARCHITECTURE.md").read_text("utf8")
-    rooms = re.search(r"^## 2\. Rooms\n+```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert rooms is not None
+def named_paths(text: str) -> set[str]:
+    """The sources, and the folders of them, that a page names in backticks, with the folders they lie in."""
+    return set(re.findall(r"`((?:quantcli|kernels|tests|docs|configs)/[\w./-]*)`", text))
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/contracts.md", "docs/kernels.md"])
+def test_the_sources_that_a_page_names_exist(page: str) -> None:
+    named = named_paths(TEXTS[page])
+    assert named
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("question", ["the walk", "GPTQ", "a new file format", "a pass see"])
+def test_architecture_answers_a_newcomers_question_in_a_line(question: str) -> None:
+    rows = [line.split(" | ") for line in ARCHITECTURE.splitlines() if line.startswith("| ") and "? | " in line]
+    answers = [answer for asked, answer in rows if question in asked]
+    assert len(answers) == 1
+    assert named_paths(answers[0])
+
+
+def test_the_page_of_the_architecture_is_short() -> None:
+    assert ARCHITECTURE.count("\n") <= 180
+
+
+def test_architectures_folders_exist() -> None:
+    """Each file and folder of the map in section 2, and no module of quantcli/ that the map leaves out."""
+    found = re.search(r"^## 2\. Folders\n+```\n(.*?)^```$", ARCHITECTURE, re.DOTALL | re.MULTILINE)
+    assert found is not None
     folder, shown = ROOT, set()
-    for line in rooms[1].splitlines():
+    for line in found[1].splitlines():
         words = re.match(r" *(\S+(?: \S+)*)(?:  |$)", line)
         assert words is not None, line
         folder = folder if line.startswith("  ") else ROOT
@@ -253,12 +278,12 @@ def test_architectures_rooms_exist() -> None:
             shown.add((folder, word.strip("/")))
         if not line.startswith("  ") and words[1].endswith("/"):
             folder = ROOT / words[1]
-    inside = {path.name for path in (ROOT / "quantcli").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert {name for name in inside if not name.startswith("__")} == {word for room, word in shown if room == ROOT / "quantcli"}
+    package = {path.name for path in (ROOT / "quantcli").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert package - {"__main__.py"} == {word for where, word in shown if where == ROOT / "quantcli"}
 
 
 def test_architectures_import_line_is_the_one_that_is_tested() -> None:
-    (line,) = re.findall(r"^cli → .*$", (ROOT / "ARCHITECTURE.md").read_text("utf8"), re.MULTILINE)
+    (line,) = re.findall(r"^cli → .*$", ARCHITECTURE, re.MULTILINE)
     assert [set(floor.split(", ")) for floor in line.split(" → ")] == [floor for floor in FLOORS if floor != {"__main__"}]
 
 

@@ -29,8 +29,8 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A stored tensor that holds several: ``how`` is a name in ``_transformations.CUTS``, ``names`` the tensors it gives, by whole names
-    within the layer. A name with ``{e}`` stands for a tensor of each expert."""
+    """A stored tensor that holds several: ``how`` is a name in ``archs.shared.transformations.CUTS``, ``names`` the tensors it gives, by
+    whole names within the layer. A name with ``{e}`` stands for a tensor of each expert."""
 
     how: str
     names: tuple[str, ...]
@@ -41,9 +41,9 @@ class Key:
     """A key of a GGUF file's metadata, ``name`` without the architecture's prefix, and what it holds.
 
     ``words``: keys of config.json, of which the first that is not null counts. ``kind``: "u32", "f32", "bool" or "str"; an array where the
-    value is a list. ``computed``: a name in ``formats.gguf.metadata.COMPUTED``, config → value, in place of ``words``, which then only say
-    where the value goes when a file is read. ``default``: the value where there is none; None leaves the key out, :data:`REQUIRED` is an
-    error.
+    value is a list. ``computed``: a name in ``formats.gguf.model.metadata.COMPUTED``, config → value, in place of ``words``, which then
+    only say where the value goes when a file is read. ``default``: the value where there is none; None leaves the key out,
+    :data:`REQUIRED` is an error.
     """
 
     name: str
@@ -72,14 +72,15 @@ class Architecture:
 
     Of its GGUF files: ``gguf_names``: HF module → GGUF name, both without ``.weight``/``.bias`` (or both whole names), where all ``{e}``
     make one tensor; ``also``: other names that a module has on disk → the one in ``gguf_names``; ``cuts``: tensors of a layer that GGUF
-    alone stores otherwise; ``rows``: linears whose rows it has in another order → a name in ``_transformations.ROW_ORDERS``;
-    ``norm_offset``: what it adds to norm weights (Gemma stores w − 1); ``keys``: its metadata, in the file's order, where a word is a group
-    of keys in ``formats.gguf.metadata.GROUPS``; ``computed``: tensors that no checkpoint stores, names in ``formats.gguf.rope.COMPUTED``;
-    ``dropped``: patterns of tensors that have no place there → the reason.
+    alone stores otherwise; ``rows``: linears whose rows it has in another order → a name in
+    ``archs.shared.transformations.ROW_ORDERS``; ``norm_offset``: what it adds to norm weights (Gemma stores w − 1); ``keys``: its
+    metadata, in the file's order, where a word is a group of keys in ``formats.gguf.model.metadata.GROUPS``; ``computed``: tensors that
+    no checkpoint stores, names in ``formats.gguf.model.rope.COMPUTED``; ``dropped``: patterns of tensors that have no place there → the
+    reason.
 
     For reading GGUF files: ``present``: config word → the tensor of some layer that is there when it is true; ``renamed``: config word →
     the one of ``also`` that the disk has when it is true; ``fixed``: words that no key tells; ``restored``: names in
-    ``formats.gguf.configuration.RESTORED``, of words that follow from others.
+    ``formats.gguf.model.configuration.RESTORED``, of words that follow from others.
     """
 
     model_types: tuple[str, ...]

@@ -11,7 +11,7 @@ import typer
 
 from quantcli import __version__
 from quantcli.cli.console import Console
-from quantcli.errors import CheckpointError, KernelError, QuantcliError, ResourceError
+from quantcli.errors import CheckpointError, KernelError, OptionError, QuantcliError, ResourceError
 
 INTERRUPTED = 130
 VERBS = ("inspect", "calibrate", "quantize", "export", "eval")
@@ -65,6 +65,9 @@ def _failed(console: Console, error: Exception) -> int:
     if hasattr(error, "format_message"):  # a usage error of the parser, whose class typer does not name
         context = getattr(error, "ctx", None)
         return console.usage(error.format_message(), context.command_path if context else "quantcli")
+    if isinstance(error, OptionError):
+        option = error.option if error.option.isupper() else "--" + error.option.replace("_", "-")
+        return console.usage(f"Invalid value for {option}: {error}", " ".join(["quantcli", *sys.argv[1:2]]))
     if (foreseen := _foreseen(error)) is not None:
         return console.failure(foreseen)
     return console.bug(error)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from quantcli.cli import options
 from quantcli.cli.console import Console
-from quantcli.cli.quantize import execute
-from quantcli.cli.recipes import check_format, gguf_types, load_type
-
-if TYPE_CHECKING:
-    from quantcli.checkpoint.checkpoint import Checkpoint
-    from quantcli.recipe import Recipe
-
-DENSE_TYPES = {"bfloat16": "BF16", "float32": "F32"}
-"""config.json's dtypes → the GGUF type that holds them; float16 and what says nothing is F16."""
+from quantcli.cli.results import Progress, render_result
 
 
 def command(
@@ -55,7 +45,11 @@ def command(
     rounded anew. The result says which: "lossless", and an error for each layer. Without TYPE the first type is taken that keeps the codes,
     and a GGUF file is copied: to cut it up, or to join its parts.
     """
-    format_ = check_format(format_)
+    from quantcli import api
+    from quantcli.planning import selection
+
+    console = Console(json, quiet, verbose)
+    format_ = selection.writable(format_)
     where, type_ = split_arguments(source, type_)
     given: dict[str, object] = {
         "pure": pure,
@@ -69,17 +63,23 @@ def command(
         "pre_tokenizer": pre_tokenizer,
     }
     format_options = {key: value for key, value in given.items() if value}
-    if imatrix is not None and format_ != "gguf":
-        raise options.wrong("--imatrix", f"belongs to --format gguf, not to {format_}")
-    if format_options and format_ != "gguf":
-        raise options.wrong("--" + next(iter(format_options)).replace("_", "-"), f"belongs to --format gguf, not to {format_}")
-    given_type = None if type_ is None else recipe_of_type(format_, type_)
-
-    def choose(checkpoint: Checkpoint) -> Recipe:
-        return replace(given_type or recipe_that_keeps(checkpoint, format_), format_options=format_options)
-
-    console = Console(json, quiet, verbose)
-    execute(console, where, output, choose, imatrix=imatrix, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run)
+    idle = [*format_options, *(["imatrix"] if imatrix is not None else [])]
+    if idle and format_ != "gguf":
+        raise options.wrong("--" + idle[0].replace("_", "-"), f"belongs to --format gguf, not to {format_}")
+    with Progress(console, "starting") as progress:
+        result = api.export(
+            where,
+            output,
+            type_,
+            format=format_,
+            data=options.read_data(None, imatrix),
+            options=format_options,
+            device=options.device_of(console, device, threads),
+            overwrite=overwrite,
+            dry_run=dry_run,
+            on_event=progress,
+        )
+    console.result(result.to_dict(), render_result(console, result))
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:
@@ -95,44 +95,3 @@ def split_arguments(source: str | None, type_: str | None) -> tuple[str, str | N
     if type_ is not None or source is None or Path(source).exists() or "/" in source:
         return source or ".", type_
     return ".", source
-
-
-def recipe_of_type(format_: str, type_: str) -> Recipe:
-    """Every matrix in the type that was asked for."""
-    from quantcli.recipe import PassSpec, Recipe
-    from quantcli.tensors import Scheme
-
-    if format_ == "gguf":
-        return replace(load_type(type_, "TYPE"), codes="reuse")
-    scheme = Scheme.parse(type_)
-    return Recipe(f"{format_}-{scheme}", format_, (PassSpec("rtn"),), scheme=scheme, codes="reuse")
-
-
-def recipe_that_keeps(checkpoint: Checkpoint, format_: str) -> Recipe:
-    """The source's codes wherever the format can hold them, and the format's usual scheme where it cannot."""
-    from quantcli import formats
-    from quantcli.recipe import PassSpec, Recipe
-    from quantcli.tensors import Scheme
-
-    recipe = Recipe(format_, format_, (PassSpec("rtn"),), codes="keep")
-    if format_ != "gguf":
-        usual = formats.of(format_).usual_scheme
-        return replace(recipe, scheme=None if usual is None else Scheme.parse(usual))
-    if checkpoint.kind == "gguf":
-        return replace(recipe, name="copy")
-    if not checkpoint.schemes:
-        raise options.wrong("TYPE", f"a GGUF file type is missing; there are: {', '.join(gguf_types())}")
-    config = checkpoint.config
-    dense = DENSE_TYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "F16")
-    return replace(recipe, name=commonest_type(checkpoint, replace(recipe, mix=dense)), mix=dense)
-
-
-def commonest_type(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """The GGUF type that most of a quantized source's weights take: it names the output."""
-    from quantcli.formats.gguf.file.container import ggml_type_of
-    from quantcli.planning.schemes import kept_schemes
-
-    n_weights: Counter[str] = Counter()
-    for name, scheme in kept_schemes(checkpoint, recipe, {}).items():
-        n_weights[ggml_type_of(scheme.qtype)] += checkpoint.specs[name].n_elements
-    return n_weights.most_common(1)[0][0]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.cli.console import Console
+    from quantcli.importance import ImportanceSource
+    from quantcli.recipe import Recipe
+    from quantcli.statistics.stats_file import StatsFile
 
 SOURCE_HELP = "Hugging Face folder, Hub id (org/name[@revision]), quantized folder or .gguf file."
 
@@ -50,40 +51,49 @@ def wrong(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
 
 
-def set_up_device(console: Console, device: str, threads: int | None) -> str:
-    """The torch device that ``--device`` means, with ``--threads`` applied to torch and to our kernels."""
+def device_of(console: Console, device: str, threads: int | None) -> str:
+    """The torch device that ``--device`` means, with ``--threads`` applied; ``-v`` shows both."""
     import torch
 
-    from quantcli import ops
-    from quantcli.errors import KernelError
+    from quantcli import api, ops
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise wrong("--device", f"expected auto, cpu, cuda or cuda:N, not '{device}'")
-    if threads is not None:
-        ops.set_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        index = int(device.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            raise KernelError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    device = api.use_device(device, threads)
     console.detail(f"device {device}, {torch.get_num_threads()} threads, kernels for {ops.active()}, torch {torch.__version__}")
     return device
 
 
-def check_moe(moe: str | None) -> None:
-    """Refuse another word than those that a recipe knows."""
-    from quantcli.recipe import MOE
+def read_data(stats: Path | None, imatrix: Path | None) -> StatsFile | ImportanceSource | None:
+    """The file that a run learns from, where one is given."""
+    from quantcli.formats.gguf.imatrix import importance
+    from quantcli.statistics.stats_file import StatsFile
 
-    if moe is not None and moe not in MOE:
-        raise wrong("--moe", f"expected {' or '.join(MOE)}, not '{moe}'")
+    if imatrix is not None:
+        return importance.read(imatrix)
+    return None if stats is None else StatsFile(stats)
 
 
-def check_context(console: Console, checkpoint: Checkpoint, seq_len: int) -> None:
-    """Warn of windows longer than the model was made for."""
-    limit = checkpoint.config.get("max_position_embeddings")
-    if isinstance(limit, int) and seq_len > limit:
-        console.warn(f"windows of {seq_len} tokens are longer than the {limit} this model was made for; lower --seq-len")
+def check_data(
+    console: Console,
+    recipe: Recipe,
+    *,
+    stats: Path | None,
+    imatrix: Path | None,
+    dataset: list[str] | None,
+    samples: int | None,
+    seq_len: int | None,
+) -> None:
+    """Options that nothing would read, or that contradict each other, are an error or a warning, never silent."""
+    if imatrix is not None and recipe.format != "gguf":
+        raise wrong("--imatrix", f"belongs to --format gguf, not to {recipe.format}")
+    if imatrix is not None and stats is not None:
+        raise wrong("--imatrix", "has no meaning beside --stats; give one of the two")
+    given = {"--dataset": dataset, "--samples": samples, "--seq-len": seq_len}
+    idle = [option for option, value in given.items() if value is not None]
+    if stats is not None and idle and (recipe.needs or recipe.format != "gguf"):
+        raise wrong("--stats", f"{idle[0]} has no meaning beside it: the statistics were gathered before; give one of the two")
+    weighs = stats is not None and recipe.format == "gguf" and not recipe.needs  # as an importance matrix does
+    if not recipe.is_calibrated and (idle or (stats is not None and not weighs)):
+        console.warn(f"recipe '{recipe.name}' uses no calibration: {', '.join(idle or ['--stats'])} ignored")
 
 
 def split_pair(text: str, option: str) -> tuple[str, str]:

@@ -109,9 +109,10 @@ class Plan:
 
 
 def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protected: Sequence[Protected] | None = None) -> Plan:
-    """The plan for what :func:`quantcli.planning.arrange.arrange` made of a source for ``recipe``. ``is_weighed``: plain rounding is given the
-    importance of inputs, by which GGUF's mixes choose; ``protected``: what the recipe's ``protect_outliers`` found in the inputs, None as
-    long as these are not known.
+    """The plan for what :func:`~quantcli.planning.arrange.arrange` made of a source for ``recipe``.
+
+    ``is_weighed``: plain rounding is given the importance of inputs, by which GGUF's mixes choose; ``protected``: what the recipe's
+    ``protect_outliers`` found in the inputs, None as long as these are not known.
 
     Raises :class:`RecipeError` for a rule that matches nothing or a shape that does not fit, :class:`UnsupportedError` for a scheme that
     the format cannot hold, and for a model in whose layers no linear is found.

@@ -78,8 +78,8 @@ class StatsFile(Mapping[str, Stats]):
     Raises :class:`CheckpointError` for a file that ``calibrate`` did not write.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         self._locations: dict[str, Location] = read_header(path)
         self.metadata: dict[str, str] = parse_json(path, read_header_text(path)[1]).get("__metadata__", {})
         if not {MARK, "source", "dataset_sha256"} <= self.metadata.keys():

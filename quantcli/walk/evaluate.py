@@ -52,7 +52,8 @@ class Scores:
     ``perplexity_stderr`` is perplexity · (standard error of the mean negative log-likelihood over tokens), as llama.cpp states it.
     ``n_tokens``: predicted tokens. ``activations``: :data:`SIMULATED` when linears read what their engine would round their inputs to,
     else :data:`AS_THEY_ARE`; ``not_simulated``: the quantized tensors whose inputs could not be
-    reached, and the attentions whose cache could not. With a baseline: ``kld_*`` is
+    reached, and the attentions whose cache could not. ``n_bytes``, ``bpw``: of the model's tensors, where the caller knows them. With a
+    baseline: ``kld_*`` is
     KL(baseline ‖ model) over every position, ``top1_agreement`` the share of positions where both hold the same token for the likeliest,
     ``layer_errors`` name → relative error of the hidden states.
     """
@@ -68,12 +69,15 @@ class Scores:
     kld_p99: float | None = None
     kld_max: float | None = None
     top1_agreement: float | None = None
+    n_bytes: int | None = None
+    bpw: float | None = None
     layer_errors: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of ``quantcli eval --json``."""
         keys = ["perplexity", "perplexity_stderr", "n_tokens", "seq_len", "activations"]
         data: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        data |= {key: value for key, value in (("n_bytes", self.n_bytes), ("bpw", self.bpw)) if value is not None}
         if self.baseline_perplexity is None:
             return data
         keys = ["baseline_perplexity", "kld_mean", "kld_p99", "kld_max", "top1_agreement"]

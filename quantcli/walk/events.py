@@ -51,6 +51,14 @@ class Finished:
     calibrated_by: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something the user should know; ``is_warning``: that may be wrong, or lose something."""
+
+    text: str
+    is_warning: bool = False
+
+
 Event = Planned | LayerDone | Finished
 
 

@@ -27,10 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
-
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.headers import read_header
+from support.tiny_models import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 
 LLAMA_CPP = Path(os.environ.get("QUANTCLI_LLAMA_CPP", "/nowhere"))
 
@@ -154,9 +153,9 @@ class Clock:
 def profile(model: Path, out: Path, threads: int) -> None:
     from quantcli import ops
     from quantcli.checkpoint.checkpoint import Checkpoint
-    from quantcli.cli.export import recipe_of_type
     from quantcli.output import writer
     from quantcli.passes import rtn
+    from quantcli.planning.selection import of_type
     from quantcli.walk import pipeline
 
     ops.set_threads(threads)
@@ -168,7 +167,7 @@ def profile(model: Path, out: Path, threads: int) -> None:
     clock.watch(writer.Writer, "commit", "commit")
     started, cpu = time.perf_counter(), time.process_time()
     with open_checkpoint(str(model)) as source:
-        for _ in pipeline.quantize(source, out, recipe_of_type("gguf", "Q4_K_M"), overwrite=True):
+        for _ in pipeline.quantize(source, out, of_type("gguf", "Q4_K_M"), overwrite=True):
             pass
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
     for kind, seconds in clock.wall.items():

@@ -26,7 +26,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 from safetensors.torch import save_file
 
 from quantcli import ops, qtypes
@@ -37,6 +36,7 @@ from quantcli.passes import awq, gptq
 from quantcli.passes.shared import basis
 from quantcli.planning.arrange import open_forward
 from quantcli.tensors import Absorber, Layer, Scheme, Stats
+from support.tiny_models import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 
 T = TypeVar("T")
 SCHEME = Scheme.parse("int4-g128-asym")

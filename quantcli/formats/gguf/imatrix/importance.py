@@ -16,8 +16,8 @@ from quantcli.archs import Architecture
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, about
 from quantcli.formats.gguf.file.container import Field
-from quantcli.formats.gguf.imatrix import file
-from quantcli.formats.gguf.imatrix.file import Imatrix, Measured
+from quantcli.formats.gguf.imatrix import imatrix
+from quantcli.formats.gguf.imatrix.imatrix import Imatrix, Measured
 from quantcli.formats.gguf.model.naming import slices_of
 from quantcli.formats.gguf.types.chooser import DENSE, EMBEDDINGS, is_quantizable
 from quantcli.importance import Importance, ImportanceSource
@@ -57,7 +57,7 @@ class Row:
 
 def read(path: Path) -> ImportanceSource:
     """The importance matrix at ``path``, in either of llama.cpp's forms, or the statistics of ``calibrate``."""
-    return StatsFile(path) if path.suffix == ".safetensors" else file.read(path)
+    return StatsFile(path) if path.suffix == ".safetensors" else imatrix.read(path)
 
 
 def of(
@@ -120,7 +120,7 @@ def of_stats(stats: StatsFile, source: Checkpoint, names: Mapping[str, str], arc
 
 def dataset_of(stats: StatsFile) -> dict[str, str]:
     """What tells another text's overlap with the one that ``stats`` were measured on, by the keys of a GGUF file."""
-    return {key: stats.metadata[ours] for key in file.OURS if (ours := key.removeprefix("quantcli.")) in stats.metadata}
+    return {key: stats.metadata[ours] for key in imatrix.OURS if (ours := key.removeprefix("quantcli.")) in stats.metadata}
 
 
 def measured(stats: StatsFile, taps: Mapping[str, str], names: Mapping[str, str]) -> dict[str, Measured]:

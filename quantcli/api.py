@@ -1,0 +1,503 @@
+"""The library: the verbs of the command line as functions, with the same defaults, results and errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import TypeIs
+
+from quantcli import formats, heap, ops
+from quantcli import recipe as recipes
+from quantcli.calibration import calibrate as calibration
+from quantcli.calibration.data import Data, Windows
+from quantcli.calibration.text_check import Familiarity
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.errors import KernelError, OptionError, RecipeError
+from quantcli.formats import open_checkpoint
+from quantcli.formats.gguf.imatrix import imatrix as imatrix_file
+from quantcli.formats.gguf.imatrix import importance
+from quantcli.formats.gguf.imatrix.imatrix import Imatrix as ImportanceMatrix
+from quantcli.formats.gguf.model.naming import architecture, gguf_names
+from quantcli.forward import tokenizer
+from quantcli.output.disk import check_replaceable
+from quantcli.planning import inspection, selection
+from quantcli.planning.arrange import arrange
+from quantcli.planning.plan import Plan, PlannedLayer
+from quantcli.recipe import PassSpec, Recipe
+from quantcli.statistics.stats_file import StatsFile
+from quantcli.tensors import Scheme
+from quantcli.text import overlap, texts
+from quantcli.walk import evaluate as evaluation
+from quantcli.walk import pipeline
+from quantcli.walk.evaluate import LayerWalked, Scores
+from quantcli.walk.events import Event, Finished, LayerDone, Note, Planned
+
+__all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile"]
+__all__ += ["calibrate", "evaluate", "export", "inspect", "open", "plan", "quantize", "use_device"]
+
+Source = str | os.PathLike[str] | Checkpoint
+"""A folder, a file, a Hub id ``org/name[@revision]``, or a checkpoint that is open already."""
+
+Text = str | os.PathLike[str] | Sequence[str]
+"""A dataset as the command line names it (``mine.txt``, ``NAME=WEIGHT``), or several; () for the default text."""
+
+OnEvent = Callable[[Any], object]
+"""Called with each event of a run: :class:`Planned`, :class:`LayerDone`, :class:`Note` and the like (:mod:`quantcli.walk.events`)."""
+
+HEX_SKETCH = re.compile("([0-9a-f]{8})+")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of :func:`quantize` or :func:`export`.
+
+    ``path``: the output, of several files the first; ``plan``: what was to be written; ``layers``: each with its error and time;
+    ``lossless``: whether every value of the source is kept; ``seconds``, ``peak_ram_bytes``: of the run; ``finished``: how the text
+    calibrated it. Of a dry run ``lossless`` and ``finished`` are None.
+    """
+
+    path: Path
+    plan: Plan
+    layers: tuple[LayerDone, ...]
+    lossless: bool | None
+    seconds: float
+    peak_ram_bytes: int
+    finished: Finished | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON keys of ``quantize`` and ``export``; of a dry run those that a plan can know, the others null."""
+        plan, finished = self.plan, self.finished
+        known = finished.familiarity if finished is not None else None
+        walked = [{"name": e.name, "relative_error": e.relative_error, "bpw": e.bpw, "seconds": e.seconds} for e in self.layers]
+        planned = [{"name": layer.name, "relative_error": None, "bpw": planned_bpw(layer), "seconds": None} for layer in plan.layers]
+        return {
+            "output": str(self.path),
+            "format": plan.recipe.format,
+            "recipe": plan.recipe.name,
+            "n_bytes": plan.n_bytes,
+            "bpw": plan.bpw,
+            "tensors": plan.census(),
+            "dry_run": finished is None,
+            "seconds": self.seconds,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "lossless": self.lossless,
+            "dataset_sha256": finished.dataset_sha256 if finished is not None else None,
+            "calibrated_by": finished.calibrated_by if finished is not None else None,
+            "calibration_perplexity": known.perplexity if known is not None else None,
+            "layers": planned if finished is None else walked,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What came of :func:`calibrate`. ``stats``: the file; ``imatrix``: llama.cpp's, where one was asked for; ``taps``: how many inputs
+    were measured; ``text_check``: how well the model knows the text."""
+
+    stats: Path
+    imatrix: Path | None
+    n_samples: int
+    n_tokens: int
+    taps: int
+    dataset_sha256: str
+    text_check: Familiarity
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON keys of ``calibrate``."""
+        return {
+            "stats": str(self.stats),
+            "imatrix": None if self.imatrix is None else str(self.imatrix),
+            "n_samples": self.n_samples,
+            "n_tokens": self.n_tokens,
+            "taps": self.taps,
+            "dataset_sha256": self.dataset_sha256,
+            "calibration_perplexity": self.text_check.perplexity,
+            "seconds": self.seconds,
+        }
+
+
+def open(source: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at ``source``, a context manager: ``specs``, ``schemes``, ``read(name)``. Headers are read, no weights.
+
+    Raises :class:`CheckpointError` for what is missing, damaged or unsafe, :class:`UnsupportedError` for a dialect nobody here reads.
+    """
+    return open_checkpoint(os.fspath(source))
+
+
+def inspect(
+    source: Source, *, tensors: bool = False, memory: bool = False, context: int = 4096, stats: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """What ``source`` holds, by the JSON keys of ``quantcli inspect``; ``tensors``, ``memory`` and ``stats`` add theirs."""
+    with opened(source) as checkpoint:
+        data = inspection.describe(checkpoint)
+        if tensors:
+            data["tensors"] = inspection.list_tensors(checkpoint)
+        if memory:
+            data["memory"] = inspection.estimate(checkpoint, context)
+        if stats is not None:
+            measured = StatsFile(Path(stats))
+            measured.check_source(checkpoint, warn=data["notes"].append)
+            data["stats"] = inspection.describe_stats(measured)
+        return data
+
+
+def plan(source: Source, recipe: str | Recipe, *, data: Text | Data | None = None) -> Plan:
+    """What :func:`quantize` would write: every tensor, scheme and byte. Reads no weight, writes nothing."""
+    return quantize(source, recipe=recipe, data=data, device="cpu", dry_run=True).plan
+
+
+def quantize(
+    source: Source,
+    output: str | os.PathLike[str] | None = None,
+    recipe: str | Recipe | Callable[[Checkpoint], Recipe] = "gptq-int4",
+    *,
+    data: Text | Data | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    on_event: OnEvent | None = None,
+) -> Result:
+    """Write ``source`` to ``output`` as ``recipe`` says: one by name, a YAML file's path, or a :class:`Recipe`.
+
+    ``output``: a folder, or a file for GGUF; ``<model>-<recipe>`` in the current folder when left out. ``data``: text to calibrate on, or
+    a :class:`StatsFile`, or an :class:`ImportanceMatrix`; the default text where the recipe needs some and nothing is given. ``device``:
+    auto, cpu, cuda or cuda:N. ``overwrite`` replaces a finished output. ``on_event`` is called with the events of the run as they come.
+
+    Raises the errors of :mod:`quantcli.errors`; nothing stands at ``output`` unless the run ends well.
+    """
+    tell, started = on_event or (lambda event: None), time.perf_counter()
+    torch_device = use_device(device, threads)
+    layers: list[LayerDone] = []
+    made: Plan | None = None
+    finished: Finished | None = None
+    with opened(source) as checkpoint:
+        chosen = recipe if isinstance(recipe, Recipe) else recipe(checkpoint) if callable(recipe) else recipes.load(recipe)
+        if data is not None and is_text(data):
+            chosen, data = selection.with_text(chosen, datasets=named(data)), None
+        target = selection.default_output(checkpoint, chosen) if output is None else Path(output)
+        is_split = "split_max_size" in chosen.format_options  # whose files the writer alone knows
+        learned = learn(checkpoint, chosen, data, tell)
+        walk = pipeline.quantize(checkpoint, target, chosen, data=learned, device=torch_device, overwrite=overwrite, dry_run=dry_run)
+        with closing(walk):
+            for event in walk:
+                tell(event)
+                if isinstance(event, Planned):
+                    made = event.plan
+                    announce(checkpoint, event, tell)
+                    if not dry_run and not is_split:
+                        check_target(target, overwrite=overwrite, folder=chosen.format != "gguf")
+                elif isinstance(event, LayerDone):
+                    layers.append(event)
+                else:
+                    finished = event
+        if finished is not None and finished.familiarity is not None:
+            warn_of_text(finished.familiarity, tell)
+    assert made is not None
+    if finished is not None and is_split:
+        target = target.with_name(finished.output.name)  # the first of several files
+    lossless = None if finished is None else finished.lossless
+    return Result(target, made, tuple(layers), lossless, time.perf_counter() - started, heap.peak_bytes(), finished)
+
+
+def export(
+    source: Source,
+    output: str | os.PathLike[str] | None = None,
+    type: str | None = None,
+    *,
+    format: str = "gguf",
+    data: Data | None = None,
+    options: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    on_event: OnEvent | None = None,
+) -> Result:
+    """Convert ``source`` to ``format`` without calibration; codes of a quantized source stay as they are where the target holds them.
+
+    ``type``: a GGUF file type (Q4_K_M) or a scheme (int4-g128-sym); the first that keeps the source's codes when left out. ``data``: an
+    :class:`ImportanceMatrix` or :class:`StatsFile` by which GGUF's types are rounded; ``options``: of the format (llama-quantize's names).
+    """
+    format = selection.writable(format)
+    given = None if type is None else selection.of_type(format, type)
+
+    def choose(checkpoint: Checkpoint) -> Recipe:
+        return replace(given or selection.that_keeps(checkpoint, format), format_options=dict(options or {}))
+
+    return quantize(
+        source, output, choose, data=data, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run, on_event=on_event
+    )
+
+
+def calibrate(
+    source: Source,
+    output: str | os.PathLike[str],
+    *,
+    data: Text = (),
+    samples: int = 128,
+    seq_len: int = 2048,
+    hessian: bool = True,
+    histograms: bool = False,
+    imatrix: str | os.PathLike[str] | None = None,
+    moe: str = "routed",
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+) -> Calibration:
+    """Run text through ``source`` and write what its linears read to ``output``, a file of statistics that serves every method.
+
+    ``hessian``: gather H, which gptq and awq need; ``histograms``: count magnitudes, which a recipe's ``input_range`` may need;
+    ``imatrix``: also write llama.cpp's importance matrix there; ``moe``: "routed" or "all" tokens for each expert.
+    """
+    tell, started = on_event or (lambda event: None), time.perf_counter()
+    if moe not in recipes.MOE:
+        raise OptionError("moe", f"expected {' or '.join(recipes.MOE)}, not '{moe}'")
+    torch_device, target = use_device(device, threads), Path(output)
+    matrix = None if imatrix is None else Path(imatrix)
+    check_statistics_target(target, matrix, overwrite=overwrite)
+    n_taps, known = 0, None
+    with opened(source) as checkpoint:
+        warn_of_context(checkpoint, seq_len, tell)
+        if matrix is not None:
+            architecture(checkpoint.config)  # names are GGUF's: what has none fails before the work
+        note = partial(note_to, tell)
+        ids = texts.windows_of(named(data), tokenizer(checkpoint), samples, seq_len, seed, note=note)
+        walk = calibration.calibrate(
+            checkpoint,
+            ids,
+            target,
+            hessian=hessian,
+            histograms=histograms,
+            head=True,
+            moe=moe,
+            device=torch_device,
+            overwrite=overwrite,
+        )
+        for event in walk:
+            tell(event)
+            if isinstance(event, Familiarity):
+                known = event
+            else:
+                n_taps += event.n_taps
+        if matrix is not None:
+            write_imatrix(matrix, StatsFile(target), checkpoint, named(data), overwrite=overwrite, tell=tell)
+    assert known is not None
+    warn_of_text(known, tell)
+    seconds = time.perf_counter() - started
+    return Calibration(target, matrix, ids.shape[0], ids.numel(), n_taps, texts.sha256(ids), known, seconds)
+
+
+def evaluate(
+    source: Source,
+    *,
+    baseline: Source | None = None,
+    data: Text = (),
+    samples: int = 64,
+    seq_len: int = 512,
+    activations: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    on_event: OnEvent | None = None,
+) -> Scores:
+    """Perplexity of ``source``, and with ``baseline``, the model it was made from, KL divergence and top-1 agreement.
+
+    ``activations``: round the inputs of quantized linears as their engine does. The scores have ``n_bytes`` and ``bpw``, too.
+    """
+    tell = on_event or (lambda event: None)
+    torch_device = use_device(device, threads)
+    scores: Scores | None = None
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(opened(source))
+        original = None if baseline is None else stack.enter_context(opened(baseline))
+        tell_activations(checkpoint, activations, tell)
+        ids = eval_windows(original or checkpoint, data, samples, seq_len, tell)
+        warn_of_overlap(checkpoint, ids, tell)
+        for event in evaluation.evaluate(checkpoint, ids, baseline=original, device=torch_device, activations=activations):
+            if isinstance(event, LayerWalked):
+                tell(event)
+            else:
+                scores = event
+        n_bytes = sum(spec.nbytes for spec in checkpoint.specs.values())
+        n_params = sum(spec.n_elements for spec in (original or checkpoint).specs.values())
+    assert scores is not None
+    if left := scores.not_simulated:
+        tell(Note(f"the inputs of {len(left)} matrices are taken as they are, where the engine rounds them; the first is {left[0]}", True))
+    return replace(scores, n_bytes=n_bytes, bpw=8 * n_bytes / n_params)
+
+
+def use_device(device: str = "auto", threads: int | None = None) -> str:
+    """The torch device that ``device`` means (auto, cpu, cuda, cuda:N), with ``threads`` set for torch and for our kernels."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise OptionError("device", f"expected auto, cpu, cuda or cuda:N, not '{device}'")
+    if threads is not None:
+        ops.set_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        index = int(device.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise KernelError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+# -- what the verbs share ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[Checkpoint]:
+    """``source`` opened, and closed at the end; one that was open already stays so."""
+    if isinstance(source, Checkpoint):
+        yield source
+        return
+    with open_checkpoint(os.fspath(source)) as checkpoint:
+        yield checkpoint
+
+
+def named(data: Text) -> list[str]:
+    """The datasets that ``data`` names."""
+    return [os.fspath(data)] if isinstance(data, (str, os.PathLike)) else [os.fspath(word) for word in data]
+
+
+def is_text(data: Text | Data) -> TypeIs[Text]:
+    """Whether ``data`` names datasets, rather than being what a run learns from."""
+    return isinstance(data, (str, os.PathLike, list, tuple))
+
+
+def learn(checkpoint: Checkpoint, recipe: Recipe, data: Data | None, tell: OnEvent) -> Data | Callable[[], Data]:
+    """What a run of ``recipe`` learns from; text is read and cut when it is first asked for."""
+    if data is None:
+        return partial(calibration_windows, checkpoint, recipe, tell)
+    if isinstance(data, StatsFile) and recipe.is_calibrated:
+        data.check_source(checkpoint, warn=partial(note_to, tell, is_warning=True))
+    return data
+
+
+def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, tell: OnEvent) -> Windows:
+    """Token windows of the texts that ``recipe`` is calibrated on."""
+    wanted = recipe.calibration
+    warn_of_context(checkpoint, wanted.seq_len, tell)
+    note = partial(note_to, tell)
+    return Windows(texts.windows_of(wanted.datasets, tokenizer(checkpoint), wanted.samples, wanted.seq_len, recipe.seed, note=note))
+
+
+def eval_windows(checkpoint: Checkpoint, data: Text, samples: int, seq_len: int, tell: OnEvent) -> Tensor:
+    """The first windows [n, seq_len] of the texts, in order; by default of a text that calibration does not use."""
+    warn_of_context(checkpoint, seq_len, tell)
+    return texts.eval_windows_of(named(data), tokenizer(checkpoint), samples, seq_len, note=partial(note_to, tell))
+
+
+def announce(checkpoint: Checkpoint, event: Planned, tell: OnEvent) -> None:
+    """What a user should know before the work begins."""
+    if any(tensor.is_recoded for tensor in event.plan.tensors):
+        text = f"{checkpoint.source} is quantized already, and its error stays; better start from the original weights"
+        tell(Note(text, is_warning=True))
+    for note in (*checkpoint.notes, *event.notes):
+        tell(Note(note))
+    for tensor in event.plan.tensors:
+        if not tensor.outputs:
+            tell(Note(f"{tensor.name}: dropped: {event.plan.why_dropped(tensor)}", is_warning=True))
+
+
+def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
+    """Raise before hours of work what the writer would raise after them, and keep ``overwrite`` from other people's files."""
+    check_replaceable(Path(os.path.realpath(target)), overwrite=overwrite, folder=folder)
+    if target.is_file() and not formats.of("gguf").detect(target, None):
+        raise RecipeError(f"{target}: is no GGUF file, so --overwrite will not replace it; choose another -o")
+
+
+def check_statistics_target(output: Path, imatrix: Path | None, *, overwrite: bool) -> None:
+    """Raise before the work where a file cannot be put. ``overwrite`` replaces statistics, never another file such as a model's shard."""
+    for path in (output, imatrix):
+        if path is not None:
+            check_replaceable(Path(os.path.realpath(path)), overwrite=overwrite, folder=False)
+    if output.is_file():
+        StatsFile(output)
+
+
+def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets: Sequence[str], *, overwrite: bool, tell: OnEvent) -> None:
+    """The statistics as llama-imatrix would have written them. ``datasets``: the names by which the user gave the text."""
+    arranged = arrange(checkpoint, Recipe("imatrix", "gguf", (PassSpec("rtn"),)), run=True)
+    names = gguf_names(arranged.source.specs, checkpoint.config)
+    measured = importance.measured(stats, arranged.taps, names)
+    for target in importance.unmeasured(measured, names, arranged.source.specs):
+        tell(Note(f"{path}: no entry for {target}, whose input was not measured", is_warning=True))
+    imatrix_file.write(
+        path,
+        measured,
+        datasets=datasets,
+        n_chunks=int(stats.metadata["n_samples"]),
+        chunk_size=int(stats.metadata["seq_len"]),
+        said=importance.text_fields(importance.dataset_of(stats)),
+        overwrite=overwrite,
+    )
+
+
+def tell_activations(checkpoint: Checkpoint, simulated: bool, tell: OnEvent) -> None:
+    """A note on what becomes of the linears' inputs, where the engine rounds them."""
+    acts: dict[str, int] = {}
+    for act in evaluation.rounded_inputs(checkpoint).values():
+        acts[act] = acts.get(act, 0) + 1
+    kinds = ", ".join(f"{act} of {n} linears" for act, n in acts.items())
+    if acts and simulated:
+        tell(Note(f"inputs are rounded as the engine does: {kinds}; --no-activations measures the weights alone"))
+    elif acts:
+        tell(Note(f"inputs are taken as they are, where the engine rounds them: {kinds}"))
+
+
+def warn_of_context(checkpoint: Checkpoint, seq_len: int, tell: OnEvent) -> None:
+    """Warn of windows longer than the model was made for."""
+    limit = checkpoint.config.get("max_position_embeddings")
+    if isinstance(limit, int) and seq_len > limit:
+        text = f"windows of {seq_len} tokens are longer than the {limit} this model was made for; lower --seq-len"
+        tell(Note(text, is_warning=True))
+
+
+def warn_of_text(known: Familiarity, tell: OnEvent) -> None:
+    """Warn of a text that the model does not know."""
+    if not known.is_low:
+        return
+    if known.perplexity != known.perplexity:
+        text = "the model's logits on the calibration text have NaN; check the checkpoint with quantcli eval"
+    else:
+        text = (
+            f"the calibration text has perplexity {known.perplexity:.0f} for this model, and {known.counted:.0f} by a count of its tokens: "
+            "it is no text that the model has learned; check --dataset, or the checkpoint"
+        )
+    tell(Note(text, is_warning=True))
+
+
+def warn_of_overlap(checkpoint: Checkpoint, ids: Tensor, tell: OnEvent) -> None:
+    """Warn when the text was calibrated on, as far as ``checkpoint`` tells: its figures would then flatter it."""
+    sketch = checkpoint.provenance.get("dataset_sketch")
+    if not isinstance(sketch, str) or not HEX_SKETCH.fullmatch(sketch):
+        return
+    if (found := overlap.overlap(sketch, ids)).is_notable:
+        text = f"{found.share:.0%} of this text was calibrated on, which flatters the model; give --dataset with other text"
+        tell(Note(text, is_warning=True))
+
+
+def note_to(tell: OnEvent, text: str, *, is_warning: bool = False) -> None:
+    tell(Note(text, is_warning))
+
+
+def planned_bpw(layer: PlannedLayer) -> float:
+    """Bits for each weight of ``layer``, every part counted."""
+    n_bytes = sum(spec.nbytes for tensor in layer.tensors for spec in tensor.outputs)
+    return 8 * n_bytes / max(1, sum(tensor.source.n_elements for tensor in layer.tensors))
+
+
+Events = Event | Note | LayerWalked
+"""What ``on_event`` may be called with."""
