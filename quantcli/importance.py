@@ -29,8 +29,8 @@ class Importance(Mapping[str, Tensor]):
     """Name of a weight → the mean squares of its inputs, float32 [in], or [n_experts, in] of a stack; read when asked for.
 
     ``file``: where they come from; ``datasets``: the texts they were measured on, as far as that is known; ``n_entries``: of the file;
-    ``n_chunks``: windows of text; ``dataset``: what tells that text from others (``dataset_sha256``, ``dataset_sketch``); ``notes``: what
-    is missing.
+    ``n_chunks``: windows of text; ``dataset``: what identifies that text (``dataset_sha256``, ``dataset_sketch``); ``notes``: what is
+    missing.
     """
 
     rows: Mapping[str, Row]
