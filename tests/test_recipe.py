@@ -55,7 +55,7 @@ def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
         ({"rules": 5}, "rules is a list, not 5"),
         ({"seed": True}, "seed is an integer, not True"),
         ({"format_options": []}, "format_options is a mapping"),
-        ({"scheme": 4}, "scheme is a word, not 4"),
+        ({"scheme": 4}, "scheme is a string, not 4"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(change: dict, words: str) -> None:

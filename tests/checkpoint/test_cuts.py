@@ -40,5 +40,5 @@ def test_a_checkpoint_without_such_tensors_is_itself(pair: tuple[Path, Path], ti
 
 
 def test_a_stack_that_cannot_be_cut_is_an_error(pair: tuple[Path, Path]) -> None:
-    with open_checkpoint(str(pair[1])) as source, pytest.raises(CheckpointError, match=r"q_proj\.weight: \[.*\] cannot be cut into"):
+    with open_checkpoint(str(pair[1])) as source, pytest.raises(CheckpointError, match=r"q_proj\.weight: \[.*\] cannot be split into"):
         views.cut(source, {"self_attn.q_proj.weight": Cut("stacked", tuple(map(str, range(100))))})
