@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from quantcli import formats, heap, ops
 from quantcli import recipe as recipes
@@ -182,6 +183,8 @@ def quantize(
     finished: Finished | None = None
     with opened(source) as checkpoint:
         chosen = recipe if isinstance(recipe, Recipe) else recipe(checkpoint) if callable(recipe) else recipes.load(recipe)
+        if data is not None and is_text(data):
+            chosen, data = selection.with_text(chosen, datasets=named(data)), None
         target = selection.default_output(checkpoint, chosen) if output is None else Path(output)
         is_split = "split_max_size" in chosen.format_options  # whose files the writer alone knows
         learned = learn(checkpoint, chosen, data, tell)
@@ -368,16 +371,18 @@ def named(data: Text) -> list[str]:
     return [os.fspath(data)] if isinstance(data, (str, os.PathLike)) else [os.fspath(word) for word in data]
 
 
-def learn(checkpoint: Checkpoint, recipe: Recipe, data: Text | Data | None, tell: OnEvent) -> Data | Callable[[], Data]:
+def is_text(data: Text | Data) -> TypeIs[Text]:
+    """Whether ``data`` names datasets, rather than being what a run learns from."""
+    return isinstance(data, (str, os.PathLike, list, tuple))
+
+
+def learn(checkpoint: Checkpoint, recipe: Recipe, data: Data | None, tell: OnEvent) -> Data | Callable[[], Data]:
     """What a run of ``recipe`` learns from; text is read and cut when it is first asked for."""
-    if isinstance(data, StatsFile):
-        if recipe.is_calibrated:
-            data.check_source(checkpoint, warn=partial(note_to, tell, is_warning=True))
-        return data
-    if data is not None and not isinstance(data, (str, os.PathLike, Sequence)):
-        return data
-    calibrated = recipe if data is None else selection.with_text(recipe, datasets=named(data))
-    return partial(calibration_windows, checkpoint, calibrated, tell)
+    if data is None:
+        return partial(calibration_windows, checkpoint, recipe, tell)
+    if isinstance(data, StatsFile) and recipe.is_calibrated:
+        data.check_source(checkpoint, warn=partial(note_to, tell, is_warning=True))
+    return data
 
 
 def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, tell: OnEvent) -> Windows:

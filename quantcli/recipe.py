@@ -18,9 +18,12 @@ from quantcli.statistics import ranges
 from quantcli.statistics.outliers import Protection
 from quantcli.tensors import KEEP, KV_CACHES, Scheme
 
-CODES = ("anew", "fitting", "kept")
-"""What becomes of codes that the source has already: all are chosen anew from the decoded weights; those stay that the recipe's scheme for
-their tensor can hold; or every tensor takes the first scheme of the format that can hold them, and the recipe's only where none can."""
+CODES = ("requantize", "reuse", "keep")
+"""What becomes of the codes of a quantized source: the weights are decoded and quantized again; codes stay where the recipe's scheme for
+their tensor can hold them; or every tensor takes the first scheme of the format that can hold its codes, or the recipe's."""
+
+OLD_CODES = {"anew": "requantize", "fitting": "reuse", "kept": "keep"}
+"""Earlier spellings of :data:`CODES`, in recipes and in the records of outputs; read for one release more."""
 
 MOE = ("routed", "all")
 """What an expert is calibrated on: the tokens that the router sends to it, or every token."""
@@ -112,7 +115,7 @@ class Recipe:
     description: str = ""
     scheme: Scheme | None = None
     mix: str | None = None
-    codes: str = "anew"
+    codes: str = CODES[0]
     rules: tuple[Rule, ...] = ()
     protect_outliers: Protection | None = None
     calibration: Calibration = Calibration()
@@ -249,9 +252,10 @@ def parse(data: Any, name: str) -> Recipe:
     if missing := [key for key in ("format", "passes") if not data.get(key)]:
         raise RecipeError(f"recipe '{name}' lacks '{missing[0]}'")
     codes = data.get("codes") or CODES[0]
+    codes = data["codes"] = OLD_CODES.get(codes, codes)
     if codes not in CODES:
-        raise RecipeError(f"recipe '{name}': codes are {', '.join(CODES)}, not '{codes}'")
-    if codes != "kept" and (data.get("scheme") is None) == (data.get("mix") is None):
+        raise RecipeError(f"recipe '{name}': codes is one of {', '.join(CODES)}, not '{codes}'")
+    if codes != "keep" and (data.get("scheme") is None) == (data.get("mix") is None):
         raise RecipeError(f"recipe '{name}' needs either a scheme or a mix")
     if data["format"] not in names("formats"):
         raise RecipeError(f"recipe '{name}': no format '{data['format']}'; there are: {', '.join(names('formats'))}")

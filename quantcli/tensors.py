@@ -258,7 +258,7 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
-class Prev:
+class Absorber:
     """What can take over a scale of a tap's inputs: the op that makes them, a norm or a linear.
 
     ``names``: its tensors that have a row for each output channel (weight, bias). ``channel``: [in] int64, the row that makes each input;
@@ -306,7 +306,7 @@ class Layer:
     """The unit of work, and the one mutable noun: a pass reads ``tensors`` and ``schemes`` and fills ``quantized``.
 
     ``tensors``: dense weights by their name on disk; ``schemes``: the ones to be coded; ``taps``: tensor name → tap. For a pass that
-    changes the basis ``prev`` names what can absorb a scale of a tap's inputs; then ``tensors`` holds that too, ``taps`` names every
+    changes the basis ``absorbers`` names what can absorb a scale of a tap's inputs; then ``tensors`` holds that too, ``taps`` names every
     tensor that reads the tap, coded or not, and the pass leaves in ``scales`` what it multiplied the weights' columns by: tap → s [in].
     ``importance``: tensor name → mean square of its inputs [in], where that comes from elsewhere than its tap's statistics.
     ``deferred``: tensors that follow a change of basis and are coded after it by other passes, with their schemes.
@@ -317,7 +317,7 @@ class Layer:
     schemes: dict[str, Scheme]
     taps: dict[str, str] = field(default_factory=dict)
     quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
-    prev: dict[str, Prev] = field(default_factory=dict)
+    absorbers: dict[str, Absorber] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
     importance: dict[str, Tensor] = field(default_factory=dict)
     deferred: dict[str, Scheme] = field(default_factory=dict)

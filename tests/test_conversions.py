@@ -107,7 +107,7 @@ def test_a_cell_of_the_conversions_is_so(coded: Callable[[str, str], Path], tmp_
 @pytest.mark.parametrize(("format_", "text"), ROWS)
 def test_a_dense_export_in_float32_keeps_every_bit(coded: Callable[[str, str], Path], tmp_path: Path, format_: str, text: str) -> None:
     with open_checkpoint(str(coded(format_, text))) as source:
-        recipe = replace(Recipe("f32", "hf", (PassSpec("rtn"),), scheme=Scheme.parse("f32")), codes="fitting")
+        recipe = replace(Recipe("f32", "hf", (PassSpec("rtn"),), scheme=Scheme.parse("f32")), codes="reuse")
         finished, _ = run(source, tmp_path / "out", recipe)
         assert finished.lossless
         with open_checkpoint(str(finished.output)) as result:

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gptq_peer
 import pytest
 import torch
 import transformers
-from conftest import write_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -32,6 +30,8 @@ from quantcli.tensors import TensorReport
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare, perplexity
 from quantcli.walk.pipeline import LayerDone
+from support import gptq_peer
+from support.tiny_models import write_tokenizer
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,

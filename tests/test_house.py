@@ -18,24 +18,9 @@ from quantcli.formats import Format
 from quantcli.passes import Pass
 from quantcli.qtypes import QType
 from quantcli.registry import find, names
+from support.floors import FLOORS
 
 ROOT = Path(__file__).parent.parent / "quantcli"
-
-FLOORS = [
-    {"__main__"},
-    {"cli"},
-    {"api"},
-    {"walk"},
-    {"calibration"},
-    {"planning"},
-    {"forward", "formats", "recipe"},
-    {"statistics", "passes", "regrid"},
-    {"checkpoint", "text"},
-    {"archs", "qtypes", "output"},
-    {"ops"},
-    {"tensors", "errors", "experts", "registry", "heap", "importance"},
-]
-"""The rooms of the package, from left to right: each may import those further right, and none of its own floor but on the last."""
 
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {"quantcli._kernels": "ops", "transformers": "forward", "typer": "cli", "rich": "cli"}

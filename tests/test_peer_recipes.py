@@ -21,6 +21,7 @@ from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.text import texts
 from quantcli.walk import evaluate, pipeline
+from support.places import PICO, TESTS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 
@@ -28,18 +29,16 @@ import tables
 
 pytestmark = pytest.mark.peer
 
-HERE = Path(__file__).parent
-PICO = HERE / "data/pico"
 
 CLIENTS: dict[tuple[str, str], tuple[str, str, str]] = {
-    ("transformers 5.23", "gptq"): ("QUANTCLI_GPTQMODEL_PYTHON", "gptq_client.py", "transformers"),
-    ("transformers 5.23", "awq"): ("QUANTCLI_GPTQMODEL_PYTHON", "gptq_client.py", "transformers"),
-    ("transformers 5.23", "bitsandbytes"): ("QUANTCLI_BITSANDBYTES_PYTHON", "bitsandbytes_client.py", "perplexity"),
-    ("transformers 5.23", "compressed-tensors"): ("QUANTCLI_TRANSFORMERS_PYTHON", "transformers_client.py", "float32"),
-    ("transformers 5.23", "fp8"): ("QUANTCLI_TRANSFORMERS_PYTHON", "transformers_client.py", "fp8"),
-    ("transformers 5.17", "compressed-tensors"): ("QUANTCLI_LLMCOMPRESSOR_PYTHON", "transformers_client.py", "float32"),
-    ("GPTQModel 7.7", "gptq"): ("QUANTCLI_GPTQMODEL_PYTHON", "gptq_client.py", "gptqmodel"),
-    ("GPTQModel 7.7", "awq"): ("QUANTCLI_GPTQMODEL_PYTHON", "gptq_client.py", "gptqmodel"),
+    ("transformers 5.23", "gptq"): ("QUANTCLI_GPTQMODEL_PYTHON", "support/gptq_client.py", "transformers"),
+    ("transformers 5.23", "awq"): ("QUANTCLI_GPTQMODEL_PYTHON", "support/gptq_client.py", "transformers"),
+    ("transformers 5.23", "bitsandbytes"): ("QUANTCLI_BITSANDBYTES_PYTHON", "support/bitsandbytes_client.py", "perplexity"),
+    ("transformers 5.23", "compressed-tensors"): ("QUANTCLI_TRANSFORMERS_PYTHON", "support/transformers_client.py", "float32"),
+    ("transformers 5.23", "fp8"): ("QUANTCLI_TRANSFORMERS_PYTHON", "support/transformers_client.py", "fp8"),
+    ("transformers 5.17", "compressed-tensors"): ("QUANTCLI_LLMCOMPRESSOR_PYTHON", "support/transformers_client.py", "float32"),
+    ("GPTQModel 7.7", "gptq"): ("QUANTCLI_GPTQMODEL_PYTHON", "support/gptq_client.py", "gptqmodel"),
+    ("GPTQModel 7.7", "awq"): ("QUANTCLI_GPTQMODEL_PYTHON", "support/gptq_client.py", "gptqmodel"),
 }
 """(reader, format) → the variable that names its Python, the client that runs in it, and the client's word for how to load."""
 
@@ -92,7 +91,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
         lines = [f"{hows[name]}={make(name)}" for name in names]
         target = root / "answers.json"
         done = subprocess.run(
-            [python, str(HERE / script), str(root / "windows.safetensors"), str(target), *lines],
+            [python, str(TESTS / script), str(root / "windows.safetensors"), str(target), *lines],
             capture_output=True,
             text=True,
             check=False,

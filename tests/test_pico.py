@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.make_manifest import manifest
 
+from data.make_manifest import manifest
 from quantcli import recipe as recipes
 from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
@@ -18,9 +18,9 @@ from quantcli.forward import tokenizer
 from quantcli.text import texts
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import Scores, compare, perplexity
+from support.places import DATA, PICO
 
-PICO = Path(__file__).parent / "data" / "pico"
-MANIFEST = Path(__file__).parent / "data" / "pico-q4_k_m.json"
+MANIFEST = DATA / "pico-q4_k_m.json"
 N_SAMPLES, SEQ_LEN = 32, 256
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from test_house import FLOORS
+
+from support.floors import FLOORS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 

@@ -39,6 +39,7 @@ def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
         ({"scheme": "foo4"}, "'foo4' names no number format"),
         ({"scheme": None}, "either a scheme or a mix"),
         ({"mix": "Q4_K_M"}, "either a scheme or a mix"),
+        ({"codes": "all"}, "codes is one of requantize, reuse, keep, not 'all'"),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"rules": [{"match": "("}]}, "keys match and scheme"),
         ({"rules": [{"match": "(", "scheme": "keep"}]}, "no regular expression"),
@@ -61,6 +62,14 @@ def test_a_wrong_recipe_says_what_is_wrong(change: dict, words: str) -> None:
     with pytest.raises(RecipeError) as error:
         recipes.parse({**GOOD, **change}, "mine")
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("old", "new"), [("anew", "requantize"), ("fitting", "reuse"), ("kept", "keep")])
+def test_earlier_spellings_of_codes_are_read_and_written_as_todays(old: str, new: str) -> None:
+    recipe = recipes.parse({**recipes.load("gptq-int4").to_dict(), "codes": old}, "old")
+    assert recipe.codes == new
+    assert recipe.to_dict()["codes"] == new
+    assert recipes.parse(recipe.to_dict(), "new") == recipe
 
 
 def test_a_name_that_does_not_exist_lists_the_ones_that_do() -> None:

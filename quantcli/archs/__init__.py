@@ -19,12 +19,12 @@ from quantcli.registry import find, names
 class Linear:
     """A linear of a decoder layer, by module names within the layer; ``{e}`` is the number of an expert.
 
-    ``tap``: the first linear fed by the same input; ``prev``: the op whose output channels can absorb a scale of that input, or None.
+    ``tap``: the first linear fed by the same input; ``absorber``: the op whose output channels can absorb a scale of that input, or None.
     """
 
     name: str
     tap: str
-    prev: str | None = None
+    absorber: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ ARCH = Architecture(
     layer="transformer.h.{i}",
     linears=(
         Linear("self_attention.query_key_value", tap="self_attention.query_key_value"),
-        Linear("self_attention.dense", tap="self_attention.dense", prev="self_attention.query_key_value"),
+        Linear("self_attention.dense", tap="self_attention.dense", absorber="self_attention.query_key_value"),
         Linear("mlp.dense_h_to_4h", tap="mlp.dense_h_to_4h"),
         Linear("mlp.dense_4h_to_h", tap="mlp.dense_4h_to_h"),
     ),

@@ -9,8 +9,8 @@ ARCH = Architecture(
     layer="model.layers.{i}",
     linears=(
         *ATTENTION,
-        Linear("mlp.gate_up_proj", tap="mlp.gate_up_proj", prev="post_attention_layernorm"),
-        Linear("mlp.down_proj", tap="mlp.down_proj", prev="mlp.gate_up_proj"),
+        Linear("mlp.gate_up_proj", tap="mlp.gate_up_proj", absorber="post_attention_layernorm"),
+        Linear("mlp.down_proj", tap="mlp.down_proj", absorber="mlp.gate_up_proj"),
     ),
     gguf_arch="glm4",
     gguf_names={

@@ -13,7 +13,7 @@ ARCH = Architecture(
         *ATTENTION,
         Linear(f"{EXPERT}.w1", tap=f"{EXPERT}.w1"),
         Linear(f"{EXPERT}.w3", tap=f"{EXPERT}.w1"),
-        Linear(f"{EXPERT}.w2", tap=f"{EXPERT}.w2", prev=f"{EXPERT}.w3"),
+        Linear(f"{EXPERT}.w2", tap=f"{EXPERT}.w2", absorber=f"{EXPERT}.w3"),
     ),
     gguf_arch="llama",
     gguf_names={

@@ -8,10 +8,10 @@ ARCH = Architecture(
     hf_class="Phi3ForCausalLM",
     layer="model.layers.{i}",
     linears=(
-        Linear("self_attn.qkv_proj", tap="self_attn.qkv_proj", prev="input_layernorm"),
-        Linear("self_attn.o_proj", tap="self_attn.o_proj", prev="self_attn.qkv_proj"),
-        Linear("mlp.gate_up_proj", tap="mlp.gate_up_proj", prev="post_attention_layernorm"),
-        Linear("mlp.down_proj", tap="mlp.down_proj", prev="mlp.gate_up_proj"),
+        Linear("self_attn.qkv_proj", tap="self_attn.qkv_proj", absorber="input_layernorm"),
+        Linear("self_attn.o_proj", tap="self_attn.o_proj", absorber="self_attn.qkv_proj"),
+        Linear("mlp.gate_up_proj", tap="mlp.gate_up_proj", absorber="post_attention_layernorm"),
+        Linear("mlp.down_proj", tap="mlp.down_proj", absorber="mlp.gate_up_proj"),
     ),
     gguf_arch="phi3",
     gguf_names={

@@ -14,7 +14,7 @@ ARCH = Architecture(
         *MLP,  # of the layers in mlp_only_layers, which llama.cpp does not know
         Linear(f"{EXPERT}.gate_proj", tap=f"{EXPERT}.gate_proj"),
         Linear(f"{EXPERT}.up_proj", tap=f"{EXPERT}.gate_proj"),
-        Linear(f"{EXPERT}.down_proj", tap=f"{EXPERT}.down_proj", prev=f"{EXPERT}.up_proj"),
+        Linear(f"{EXPERT}.down_proj", tap=f"{EXPERT}.down_proj", absorber=f"{EXPERT}.up_proj"),
     ),
     gguf_arch="qwen3moe",
     gguf_names={

@@ -26,7 +26,7 @@ from quantcli.experts import expert_of
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.model import Forward
 from quantcli.passes.shared import basis
-from quantcli.tensors import Layer, Prev
+from quantcli.tensors import Absorber, Layer
 
 N_TOKENS = 24
 """Tokens of a trial: enough that attention mixes them and that experts get some."""
@@ -36,31 +36,31 @@ TOLERANCE = 1e-3
 
 
 class Absorbers:
-    """``of(index)``: tap → :class:`Prev` for the taps of layer ``index``. Layers of the same tensor names and shapes are tried once."""
+    """``of(index)``: tap → :class:`Absorber` for the taps of layer ``index``. Layers of the same tensor names and shapes are tried once."""
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
-        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, Prev]] = {}
+        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, Absorber]] = {}
 
-    def of(self, index: int) -> dict[str, Prev]:
+    def of(self, index: int) -> dict[str, Absorber]:
         prefix = self._forward.layers[index] + "."
         specs = self._forward.checkpoint.specs
         shape = tuple((name.removeprefix(prefix), specs[name].shape) for name in self._forward.layer_tensors(index))
         if shape not in self._known:
             with self._forward.layer(index) as layer:
                 found = _Trial(self._forward, index, layer).all()
-            self._known[shape] = {tap.removeprefix(prefix): moved(prev, prefix, "") for tap, prev in found.items()}
-        return {prefix + tap: moved(prev, "", prefix) for tap, prev in self._known[shape].items()}
+            self._known[shape] = {tap.removeprefix(prefix): moved(absorber, prefix, "") for tap, absorber in found.items()}
+        return {prefix + tap: moved(absorber, "", prefix) for tap, absorber in self._known[shape].items()}
 
 
-def moved(prev: Prev, old: str, new: str) -> Prev:
-    """``prev`` with names that begin with ``new`` where they began with ``old``."""
+def moved(absorber: Absorber, old: str, new: str) -> Absorber:
+    """``absorber`` with names that begin with ``new`` where they began with ``old``."""
 
     def at(name: str) -> str:
         return new + name.removeprefix(old) if name.startswith(old) else name
 
-    readers = {at(name): at(tap) for name, tap in prev.readers.items()}
-    return replace(prev, names=tuple(at(name) for name in prev.names), readers=readers)
+    readers = {at(name): at(tap) for name, tap in absorber.readers.items()}
+    return replace(absorber, names=tuple(at(name) for name in absorber.names), readers=readers)
 
 
 class _Trial:
@@ -80,42 +80,42 @@ class _Trial:
         self.declared = declared(forward.checkpoint.config)
         self.untapped = [name for name in forward.untapped if len(self.shapes.get(name, ())) == 2]
 
-    def all(self) -> dict[str, Prev]:
+    def all(self) -> dict[str, Absorber]:
         """Tap → the first op that holds. Of numbered modules (experts) that are alike the first that any token reaches speaks for all."""
-        found: dict[str, Prev] = {}
-        settled: dict[str, tuple[str, Prev | None]] = {}
+        found: dict[str, Absorber] = {}
+        settled: dict[str, tuple[str, Absorber | None]] = {}
         for tap in self.readers:
             kind = kind_of(tap)
             if kind not in settled:
-                prev, was_reached = self.first(tap)
+                absorber, was_reached = self.first(tap)
                 if was_reached:
-                    settled[kind] = (parent(tap), prev)
+                    settled[kind] = (parent(tap), absorber)
             if kind in settled:
-                twin, prev = settled[kind]
-                found |= {} if prev is None else {tap: moved(prev, twin, parent(tap))}
+                twin, absorber = settled[kind]
+                found |= {} if absorber is None else {tap: moved(absorber, twin, parent(tap))}
         return found | self.before_experts()
 
-    def before_experts(self) -> dict[str, Prev]:
+    def before_experts(self) -> dict[str, Absorber]:
         """Tap → the norm that feeds experts, for all taps that it feeds."""
-        found: dict[str, Prev] = {}
+        found: dict[str, Absorber] = {}
         widths = {self.width(tap) for tap in self.readers if expert_of(tap)}
         if not widths:
             return found
         read = self.read_by_kind()
         norms = [name for name in self.shapes if numbers(parent(name)) == numbers(self.layer.name)]
         for norm in (norm for name in norms for width in widths for norm in self.norms(name, width)):
-            prev = replace(norm, readers=self.fed_by(norm, read))
-            if prev.readers and found.keys().isdisjoint(prev.readers.values()) and self.holds(prev, prev.readers)[0]:
-                found |= dict.fromkeys(prev.readers.values(), prev)
+            absorber = replace(norm, readers=self.fed_by(norm, read))
+            if absorber.readers and found.keys().isdisjoint(absorber.readers.values()) and self.holds(absorber, absorber.readers)[0]:
+                found |= dict.fromkeys(absorber.readers.values(), absorber)
         return found
 
-    def fed_by(self, norm: Prev, read: Mapping[str, Tensor]) -> dict[str, str]:
+    def fed_by(self, norm: Absorber, read: Mapping[str, Tensor]) -> dict[str, str]:
         """Matrix → tap for all that reads ``norm``, where experts do; ``read``: what each kind of tap reads while the norm is as it was.
 
         With a divided norm the router sends tokens elsewhere. So rows are looked for among those that any expert was given.
         """
         was = {name: self.layer.get(name) for name in norm.names}
-        unit = Layer("", {name: W.float() for name, W in was.items()}, {}, prev={"": norm})
+        unit = Layer("", {name: W.float() for name, W in was.items()}, {}, absorbers={"": norm})
         s = basis.fold(unit, "", self.random_scales(norm)).float()
         for name in was:
             self.layer.set(name, unit.tensors[name])
@@ -135,30 +135,31 @@ class _Trial:
         self.layer.inputs(self.hidden, self.ids, lambda tap, X: seen.setdefault(kind_of(tap), []).append(X.clone()))
         return {kind: torch.cat(Xs) for kind, Xs in seen.items()}
 
-    def first(self, tap: str) -> tuple[Prev | None, bool]:
+    def first(self, tap: str) -> tuple[Absorber | None, bool]:
         """The first op that takes over a scale of ``tap``, and whether a scale of ``tap`` shows in the output at all."""
         reached = True
-        for prev in self.candidates(tap):
-            holds, reached = self.holds(prev, dict.fromkeys(self.readers[tap], tap))
+        for absorber in self.candidates(tap):
+            holds, reached = self.holds(absorber, dict.fromkeys(self.readers[tap], tap))
             if holds or not reached:
-                return (prev if holds else None), reached
+                return (absorber if holds else None), reached
         return None, reached
 
-    def holds(self, prev: Prev, readers: Mapping[str, str]) -> tuple[bool, bool]:
-        """Whether ``prev`` takes over a scale of all ``readers`` (matrix → tap), and whether that shows in the output at all."""
-        s = self.random_scales(prev)
-        effect = self.change(readers, s, prev, folded=False)
-        return effect > 0 and self.change(readers, s, prev, folded=True) < TOLERANCE * effect, effect > 0
+    def holds(self, absorber: Absorber, readers: Mapping[str, str]) -> tuple[bool, bool]:
+        """Whether ``absorber`` takes over a scale of all ``readers`` (matrix → tap), and whether that shows in the output at all."""
+        s = self.random_scales(absorber)
+        effect = self.change(readers, s, absorber, folded=False)
+        return effect > 0 and self.change(readers, s, absorber, folded=True) < TOLERANCE * effect, effect > 0
 
-    def random_scales(self, prev: Prev) -> Tensor:
-        s = torch.empty(len(prev.channel)).uniform_(-1, 1, generator=self.random).exp2()
-        return basis.shared(s, prev, "mean")
+    def random_scales(self, absorber: Absorber) -> Tensor:
+        s = torch.empty(len(absorber.channel)).uniform_(-1, 1, generator=self.random).exp2()
+        return basis.shared(s, absorber, "mean")
 
-    def change(self, readers: Mapping[str, str], s: Tensor, prev: Prev, *, folded: bool) -> float:
-        """How far the layer's output moves when the columns of ``readers`` are multiplied by ``s``, ``folded`` into prev or not."""
-        touched = (*readers, *prev.names)
+    def change(self, readers: Mapping[str, str], s: Tensor, absorber: Absorber, *, folded: bool) -> float:
+        """How far the layer's output moves when the columns of ``readers`` are multiplied by ``s``, ``folded`` into ``absorber`` or not."""
+        touched = (*readers, *absorber.names)
         was = {name: self.layer.get(name) for name in touched}
-        unit = Layer("", {name: W.float() for name, W in was.items()}, {}, dict(readers), prev=dict.fromkeys(readers.values(), prev))
+        tensors = {name: W.float() for name, W in was.items()}
+        unit = Layer("", tensors, {}, dict(readers), absorbers=dict.fromkeys(readers.values(), absorber))
         basis.fold(unit, next(iter(readers.values())), s)
         for name in touched if folded else readers:
             self.layer.set(name, unit.tensors[name])
@@ -167,7 +168,7 @@ class _Trial:
             self.layer.set(name, was[name])
         return float((output - self.output).double().norm())
 
-    def candidates(self, tap: str) -> Iterator[Prev]:
+    def candidates(self, tap: str) -> Iterator[Absorber]:
         """Every op whose output could be what ``tap`` reads, likely ones first."""
         width = self.width(tap)
         hinted = self.declared.get(tap.removeprefix(self.layer.name + "."))
@@ -178,12 +179,12 @@ class _Trial:
                 continue
             yield from self.norms(name, width)
             if len(shape) == 2:
-                yield from (Prev(self.with_bias(name), channel) for channel in self.channels(shape[0], width))
+                yield from (Absorber(self.with_bias(name), channel) for channel in self.channels(shape[0], width))
 
-    def norms(self, name: str, width: int) -> Iterator[Prev]:
+    def norms(self, name: str, width: int) -> Iterator[Absorber]:
         """Tensor ``name`` as the weight of a norm of ``width`` channels, where it may be one."""
         if self.shapes[name] == (width,) and name.endswith(".weight"):
-            yield from (Prev(self.with_bias(name), torch.arange(width), offset) for offset in (0.0, 1.0))
+            yield from (Absorber(self.with_bias(name), torch.arange(width), offset) for offset in (0.0, 1.0))
 
     def with_bias(self, weight: str) -> tuple[str, ...]:
         bias = module_of(weight) + ".bias"
@@ -215,7 +216,7 @@ class _Trial:
 def declared(config: Mapping) -> dict[str, str]:
     """Tap → the module that the architecture's literal, where there is one, says can absorb a scale."""
     arch = archs.of(config)
-    return {} if arch is None else {linear.tap: linear.prev for linear in arch.linears if linear.prev}
+    return {} if arch is None else {linear.tap: linear.absorber for linear in arch.linears if linear.absorber}
 
 
 def module_of(name: str) -> str:

@@ -42,7 +42,7 @@ from quantcli.ops.choice import choose_grid
 from quantcli.passes import Pass
 from quantcli.passes.shared import basis, runs
 from quantcli.passes.shared.fused import fused_parts
-from quantcli.tensors import Grid, Layer, Prev, QuantizedTensor, Report, Scheme, Stats
+from quantcli.tensors import Absorber, Grid, Layer, QuantizedTensor, Report, Scheme, Stats
 
 CLIP_FACTORS = tuple(0.80 + 0.35 * i / 39 for i in range(40))
 """What a group's scale is multiplied by in the clipping search."""
@@ -75,16 +75,16 @@ class Found:
     loss: float
 
 
-def input_scales(importance: Tensor, prev: Prev, ratio: float) -> Tensor:
+def input_scales(importance: Tensor, absorber: Absorber, ratio: float) -> Tensor:
     """s(r) [in] from ``importance`` [in], the mean of x². An input that calibration never saw counts as one of middling size."""
     seen = importance > 0
     size = torch.where(seen, importance, importance[seen].median() if bool(seen.any()) else 1.0)
-    s = basis.shared(size, prev, "mean").sqrt() ** ratio
+    s = basis.shared(size, absorber, "mean").sqrt() ** ratio
     return s / (s.max() * s.min()).sqrt()
 
 
-def search(reads: Sequence[basis.Read], prev: Prev, n_grid: int = 20, *, compensated: bool = False) -> Found:
-    """The ratio with the smallest loss over the taps ``reads`` that share ``prev``, whose statistics have H."""
+def search(reads: Sequence[basis.Read], absorber: Absorber, n_grid: int = 20, *, compensated: bool = False) -> Found:
+    """The ratio with the smallest loss over the taps ``reads`` that share ``absorber``, whose statistics have H."""
     Hs = [H for read in reads if (H := read.stats.H) is not None]
     own = [H.diagonal().contiguous() for H in Hs]
     importance = torch.stack([read.share * mine for read, mine in zip(reads, own, strict=True)]).sum(0)
@@ -95,10 +95,10 @@ def search(reads: Sequence[basis.Read], prev: Prev, n_grid: int = 20, *, compens
         return torch.stack([read.share * basis.rounding_error(read.Ws, s, mine, measure) for read, mine, measure in weighed]).sum()
 
     ratios = [i / n_grid for i in range(n_grid)]
-    losses = torch.stack([loss(input_scales(importance, prev, ratio)) for ratio in ratios]).tolist()  # a GPU is waited for once
+    losses = torch.stack([loss(input_scales(importance, absorber, ratio)) for ratio in ratios]).tolist()  # a GPU is waited for once
     best = min(range(n_grid), key=losses.__getitem__)
     share = losses[best] / losses[0] if losses[0] > 0 else 1.0
-    return Found(input_scales(importance, prev, ratios[best]), ratios[best], share)
+    return Found(input_scales(importance, absorber, ratios[best]), ratios[best], share)
 
 
 def left_by_gptq(H: Tensor) -> Tensor:
@@ -162,18 +162,18 @@ class Awq(Pass[Options]):
 
     @override
     def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
-        """Change the basis of every tap that has a ``layer.prev``, then quantize every tensor of ``layer.schemes``."""
+        """Change the basis of every tap of ``layer.absorbers``, then quantize every tensor of ``layer.schemes``."""
         by_tap = runs.by_tap(layer, stats)
         hessians = {tap: runs.hessian(tap, stats[tap], layer.tensors[names[0]].device, "awq") for tap, names in by_tap.items()}
         settings: dict[str, dict[str, float]] = {}
         for tap in by_tap:
-            if tap not in layer.prev or options.n_grid == 1 or tap in settings:
+            if tap not in layer.absorbers or options.n_grid == 1 or tap in settings:
                 continue
-            together = layer.prev[tap].taps(tap)
+            together = layer.absorbers[tap].taps(tap)
             known = {each: stats[each] for each in together if each in stats}
             known |= {each: replace(known[each], H=hessians[each]) for each in together if each in hessians}
             with about(tap):
-                found = search(basis.reads(layer, tap, known), layer.prev[tap], options.n_grid, compensated=options.compensated)
+                found = search(basis.reads(layer, tap, known), layer.absorbers[tap], options.n_grid, compensated=options.compensated)
             settings |= {each: {"awq_ratio": found.ratio, "awq_loss": round(found.loss, 4)} for each in together}
             if found.ratio > 0:
                 s = basis.fold(layer, tap, found.s).float()

@@ -108,15 +108,16 @@ class SmoothQuant(Pass[Options]):
 
     @override
     def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
-        """Change the basis of every tap whose ``layer.prev`` may take scales over. Quantizes nothing."""
+        """Change the basis of every tap of ``layer.absorbers``, behind linears only with ``options.linears``. Quantizes nothing."""
         reports = []
         settings: dict[str, dict[str, float]] = {}
         for tap, names in runs.by_tap(layer, stats).items():
             notes = basis.notes(layer, tap, "smoothquant")
-            if tap in layer.prev and tap not in settings and (options.linears or layer.tensors[layer.prev[tap].names[0]].ndim == 1):
+            absorber = layer.absorbers.get(tap)
+            if absorber and tap not in settings and (options.linears or layer.tensors[absorber.names[0]].ndim == 1):
                 with about(tap):
                     alpha, s = scales(layer, tap, stats, options.alpha)
-                settings |= {each: {"smoothquant_alpha": alpha} for each in layer.prev[tap].taps(tap)}
+                settings |= {each: {"smoothquant_alpha": alpha} for each in absorber.taps(tap)}
                 if bool((s != 1).any()):
                     basis.fold(layer, tap, s)
             reports += [TensorReport(name, 0.0, notes, settings=settings.get(tap, {})) for name in names]
@@ -127,12 +128,12 @@ PASS = SmoothQuant()
 
 
 def scales(layer: Layer, tap: str, stats: Mapping[str, Stats], alpha: float | str) -> tuple[float, Tensor]:
-    """α and s [in] of ``tap``, and of the taps that share its prev."""
-    prev, reads = layer.prev[tap], basis.reads(layer, tap, stats)
-    names = [name for each in prev.taps(tap) for name in basis.coded(layer, each)]
-    absmax = basis.shared(torch.stack([read.stats.absmax for read in reads]).amax(0), prev, "amax")
+    """α and s [in] of ``tap``, and of the taps that share its absorber."""
+    absorber, reads = layer.absorbers[tap], basis.reads(layer, tap, stats)
+    names = [name for each in absorber.taps(tap) for name in basis.coded(layer, each)]
+    absmax = basis.shared(torch.stack([read.stats.absmax for read in reads]).amax(0), absorber, "amax")
     columns = torch.stack([layer.tensors[name].abs().amax(0).float() for name in names]).amax(0)
-    largest = basis.shared(columns, prev, "amax")
+    largest = basis.shared(columns, absorber, "amax")
     if alpha != AUTO:
         return float(alpha), input_scales(absmax, largest, float(alpha))
     if any(read.stats.H is None for read in reads):

@@ -244,7 +244,9 @@ def surprises(
     notes = []
     if alone := [name for name in left if name not in schemes]:
         notes.append(f"{listed(alone)} stay as they are: matrices in layers that are no linears of their own (fused experts, routers)")
-    if coded_anew := [name for name in source.schemes if recipe.codes != "anew" and is_coded(schemes.get(name)) and name not in carried]:
+    if coded_anew := [
+        name for name in source.schemes if recipe.codes != "requantize" and is_coded(schemes.get(name)) and name not in carried
+    ]:
         first = coded_anew[0]
         notes.append(f"{listed(coded_anew)} decoded and coded anew, with some loss: {schemes[first]} does not hold {source.schemes[first]}")
     exactness = {name: regrid.exactness(source.schemes[name], schemes[name], source.specs[name].shape[-1]) for name in carried}

@@ -23,11 +23,11 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], 
         if not fmt.has_mixes:
             raise RecipeError(f"{recipe.mix} is a mix of types for GGUF; the {recipe.format} format has none: leave --format out")
         schemes = fmt.mix(recipe.mix, source.specs, source.config, request)
-        if recipe.codes != "anew":  # what the mix leaves as it is stays so when it is codes of the format's own
+        if recipe.codes != "requantize":  # what the mix leaves as it is stays so when it is codes of the format's own
             schemes = {name: have for name, have in source.schemes.items() if fmt.supports(have)} | schemes
     elif recipe.scheme is not None:
         schemes = dict.fromkeys(taps, recipe.scheme)
-    if recipe.codes == "kept" and source.schemes:
+    if recipe.codes == "keep" and source.schemes:
         schemes = kept_schemes(source, recipe, schemes)
     matrices = [name for name, spec in source.specs.items() if name in taps or (len(spec.shape) == 2 and layer_of(name) == name)]
     used: set[int] = set()
@@ -90,7 +90,7 @@ def fits(shape: tuple[int, ...], scheme: Scheme) -> bool:
 
 def carried_over(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> set[str]:
     """The tensors whose codes go over from the source, because the scheme chosen for them can hold these."""
-    if recipe.codes == "anew":
+    if recipe.codes == "requantize":
         return set()
     specs, chosen = source.specs, ((name, have, schemes.get(name)) for name, have in source.schemes.items())
     return {name for name, have, want in chosen if want is not None and regrid.exactness(have, want, specs[name].shape[-1])}

@@ -37,7 +37,7 @@ def choose(method: str | None = None, recipe: str | None = None, type: str | Non
     else:
         chosen = of_gguf_type(type, "type")
         if method in (None, "rtn"):
-            chosen = replace(chosen, codes="fitting")
+            chosen = replace(chosen, codes="reuse")
         else:
             chosen = replace(chosen, name=f"{chosen.mix}-{method}", passes=recipes.default_for(str(method)).passes)
     return replace(chosen, format=format or chosen.format)
@@ -80,14 +80,14 @@ def of_gguf_type(type: str, option: str) -> Recipe:
 def of_type(format: str, type: str) -> Recipe:
     """Every matrix in the type that was asked for: a GGUF file type, or the scheme of another format."""
     if format == "gguf":
-        return replace(of_gguf_type(type, "TYPE"), codes="fitting")
+        return replace(of_gguf_type(type, "TYPE"), codes="reuse")
     scheme = Scheme.parse(type)
-    return Recipe(f"{format}-{scheme}", format, (PassSpec("rtn"),), scheme=scheme, codes="fitting")
+    return Recipe(f"{format}-{scheme}", format, (PassSpec("rtn"),), scheme=scheme, codes="reuse")
 
 
 def that_keeps(checkpoint: Checkpoint, format: str) -> Recipe:
     """The source's codes wherever the format can hold them, and the format's usual scheme where it cannot."""
-    recipe = Recipe(format, format, (PassSpec("rtn"),), codes="kept")
+    recipe = Recipe(format, format, (PassSpec("rtn"),), codes="keep")
     if format != "gguf":
         scheme = formats.of(format).usual_scheme
         return replace(recipe, scheme=None if scheme is None else Scheme.parse(scheme))
@@ -145,6 +145,6 @@ def default_output(source: Checkpoint, recipe: Recipe) -> Path:
     path = Path(source.source).expanduser()
     model = path.resolve().name if path.exists() else source.source.partition("@")[0].rpartition("/")[2]
     if recipe.format == "gguf":
-        kind = recipe.name if recipe.codes == "kept" else recipe.mix or recipe.name
+        kind = recipe.name if recipe.codes == "keep" else recipe.mix or recipe.name
         return Path(f"{model.removesuffix('.gguf')}-{kind}.gguf")
     return Path(f"{model}-{recipe.name}")

@@ -22,7 +22,7 @@ from quantcli.planning.kv_caches import Fold, PlannedCache
 from quantcli.planning.plan import Plan, PlannedTensor
 from quantcli.recipe import PassSpec
 from quantcli.statistics.ranges import find_range
-from quantcli.tensors import Layer, Prev, QuantizedTensor, Stats, TensorReport
+from quantcli.tensors import Absorber, Layer, QuantizedTensor, Stats, TensorReport
 
 if TYPE_CHECKING:
     from quantcli.forward import LoadedLayer
@@ -57,13 +57,13 @@ class Coding:
         tensors: Iterable[PlannedTensor],
         stats: Mapping[str, Stats],
         loaded: LoadedLayer | None = None,
-        prevs: Mapping[str, Prev] | None = None,
+        absorbers: Mapping[str, Absorber] | None = None,
         recount: Recount | None = None,
     ) -> list[TensorReport]:
         """Run the passes over what is to be solved, round to nearest what else has a scheme, carry over and copy the rest.
 
         ``stats``: tap → Stats. ``loaded`` has the solved weights in memory already, and receives each one as the engine will see it.
-        ``prevs``: tap → what can absorb a scale of its inputs, for a recipe that changes the basis; all tensors of the layer are here then.
+        ``absorbers``: tap → what can absorb a scale of its inputs, for a recipe that changes the basis; the layer is whole then.
         ``recount`` counts inputs anew in the basis found, where their range is told by a histogram.
         """
         tensors = list(tensors)
@@ -75,8 +75,8 @@ class Coding:
         now: Mapping[str, Stats] = {}
         if solved:
             unit = self.unit(layer, solved, loaded)
-            if prevs is not None:
-                self.add_readers(unit, tensors, prevs, few)
+            if absorbers is not None:
+                self.add_readers(unit, tensors, absorbers, few)
             solved_reports, now = self.solve(unit, self.plan.recipe.passes, stats, loaded, recount)
             reports += solved_reports
             changed = {name: tensor for name, tensor in unit.tensors.items() if name not in unit.schemes}
@@ -126,23 +126,23 @@ class Coding:
         )
 
     def add_readers(
-        self, unit: Layer, tensors: Sequence[PlannedTensor], prevs: Mapping[str, Prev], few: Sequence[PlannedTensor] = ()
+        self, unit: Layer, tensors: Sequence[PlannedTensor], absorbers: Mapping[str, Absorber], few: Sequence[PlannedTensor] = ()
     ) -> None:
         """Give ``unit`` what a change of basis touches beside what is to be solved: dense tensors that read its taps, or absorb a scale,
         and what of ``few``, to be coded later, reads the same.
 
-        A tap has no ``prev`` there when that would touch a tensor whose bytes are settled: carried over, dropped, or rounded apart.
+        A tap has no absorber there when that would touch a tensor whose bytes are settled: carried over, dropped, or rounded apart.
         """
         later = {t.name: t.scheme for t in few if t.scheme}
         free = {t.name for t in tensors if t.name in unit.schemes or (t.scheme is None and t.outputs and not t.carried)} | later.keys()
-        for tap in [tap for tap in dict.fromkeys(unit.taps.values()) if tap in prevs]:
-            if tap in unit.prev:
+        for tap in [tap for tap in dict.fromkeys(unit.taps.values()) if tap in absorbers]:
+            if tap in unit.absorbers:
                 continue
-            readers = prevs[tap].readers or {t.name: tap for t in tensors if t.tap == tap}
-            touched = (*readers, *prevs[tap].names)
+            readers = absorbers[tap].readers or {t.name: tap for t in tensors if t.tap == tap}
+            touched = (*readers, *absorbers[tap].names)
             if not all(name in free for name in touched):
                 continue
-            unit.prev |= dict.fromkeys(prevs[tap].taps(tap), prevs[tap])
+            unit.absorbers |= dict.fromkeys(absorbers[tap].taps(tap), absorbers[tap])
             unit.taps |= readers
             unit.deferred |= {name: later[name] for name in touched if name in later}
             for name in touched:
@@ -185,10 +185,10 @@ class Coding:
         """The statistics of what ``unit``'s taps read after a pass that may have changed their basis; ``folds`` keeps what made them."""
         now = {tap: stats[tap] for tap in dict.fromkeys(unit.taps.values()) if tap in stats}
         for tap in list(unit.scales):
-            s, prev = unit.scales.pop(tap), unit.prev[tap]
+            s, absorber = unit.scales.pop(tap), unit.absorbers[tap]
             now |= {tap: basis.rescaled(now[tap], s)} if tap in now else {}  # nobody asked for those of an expert that stays dense
-            if unit.tensors[prev.names[0]].ndim > 1:
-                self.folds.setdefault(prev.names[0], []).append((prev.channel, s))
+            if unit.tensors[absorber.names[0]].ndim > 1:
+                self.folds.setdefault(absorber.names[0], []).append((absorber.channel, s))
         return now
 
     def put_caches(self, planned: Iterable[PlannedCache], stats: Mapping[str, Stats]) -> None:

@@ -33,7 +33,7 @@ from quantcli.planning.schemes import is_coded
 from quantcli.recipe import Recipe
 from quantcli.statistics.outliers import Protected
 from quantcli.statistics.stats_file import StatsFile
-from quantcli.tensors import DTYPES, HEAD, Prev, Stats, TensorReport
+from quantcli.tensors import DTYPES, HEAD, Absorber, Stats, TensorReport
 from quantcli.walk.encoder import Coding
 from quantcli.walk.events import Event, Finished, LayerDone, Planned, timed
 from quantcli.walk.provenance import Provenance
@@ -173,11 +173,11 @@ def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
 def _each_layer(run: Coding, stats: StatsFile, forward: Forward | None) -> Iterator[LayerDone]:
     """Statistics from a file: layer by layer, no error propagation, no forward pass but the trials of a change of basis."""
     names = [layer.name for layer in run.plan.layers]
-    absorbers = _absorbers(run, forward)
+    absorbers_of = _absorbers(run, forward)
     for layer in reading_ahead(timed(run.plan), names, (*run.source.locations(), *stats.locations())):
         name = layer.planned.name
-        prevs = absorbers(name) if absorbers else None
-        layer.reports += run.code(name, layer.planned.tensors, stats, None, prevs)
+        absorbers = absorbers_of(name) if absorbers_of else None
+        layer.reports += run.code(name, layer.planned.tensors, stats, None, absorbers)
         for one in layer.planned.caches:
             run.put_caches([one], kv_caches.rebased(one.cache, stats, run.folds))
         yield layer.done()
@@ -191,7 +191,7 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
     states = HiddenStates.embed(forward, windows)
     original = Original(forward, windows) if "dXXT" in run.plan.recipe.needs else None
     untouched = HiddenStates.embed(forward, windows[text_check.sampled(windows)])
-    absorbers = _absorbers(run, forward)
+    absorbers_of = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
     has_head = bool(run.plan.recipe.needs) and any(tensor.tap == HEAD and tensor.is_solved for tensor in run.plan.tensors)
@@ -202,10 +202,10 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
             stats = measuring.measure_head(forward, states, needs=run.plan.recipe.needs, original=original) if is_head else {}
             layer.reports += run.code(name, layer.planned.tensors, stats)
         else:
-            prevs = absorbers(name) if absorbers else None
+            absorbers = absorbers_of(name) if absorbers_of else None
             with forward.layer(index[name]) as loaded, original.layer(index[name]) if original else nullcontext():
                 untouched.advance(loaded)
-                layer.reports += _measure_and_code(run, layer.planned, loaded, states, original, taps, prevs)
+                layer.reports += _measure_and_code(run, layer.planned, loaded, states, original, taps, absorbers)
                 is_last = index[name] + 1 == len(forward.layers) and not has_head
                 run.put_caches(layer.planned.caches, _leave(run, states, loaded, layer.planned, is_last=is_last))
         yield layer.done()
@@ -224,8 +224,8 @@ def _leave(run: Coding, states: HiddenStates, loaded: LoadedLayer, planned: Plan
     return {}
 
 
-def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[str, Prev]] | None:
-    """Layer name → its taps' :class:`Prev`, where a pass of the recipe changes the basis."""
+def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[str, Absorber]] | None:
+    """Layer name → its taps' :class:`Absorber`, where a pass of the recipe changes the basis."""
     if forward is None or not run.plan.recipe.changes_basis:
         return None
     if forward.dtype != torch.float32:  # trials tell what holds from what does not by less than other types can show
@@ -241,18 +241,18 @@ def _measure_and_code(
     states: HiddenStates,
     original: Original | None,
     order: Sequence[str],
-    prevs: Mapping[str, Prev] | None,
+    absorbers: Mapping[str, Absorber] | None,
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
-    ``order``: the model's taps as it runs them; ``prevs``: given where a pass changes the basis, which ties all taps together."""
+    ``order``: the model's taps as it runs them; ``absorbers``: given where a pass changes the basis, which ties all taps together."""
     needs = run.plan.recipe.needs
     measure = partial(measuring.measure, loaded, states, needs=needs, original=original)
     solved = [t for t in planned.tensors if t.is_solved]
     wanted = {t.tap for t in solved}
     taps = [tap for tap in order if tap in wanted]
-    if prevs is not None:
+    if absorbers is not None:
         recount = partial(measuring.histograms, loaded, states) if "histogram" in needs else None
-        return run.code(planned.name, planned.tensors, measure(taps=taps), loaded, prevs, recount)
+        return run.code(planned.name, planned.tensors, measure(taps=taps), loaded, absorbers, recount)
     stages = measuring.in_turn(taps) if run.plan.recipe.true_sequential else [taps]
     stages = [share for stage in stages for share in measuring.shares(stage, loaded.tap_widths, needs)]
     reports: list[TensorReport] = []

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ggml_peer import Ggml
 from stopwatch import best_seconds
-from test_ops_blocks import KINDS, weightings
 
 from quantcli import ops
+from support.block_inputs import KINDS, weightings
+from support.ggml_peer import Ggml
 
 
 def main(library: str, sets: list[str]) -> None:

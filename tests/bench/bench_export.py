@@ -27,10 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
-
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.headers import read_header
+from support.tiny_models import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 
 LLAMA_CPP = Path(os.environ.get("QUANTCLI_LLAMA_CPP", "/nowhere"))
 

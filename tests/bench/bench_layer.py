@@ -26,7 +26,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 from safetensors.torch import save_file
 
 from quantcli import ops, qtypes
@@ -36,7 +35,8 @@ from quantcli.forward import HiddenStates, LoadedLayer, run_dtype
 from quantcli.passes import awq, gptq
 from quantcli.passes.shared import basis
 from quantcli.planning.arrange import open_forward
-from quantcli.tensors import Layer, Prev, Scheme, Stats
+from quantcli.tensors import Absorber, Layer, Scheme, Stats
+from support.tiny_models import byte_level_bpe, llama_config, llama_groups, write_shards, write_tokenizer
 
 T = TypeVar("T")
 SCHEME = Scheme.parse("int4-g128-asym")
@@ -123,7 +123,7 @@ def rescaled(bench: Bench, word: str, Ws: list[Tensor], H: Tensor) -> None:
     few = basis.sampled(Layer("", dict(zip(names, Ws, strict=True)), dict.fromkeys(names, SCHEME)), names)
     work = 20 * sum(len(W) for W in few[SCHEME]) * n * n  # the upper half of each product
     read = basis.Read(few, Stats(H.diagonal(), torch.ones(n), torch.zeros(n), 1, H))
-    bench.stage(f"awq ratios {word}", lambda: awq.search([read], Prev(("",), torch.arange(n))), work, 20 * 4 * n * n)
+    bench.stage(f"awq ratios {word}", lambda: awq.search([read], Absorber(("",), torch.arange(n))), work, 20 * 4 * n * n)
     importance, qtype = H.diagonal().contiguous(), qtypes.of(SCHEME.qtype)
     pairs = [(W, qtype.fit(W, SCHEME, importance)) for W in Ws]
     work = rows * n * (4 * GROUP + 20 * len(awq.CLIP_FACTORS))  # two products with a block of H, then each factor's codes and errors

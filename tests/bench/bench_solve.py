@@ -15,9 +15,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_ops_solve import factor_of, importance_of, random
-
 from quantcli import ops
+from support.kernel_cases import factor_of, importance_of, random
 
 Run = Callable[[], tuple[Tensor, ...]]
 

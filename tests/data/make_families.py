@@ -2,8 +2,8 @@
 
     QUANTCLI_LLAMA_CPP=… PYTHONPATH=.:tests python tests/data/make_families.py [CASE…]
 
-convert_hf_to_gguf --outtype bf16 and llama-quantize … BF16 (or the case's file type) on the models of tests/families.py; one file a case in
-tests/data/families.
+convert_hf_to_gguf --outtype bf16 and llama-quantize … BF16 (or the case's file type) on the models of
+tests/support/families.py; one file a case in tests/data/families.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import families
-from llamacpp_peer import convert_all, run
+from support import families
+from support.llamacpp_peer import convert_all, run
 
 
 def main(asked: list[str]) -> None:

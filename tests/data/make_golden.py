@@ -13,8 +13,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ggml_peer import Ggml
-from test_ops_blocks import GOLDEN, INPUTS, KINDS, gaussian, weightings
+from support.block_inputs import GOLDEN, INPUTS, KINDS, gaussian, weightings
+from support.ggml_peer import Ggml
 
 
 def main(library: str, kinds: list[str]) -> None:

@@ -15,10 +15,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gguf_export import export
-
 from data.make_manifest import manifest
 from quantcli.formats import open_checkpoint
+from support.gguf_export import export
 
 HERE = Path(__file__).parent
 N_CTX = 64

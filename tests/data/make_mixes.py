@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from mix_models import GOLDEN, LEFT, MODELS, some_imatrix, sparse_file, types_by_llama_quantize
-
 from quantcli.formats.gguf.types.mixes import TABLE
+from support.mix_models import GOLDEN, LEFT, MODELS, some_imatrix, sparse_file, types_by_llama_quantize
 
 FILE_TYPES = [name for name in TABLE if name != "F32"]
 """All but the one that the mock models' weights have already, which llama-quantize would only copy."""

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from converted_tokenizers import GOLDEN, converted
+from support.converted_tokenizers import GOLDEN, converted
 
 with tempfile.TemporaryDirectory() as folder:
     manifests = converted(Path(sys.argv[1]), Path(folder))

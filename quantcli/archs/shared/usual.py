@@ -8,21 +8,21 @@ from dataclasses import replace
 from quantcli.archs import REQUIRED, Key, Linear
 
 ATTENTION = (
-    Linear("self_attn.q_proj", tap="self_attn.q_proj", prev="input_layernorm"),
-    Linear("self_attn.k_proj", tap="self_attn.q_proj", prev="input_layernorm"),
-    Linear("self_attn.v_proj", tap="self_attn.q_proj", prev="input_layernorm"),
-    Linear("self_attn.o_proj", tap="self_attn.o_proj", prev="self_attn.v_proj"),
+    Linear("self_attn.q_proj", tap="self_attn.q_proj", absorber="input_layernorm"),
+    Linear("self_attn.k_proj", tap="self_attn.q_proj", absorber="input_layernorm"),
+    Linear("self_attn.v_proj", tap="self_attn.q_proj", absorber="input_layernorm"),
+    Linear("self_attn.o_proj", tap="self_attn.o_proj", absorber="self_attn.v_proj"),
 )
 MLP = (
-    Linear("mlp.gate_proj", tap="mlp.gate_proj", prev="post_attention_layernorm"),
-    Linear("mlp.up_proj", tap="mlp.gate_proj", prev="post_attention_layernorm"),
-    Linear("mlp.down_proj", tap="mlp.down_proj", prev="mlp.up_proj"),
+    Linear("mlp.gate_proj", tap="mlp.gate_proj", absorber="post_attention_layernorm"),
+    Linear("mlp.up_proj", tap="mlp.gate_proj", absorber="post_attention_layernorm"),
+    Linear("mlp.down_proj", tap="mlp.down_proj", absorber="mlp.up_proj"),
 )
 
 
 def after(norm: str | None, linears: Iterable[Linear]) -> tuple[Linear, ...]:
     """``linears`` that read what ``norm`` makes, where they read another norm's; None: what no norm makes."""
-    return tuple(replace(linear, prev=norm) if (linear.prev or "").endswith("layernorm") else linear for linear in linears)
+    return tuple(replace(linear, absorber=norm) if (linear.absorber or "").endswith("layernorm") else linear for linear in linears)
 
 
 TIED_ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}

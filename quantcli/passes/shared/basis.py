@@ -1,6 +1,6 @@
 """A change of basis: a tap's inputs divided by s, its weights' columns multiplied by it, and the function of the layer as it was.
 
-With x the inputs of a tap, made by an op whose output channels can be scaled (:class:`quantcli.tensors.Prev`)::
+With x the inputs of a tap, made by an op whose output channels can be scaled (:class:`quantcli.tensors.Absorber`)::
 
     W·x = (W·diag(s)) · (diag(1/s)·x)        columns of every weight that reads x, times s
     x/s                                      rows of the op that makes x, and its bias, over s
@@ -19,33 +19,33 @@ import torch
 from torch import Tensor
 
 from quantcli import qtypes
-from quantcli.tensors import Layer, Prev, Scheme, Stats, output_error
+from quantcli.tensors import Absorber, Layer, Scheme, Stats, output_error
 
 SAMPLED_ROWS = 256
 """Rows of a tap's weights that a search looks at: enough to rank scales that all rows share, whatever the size of the matrices."""
 
 
-def shared(values: Tensor, prev: Prev, reduce: str) -> Tensor:
-    """``values`` [in] made alike ("mean", "amax") for the inputs that one channel of ``prev`` makes."""
-    channel = prev.channel.to(values.device)
+def shared(values: Tensor, absorber: Absorber, reduce: str) -> Tensor:
+    """``values`` [in] made alike ("mean", "amax") for the inputs that one channel of ``absorber`` makes."""
+    channel = absorber.channel.to(values.device)
     pooled = torch.zeros(int(channel.max()) + 1, dtype=values.dtype, device=values.device)
     return pooled.scatter_reduce(0, channel, values, reduce, include_self=False)[channel]
 
 
 def fold(layer: Layer, tap: str, s: Tensor) -> Tensor:
-    """Change the basis of ``tap``, and of the taps that share its prev, by about ``s``.
+    """Change the basis of ``tap``, and of the taps that share its absorber, by about ``s``.
 
-    ``s``: [in] above zero, alike where one channel of the prev makes several inputs. Edits ``layer.tensors`` and ``layer.scales``; returns
-    the s [in] float64 that was folded.
+    ``s``: [in] above zero, the same where one channel of the absorber makes several inputs. Edits ``layer.tensors`` and ``layer.scales``;
+    returns the s [in] float64 that was folded.
     """
-    prev, taps = layer.prev[tap], layer.prev[tap].taps(tap)
-    tensors = {name: layer.tensors[name] for name in prev.names}
-    s = s.to(tensors[prev.names[0]].device, torch.float64)
-    if tensors[prev.names[0]].ndim == 1:
-        s = attainable(tensors[prev.names[0]], prev, s)
+    absorber, taps = layer.absorbers[tap], layer.absorbers[tap].taps(tap)
+    tensors = {name: layer.tensors[name] for name in absorber.names}
+    s = s.to(tensors[absorber.names[0]].device, torch.float64)
+    if tensors[absorber.names[0]].ndim == 1:
+        s = attainable(tensors[absorber.names[0]], absorber, s)
     for name, tensor in tensors.items():
-        over = torch.ones(len(tensor), dtype=s.dtype, device=s.device).index_put((prev.channel.to(s.device),), s)
-        offset = prev.offset if name == prev.names[0] else 0.0
+        over = torch.ones(len(tensor), dtype=s.dtype, device=s.device).index_put((absorber.channel.to(s.device),), s)
+        offset = absorber.offset if name == absorber.names[0] else 0.0
         layer.tensors[name] = _scaled(layer, name, tensor, (1 / over).view(-1, *[1] * (tensor.ndim - 1)), offset)
     for name in (name for name, read in layer.taps.items() if read in taps):
         layer.tensors[name] = _scaled(layer, name, layer.tensors[name], s)
@@ -53,11 +53,11 @@ def fold(layer: Layer, tap: str, s: Tensor) -> Tensor:
     return s
 
 
-def attainable(weight: Tensor, prev: Prev, s: Tensor) -> Tensor:
+def attainable(weight: Tensor, absorber: Absorber, s: Tensor) -> Tensor:
     """The scales nearest to ``s`` [in] by which a norm's ``weight`` can be divided in its own dtype; 1 where that holds no quotient."""
-    channel = prev.channel.to(s.device)
-    w = weight.double()[channel] + prev.offset
-    quotient = (w / s - prev.offset).to(weight.dtype).double() + prev.offset
+    channel = absorber.channel.to(s.device)
+    w = weight.double()[channel] + absorber.offset
+    quotient = (w / s - absorber.offset).to(weight.dtype).double() + absorber.offset
     exact = w / quotient
     return torch.where(torch.isfinite(exact) & (exact > 0), exact, 1.0)
 
@@ -100,7 +100,7 @@ def reads(layer: Layer, tap: str, stats: Mapping[str, Stats]) -> list[Read]:
 
     :data:`SAMPLED_ROWS` are spread over all of them, so that many experts cost about as much as one; each matrix has a row at least.
     """
-    names = {each: members for each in layer.prev[tap].taps(tap) if (members := coded(layer, each)) and each in stats}
+    names = {each: members for each in layer.absorbers[tap].taps(tap) if (members := coded(layer, each)) and each in stats}
     known = {each: stats[each] for each in names}
     seen = {each: one for each, one in known.items() if one.n_tokens} or {tap: known[tap]}
     among = [name for each in seen for name in names[each]]
@@ -139,4 +139,4 @@ def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Ten
 
 def notes(layer: Layer, tap: str, method: str) -> tuple[str, ...]:
     """What to say of a tap whose basis ``method`` had to leave."""
-    return () if tap in layer.prev else (f"{method}: nothing that makes its inputs can absorb a scale; they stay as they are",)
+    return () if tap in layer.absorbers else (f"{method}: nothing that makes its inputs can absorb a scale; they stay as they are",)
