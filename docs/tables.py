@@ -137,7 +137,7 @@ def conversions() -> str:
 
 
 def loads(reader: str, name: str) -> bool:
-    """Whether a test (tests/test_peer_recipes.py, tests/formats/gguf/test_peer_llamacpp.py) has ``reader`` load what the recipe ``name`` writes."""
+    """Whether a test (test_peer_recipes.py, test_peer_llamacpp.py) has ``reader`` load what the recipe ``name`` writes."""
     return recipe.load(name).format in READERS[reader] and (reader, name) not in MISREAD
 
 

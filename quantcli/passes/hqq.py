@@ -18,7 +18,7 @@ Where we differ, and why:
 rounds are least squares and p only judges. A β of 300 lets W_e take part; ‖·‖_p^p falls further, and on the pico model the
 KL divergence rises (2 bits in groups of 64: 0.29 to 0.40).
 
-What it is worth there (tests/passes/test_pass_hqq.py): KL of 4 bits in groups of 64 is 0.0137 by min–max, 0.0130 by this pass, 0.0127 by rtn's
+What it is worth there (test_pass_hqq.py): KL of 4 bits in groups of 64 is 0.0137 by min–max, 0.0130 by this pass, 0.0127 by rtn's
 search, so for integer zero points rtn is the better of the two; in Q4_1 it is 0.0096 by ggml's search and 0.0090 by this pass.
 With statistics at hand gptq is far better. Cost: 20 rounds of a dozen passes over the weights, 60 where zero points are integers;
 memory of one chunk of rows.

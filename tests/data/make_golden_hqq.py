@@ -3,7 +3,7 @@
     PYTHON_WITH_HQQ tests/data/make_golden_hqq.py
 
 ``<case>/<key>``: the tensors of its state_dict and ``weight``; case ``<bits>-g<group>-axis<axis>[-dtype][-float]``. Out [32], in [48].
-Also ``grid-…``: the scale and zero point of hqq's solver in float32 for a matrix ``grid-W``, which tests/passes/test_pass_hqq.py solves again.
+Also ``grid-…``: the scale and zero point of hqq's solver in float32 for a matrix ``grid-W``, which test_pass_hqq.py solves again.
 """
 
 import os

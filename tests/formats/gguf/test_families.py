@@ -15,8 +15,7 @@ from quantcli.checkpoint import views
 from quantcli.errors import CheckpointError
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.model import metadata
-from quantcli.planning.arrange import open_forward
-from quantcli.planning.plan import declared_taps
+from quantcli.planning.arrange import declared_taps, open_forward
 from quantcli.recipe import parse
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
