@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli import heap
-from quantcli.planning import plan as planning
 from quantcli.planning.plan import Plan, PlannedLayer
+from quantcli.planning.schemes import is_quantized
 from quantcli.tensors import TensorReport
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Timed:
     reports: list[TensorReport] = field(default_factory=list)
 
     def done(self) -> LayerDone:
-        coded = [t for t in self.planned.tensors if planning.is_quantized(t.scheme)]
+        coded = [t for t in self.planned.tensors if is_quantized(t.scheme)]
         errors = [r.relative_error for r in self.reports if any(t.name == r.name for t in coded)]
         n_bytes = sum(spec.nbytes for t in self.planned.tensors for spec in t.outputs)
         return LayerDone(
