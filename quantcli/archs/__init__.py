@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.archs.shared.transformations import ROW_ORDERS
 from quantcli.registry import find, names
@@ -105,7 +106,7 @@ class Architecture:
     renamed: Mapping[str, str] = field(default_factory=dict)
     restored: tuple[str, ...] = ()
 
-    def usual(self, config: Mapping) -> dict:
+    def usual(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` in the usual words: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
         flat = {**config, **(config.get("text_config") or {})}
         renamed = {usual: flat[own] for own, usual in self.words.items() if own in flat and flat.get(usual) is None}
@@ -120,7 +121,7 @@ class Architecture:
         """The name that everybody's folders have for the HF tensor ``name``."""
         return _renamed(self.rooted(name), dict(self.also)) or name
 
-    def hf_name(self, name: str, config: Mapping = MappingProxyType({})) -> str | None:
+    def hf_name(self, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> str | None:
         """The HF name of the GGUF tensor ``name``, with ``{e}`` where it holds one of each expert; None when there is no such tensor."""
         others = {self._to_gguf[other]: other for word, other in self.renamed.items() if config.get(word)}
         return _renamed(name, self._to_hf | others)
@@ -149,13 +150,13 @@ class Architecture:
         match = self._in_layer.fullmatch(self.rooted(name))
         return int(match["i"]) if match else None
 
-    def row_order(self, name: str, n_rows: int, config: Mapping) -> Tensor | None:
+    def row_order(self, name: str, n_rows: int, config: Mapping[str, Any]) -> Tensor | None:
         """The HF row that each GGUF row of tensor ``name`` holds: [n_rows] int64; None when rows stay as they are."""
         how = next((how for linear, how in self.rows.items() if name.rpartition(".")[0].endswith(f".{linear}")), None)
         return None if how is None else ROW_ORDERS[how](n_rows, config)
 
     @cached_property
-    def _in_layer(self) -> re.Pattern:
+    def _in_layer(self) -> re.Pattern[str]:
         return re.compile(re.escape(self.layer).replace(r"\{i\}", r"(?P<i>\d+)") + r"\.(?P<rest>.+)")
 
     @cached_property
@@ -175,10 +176,12 @@ class Architecture:
 class StoredNames(Architecture):
     """The architecture of a GGUF file taken as it is: tensors keep GGUF's names and rows, and each matrix reads an input of its own."""
 
+    @override
     def gguf_name(self, name: str) -> str | None:
         return name
 
-    def hf_name(self, name: str, config: Mapping = MappingProxyType({})) -> str | None:
+    @override
+    def hf_name(self, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> str | None:
         return name
 
 
@@ -187,7 +190,7 @@ def as_stored(gguf_arch: str) -> StoredNames:
     return StoredNames((), "", "blk.{i}", (), gguf_arch, {}, ())
 
 
-def of(config: Mapping) -> Architecture | None:
+def of(config: Mapping[str, Any]) -> Architecture | None:
     """The architecture that answers to ``config["model_type"]``, or None; of a GGUF file taken as it is, which has none, the stored one."""
     if (stored := config.get("gguf_architecture")) is not None:
         return as_stored(stored)
@@ -233,7 +236,7 @@ def _pattern(name: str, letters: str) -> tuple[str, dict[str, str]]:
     """``name`` with its numbers replaced by ``{letter}``, and the numbers by letter."""
     numbers: dict[str, str] = {}
 
-    def replaced(match: re.Match) -> str:
+    def replaced(match: re.Match[str]) -> str:
         if len(numbers) == len(letters):
             return match[0]
         letter = letters[len(numbers)]

@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from typing_extensions import override
+
 from quantcli.checkpoint.checkpoint import Checkpoint, read_config
 from quantcli.checkpoint.json_files import shown
 from quantcli.checkpoint.shards import open_folder
@@ -109,12 +111,15 @@ class AutoRound(Format):
 
     is_written = False
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         return detect(path, config)
 
+    @override
     def read(self, path: Path) -> Checkpoint:
         return read(path)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> NoReturn:
         raise UnsupportedError("auto-round is a format that quantcli reads and does not write; --format gptq or awq loads wherever it does")
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint, read_config
@@ -77,11 +78,13 @@ class AwqCheckpoint(FolderCheckpoint):
         super().__init__(path, kind="awq", config=config, shards=shards, coded=coded, quantization=words, notes=notes)
         self.schemes = {name: scheme for name, scheme in self.schemes.items() if name not in self._scaled}
 
+    @override
     def load(self, name: str) -> Tensor:
         if name not in self._scaled:
             return super().load(name)
         return int_qtype.QTYPE.unpack(self.load_quantized(name)) / self.shards.read(self._scaled[name]).float()
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         p = self._packed[name]
         parts = unpacked(self.shards, p)
@@ -227,6 +230,7 @@ def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str,
 class AwqLayout(QuantizedFolderLayout):
     """An AWQ folder, version gemm."""
 
+    @override
     def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         if not supports(scheme):
             raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as AWQ, which holds 4 bits in groups of 32, 64, 128 or a row")
@@ -243,6 +247,7 @@ class AwqLayout(QuantizedFolderLayout):
             TensorSpec.dense(f"{module}.scales", "F16", (n_groups, out)),
         ]
 
+    @override
     def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         codes, scale, zero = (tensor.parts[part] for part in ("codes", "scale", "zero"))
         module = module_of(name)
@@ -258,15 +263,19 @@ class Awq(Format):
 
     usual_scheme = USUAL_SCHEME
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         return detect(path, config)
 
+    @override
     def read(self, path: Path) -> Checkpoint:
         return read(path)
 
+    @override
     def supports(self, scheme: Scheme) -> bool:
         return supports(scheme)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> AwqLayout:
         return layout(source, schemes, request)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint, read_config
 from quantcli.checkpoint.shards import Shards, open_folder
@@ -30,6 +31,7 @@ class HfCheckpoint(Checkpoint):
         super().__init__(path, kind="hf", config=config, specs=shards.specs, notes=shards.notes)
         self._shards = shards
 
+    @override
     def load(self, name: str) -> Tensor:
         return self._shards.read(name)
 
@@ -37,16 +39,20 @@ class HfCheckpoint(Checkpoint):
 class Hf(Format):
     """Dense weights in a Hugging Face folder; ``export`` to it decodes whatever is quantized."""
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         """A folder whose config.json speaks of no quantization."""
         return config is not None and not config.get("quantization_config")
 
+    @override
     def read(self, path: Path) -> HfCheckpoint:
         return HfCheckpoint(path, read_config(path), open_folder(path))
 
+    @override
     def supports(self, scheme: Scheme) -> bool:
         return scheme.qtype in DENSE_QTYPES
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
         if not source.path.is_dir():
             raise UnsupportedError(
@@ -67,6 +73,7 @@ class DenseLayout(FolderLayout):
 
     config: bytes | Path
 
+    @override
     def config_files(self, record: Mapping[str, Any]) -> dict[str, bytes | Path]:
         return {"config.json": self.config}
 

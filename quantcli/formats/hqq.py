@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint, read_config
 from quantcli.checkpoint.json_files import shown
@@ -86,6 +87,7 @@ class HqqCheckpoint(FolderCheckpoint):
         notes = skipped_in_vain(words, coded)
         super().__init__(path, kind="hqq", config=config, shards=shards, coded=coded, quantization=words, notes=notes)
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         module = self._modules[name]
         spec, scheme = module.coded.spec, module.coded.scheme
@@ -190,12 +192,15 @@ class Hqq(Format):
 
     is_written = False
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         return detect(path, config)
 
+    @override
     def read(self, path: Path) -> Checkpoint:
         return read(path)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> NoReturn:
         raise UnsupportedError("hqq is read and not written; --method hqq writes HQQ's solution in a format that engines load")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint, read_config
 from quantcli.checkpoint.locations import Location, read_tensor
@@ -71,9 +72,11 @@ class Mxfp4Checkpoint(Checkpoint):
             notes=shards.notes,
         )
 
+    @override
     def load(self, name: str) -> Tensor:
         return self.shards.read(name)
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         expert = self._experts[name]
         packed, scale = (read_tensor(place)[expert.first :: expert.step] for place in (expert.blocks, expert.scales))
@@ -127,12 +130,15 @@ class Mxfp4(Format):
 
     is_written = False
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         return detect(path, config)
 
+    @override
     def read(self, path: Path) -> Checkpoint:
         return read(path)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> NoReturn:
         raise UnsupportedError("gpt-oss's own mxfp4 is read and not written; compressed-tensors and gguf hold MXFP4 too")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +14,22 @@ def rotary(n_rows: int, n_heads: int) -> Tensor:
     return torch.arange(n_rows).view(n_heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def rotary_queries(n_rows: int, config: Mapping) -> Tensor:
+def rotary_queries(n_rows: int, config: Mapping[str, Any]) -> Tensor:
     return rotary(n_rows, config["num_attention_heads"])
 
 
-def rotary_keys(n_rows: int, config: Mapping) -> Tensor:
+def rotary_keys(n_rows: int, config: Mapping[str, Any]) -> Tensor:
     return rotary(n_rows, config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
-def queries_keys_values(n_rows: int, config: Mapping) -> Tensor:
+def queries_keys_values(n_rows: int, config: Mapping[str, Any]) -> Tensor:
     """Falcon has, for each group of heads, its queries, its key and its value; llama.cpp all queries, then all keys, then all values."""
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     rows = torch.arange(n_rows).view(groups, heads // groups + 2, -1)
     return torch.cat((rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)))
 
 
-ROW_ORDERS: dict[str, Callable[[int, Mapping], Tensor]] = {
+ROW_ORDERS: dict[str, Callable[[int, Mapping[str, Any]], Tensor]] = {
     "rotary queries": rotary_queries,
     "rotary keys": rotary_keys,
     "queries, keys, values": queries_keys_values,
@@ -36,57 +37,57 @@ ROW_ORDERS: dict[str, Callable[[int, Mapping], Tensor]] = {
 """Name → (number of rows, config) → the HF row that each GGUF row holds: [n_rows] int64."""
 
 
-def in_turn_by_rows(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+def in_turn_by_rows(tensor: Tensor, n: int, config: Mapping[str, Any]) -> Sequence[Tensor]:
     """[n_experts, n·out, in] (biases: without in) → n tensors [n_experts, out, in]: the linears lie one below the other."""
     return tensor.chunk(n, dim=1)
 
 
-def turned(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+def turned(tensor: Tensor, n: int, config: Mapping[str, Any]) -> Sequence[Tensor]:
     """[…, in, out] → one tensor [… out, in]."""
     return [tensor.transpose(-1, -2)]
 
 
-def apart(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+def apart(tensor: Tensor, n: int, config: Mapping[str, Any]) -> Sequence[Tensor]:
     """[n_experts, …] → one tensor: only its name is cut up by expert."""
     return [tensor]
 
 
-def alternating(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+def alternating(tensor: Tensor, n: int, config: Mapping[str, Any]) -> Sequence[Tensor]:
     """[n_experts, in, n·out], or a bias [n_experts, n·out] → n tensors [n_experts, out, in]: the outputs of the linears take turns."""
     rows = tensor.transpose(1, 2) if tensor.ndim == 3 else tensor
     return [rows[:, k::n] for k in range(n)]
 
 
-def keys_and_values(tensor: Tensor, n: int, config: Mapping) -> Sequence[Tensor]:
+def keys_and_values(tensor: Tensor, n: int, config: Mapping[str, Any]) -> Sequence[Tensor]:
     """DeepSeek's kv_b_proj [heads · (nope + value), rank] → keys [heads, rank, nope], turned to be applied to queries, and values
     [heads, value, rank]."""
     heads = tensor.view(config["num_attention_heads"], config["qk_nope_head_dim"] + config["v_head_dim"], -1)
     return [heads[:, : config["qk_nope_head_dim"]].transpose(1, 2), heads[:, config["qk_nope_head_dim"] :]]
 
 
-def stacked(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+def stacked(tensors: Sequence[Tensor], config: Mapping[str, Any]) -> Tensor:
     return torch.cat(list(tensors), dim=1)
 
 
-def turned_back(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+def turned_back(tensors: Sequence[Tensor], config: Mapping[str, Any]) -> Tensor:
     return tensors[0].transpose(-1, -2)
 
 
-def alone(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+def alone(tensors: Sequence[Tensor], config: Mapping[str, Any]) -> Tensor:
     return tensors[0]
 
 
-def in_alternation(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+def in_alternation(tensors: Sequence[Tensor], config: Mapping[str, Any]) -> Tensor:
     columns = [t.transpose(1, 2) if t.ndim == 3 else t for t in tensors]
     return torch.stack(columns, dim=-1).flatten(-2)
 
 
-def heads_of_keys_and_values(tensors: Sequence[Tensor], config: Mapping) -> Tensor:
+def heads_of_keys_and_values(tensors: Sequence[Tensor], config: Mapping[str, Any]) -> Tensor:
     keys, values = tensors
     return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
 
 
-CUTS: dict[str, Callable[[Tensor, int, Mapping], Sequence[Tensor]]] = {
+CUTS: dict[str, Callable[[Tensor, int, Mapping[str, Any]], Sequence[Tensor]]] = {
     "stacked": in_turn_by_rows,
     "turned": turned,
     "apart": apart,
@@ -98,7 +99,7 @@ CUTS: dict[str, Callable[[Tensor, int, Mapping], Sequence[Tensor]]] = {
 Views, where torch can give them: shapes are found by cutting a tensor that has no data.
 """
 
-JOINS: dict[str, Callable[[Sequence[Tensor], Mapping], Tensor]] = {
+JOINS: dict[str, Callable[[Sequence[Tensor], Mapping[str, Any]], Tensor]] = {
     "stacked": stacked,
     "turned": turned_back,
     "apart": alone,

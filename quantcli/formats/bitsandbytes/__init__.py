@@ -28,6 +28,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
 from quantcli.formats.bitsandbytes import read, write
@@ -39,18 +41,23 @@ class BitsAndBytes(Format):
 
     usual_scheme = "nf4-b64"
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         return read.detect(path, config)
 
+    @override
     def read(self, path: Path) -> Checkpoint:
         return read.read(path)
 
+    @override
     def supports(self, scheme: Scheme) -> bool:
         return write.supports(scheme)
 
+    @override
     def stays_dense(self, name: str) -> bool:
         return write.stays_dense(name)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
         return write.layout(source, schemes, request)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import read_config
 from quantcli.checkpoint.json_files import parse_json, shown
@@ -72,6 +73,7 @@ class BitsAndBytesCheckpoint(FolderCheckpoint):
         notes = folder.notes + contradictions(words, self._four_bit, coded, specs)
         super().__init__(path, kind="bitsandbytes", config=config, shards=shards, coded=coded, quantization=words, notes=notes)
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         scheme, shape = self.schemes[name], self.specs[name].shape
         if name not in self._four_bit:

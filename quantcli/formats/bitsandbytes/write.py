@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
@@ -41,6 +42,7 @@ class BitsAndBytesLayout(QuantizedFolderLayout):
 
     state_sizes: Mapping[str, int]
 
+    @override
     def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         if not supports(scheme):
             raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored by bitsandbytes, which has nf4, fp4 and llm_int8")
@@ -65,6 +67,7 @@ class BitsAndBytesLayout(QuantizedFolderLayout):
             ]
         return files
 
+    @override
     def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         if tensor.scheme.qtype == "llm_int8":
             module = module_of(name)

@@ -39,6 +39,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
 from quantcli.formats.compressed_tensors import read, write
@@ -52,18 +54,23 @@ class CompressedTensors(Format):
     has_cache_scales = True
     experts_apart = "as llm-compressor writes them"
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         return read.detect(path, config)
 
+    @override
     def read(self, path: Path) -> Checkpoint:
         return read.read(path)
 
+    @override
     def supports(self, scheme: Scheme) -> bool:
         return write.supports(scheme)
 
+    @override
     def suited(self, scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
         return write.suited(scheme, config)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
         return write.layout(source, schemes, request)
 

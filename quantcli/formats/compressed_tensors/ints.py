@@ -38,7 +38,7 @@ class Stored:
     @property
     def shift(self) -> int:
         """What makes a stored code one of ``grid_bits``, whose middle is further up."""
-        return 2 ** (self.grid_bits - 1) - 2 ** (self.bits - 1)
+        return (1 << self.grid_bits - 1) - (1 << self.bits - 1)
 
 
 def measure(
@@ -194,7 +194,8 @@ def unpack_words(words: Tensor, bits: int, n: int, *, dense: bool) -> Tensor:
     place = i * bits if dense else 32 * (i // (32 // bits)) + bits * (i % (32 // bits))
     word, shift = place // 32, place % 32
     unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))  # the last code has no word after it
-    return ((unsigned[:, word] >> shift | unsigned[:, word + 1] << (32 - shift)) & (2**bits - 1)).to(torch.uint8)
+    codes: Tensor = (unsigned[:, word] >> shift | unsigned[:, word + 1] << (32 - shift)) & (2**bits - 1)
+    return codes.to(torch.uint8)
 
 
 def file_specs(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import read_config
 from quantcli.checkpoint.shards import Shards, open_folder
@@ -89,9 +90,11 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
             kv_cache=kv_cache,
         )
 
+    @override
     def cache_scales(self, attention: str) -> tuple[torch.Tensor, torch.Tensor]:
         return cache.load(self.shards, attention)
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         found, scheme = self._found[name], self.schemes[name]
         files = {local: self.shards.read(spec.name) for local, spec in found.files.items()}

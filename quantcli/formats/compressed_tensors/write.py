@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
@@ -75,6 +76,7 @@ class CompressedLayout(QuantizedFolderLayout):
     kv_cache: str
     scale_dtype: str
 
+    @override
     def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         check_shape(spec, scheme)
         module = module_of(spec.name)
@@ -83,15 +85,18 @@ class CompressedLayout(QuantizedFolderLayout):
             found[input_scale_file(scheme.get("act"))] = TensorSpec.dense("input_scale", "F32", (1,))
         return [TensorSpec.dense(f"{module}.{local}", file.dtype, file.shape) for local, file in found.items()]
 
+    @override
     def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         found = ints.encode(name, tensor) if tensor.scheme.qtype == "int" else floats.encode(tensor)
         if tensor.scheme.static_activations:
             found[input_scale_file(tensor.scheme.get("act"))] = tensor.parts["input_scale"]
         return {f"{module_of(name)}.{local}": file for local, file in found.items()}
 
+    @override
     def cache_outputs(self, cache: KvCache) -> list[TensorSpec]:
         return caches.file_specs(cache, self.kv_cache, self.scale_dtype)
 
+    @override
     def cache_parts(self, cache: KvCache, scales: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         return caches.encode(cache, scales, self.kv_cache, self.scale_dtype)
 

@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
 from quantcli.formats.fp8 import read, write
@@ -34,18 +36,23 @@ class Fp8(Format):
 
     usual_scheme = "fp8-block"
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         return read.detect(path, config)
 
+    @override
     def read(self, path: Path) -> Checkpoint:
         return read.read(path)
 
+    @override
     def supports(self, scheme: Scheme) -> bool:
         return write.supports(scheme)
 
+    @override
     def suited(self, scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
         return write.suited(scheme, config)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
         return write.layout(source, schemes, request)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import read_config
 from quantcli.checkpoint.shards import Shards, open_folder
@@ -62,6 +63,7 @@ class Fp8Checkpoint(FolderCheckpoint):
         notes = [*words.notes, *unscaled(self.members), *disagreements(words, shards.specs, schemes)]
         super().__init__(path, kind="fp8", config=config, shards=shards, coded=coded, quantization=words.said, notes=notes)
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         found, scheme = self.members[name], self.schemes[name]
         data, shape = self.shards.read(found.data.name), self.specs[name].shape

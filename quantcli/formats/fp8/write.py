@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
@@ -38,6 +39,7 @@ class Fp8Layout(QuantizedFolderLayout):
 
     scheme: Scheme
 
+    @override
     def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         if not supports(scheme):
             raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as FP8, which holds E4M3 by block or by tensor")
@@ -47,6 +49,7 @@ class Fp8Layout(QuantizedFolderLayout):
             found = part_specs(spec, scheme)
         return [TensorSpec.dense(file_name(spec.name, part, scheme), own.dtype, own.shape) for part, own in found.items()]
 
+    @override
     def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         return {file_name(name, part, tensor.scheme): own for part, own in tensor.parts.items()}
 

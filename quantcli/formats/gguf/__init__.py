@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.archs import Architecture, Cut, StoredNames
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -60,6 +61,7 @@ class GgufLayout(OutputLayout):
     n_layers: int | None = None
     split_bytes: int | None = None
 
+    @override
     def outputs(self, spec: TensorSpec, scheme: Scheme | None) -> list[TensorSpec]:
         """The file's tensor for a logical one: ``scheme``'s type, F32 for norms and biases, and the stored type for a matrix left alone;
         and the tensor of its scale where it has one for the whole matrix."""
@@ -80,6 +82,7 @@ class GgufLayout(OutputLayout):
             return spec.dtype
         return spec.dtype if is_quantizable(target, spec.shape) and spec.dtype in DENSE else "F32"
 
+    @override
     def parts(self, name: str, tensor: Tensor | QuantizedTensor) -> dict[str, Tensor]:
         """The file's tensor for the logical tensor ``name``, rows in GGUF's order: dense in its stored type, or blocks U8 [out, row_bytes].
 
@@ -109,9 +112,11 @@ class GgufLayout(OutputLayout):
             raise NumericsError(f"{name}: a weight of {tensor.float().abs().max():g} does not fit F16 (65504); use BF16 or F32")
         return data
 
+    @override
     def importance(self, matrix: ImportanceSource, source: Checkpoint, schemes: Mapping[str, Scheme]) -> Importance:
         return weighing.of(matrix, source, schemes, self.unpruned, self.arch)
 
+    @override
     def check_importance(self, importance: Collection[str], kept: Collection[str]) -> None:
         coded = {name: scheme for name, scheme in self.schemes.items() if name not in kept}
         weighing.check(importance, coded, self.names, self.quantization["general.file_type"].value)
@@ -125,6 +130,7 @@ class GgufLayout(OutputLayout):
         fields = {key: field for key, field in self.fields.items() if key not in made} | made
         return fields | {f"quantcli.{key}": keyed.plain_field(value) for key, value in ours.items()}
 
+    @override
     def writer(
         self,
         path: Path,
@@ -161,6 +167,7 @@ class Gguf(Format):
     has_mixes = True
     option_names = tuple(f.name for f in dataclasses.fields(filetypes.Options))
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         """Is ``path`` a GGUF file, by its name or by its first bytes?"""
         if not path.is_file():
@@ -168,27 +175,33 @@ class Gguf(Format):
         with path.open("rb") as file:
             return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
 
+    @override
     def read(self, path: Path) -> GgufCheckpoint:
         return GgufCheckpoint(path)
 
+    @override
     def supports(self, scheme: Scheme) -> bool:
         """ggml's own types: ``q4_k`` and its kin, and the dense ``f32``, ``f16``, ``bf16``."""
         return scheme.qtype in KINDS or scheme.qtype.upper() in DENSE
 
+    @override
     def why_not(self, scheme: Scheme, config: Mapping[str, Any]) -> str | None:
         if not scheme.get("scaled") or (gguf_arch := architecture(config).gguf_arch) in SCALED_IN:
             return None
         return f"llama.cpp does not multiply by a matrix's own scale everywhere in {gguf_arch}, only in {', '.join(SCALED_IN)}"
 
+    @override
     def suited(self, scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
         """``scheme``, and for ``mxfp4`` and ``nvfp4`` what ggml calls by these names."""
         if scheme.qtype not in ("mxfp4", "nvfp4") or scheme.get("act"):
             return scheme
         return Scheme.of(qtype_of(scheme.qtype))
 
+    @override
     def cuts(self, config: Mapping[str, Any]) -> Mapping[str, Cut]:
         return architecture(config).cuts
 
+    @override
     def as_stored(self, source: Checkpoint) -> Checkpoint:
         """A GGUF file goes to a GGUF file tensor by tensor, with all its metadata, as llama-quantize takes it, by way of no other names."""
         if source.kind != "gguf" or "gguf_architecture" in source.config:
@@ -197,12 +210,15 @@ class Gguf(Format):
         stored.source = source.source
         return stored
 
+    @override
     def mix(self, name: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], request: Request) -> dict[str, Scheme]:
         return filetypes.mix(name, specs, config, is_weighed=request.is_measured or request.is_weighed, options=request.options)
 
+    @override
     def check_options(self, options: Mapping[str, Any]) -> None:
         filetypes.Options.of(options)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> GgufLayout:
         """Everything but the tensors' data of a GGUF file made from ``source``; a GGUF source hands on its own metadata.
 
@@ -246,7 +262,8 @@ FORMAT = Gguf()
 
 def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[str, str], request: Request) -> Field:
     """general.file_type: that of a GGUF source whose tensors are handed on, else of the mix that ``schemes`` are nearest to."""
-    if request.mix is None and (stated := source.file_metadata.get("general.file_type")):
+    stated: Field | None = source.file_metadata.get("general.file_type")
+    if request.mix is None and stated:
         return stated
     is_weighed = request.is_measured or request.is_weighed
     kind = filetypes.general_file_type(
@@ -255,7 +272,7 @@ def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[
     return Field(GGUFValueType.UINT32, int(kind.number))
 
 
-def check_complete(source: Checkpoint, config: Mapping, gguf_names: Collection[str]) -> None:
+def check_complete(source: Checkpoint, config: Mapping[str, Any], gguf_names: Collection[str]) -> None:
     """Raise :class:`CheckpointError` when an embedding or a head that the config speaks of is not there."""
     needed = ["token_embd.weight"] + ([] if config.get("tie_word_embeddings") else ["output.weight"])
     for name in needed:
@@ -267,7 +284,7 @@ def check_complete(source: Checkpoint, config: Mapping, gguf_names: Collection[s
 def describe(
     source: Checkpoint,
     arch: Architecture,
-    config: Mapping,
+    config: Mapping[str, Any],
     names: Mapping[str, str],
     extras: Mapping[str, Tensor],
     pre_tokenizer: str | None,
@@ -298,6 +315,6 @@ def inherited(metadata: Mapping[str, Field], pre_tokenizer: str | None) -> dict[
     return fields
 
 
-def extra_tensors(arch: Architecture, config: Mapping) -> dict[str, Tensor]:
+def extra_tensors(arch: Architecture, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors that GGUF computes from the config, such as the factors of Llama 3's rotary scaling. ``config``: in the usual words."""
     return {name: tensor for word in arch.computed for name, tensor in rope.COMPUTED[word](config).items()}

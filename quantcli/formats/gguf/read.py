@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli import archs, qtypes
 from quantcli.archs import Architecture
@@ -71,10 +72,12 @@ class GgufCheckpoint(Checkpoint):
             self.config["rope_parameters"] = scaled
 
     @property
+    @override
     def file_metadata(self) -> Mapping[str, Field]:
         return self.container.fields
 
     @property
+    @override
     def provenance(self) -> Mapping[str, Any]:
         fields = self.container.fields.items()
         return {key.removeprefix(OURS): field.value for key, field in fields if key.startswith(OURS)}
@@ -84,9 +87,11 @@ class GgufCheckpoint(Checkpoint):
         """Whether names, rows and config are the file's own."""
         return isinstance(self.arch, archs.StoredNames)
 
+    @override
     def load(self, name: str) -> Tensor:
         return self._joints[name].made(self._dense) if name in self._joints else self._dense(name)
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         scheme = self._coded.get(name, Scheme.of(qtype_of(self._stored[name].dtype)))
         parts = {"blocks": self._in_order(name)}
@@ -103,9 +108,11 @@ class GgufCheckpoint(Checkpoint):
         qtype = qtype_of(spec.dtype)
         return Scheme.of(qtype, scaled=True) if self.gguf_names[name] in self.scales else Scheme.of(qtype)
 
+    @override
     def locations(self) -> list[Location]:
         return [self.container.location(name) for name in self.container.specs]
 
+    @override
     def unnamed(self) -> dict[str, Tensor]:
         """The stored tensors that ``specs`` has no name for, because the config says what they hold: by GGUF name."""
         named = {*self.gguf_names.values(), *apart(self.container)}
@@ -243,7 +250,7 @@ def architecture_name(container: Container) -> str:
     return name
 
 
-def hf_names(container: Container, arch: Architecture, gguf_name: str, config: Mapping) -> list[str]:
+def hf_names(container: Container, arch: Architecture, gguf_name: str, config: Mapping[str, Any]) -> list[str]:
     """What a stored tensor is in Hugging Face's words: one tensor, or one for each of its slices."""
     name = arch.hf_name(gguf_name, config) or ""
     return [name.replace("{e}", str(e)) for e in range(container.specs[gguf_name].shape[0])] if "{e}" in name else [name]
@@ -264,7 +271,7 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in re.split(r"\.", name)]
 
 
-def summary(container: Container) -> dict:
+def summary(container: Container) -> dict[str, Any]:
     """What the file says of its making."""
     keys = ("general.file_type", "general.quantization_version", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre")
     return {"version": container.version} | {key: container.get(key) for key in keys if key in container.fields}

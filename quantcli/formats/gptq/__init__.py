@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
 from quantcli.formats.gptq import read, write
@@ -35,15 +37,19 @@ class Gptq(Format):
 
     usual_scheme = "int4-g128-sym"
 
+    @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
         return read.detect(path, config)
 
+    @override
     def read(self, path: Path) -> Checkpoint:
         return read.read(path)
 
+    @override
     def supports(self, scheme: Scheme) -> bool:
         return write.supports(scheme)
 
+    @override
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
         return write.layout(source, schemes, request)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.shards import stored_as
@@ -38,9 +39,11 @@ class GptqLayout(QuantizedFolderLayout):
 
     version: str
 
+    @override
     def config_files(self, record: Mapping[str, Any]) -> dict[str, bytes | Path]:
         return {**super().config_files(record), LEGACY_CONFIG: as_json(self.recorded(record))}
 
+    @override
     def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         if not supports(scheme):
             raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as GPTQ, which holds integers of 2, 3, 4 and 8 bits")
@@ -54,6 +57,7 @@ class GptqLayout(QuantizedFolderLayout):
             TensorSpec.dense(f"{module}.g_idx", "I32", (n_in,)),
         ]
 
+    @override
     def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """A symmetric tensor must have its one zero point: v1 has no other, and vLLM's Marlin reads none."""
         bits, sym = tensor.scheme.get("bits", 4), tensor.scheme.get("sym", True)

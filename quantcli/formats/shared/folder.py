@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli import qtypes
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -74,6 +75,7 @@ class FolderCheckpoint(Checkpoint):
             kv_cache=kv_cache,
         )
 
+    @override
     def load(self, name: str) -> Tensor:
         return self.shards.read(name)
 
@@ -107,6 +109,7 @@ class FolderLayout(OutputLayout):
     sidecars: Mapping[str, bytes | Path] = field(default_factory=dict)
     max_shard_bytes: int = MAX_SHARD_BYTES
 
+    @override
     def outputs(self, spec: TensorSpec, scheme: Scheme | None) -> list[TensorSpec]:
         """A tensor that stays dense, in its stored dtype or in another plain one; the others are the dialect's."""
         if is_dense(scheme):
@@ -115,6 +118,7 @@ class FolderLayout(OutputLayout):
         assert scheme is not None
         return self.coded_outputs(spec, scheme)
 
+    @override
     def parts(self, name: str, tensor: Tensor | QuantizedTensor) -> dict[str, Tensor]:
         """The same, with its data."""
         if not isinstance(tensor, QuantizedTensor):
@@ -133,6 +137,7 @@ class FolderLayout(OutputLayout):
         """config.json first of all, and what else says how the folder is quantized; ``record``: how it came to be."""
         raise NotImplementedError
 
+    @override
     def writer(
         self,
         path: Path,
@@ -155,6 +160,7 @@ class QuantizedFolderLayout(FolderLayout):
     config: Mapping[str, Any]
     quantization: Mapping[str, Any]
 
+    @override
     def config_files(self, record: Mapping[str, Any]) -> dict[str, bytes | Path]:
         return {"config.json": as_json({**self.config, "quantization_config": self.recorded(record)})}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from quantcli.checkpoint.shards import Shards
 from quantcli.formats.shared.folder import FolderCheckpoint
@@ -75,6 +76,7 @@ class PackedCheckpoint(FolderCheckpoint):
             path, kind=kind, config=config, shards=shards, coded=coded, quantization=quantization, notes=[*notes, *contradictions]
         )
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         p, scheme = self._packed[name], self.schemes[name]
         parts = unpacked(self.shards, p)

@@ -157,7 +157,8 @@ def decode_zeros(qzeros: Tensor, p: Packed) -> Tensor:
     if p.bits in ONE_IN_EVERY_FIELD:
         return unpack_bits(qzeros + ONE_IN_EVERY_FIELD[p.bits], p.bits, p.out_features)
     # Three bits lie across words, so no addition to a word restores a borrow; readers add to the field and keep its width.
-    return (unpack_bits(qzeros, p.bits, p.out_features) + 1) & (2**p.bits - 1)
+    zeros: Tensor = (unpack_bits(qzeros, p.bits, p.out_features) + 1) & (2**p.bits - 1)
+    return zeros
 
 
 def looks_symmetric(shards: Shards, p: Packed) -> bool:

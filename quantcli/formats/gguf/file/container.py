@@ -21,6 +21,7 @@ from typing import Any, overload
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFValueType
+from typing_extensions import override
 
 from quantcli.checkpoint.locations import Location
 from quantcli.ops.blocks import KINDS
@@ -56,9 +57,11 @@ class Strings(Sequence[str]):
     def __init__(self, packed: bytes, count: int) -> None:
         self.packed, self._count = packed, count
 
+    @override
     def __len__(self) -> int:
         return self._count
 
+    @override
     def __iter__(self) -> Iterator[str]:
         at = 0
         while at < len(self.packed):
@@ -70,9 +73,11 @@ class Strings(Sequence[str]):
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
+    @override
     def __getitem__(self, index: int | slice) -> str | list[str]:
         return list(self)[index]
 
+    @override
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 

@@ -97,7 +97,8 @@ class _HeaderReader:
         return self.data[self.at - n : self.at]
 
     def integer(self, form: str) -> int:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
 
     def strings(self, count: int) -> Strings:
         """The next ``count`` strings. A vocabulary has hundreds of thousands, so this loop is spelled out."""
@@ -161,7 +162,8 @@ class _HeaderReader:
         self.what = "metadata key 'general.alignment'"
         if field.type != GGUFValueType.UINT32 or field.value < 1 or field.value & (field.value - 1):
             raise self.error(f"is {field.value!r} ({field.type.name}), expected a UINT32 that is a power of two")
-        return field.value
+        value: int = field.value
+        return value
 
     def tensors(self, n_tensors: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
         """Specs and offsets from the data's start."""

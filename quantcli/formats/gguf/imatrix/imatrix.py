@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from gguf import GGUFValueType
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.json_files import shown
 from quantcli.checkpoint.locations import Location, read_tensor
@@ -65,6 +66,7 @@ class Imatrix(Mapping[str, Tensor]):
         """The importance matrix at ``path``, in either of llama.cpp's forms; :class:`CheckpointError` when it is none."""
         return read(Path(path))
 
+    @override
     def __getitem__(self, name: str) -> Tensor:
         """The means; ones for an expert that saw no token, as llama-quantize takes them. :class:`NumericsError` unless they are finite."""
         entry = self.entries[name]
@@ -85,12 +87,15 @@ class Imatrix(Mapping[str, Tensor]):
             raise NumericsError(f"{self.path}: {name} has NaN or Inf; measure the importance matrix again")
         return means
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
+    @override
     def __len__(self) -> int:
         return len(self.entries)
 
+    @override
     def __contains__(self, name: object) -> bool:
         return name in self.entries  # Mapping's own reads the tensor
 
@@ -144,7 +149,7 @@ def _read_legacy(path: Path) -> Imatrix:
 
         def integer(what: str, least: int, most: int) -> int:
             data = file.read(4)
-            value = struct.unpack("<i", data)[0] if len(data) == 4 else None
+            value: int | None = struct.unpack("<i", data)[0] if len(data) == 4 else None
             if value is None or not least <= value <= most:
                 got = "the end of the file" if value is None else str(value)
                 raise CheckpointError(f"{path}: no importance matrix, or a damaged one: its {what} is {got}, expected {least} to {most}")

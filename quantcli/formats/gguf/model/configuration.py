@@ -17,7 +17,7 @@ from quantcli.formats.gguf.model.metadata import GATING_FUNCTIONS
 YARN_WORDS = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
 
 
-def config_of(container: Container, arch: Architecture) -> dict:
+def config_of(container: Container, arch: Architecture) -> dict[str, Any]:
     """HF's config.json rebuilt from the metadata of a GGUF file; llama3's rotary scaling is left to the caller, who can read tensors."""
     p, specs = arch.gguf_arch, container.specs
     config: dict[str, Any] = {"architectures": [arch.hf_class], "model_type": arch.model_types[0], **arch.fixed}
@@ -65,27 +65,28 @@ def _integer(container: Container, key: str, *, least: int = 1) -> int:
     return value
 
 
-def gemma2_scale(config: Mapping) -> dict:
+def gemma2_scale(config: Mapping[str, Any]) -> dict[str, Any]:
     """llama.cpp knows the 27B, whose queries are scaled by another width than their own, by its layers."""
     return {"query_pre_attn_scalar": query_width(config, n_layers_27b=46)}
 
 
-def gemma3_scale(config: Mapping) -> dict:
+def gemma3_scale(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"query_pre_attn_scalar": query_width(config, n_layers_27b=62)}
 
 
-def query_width(config: Mapping, *, n_layers_27b: int) -> int:
+def query_width(config: Mapping[str, Any], *, n_layers_27b: int) -> int:
     is_27b = config["num_hidden_layers"] == n_layers_27b
-    return config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+    width: int = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+    return width
 
 
-def untruncated_yarn(config: Mapping) -> dict:
+def untruncated_yarn(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every published gpt-oss leaves the bounds of YaRN's ramp unrounded; llama.cpp rounds them, and has no key for it."""
     rope = config["rope_parameters"]
     return {"rope_parameters": rope | {"truncate": False}} if rope["rope_type"] == "yarn" else {}
 
 
-def falcon_heads(config: Mapping) -> dict:
+def falcon_heads(config: Mapping[str, Any]) -> dict[str, Any]:
     """The words that the family has of its own: where not all heads have keys, ``multi_query``; the newer models have two norms."""
     n_kv, is_new = config["num_key_value_heads"], config["new_decoder_architecture"]
     if config["num_attention_heads"] % n_kv:
@@ -93,7 +94,7 @@ def falcon_heads(config: Mapping) -> dict:
     return {"num_kv_heads": n_kv, "multi_query": n_kv == 1 or is_new, "num_ln_in_parallel_attn": 2 if is_new else None}
 
 
-def deepseek_words(config: Mapping) -> dict:
+def deepseek_words(config: Mapping[str, Any]) -> dict[str, Any]:
     """V3 is the one whose routers have a correction. What the file leaves out was zero, or false."""
     rotated = config["qk_rope_head_dim"]
     rope = {word: value for word, value in config["rope_parameters"].items() if word != "partial_rotary_factor"}
@@ -114,7 +115,7 @@ def deepseek_words(config: Mapping) -> dict:
     return words
 
 
-RESTORED: dict[str, Callable[[Mapping], dict]] = {
+RESTORED: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gemma 2's query scale": gemma2_scale,
     "gemma 3's query scale": gemma3_scale,
     "gpt-oss's untruncated yarn": untruncated_yarn,
@@ -124,7 +125,7 @@ RESTORED: dict[str, Callable[[Mapping], dict]] = {
 """Words of a config that llama.cpp knows without a key: what an architecture's literal names → config so far → these words."""
 
 
-def _rope(container: Container, p: str) -> dict:
+def _rope(container: Container, p: str) -> dict[str, Any]:
     """HF's rotary parameters; where layers with a window have a base of their own, by kind of layer."""
     rope = _full_rope(container, p)
     if f"{p}.rope.freq_base_swa" not in container.fields:
@@ -133,7 +134,7 @@ def _rope(container: Container, p: str) -> dict:
     return {"full_attention": rope, "sliding_attention": window}
 
 
-def _full_rope(container: Container, p: str) -> dict:
+def _full_rope(container: Container, p: str) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _float(container, f"{p}.rope.freq_base", 10000.0)}
     hidden, heads = (_integer(container, f"{p}.{key}") for key in ("embedding_length", "attention.head_count"))
     width, rotated = max(hidden // heads, 1), f"{p}.rope.dimension_count"

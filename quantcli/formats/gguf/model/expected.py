@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from quantcli.archs import Architecture
 from quantcli.errors import CheckpointError
@@ -10,7 +11,7 @@ from quantcli.formats.gguf.file.container import Container
 from quantcli.formats.gguf.model.metadata import head_dim
 
 
-def check_tensors(container: Container, arch: Architecture, config: Mapping) -> None:
+def check_tensors(container: Container, arch: Architecture, config: Mapping[str, Any]) -> None:
     """Raise :class:`CheckpointError` unless every layer has every tensor that any layer has, in the shape the metadata implies, and the
     file the tensors outside of them. Which tensors a layer has may differ only where some layers have experts and others none.
     """
@@ -30,7 +31,7 @@ def check_tensors(container: Container, arch: Architecture, config: Mapping) -> 
                 raise CheckpointError(f"{container.path}: tensor '{name}' is {list(specs[name].shape)}, the metadata says {shape}")
 
 
-def expected_shapes(arch: Architecture, config: Mapping) -> dict[str, tuple[int, ...]]:
+def expected_shapes(arch: Architecture, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Ending of a module's name → the shape of its weight in the file, where the usual words of a config tell it."""
     hidden, wide, vocab = config["hidden_size"], config.get("intermediate_size"), config["vocab_size"]
     q, kv = (head_dim(config) * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
@@ -53,7 +54,7 @@ def expected_shapes(arch: Architecture, config: Mapping) -> dict[str, tuple[int,
     return shapes
 
 
-def latent_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+def latent_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The same of DeepSeek's attention, whose keys and values are made of a few shared numbers: keys turned, head by head."""
     heads, hidden, rank = config["num_attention_heads"], config["hidden_size"], config["kv_lora_rank"]
     width, values = config["qk_head_dim"], config["v_head_dim"]

@@ -41,7 +41,7 @@ def general(keys: GGUFWriter, folder: Path, *, name: str | None) -> None:
     card.set_gguf_meta_model(keys)
 
 
-def hyperparameters(keys: GGUFWriter, arch: Architecture, config: Mapping) -> None:
+def hyperparameters(keys: GGUFWriter, arch: Architecture, config: Mapping[str, Any]) -> None:
     """What ``arch`` says of ``config`` (in the usual words) under the architecture's prefix: sizes, rotary embedding, norm epsilon."""
     try:
         for key in arch.keys:
@@ -54,7 +54,7 @@ def hyperparameters(keys: GGUFWriter, arch: Architecture, config: Mapping) -> No
         raise CheckpointError(f"config.json has no {error}, which GGUF needs; complete it and try again") from error
 
 
-def value_of(key: Key, config: Mapping) -> Any:
+def value_of(key: Key, config: Mapping[str, Any]) -> Any:
     """What the file says under ``key``; None when it leaves the key out; KeyError when it must not."""
     if key.computed is not None:
         value = COMPUTED[key.computed](config)
@@ -75,28 +75,32 @@ def _add(keys: GGUFWriter, name: str, value: Any, kind: GGUFValueType) -> None:
 KINDS = {"u32": GGUFValueType.UINT32, "f32": GGUFValueType.FLOAT32, "bool": GGUFValueType.BOOL, "str": GGUFValueType.STRING}
 
 
-def head_dim(config: Mapping) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+def head_dim(config: Mapping[str, Any]) -> int:
+    width: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return width
 
 
-def rotary_width(config: Mapping) -> int:
+def rotary_width(config: Mapping[str, Any]) -> int:
     """How many dimensions of a head are rotated, where all heads together are as wide as the hidden states."""
     share = rope_parameters(config).get("partial_rotary_factor", 1.0)
-    return int(share * config["hidden_size"]) // config["num_attention_heads"]
+    width: int = int(share * config["hidden_size"]) // config["num_attention_heads"]
+    return width
 
 
-def windowed_layers(config: Mapping) -> list[bool]:
+def windowed_layers(config: Mapping[str, Any]) -> list[bool]:
     """Which layers see a window only; where config.json does not say, all but every fourth."""
     if (kinds := config.get("layer_types")) is not None:
         return [kind == "sliding_attention" for kind in kinds]
     return [(i + 1) % 4 != 0 for i in range(config["num_hidden_layers"])]
 
 
-def context_before_longrope(config: Mapping) -> int:
-    return rope_parameters(config).get("original_max_position_embeddings") or config["original_max_position_embeddings"]
+def context_before_longrope(config: Mapping[str, Any]) -> int:
+    key = "original_max_position_embeddings"
+    context: int = rope_parameters(config).get(key) or config[key]
+    return context
 
 
-def longrope_attention_factor(config: Mapping) -> float | None:
+def longrope_attention_factor(config: Mapping[str, Any]) -> float | None:
     """What attention is scaled by for the longer context of longrope; None where there is no table of its factors."""
     rope = rope_parameters(config)
     if not rope.get("long_factor"):
@@ -108,17 +112,18 @@ def longrope_attention_factor(config: Mapping) -> float | None:
     return 0.1 * math.log(stretch) + 1 if rope["rope_type"] == "yarn" else math.sqrt(1 + math.log(stretch) / math.log(before))
 
 
-def falcon_key_heads(config: Mapping) -> int:
+def falcon_key_heads(config: Mapping[str, Any]) -> int:
     """One for all queries in the 7B, which says so by ``multi_query``."""
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 1
-    return config.get("num_key_value_heads") or config["num_attention_heads"]
+    n_heads: int = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return n_heads
 
 
 GATING_FUNCTIONS = {"softmax": int(gguf.ExpertGatingFuncType.SOFTMAX), "sigmoid": int(gguf.ExpertGatingFuncType.SIGMOID)}
 
 
-def gating_function(config: Mapping) -> int | None:
+def gating_function(config: Mapping[str, Any]) -> int | None:
     """llama.cpp's number for how a router's scores become weights; None where config.json does not say."""
     if (name := config.get("scoring_func")) is None:
         return None
@@ -127,7 +132,7 @@ def gating_function(config: Mapping) -> int | None:
     return GATING_FUNCTIONS[name]
 
 
-COMPUTED: dict[str, Callable[[Mapping], Any]] = {
+COMPUTED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "head_dim": head_dim,
     "rotary width of equal heads": rotary_width,
     "rotated share of a head": lambda config: int(head_dim(config) * rope_parameters(config).get("partial_rotary_factor", 1.0)),
@@ -146,7 +151,7 @@ COMPUTED: dict[str, Callable[[Mapping], Any]] = {
 """Values of keys that stand in no config.json as they are: what an architecture's literal names → config in the usual words → value."""
 
 
-def rope_parameters(config: Mapping) -> dict:
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """HF's rotary parameters in the words of transformers 5, whichever version wrote ``config``: of the layers that see everything."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope = dict(rope.get("full_attention", rope))
@@ -157,13 +162,13 @@ def rope_parameters(config: Mapping) -> dict:
     return rope
 
 
-def window_base(config: Mapping) -> float | None:
+def window_base(config: Mapping[str, Any]) -> float | None:
     """The rotary base of the layers that see a window only, where it is told apart."""
     rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     return rope.get("rope_theta", config.get("rope_local_base_freq"))
 
 
-def rope_keys(keys: GGUFWriter, config: Mapping) -> None:
+def rope_keys(keys: GGUFWriter, config: Mapping[str, Any]) -> None:
     """The rotary base and its scaling. Llama 3's scaling has no key: it is the tensor rope_freqs.weight. ``dynamic`` has none
     either, and equals no scaling within the context the model was trained on.
     """
@@ -184,7 +189,7 @@ def rope_keys(keys: GGUFWriter, config: Mapping) -> None:
         keys.add_rope_freq_base_swa(base)
 
 
-GROUPS: dict[str, Callable[[GGUFWriter, Mapping], None]] = {"rope": rope_keys}
+GROUPS: dict[str, Callable[[GGUFWriter, Mapping[str, Any]], None]] = {"rope": rope_keys}
 """Keys that belong together, by the word for them in an architecture's literal."""
 
 YARN_KEYS = {
@@ -232,7 +237,7 @@ def plain_field(value: Any) -> Field:
     return Field(GGUFValueType.STRING, value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False))
 
 
-def read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, {} when there is no such file; :class:`CheckpointError` when it is something else."""
     content = read_json(path, unique=False) if path.is_file() else {}
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quantcli import archs
 from quantcli.archs import Architecture, StoredNames
@@ -23,7 +24,7 @@ class Naming:
     dropped: Mapping[str, str]
 
 
-def architecture(config: Mapping) -> Architecture:
+def architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture of ``config``, or :class:`UnsupportedError`; :class:`CheckpointError` when the config does not say its sizes."""
     if (arch := archs.of(config)) is None:
         raise UnsupportedError(
@@ -45,13 +46,13 @@ def file_order(gguf_name: str) -> tuple[int, str]:
     return (int(match[1]) if match else -1, gguf_name)
 
 
-def gguf_names(specs: Mapping[str, TensorSpec], config: Mapping) -> dict[str, str]:
+def gguf_names(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[str, str]:
     """HF name → GGUF name of every tensor that a GGUF file holds, in the file's order. Experts' tensors of a layer share a name: they are
     its slices, in the order of their numbers."""
     return dict(naming(specs, config).names)
 
 
-def naming(specs: Mapping[str, TensorSpec], config: Mapping) -> Naming:
+def naming(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Naming:
     """Where every tensor goes; :class:`UnsupportedError` for one that the architecture does not know."""
     arch = architecture(config)
     usual = arch.usual(config)
@@ -78,7 +79,7 @@ def slices_of(names: Mapping[str, str]) -> dict[str, list[str]]:
     return slices
 
 
-def why_dropped(name: str, target: str | None, arch: Architecture, config: Mapping) -> str | None:
+def why_dropped(name: str, target: str | None, arch: Architecture, config: Mapping[str, Any]) -> str | None:
     """The reason why GGUF has no place for tensor ``name``; None when it may have one. ``config``: in the usual words."""
     if isinstance(arch, StoredNames):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 TOLERANCE = 1e-5
 
 
-def llama3_tensors(config: Mapping) -> dict[str, Tensor]:
+def llama3_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The table of a model with Llama 3's scaling, none for others. ``config``: in the usual words."""
     rope = rope_parameters(config)
     return {TENSOR: llama3_factors(rope, head_dim(config))} if rope["rope_type"] == "llama3" else {}
 
 
-def llama3_factors(rope: Mapping, head_dim: int) -> Tensor:
+def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
     """What each rotary frequency is divided by: [head_dim / 2] float32.
 
     ``rope``: HF's rope_parameters. 1 for short waves, ``factor`` for long ones, and between them
@@ -37,13 +38,13 @@ def llama3_factors(rope: Mapping, head_dim: int) -> Tensor:
     frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     wavelength = 2 * math.pi / frequency
     s = (old_context / wavelength - low) / (high - low)
-    factors = 1 / ((1 - s) / factor + s)
+    factors: Tensor = 1 / ((1 - s) / factor + s)
     factors[wavelength < old_context / high] = 1.0
     factors[wavelength > old_context / low] = factor
     return factors
 
 
-def llama3_parameters(factors: Tensor, theta: float) -> dict:
+def llama3_parameters(factors: Tensor, theta: float) -> dict[str, Any]:
     """HF's rope_parameters of the table ``factors`` [head_dim / 2]; :class:`UnsupportedError` when it is no Llama 3 table.
 
     Only the ratios of low, high and old context show in a table; when it is none of the published ones, low is taken as 1.
@@ -73,7 +74,7 @@ def _solve(factors: Tensor, theta: float, head_dim: int) -> list[tuple[float, fl
     return [(factor, 1.0, high, round(slope * 2 * math.pi * (high - 1)))]
 
 
-def longrope_tensors(config: Mapping) -> dict[str, Tensor]:
+def longrope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The two tables of a model with Phi-3's scaling, none for others. ``config``: in the usual words."""
     rope, width = rope_parameters(config), rotary_width(config)
     tables = {word: rope.get(f"{word}_factor") for word in LONGROPE}
@@ -84,7 +85,7 @@ def longrope_tensors(config: Mapping) -> dict[str, Tensor]:
     return {LONGROPE[word]: torch.tensor(table, dtype=torch.float32) for word, table in tables.items()}
 
 
-def longrope_parameters(tables: Mapping[str, Tensor], config: Mapping) -> dict:
+def longrope_parameters(tables: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """HF's rope_parameters of the tables :data:`LONGROPE`; ``config``: as far as the file's metadata tells it."""
     n, before = rotary_width(config) // 2, config.get("original_max_position_embeddings")
     for name, table in tables.items():
@@ -93,8 +94,8 @@ def longrope_parameters(tables: Mapping[str, Tensor], config: Mapping) -> dict:
     if before is None:
         raise CheckpointError("rope.scaling.original_context_length is missing in the metadata, and the file has the tables of longrope")
     factors = {f"{word}_factor": [float(str(x)) for x in tables[name].numpy()] for word, name in LONGROPE.items()}
-    return config["rope_parameters"] | {"rope_type": "longrope", **factors, "original_max_position_embeddings": before}
+    return {**config["rope_parameters"], "rope_type": "longrope", **factors, "original_max_position_embeddings": before}
 
 
-COMPUTED: dict[str, Callable[[Mapping], dict[str, Tensor]]] = {"llama3": llama3_tensors, "longrope": longrope_tensors}
+COMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, Tensor]]] = {"llama3": llama3_tensors, "longrope": longrope_tensors}
 """What an architecture's literal names → config in the usual words → the tensors, by GGUF name, that follow from it."""

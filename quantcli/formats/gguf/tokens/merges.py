@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 SPACE_BYTE = "\u0120"
 
@@ -22,7 +23,7 @@ def merge_text(merge: str | Sequence[str]) -> str:
     return f"{left.replace(' ', SPACE_BYTE)} {right.replace(' ', SPACE_BYTE)}"
 
 
-def ranks_of(model: Mapping) -> dict[str, list[int]]:
+def ranks_of(model: Mapping[str, Any]) -> dict[str, list[int]]:
     """Piece → the ranks of the merges that make it."""
     ranks: dict[str, list[int]] = {}
     for rank, merge in enumerate(model["merges"]):
@@ -30,7 +31,7 @@ def ranks_of(model: Mapping) -> dict[str, list[int]]:
     return ranks
 
 
-def is_scored(model: Mapping, ranks: Mapping[str, Sequence[int]], added: set[str]) -> bool:
+def is_scored(model: Mapping[str, Any], ranks: Mapping[str, Sequence[int]], added: set[str]) -> bool:
     """Are these the merges of a SentencePiece model: every way to make a piece, side by side?"""
     pieces = model["vocab"]
     for piece in pieces.keys() - added:

@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from quantcli.errors import UnsupportedError
 from quantcli.formats.gguf.tokens.pretokenizers import DIGIT, DIGITS, FAMILIES, GPT2, PUNCTUATION, PUNCTUATION_RUNS, Family, family_of
@@ -23,7 +24,7 @@ PROBE = (
 """A text on which two pre-tokenizers that differ are likely to cut differently."""
 
 
-def recognise(tokenizer: Mapping) -> Family:
+def recognise(tokenizer: Mapping[str, Any]) -> Family:
     """The family of a parsed tokenizer.json with a byte-level BPE.
 
     Raises :class:`UnsupportedError` when llama.cpp has none that does the same, with the nearest and how near they are.
@@ -48,7 +49,7 @@ def recognise(tokenizer: Mapping) -> Family:
     )
 
 
-def steps(step: Mapping | None, key: str) -> Iterator[Mapping]:
+def steps(step: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, Any]]:
     """A normalizer (``key`` normalizers) or pre-tokenizer (pretokenizers) as its plain steps."""
     if step is None:
         return
@@ -59,36 +60,36 @@ def steps(step: Mapping | None, key: str) -> Iterator[Mapping]:
         yield from steps(part, key)
 
 
-def marks_spaces(parsed: Mapping) -> bool:
+def marks_spaces(parsed: Mapping[str, Any]) -> bool:
     """Are spaces written as ▁ before the merges?"""
     replaced = any(step.get("content") == SPACE for step in steps(parsed.get("normalizer"), "normalizers"))
     return replaced or any(step["type"] == "Metaspace" for step in steps(parsed.get("pre_tokenizer"), "pretokenizers"))
 
 
-def drops_spaces(parsed: Mapping) -> bool:
+def drops_spaces(parsed: Mapping[str, Any]) -> bool:
     """Does whitespace end words and become no token, without any other cut?"""
     return [step["type"] for step in steps(parsed.get("pre_tokenizer"), "pretokenizers")] in (["Whitespace"], ["WhitespaceSplit"])
 
 
-def prepends_space(parsed: Mapping) -> bool:
+def prepends_space(parsed: Mapping[str, Any]) -> bool:
     """Does a space stand before the first word of a text?"""
     both = [*steps(parsed.get("normalizer"), "normalizers"), *steps(parsed.get("pre_tokenizer"), "pretokenizers")]
     prepends = any(step["type"] == "Prepend" for step in both)
     return prepends or any(step["type"] == "Metaspace" and metaspace_prepends(step) for step in both)
 
 
-def metaspace_prepends(step: Mapping) -> bool:
+def metaspace_prepends(step: Mapping[str, Any]) -> bool:
     """Metaspace before and after tokenizers 0.15: a flag, then a scheme (always, first, never)."""
     return step["prepend_scheme"] != "never" if "prepend_scheme" in step else bool(step.get("add_prefix_space", True))
 
 
-def removes_spaces(parsed: Mapping) -> bool:
+def removes_spaces(parsed: Mapping[str, Any]) -> bool:
     """Do several spaces count as one?"""
     replaced = any(step.get("pattern") == {"Regex": " {2,}"} for step in steps(parsed.get("normalizer"), "normalizers"))
     return replaced or any(step["type"] == "WhitespaceSplit" for step in steps(parsed.get("pre_tokenizer"), "pretokenizers"))
 
 
-def _cuts(step: Mapping) -> list[str]:
+def _cuts(step: Mapping[str, Any]) -> list[str]:
     """What one step isolates, as an expression; as words where it does something that no expression says."""
     kind = step.get("type")
     if kind == "Split":
@@ -103,7 +104,7 @@ def _cuts(step: Mapping) -> list[str]:
     return prefix + ([GPT2] if step.get("use_regex", True) else [])
 
 
-def _split(step: Mapping) -> str:
+def _split(step: Mapping[str, Any]) -> str:
     """A Split's expression. ``Removed`` inverted keeps just what matches: the same as ``Isolated``, for what leaves nothing out."""
     pattern = step["pattern"]
     expression = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
@@ -111,7 +112,7 @@ def _split(step: Mapping) -> str:
     return expression if how in (("Isolated", False), ("Isolated", True), ("Removed", True)) else f"{expression} ({how[0]})"
 
 
-def _nearest(tokenizer: Mapping, cuts: tuple[str, ...], ignores_merges: bool) -> list[str]:
+def _nearest(tokenizer: Mapping[str, Any], cuts: tuple[str, ...], ignores_merges: bool) -> list[str]:
     """The three likeliest families, each with what it shares: of the cuts of a probe, or of the expressions' text."""
     ours = _places(tokenizer.get("pre_tokenizer"))
     found: list[tuple[float, bool, str]] = []
@@ -125,7 +126,7 @@ def _nearest(tokenizer: Mapping, cuts: tuple[str, ...], ignores_merges: bool) ->
     return [text for *_, text in sorted(found, key=lambda f: (-f[0], not f[1]))[:3]]
 
 
-def _pre_tokenizer(cuts: Sequence[str]) -> Mapping:
+def _pre_tokenizer(cuts: Sequence[str]) -> Mapping[str, Any]:
     """Expressions as the pre-tokenizer of a tokenizer.json."""
     words = {PUNCTUATION: "Isolated", PUNCTUATION_RUNS: "Contiguous"}
     parts = [
@@ -137,7 +138,7 @@ def _pre_tokenizer(cuts: Sequence[str]) -> Mapping:
     return {"type": "Sequence", "pretokenizers": parts}
 
 
-def _places(pre_tokenizer: Mapping | None) -> frozenset[int]:
+def _places(pre_tokenizer: Mapping[str, Any] | None) -> frozenset[int]:
     """Where a pre-tokenizer cuts the probe; empty when the tokenizers library does not take it."""
     from tokenizers import Tokenizer  # only an unknown pre-tokenizer needs the library
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from gguf import GGUFWriter
 
@@ -42,7 +43,7 @@ class Roles:
     adds: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, settings: Mapping, parsed: Mapping) -> Roles:
+    def of(cls, settings: Mapping[str, Any], parsed: Mapping[str, Any]) -> Roles:
         """From tokenizer_config.json and tokenizer.json, as the gguf package's SpecialVocab reads them."""
         roles = cls({word: text for word in WORDS if (text := content_of(settings.get(f"{word}_token")))})
         if parsed:
@@ -52,7 +53,7 @@ class Roles:
                 roles.adds.setdefault(word, adds)
         return roles
 
-    def read_post_processor(self, post_processor: Mapping | None) -> None:
+    def read_post_processor(self, post_processor: Mapping[str, Any] | None) -> None:
         """What tokenizer.json puts around a text; BERT's words serve where there are no others."""
         for word, stand_in in (("bos", "cls"), ("eos", "sep")):
             if word not in self.tokens and stand_in in self.tokens:
@@ -68,7 +69,7 @@ class Roles:
             elif kind == "TemplateProcessing":
                 self.read_template(step.get("single") or [], step.get("pair") or [])
 
-    def read_template(self, single: list, pair: list) -> None:
+    def read_template(self, single: list[Any], pair: list[Any]) -> None:
         """A template such as ``<s> A </s>``. An end that is not the eos token becomes it, and the other an end of turn."""
         first, last = (special_of(single[0]), special_of(single[-1])) if len(single) > 1 else (None, None)
         if first:
@@ -92,7 +93,7 @@ class Roles:
         if self.adds["sep"] and "eos" in self.tokens:
             self.tokens.setdefault("sep", self.tokens["eos"])
 
-    def find(self, ids: Mapping[str, int], config: Mapping, gguf_arch: str, known: Mapping[str, int]) -> None:
+    def find(self, ids: Mapping[str, int], config: Mapping[str, Any], gguf_arch: str, known: Mapping[str, int]) -> None:
         """Each role's id: of the token the tokenizer names, else config.json's, else ``known`` (what its model says), else the family's."""
         n = max(ids.values(), default=-1) + 1
         self.ids = {role: ids[text] for role, text in self.tokens.items() if text in ids}
@@ -131,9 +132,10 @@ def content_of(token: object) -> str:
     return token if isinstance(token, str) else ""
 
 
-def special_of(part: Mapping) -> str | None:
+def special_of(part: Mapping[str, Any]) -> str | None:
     """The special token of one part of a template; None when a text goes there."""
-    return part.get("SpecialToken", {}).get("id")
+    token: str | None = part.get("SpecialToken", {}).get("id")
+    return token
 
 
 def integers(value: object) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFWriter
 
@@ -14,7 +15,7 @@ from quantcli.formats.gguf.model.metadata import read_object
 DEFAULT = "default"
 
 
-def chat_templates(folder: Path, settings: Mapping) -> dict[str, str]:
+def chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Name → template, from the first place that has any: *.jinja files, as in transformers, tokenizer_config.json, chat_template.json."""
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (main := folder / "chat_template.jinja").is_file():

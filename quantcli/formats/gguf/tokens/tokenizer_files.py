@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantcli.formats.gguf.model.metadata import read_object
 from quantcli.formats.gguf.tokens.tekken import ROLES, as_tokenizer_json
@@ -17,9 +18,9 @@ class Files:
     """
 
     folder: Path
-    settings: Mapping
-    parsed: Mapping
-    config: Mapping
+    settings: Mapping[str, Any]
+    parsed: Mapping[str, Any]
+    config: Mapping[str, Any]
 
     @classmethod
     def of(cls, folder: Path, vocab_size: int) -> Files:
@@ -32,10 +33,10 @@ class Files:
             settings, parsed = ROLES | settings, as_tokenizer_json(read_object(folder / "tekken.json"), vocab_size)
         return cls(folder, settings, parsed, config)
 
-    def added(self) -> dict[int, Mapping]:
+    def added(self) -> dict[int, Mapping[str, Any]]:
         """tokenizer.json's added tokens by id."""
         return {token["id"]: token for token in self.parsed.get("added_tokens", [])}
 
-    def configured(self) -> dict[int, Mapping]:
+    def configured(self) -> dict[int, Mapping[str, Any]]:
         """tokenizer_config.json's."""
         return {int(id): token for id, token in (self.settings.get("added_tokens_decoder") or {}).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from gguf import TokenType
 
@@ -45,17 +46,17 @@ class Vocabulary:
         else:
             self.set(id, token.replace(SPACE, " "), TokenType.USER_DEFINED, ADDED_SCORE)
 
-    def add_all(self, tokens: Mapping[int, Mapping]) -> None:
+    def add_all(self, tokens: Mapping[int, Mapping[str, Any]]) -> None:
         """Added tokens by id, as tokenizer_config.json's added_tokens_decoder has them."""
         for id, token in tokens.items():
             self.add(id, token["content"], special=bool(token.get("special")))
 
-    def add_within(self, tokens: Mapping[int, Mapping]) -> None:
+    def add_within(self, tokens: Mapping[int, Mapping[str, Any]]) -> None:
         """The same, of a SentencePiece model: what is beyond the embedding no model can use, and is left out."""
         self.left_out += [token["content"] for id, token in tokens.items() if id >= len(self.tokens)]
         self.add_all({id: token for id, token in tokens.items() if id < len(self.tokens)})
 
-    def name_specials(self, settings: Mapping) -> None:
+    def name_specials(self, settings: Mapping[str, Any]) -> None:
         """Tokens that tokenizer_config.json gives a role are control tokens, added or not."""
         contents = {content_of(settings.get(f"{word}_token")) for word in WORDS}
         for key in ("extra_special_tokens", "additional_special_tokens"):

@@ -125,7 +125,12 @@ def n_layers_of(gguf_names: Iterable[str]) -> int:
 
 
 def mix(
-    name: str, specs: Mapping[str, TensorSpec], config: Mapping, *, is_weighed: bool = False, options: Mapping[str, Any] = NO_OPTIONS
+    name: str,
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    *,
+    is_weighed: bool = False,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> dict[str, Scheme]:
     """The scheme of every matrix in a file of type ``name``: HF name → scheme. What is missing here is kept dense.
 
@@ -144,7 +149,7 @@ def general_file_type(
     schemes: Mapping[str, Scheme],
     names: Mapping[str, str],
     specs: Mapping[str, TensorSpec],
-    config: Mapping,
+    config: Mapping[str, Any],
     *,
     asked: str | None = None,
     is_weighed: bool = False,
@@ -177,7 +182,7 @@ def general_file_type(
     return known[max(known, key=agreement)]
 
 
-def model_of(config: Mapping, names: Collection[str], overrides: dict[str, Field]) -> Model:
+def model_of(config: Mapping[str, Any], names: Collection[str], overrides: dict[str, Field]) -> Model:
     """What the rules ask about the model of ``config`` whose file has tensors ``names``; ``overrides`` of the metadata count."""
     if "gguf_metadata" in config:  # of a GGUF file taken as it is
         return Model.of({**config["gguf_metadata"], **overrides}, names)
