@@ -42,7 +42,7 @@ def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
         ({"codes": "all"}, "codes is one of requantize, reuse, keep, not 'all'"),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"rules": [{"match": "("}]}, "keys match and scheme"),
-        ({"rules": [{"match": "(", "scheme": "keep"}]}, "no regular expression"),
+        ({"rules": [{"match": "(", "scheme": "keep"}]}, "is not a regular expression"),
         ({"calibration": {"sampels": 3}}, "calibration takes samples"),
         ({"calibration": {"samples": "many"}}, "samples is an integer, not 'many'"),
         ({"calibration": {"samples": 0}}, "above zero"),
