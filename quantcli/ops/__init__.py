@@ -1,7 +1,7 @@
-"""The op table: a torch reference each, and the compiled kernel that replaces it.
+"""The ops: a torch reference for each, and the compiled kernel that replaces it.
 
 Each op lives in one file of this package with its ``_reference`` twin; both give the same result, bit for bit, on every instruction set
-(but for :mod:`quantcli.ops.choice`, which says where it does not).
+(except :mod:`quantcli.ops.choice`, whose docstring states where they differ).
 """
 
 from quantcli.ops.activations import round_cache, round_inputs

@@ -1,6 +1,6 @@
-"""What engines make of a linear's input: rounded to a few bits as it comes, and used in its rounded form.
+"""Rounds a linear's input as engines do that quantize activations at run time.
 
-In float32, for the scheme words of ``tensors.ACTIVATIONS`` (compressed-tensors' arithmetic, which its own inference runs and the kernels
+In float32, for the names of ``tensors.ACTIVATIONS`` (compressed-tensors' arithmetic, which its own inference runs and the kernels
 of vLLM and SGLang follow), ``A`` being the largest magnitude of a token or of a group of its inputs::
 
     int8-token   s = A / 127.5, x̂ = s·clamp(round(x/s), −128, 127)      int8-tensor  the same with the file's s for all tokens
@@ -40,17 +40,17 @@ from quantcli.ops.minifloat import (
 
 E4M3_LARGEST = FLOAT8["e4m3"].largest
 EPSILON = torch.finfo(torch.float32).eps
-"""The scale of zeros."""
+"""The scale of inputs that are all zero."""
 
 OUTLIER = 6.0
 """From this magnitude on LLM.int8 keeps an input in 16 bits, with the rest of its column."""
 
 STATIC = ("int8-tensor", "fp8-tensor", "nvfp4-g16")
-"""Those whose scale is found beforehand and lies in the file."""
+"""Those with a static scale, which is stored in the file."""
 
 
 def round_inputs(X: Tensor, act: str, scale: Tensor | None = None, *, threshold: float = OUTLIER) -> Tensor:
-    """``X``: [..., in] in any float dtype as the engine of ``act`` computes with it, in the same dtype.
+    """``X``: [..., in] in any float dtype, rounded as the engine of ``act`` does, in the same dtype.
 
     ``scale``: float32 [1], the file's, for ``int8-tensor``, ``fp8-tensor`` and ``nvfp4-g16``. ``threshold`` is LLM.int8's (0: no outliers);
     the tokens of each matrix X[..., :, :] are one call of its engine.
@@ -61,16 +61,16 @@ def round_inputs(X: Tensor, act: str, scale: Tensor | None = None, *, threshold:
     if act not in _ROUNDERS:
         raise KernelError(f"no engine quantizes inputs as '{act}'; known are: llm-int8, {', '.join(_ROUNDERS)}")
     if (act in STATIC) != (scale is not None):
-        raise KernelError(f"{act}: {'needs the scale that the file has' if scale is None else 'finds its own scale; leave it out'}")
+        raise KernelError(f"{act}: {'needs the scale of the file' if scale is None else 'computes its own scale; leave it out'}")
     rows = X.reshape(-1, X.shape[-1]).float()
     scale = None if scale is None else scale.to(rows.device, torch.float32)
     return _ROUNDERS[act](rows, scale).to(X.dtype).view(X.shape)
 
 
-def round_cache(states: Tensor, word: str, scale: Tensor) -> Tensor:
-    """Keys or values [B, heads, T, dim] as they come back from a cache of ``tensors.KV_CACHES``; ``scale``: [1], or [heads] by head."""
-    act = f"{word.removesuffix('-head')}-tensor"
-    if not word.endswith("-head"):
+def round_cache(states: Tensor, kind: str, scale: Tensor) -> Tensor:
+    """Keys or values [B, heads, T, dim] as read from a cache of ``kind`` (``tensors.KV_CACHES``); ``scale``: [1], or [heads] by head."""
+    act = f"{kind.removesuffix('-head')}-tensor"
+    if not kind.endswith("-head"):
         return round_inputs(states, act, scale)
     return torch.stack([round_inputs(states[:, h], act, scale[h : h + 1]) for h in range(states.shape[1])], 1)
 
@@ -140,7 +140,7 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 
 def _whole_groups(X: Tensor, size: int) -> tuple[Tensor, int]:
-    """``X`` with zeros up to whole groups, and its own width."""
+    """``X`` padded with zeros to whole groups, and its own width."""
     return torch.nn.functional.pad(X, (0, -X.shape[1] % size)), X.shape[1]
 
 

@@ -37,7 +37,7 @@ TINY = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**
 """The smallest scale in each dtype: a group of weights that are not all zero keeps one."""
 
 HELD = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
-"""The kernels' words for these dtypes."""
+"""The kernels' names of these dtypes."""
 
 SYM_SHRINK = tuple(accumulate([0.96] * 47, mul, initial=1.0))
 END_SHRINK = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4, 0.28, 0.16)
@@ -47,7 +47,7 @@ N_RESOLVE = 3
 
 _CPU_CANDIDATES = 1 << 16
 _CUDA_CANDIDATES = 1 << 23
-"""Lanes × candidates that the reference judges at once: what a cache, or a GPU, likes."""
+"""Lanes × candidates that the reference evaluates at once: chosen for the cache of a CPU, or for a GPU."""
 
 
 def fit_affine(
@@ -91,7 +91,7 @@ def affine_errors(
     search: bool,
     scale_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """What rounding in another basis leaves of ``W`` [out, in] float32: W − Q(W·diag(basis))·diag(1/basis), [out, in].
+    """The error of rounding ``W`` [out, in] float32 in another basis: W − Q(W·diag(basis))·diag(1/basis), [out, in].
 
     ``basis``: [in] float32, above zero; ``importance`` [in]: of the inputs in that basis; the rest as in :func:`fit_affine`.
     """

@@ -1,6 +1,6 @@
 """ggml's MXFP4 and NVFP4 in torch: 4-bit floats under a scale of 8 bits (layouts: ``kernels/blocks/e2m1.h``).
 
-Levels are twice E2M1's numbers, scales half of what their bits say elsewhere. There is no ``d``.
+Levels are twice E2M1's numbers, scales half of what their bits mean elsewhere. There is no ``d``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The block ops in torch, the truth that the compiled kernels are held against: matrices to lanes, a codec, and back."""
+"""The reference of the block ops in torch: matrices to lanes, a codec, and back; the compiled kernels must equal it."""
 
 from __future__ import annotations
 

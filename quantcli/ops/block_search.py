@@ -20,7 +20,7 @@ TINY = 1e-15
 
 @dataclass(slots=True)
 class Params:
-    """What a block stores beside its codes. ``d``, ``dmin``, ``m`` [n]; ``scale``, ``min`` [n_sub, n]; int32.
+    """What a block stores besides its codes. ``d``, ``dmin``, ``m`` [n]; ``scale``, ``min`` [n_sub, n]; int32.
 
     A type that has no ``d`` leaves it empty.
     """
@@ -34,8 +34,8 @@ class Params:
 
 @dataclass(slots=True)
 class Found:
-    """What a search leaves: the parameters, and per sub-block how it coded, ``round(inverse · (x − origin))``, each [n_sub, n], where
-    the type's ``encode`` asks for it; or, where it chooses from a code book, the ``codes`` themselves [block, n]."""
+    """The result of a search: the parameters, and of each sub-block its encoding, ``round(inverse · (x − origin))``, each [n_sub, n], where
+    the type's ``encode`` needs it; or, where it chooses from a code book, the ``codes`` themselves [block, n]."""
 
     params: Params
     inverse: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -46,14 +46,14 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a block type is, whatever its weights.
+    """The constants of a block type.
 
     ``block``, ``n_bytes``: weights and bytes of a block; ``sub``: weights of a sub-block; ``lo`` … ``hi``: the codes; ``scale``: dtype of
     the sub-blocks' scales; ``has_min``: ``dmin`` and a minimum for each sub-block; ``has_offset``: ``m``, the offset of the block;
     ``d_at``: the byte of ``d``, which ``dmin`` or ``m`` follow, None without a ``d``; ``is_weighted``: the search uses importance;
-    ``row_power``: and the mean square of the block's whole row with it; ``needs_importance``: and cannot do without; ``has_book``:
-    magnitudes come from a code book; ``levels``: what the codes stand for if not for themselves; ``scale_of``: and what the sub-blocks'
-    scales do.
+    ``row_power``: and the mean square of the block's whole row with it; ``needs_importance``: and fails without; ``has_book``:
+    magnitudes come from a code book; ``levels``: the values of the codes where these differ; ``scale_of``: the values of the sub-blocks'
+    scales likewise.
     """
 
     block: int
@@ -243,7 +243,7 @@ def search_ray(x: Tensor, w: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
 
 
 def ray_code(inverse: Tensor, x: Tensor, n_max: int, tiny: Tensor | None = None) -> Tensor:
-    """The codes that :func:`search_ray` gave ``x``: all lowest where it counted as zero, which a zero ``inverse`` tells if x is finite."""
+    """The codes that :func:`search_ray` gave ``x``: all lowest where it counted as zero, which a zero ``inverse`` shows if x is finite."""
     return torch.where(inverse == 0 if tiny is None else tiny, -n_max, nearest_int(inverse * x).clamp(-n_max, n_max - 1))
 
 

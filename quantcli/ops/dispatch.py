@@ -1,4 +1,4 @@
-"""Which kernels run: the compiled module and its instruction set, or the torch references."""
+"""Chooses what runs an op: the compiled kernels and their instruction set, or the torch references."""
 
 from __future__ import annotations
 

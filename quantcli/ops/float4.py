@@ -1,4 +1,4 @@
-"""Blocks of 4-bit codes, sixteen levels times the block's largest magnitude: NF4 and FP4, bytes as bitsandbytes has them on the CPU.
+"""NF4 and FP4: blocks of 4-bit codes, sixteen levels times the block's largest magnitude, byte for byte as bitsandbytes on the CPU.
 
 A tensor of n weights is one row of blocks, the last of which may be short. For a block with scale s = max |w| and each of its weights::
 
@@ -153,7 +153,7 @@ def _tables(book: Book) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _codes(packed: Tensor, scale: Tensor, book: Book, block_size: int, n: int) -> tuple[Tensor, Tensor, Book]:
-    """Codes and scales flat and contiguous, the book beside them; :class:`KernelError` when they do not fit ``n`` weights."""
+    """Codes and scales flat and contiguous, and the book; :class:`KernelError` when they do not fit ``n`` weights."""
     _check(packed, block_size, (torch.uint8,))
     if packed.numel() != -(-n // 2) or scale.dtype != torch.float32 or scale.numel() != -(-n // block_size):
         raise KernelError(

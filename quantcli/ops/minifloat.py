@@ -29,9 +29,9 @@ Tile = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """``word``: safetensors'; ``largest``: the largest finite number."""
+    """``name``: safetensors' name of the dtype; ``largest``: the largest finite number."""
 
-    word: str
+    name: str
     dtype: torch.dtype
     largest: float
 

@@ -1,4 +1,4 @@
-"""The GPTQ column loop inside a chunk: quantize a column, pass its error on to the columns after it.
+"""The column loop of GPTQ inside a chunk: quantize a column, distribute its error over the columns after it.
 
 For column j = 0 … n−1 of a chunk, in every row (GPTQ, arXiv 2210.17323, algorithm 1; a lane is a row)::
 
@@ -8,7 +8,7 @@ For column j = 0 … n−1 of a chunk, in every row (GPTQ, arXiv 2210.17323, alg
     w_k = w_k − e_j·U_jk                for k > j
 
 ``U`` is the chunk's diagonal block of the upper Cholesky factor of H⁻¹ = UᵀU. The caller updates the columns after the chunk by one
-product, ``W[:, rest] -= E @ U[chunk, rest]``. Products and differences are rounded apart (no FMA), each w_k takes its updates in the order
+product, ``W[:, rest] -= E @ U[chunk, rest]``. Products and differences are separate (no FMA), each w_k takes its updates in the order
 of j, and rows never mix: the same bits on every width, device and number of threads.
 """
 

@@ -1,4 +1,4 @@
-"""How a layer is changed towards its grid: one method a file, and the contract that each one keeps."""
+"""Passes: methods of quantization, one a file, and their common base class."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ O = TypeVar("O")  # noqa: E741
 class Pass(ABC, Generic[O]):
     """A method of quantization. It sees a layer, statistics of what its linears read, and its options: no path, no config.json, no model.
 
-    A module in this folder defines a subclass and exports an instance as ``PASS``; the maths stand above it as free functions. Methods that
-    are abstract must be written; each of the other attributes has a default that is right for most.
+    A module in this folder defines a subclass and exports an instance as ``PASS``; the maths are free functions above it. Abstract methods
+    must be written; each of the other attributes has a default that suits most passes.
     """
 
     name: str
     """The file's name, by which a recipe calls it."""
 
     options_type: type[O]
-    """The class of its options. A recipe's words for a pass are its keywords."""
+    """The class of its options. A recipe's options for the pass are its keywords."""
 
     changes_basis: ClassVar[bool] = False
     """Whether it scales inputs of a tap against the weights that read it, so that all tensors of a layer must be in memory."""
 
     chooses_codes: ClassVar[bool] = True
-    """Whether it leaves codes. After one that does not, another must follow that does."""
+    """Whether it chooses codes. A pass that does not must be followed by one that does."""
 
     needs_grid: ClassVar[bool] = False
     """Whether it chooses codes one by one, or moves the scales of a grid, and so cannot work on a number format without one
@@ -45,11 +45,11 @@ class Pass(ABC, Generic[O]):
 
     @abstractmethod
     def run(self, layer: Layer, stats: Mapping[str, Stats], options: O) -> Report:
-        """Work on the tensors of ``layer.schemes``; ``stats``: tap → what is known of its inputs.
+        """Work on the tensors of ``layer.schemes``; ``stats``: tap → statistics of its inputs.
 
-        Edits ``layer`` alone: codes go to ``layer.quantized``, a change of basis to ``layer.tensors`` and ``layer.scales``. Returns what
-        was done to each tensor, with its relative error. :class:`~quantcli.errors.RecipeError` for statistics that are missing or another
-        model's, :class:`~quantcli.errors.NumericsError` for NaN or Inf, either with the tensor's name.
+        Edits ``layer`` only: codes go to ``layer.quantized``, a change of basis to ``layer.tensors`` and ``layer.scales``. Returns a report
+        for each tensor, with its relative error. :class:`~quantcli.errors.RecipeError` for statistics that are missing or of another
+        model, :class:`~quantcli.errors.NumericsError` for NaN or Inf, both with the tensor's name.
         """
 
 

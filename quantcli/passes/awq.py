@@ -10,17 +10,17 @@ Acceleration", arXiv 2306.00978. For the linears W that share a tap with inputs 
 
 Where we differ:
 
-- Both losses are traces with H = E[x·xᵀ], tr(E·H·Eᵀ) and, for a group, its diagonal block of H. They are what the paper measures on module
-  inputs it keeps, without keeping any.
-- x̄ is √E[x²] rather than E|x|: it is at hand, and the ratios found do as well.
+- Both losses are traces with H = E[x·xᵀ], tr(E·H·Eᵀ) and, for a group, its diagonal block of H. They equal what the paper measures on
+  stored module inputs, without storing any.
+- x̄ is √E[x²] rather than E|x|: it is available, and the ratios found are as good.
 - The ratios are tried on about :data:`quantcli.passes.shared.basis.SAMPLED_ROWS` rows of a tap, evenly spread: all rows share the scales.
 - Experts that read one norm share one s: their losses count by their tokens, and x̄ is that of all tokens that reached one.
 - Rounding before the clipping is our weighted least-squares search, which shrinks the range already where that pays on the diagonal of H.
-  What the clipping search adds is the rest of the block: rounding errors of a group that cancel in its output. On the pico model it takes
-  23 % off the output error, the scales 3 %, and each keeps its gain beside the other. So a group's scale may also grow.
+  The clipping search adds the rest of the block: rounding errors of a group that cancel in its output. On the pico model it reduces the
+  output error by 23 %, the scales by 3 %, and the gains add up. So a group's scale may also grow.
 
-Codes are chosen here; a later pass may choose them anew in the basis found. Before gptq the loss is another (``compensated``): scales
-that help rounding to nearest by 3 % cost GPTQ 1 % on the pico model, while those found so help it too, if little (0.3 %).
+Codes are chosen here; a later pass may choose others in the basis found. Before gptq another loss is used (``compensated``): scales
+that help rounding to nearest by 3 % cost GPTQ 1 % on the pico model, while those of this loss help it too, if little (0.3 %).
 
 Time for a tap: 20 roundings and products of [rows, in]·[in, in] to find r*, then 40 roundings of all rows, each with the share of a
 product with blocks of H that :mod:`quantcli.ops.choice` needs. Memory: H, and E of the sampled rows.
@@ -55,7 +55,7 @@ CUDA_CHUNK = 1 << 24
 @dataclass(frozen=True, slots=True)
 class Options:
     """``n_grid``: ratios on [0, 1); 1 leaves the basis as it is. ``clip``: search each group's scale too. ``compensated``: judge ratios by
-    what GPTQ, as the next pass, would leave of an error."""
+    the error that would remain after GPTQ as the next pass."""
 
     n_grid: int = 20
     clip: bool = True
@@ -104,7 +104,7 @@ def search(reads: Sequence[basis.Read], absorber: Absorber, n_grid: int = 20, *,
 def left_by_gptq(H: Tensor) -> Tensor:
     """d [in] with tr(E·H·Eᵀ) = Σ_j d_j·‖e_j‖² for GPTQ's own errors e_j, as each column is rounded: 1/U_jj², H⁻¹ = Uᵀ·U.
 
-    In GPTQ's usual order and damping. An input that others stand in for has a small d_j, however large H_jj is.
+    In GPTQ's usual order and damping. An input whose errors others can compensate has a small d_j, however large H_jj is.
     """
     backwards = torch.argsort(H.diagonal(), descending=True, stable=True).flip(0)
     A = H.double()[backwards][:, backwards]

@@ -1,4 +1,4 @@
-"""GPTQ: round a layer's weights column by column and let the columns not yet rounded make up for the error.
+"""GPTQ: round a layer's weights column by column and compensate each error in the columns not yet rounded.
 
 Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv 2210.17323, algorithm 1. With H = mean of x·xᵀ over the inputs of a tap and H⁻¹ = Uᵀ·U, U upper triangular, for each column j:
@@ -16,12 +16,12 @@ Where we differ:
 - The grid is fitted once, to the weights as they are, minimizing Σ_j H_jj·(w_j − ŵ_j)² ("static groups"). So columns can be solved in
   order of falling H_jj while groups stay contiguous, and the engine needs no ``g_idx``. Any qtype will do: affine integers, k-quants.
 - A scheme with ``desc_act`` forms its groups along the solving order instead and stores each input's group (``g_idx``).
-- An input that calibration never excited has a zero row in H: it takes no part in the compensation, and its weights are rounded to
-  nearest rather than zeroed, for they may matter on other text.
+- An input that was always zero in calibration has a zero row in H: it takes no part in the compensation, and its weights are rounded to
+  nearest rather than set to zero, because they may matter on other text.
 
 Asymmetric calibration (``gptaq_alpha`` above 0): Li, Yin, Lee, Xiao, Panda, "GPTAQ: Efficient Finetuning-Free Quantization for
-Asymmetric Calibration", arXiv 2504.02692. The layers before have been quantized, so a tap reads x where the model as it was read x₀, and
-it is W·x₀ that Ŵ·x should be. Once a column is settled, those to come make up for its share w_j·(x₀ − x)_j of the difference, too::
+Asymmetric Calibration", arXiv 2504.02692. The layers before have been quantized, so a tap reads x where the original model read x₀, and
+Ŵ·x should equal W·x₀. Once a column is quantized, the later ones also compensate its share w_j·(x₀ − x)_j of the difference::
 
     P = α · striu(M·Uᵀ)·U,  M = mean of (x₀ − x)·xᵀ,  striu: what is above the diagonal
     W_:,k ← W_:,k − e_j · U_jk + w_j · P_jk   for k > j,  w_j as it is when its turn comes
@@ -82,7 +82,7 @@ class Factor:
     """The solving order of a tap and what its solver needs.
 
     ``order``: [in] int64, column solved at each step; ``U``: [in, in] float32 upper factor of H⁻¹ in that order;
-    ``damp_ratio``: the one that worked; ``n_dead``: inputs that calibration never excited; ``T``: [in, in] float32 upper, by which
+    ``damp_ratio``: the one that worked; ``n_dead``: inputs that were always zero in calibration; ``T``: [in, in] float32 upper, by which
     asymmetric calibration multiplies the weights in that order before they are solved with its own ``U``.
     """
 
@@ -128,8 +128,8 @@ def cholesky_(A: Tensor) -> bool:
 def factorize(H: Tensor, *, damp_ratio: float, act_order: bool = True) -> Factor:
     """Factor of one tap from ``H``: [in, in] float32, mean of x·xᵀ.
 
-    Damping is raised along :data:`DAMP_LADDER` when the factorization fails, in float64 before each step up; when the ladder ends, or
-    H has NaN or Inf, it is a :class:`NumericsError`.
+    Damping is raised along :data:`DAMP_LADDER` when the factorization fails, each value being tried in float64 too; when the last one
+    fails, or H has NaN or Inf, it is a :class:`NumericsError`.
     """
     diagonal = H.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
@@ -158,7 +158,7 @@ def asymmetric(factor: Factor, dXXT: Tensor, alpha: float) -> Factor:
     eye = torch.eye(len(U), dtype=U.dtype, device=U.device)
     T = torch.linalg.solve_triangular(eye - P, eye, upper=True, unitriangular=True)
     if not bool(torch.isfinite(T).all()):
-        raise NumericsError(f"asymmetric calibration diverges with gptaq_alpha {alpha:g}; take a smaller one, or 0")
+        raise NumericsError(f"asymmetric calibration diverges with gptaq_alpha {alpha:g}; use a smaller one, or 0")
     return replace(factor, U=U.diagonal().diag() + U.triu(1) @ T, T=T)
 
 
@@ -248,7 +248,7 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
 
 
 def _asymmetric(tap: str, factor: Factor, stats: Stats, options: Options) -> tuple[Factor, list[str]]:
-    """``factor`` with what ``stats`` tell of the model before it was quantized, or as it is and a note where they do not."""
+    """``factor`` for asymmetric calibration, or unchanged and with a note where ``stats`` has no inputs of the original model."""
     if stats.dXXT is None:
         return factor, ["plain GPTQ: its tokens are the router's choice, which is not the same before and after quantization"]
     with about(tap):

@@ -1,7 +1,7 @@
-"""HQQ: scales and zero points that suit the bulk of the weights, outliers left out, without any data.
+"""HQQ: scales and zero points that suit most weights and ignore outliers, without any data.
 
-Half-Quadratic Quantization (Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/): instead of the squared error of a group its
-‖W − Ŵ‖_p^p with p < 1 is made small, which a few large errors hardly move. The term W_e takes those up (eq. 3 there); each round is::
+Half-Quadratic Quantization (Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/): instead of the squared error of a group it
+minimizes ‖W − Ŵ‖_p^p with p < 1, which a few large errors hardly change. The term W_e absorbs those (eq. 3 there); each round is::
 
     W_e ← shrink(W − Ŵ),  shrink(x) = sign(x)·max(0, |x| − |x|^(p−1)/β)      eq. 4
     z   ← mean(code − (W − W_e)/s)                                            eq. 5
@@ -14,13 +14,13 @@ Where we differ, and why:
   of the start and its two neighbours. Where the offset is free (q4_1, q5_1) both are solved, by eq. 5 and then the scale.
 - The start is our own search (least squares), and each group keeps the best round by ‖·‖_p^p: never worse than the search in that measure.
 
-β counts in weights, as hqq has it. Its 10 shrinks the errors of an ordinary layer to nothing (|e|^(p−2) > 10 below 0.17): W_e is 0, the
-rounds are least squares and p only judges. A β of 300 lets W_e take part; ‖·‖_p^p falls further, and on the pico model the
-KL divergence rises (2 bits in groups of 64: 0.29 to 0.40).
+β is in units of weights, as in hqq. Its value 10 shrinks the errors of an ordinary layer to zero (|e|^(p−2) > 10 below 0.17): W_e is 0,
+the rounds are least squares and p only selects the best one. A β of 300 makes W_e effective; ‖·‖_p^p falls further, and on the pico model
+the KL divergence rises (2 bits in groups of 64: 0.29 to 0.40).
 
-What it is worth there (test_pass_hqq.py): KL of 4 bits in groups of 64 is 0.0137 by min–max, 0.0130 by this pass, 0.0127 by rtn's
+Its gain there (test_pass_hqq.py): KL of 4 bits in groups of 64 is 0.0137 by min–max, 0.0130 by this pass, 0.0127 by rtn's
 search, so for integer zero points rtn is the better of the two; in Q4_1 it is 0.0096 by ggml's search and 0.0090 by this pass.
-With statistics at hand gptq is far better. Cost: 20 rounds of a dozen passes over the weights, 60 where zero points are integers;
+With calibration statistics gptq is far better. Cost: 20 rounds of a dozen passes over the weights, 60 where zero points are integers;
 memory of one chunk of rows.
 """
 
@@ -44,7 +44,7 @@ CHUNK_ELEMENTS = 1 << 17
 """Weights solved at once: what a core's cache likes."""
 
 SMALLEST = 1e-4
-"""Errors below this part of a spacing count as that: 0^(p−1) is infinite."""
+"""The least error, as a share of a step, that is used in powers: 0^(p−1) is infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def quantize(W: Tensor, scheme: Scheme, options: Options = Options()) -> Quantiz
     qtype = qtypes.of(scheme.qtype)
     if not qtype.can_rescale:
         able = ", ".join(name for name in qtypes.names() if qtypes.of(name).can_rescale)
-        raise UnsupportedError(f"hqq solves for scales and zero points, which {scheme} does not leave free; it takes {able}")
+        raise UnsupportedError(f"hqq solves for scales and zero points, which {scheme} does not allow; it supports {able}")
     grid = solve(W, qtype.fit(W, scheme), scheme, options)
     return qtype.pack(grid.encode(W), grid, scheme)
 
@@ -175,7 +175,7 @@ class Hqq(Pass[Options]):
 
     @override
     def run(self, layer: Layer, stats: Mapping[str, Stats], options: Options = Options()) -> Report:
-        """Quantize every tensor of ``layer.schemes``; ``stats`` are not looked at."""
+        """Quantize every tensor of ``layer.schemes``; ``stats`` are not used."""
         return Report(tuple(runs.code(layer, name, partial(quantize, options=options)) for name in layer.schemes))
 
 

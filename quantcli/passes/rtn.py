@@ -1,6 +1,6 @@
 """Round to nearest: fit a grid to each weight matrix alone and take the nearest code of every weight.
 
-Ŵ = grid.decode(grid.encode(W)). Where a qtype has an ``encode`` of its own (ggml's block types), its bytes are the peer's.
+Ŵ = grid.decode(grid.encode(W)). Where a qtype has an ``encode`` of its own (ggml's block types), its bytes equal the peer's.
 No statistics, one pass over the weights.
 """
 
@@ -22,7 +22,7 @@ from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, Tens
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """RTN has nothing to set."""
+    """RTN has no options."""
 
 
 def quantize(W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Mapping[str, Tensor] | None = None) -> QuantizedTensor:
@@ -38,7 +38,7 @@ def weight_error(W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 
         tensor = QuantizedTensor(tensor.scheme, tuple(W.shape), rows_of)
     error, total = qtypes.of(tensor.scheme.qtype).errors(W, tensor, chunk_elements=chunk_elements)
     if not math.isfinite(error) or not math.isfinite(total):
-        raise NumericsError(f"the weights, or what {tensor.scheme} makes of them, have NaN or Inf; check the source checkpoint")
+        raise NumericsError(f"the weights, or their values in {tensor.scheme}, have NaN or Inf; check the source checkpoint")
     return error / total if total > 0 else float(error > 0)
 
 

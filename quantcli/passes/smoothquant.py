@@ -10,13 +10,13 @@ arXiv 2211.10438, eq. 4. For the linears W that share a tap with inputs x::
 
     tr(E·H·Eᵀ) + E_t[Δ_t²]/12 · ‖W·diag(s)‖²          E = W − Q(W·diag(s))·diag(1/s),  Δ_t the step of the inputs' integers at token t
 
-The second term is that of independent rounding errors. A scale found beforehand (``int8-tensor``) is known: Δ = max_j(max|x_j|/s_j)/127.
-One for each token depends on what is large together, of which the statistics tell the bounds alone; we take the 6-norm of the channels,
-each with the sixth moment r²·a⁴ that its mean square r² and largest magnitude a allow at most: E_t[max_j x_tj²] ≈ (Σ_j r_j²·a_j⁴)^(1/3).
-On the pico model that is two to four times too much, much alike for all α: on every tap behind a norm, and on o_proj's, the α found costs
-at most 3 % more than the best found by running the inputs themselves. Behind the product of two outputs (up → down) it can miss that
-few tokens are loud, where leaving the basis is best. The paper folds into norms alone; with linears too (v → o with grouped-query heads,
-up → down) KL divergence of the pico model falls from 0.0017 to 0.0015, so that is what ``linears`` does unless told otherwise.
+The second term is that of independent rounding errors. A static scale (``int8-tensor``) is known: Δ = max_j(max|x_j|/s_j)/127.
+A scale for each token depends on which channels are large together, which the statistics only bound; we take the 6-norm of the channels,
+each with the largest sixth moment r²·a⁴ that its mean square r² and largest magnitude a allow: E_t[max_j x_tj²] ≈ (Σ_j r_j²·a_j⁴)^(1/3).
+On the pico model that is two to four times too large, by about the same factor for all α: on every tap behind a norm, and on o_proj's, the
+α found costs at most 3 % more than the best found by running the inputs themselves. Behind the product of two outputs (up → down) it may
+not notice that only few tokens are large, where leaving the basis is best. The paper folds into norms only; with linears too (v → o with
+grouped-query heads, up → down) the KL divergence of the pico model falls from 0.0017 to 0.0015, so ``linears`` is on by default.
 
 The pass chooses no codes: rtn or gptq follow. Time for a tap: 18 roundings and products of [rows, in]·[in, in].
 """
@@ -36,7 +36,7 @@ from quantcli.passes.shared import basis, runs
 from quantcli.tensors import Layer, Report, Scheme, Stats, TensorReport
 
 ALPHAS = tuple(i / 20 for i in range(2, 19))
-"""What ``alpha: auto`` tries beside leaving the basis as it is."""
+"""What ``alpha: auto`` tries besides leaving the basis as it is."""
 
 AUTO = "auto"
 
@@ -61,7 +61,7 @@ def input_scales(absmax: Tensor, largest: Tensor, alpha: float) -> Tensor:
 
 
 def step_squared(stats: Stats, s: Tensor, act: str) -> Tensor:
-    """A number, float64: E_t[Δ_t²] of inputs over ``s`` [in] that an engine codes as ``act``; 0 where it does not make integers of them."""
+    """A number, float64: E_t[Δ_t²] of inputs over ``s`` [in] that an engine quantizes as ``act``; 0 where they do not become integers."""
     if not act.startswith("int8"):
         return torch.zeros((), dtype=torch.float64, device=s.device)
     largest = (stats.absmax / s).square().double()
@@ -130,7 +130,7 @@ PASS = SmoothQuant()
 def scales(layer: Layer, tap: str, stats: Mapping[str, Stats], alpha: float | str) -> tuple[float, Tensor]:
     """α and s [in] of ``tap``, and of the taps that share its absorber."""
     absorber, reads = layer.absorbers[tap], basis.reads(layer, tap, stats)
-    names = [name for each in absorber.taps(tap) for name in basis.coded(layer, each)]
+    names = [name for each in absorber.taps(tap) for name in basis.to_quantize(layer, each)]
     absmax = basis.shared(torch.stack([read.stats.absmax for read in reads]).amax(0), absorber, "amax")
     columns = torch.stack([layer.tensors[name].abs().amax(0).float() for name in names]).amax(0)
     largest = basis.shared(columns, absorber, "amax")

@@ -50,7 +50,7 @@ class Fp8(QType):
         stack, matrix = shape[:-2], shape[-2:]
         scale = (*stack, *tiles_of(matrix, _tile(matrix, scheme)))
         one = scheme.option("strategy") == "tensor" and not stack
-        parts = {"data": (_float(scheme).word, tuple(shape)), "scale": (scheme.option("scale_dtype"), (1,) if one else scale)}
+        parts = {"data": (_float(scheme).name, tuple(shape)), "scale": (scheme.option("scale_dtype"), (1,) if one else scale)}
         if scheme.static_activations:
             parts["input_scale"] = ("F32", (1,))
         return {name: TensorSpec.dense(name, dtype, size) for name, (dtype, size) in parts.items()}

@@ -1,4 +1,4 @@
-"""StatsMeter: gathers the statistics of one tap over batches of its inputs."""
+"""Gathers the statistics of one tap over batches of its inputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class StatsMeter:
         self._dXXT += (X0.float() - X.float()).T @ X.float()
 
     def stats(self) -> Stats:
-        """The means so far. The meter's H is handed over: it cannot gather more."""
+        """The means so far. The meter gives its H away: it cannot gather more."""
         n = max(1, self._n_tokens)
         H, self._H = self._H, None
         dXXT = None if self._dXXT is None else self._dXXT.div_(n)
@@ -81,7 +81,7 @@ class StatsMeter:
 
 @contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """While it lasts a GPU's tensor cores may multiply float32 numbers that were ``dtype``, if TF32 holds that: they add in float32."""
+    """Within the context, a GPU may multiply float32 numbers that were ``dtype`` on its tensor cores, if TF32 is exact for it."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if dtype in (torch.bfloat16, torch.float16) else before

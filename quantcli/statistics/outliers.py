@@ -1,11 +1,11 @@
-"""Figures of a tap's inputs: outliers, tails, where the energy lies, whether the text was enough; and what a recipe protects by them.
+"""Figures of a tap's inputs: outliers, kurtosis, energy, coverage; and what a recipe protects by them.
 
 Of inputs x of a tap, [n_tokens, in], from its Stats alone::
 
     outlier_channels   channels that reach 6.0, LLM.int8's threshold; outlier_share: of all channels
     kurtosis           mean x⁴ / (mean x²)² over all of them: 3 for a Gaussian, hundreds where few inputs are far beyond the rest
     energy_top1pct     share of Σ x² in the 1 % of channels that have most of it
-    absmax_over_rms    how far the range that one scale must span exceeds the typical input
+    absmax_over_rms    the range that one scale must span, relative to the typical input
     coverage           share of channels that were ever anything but zero
     tokens_per_input   tokens for each of the Hessian's rows: below 1 it is singular, below 2 GPTQ gains nothing (docs/log.md)
 
@@ -26,7 +26,7 @@ from quantcli.ops.activations import OUTLIER
 from quantcli.tensors import KEEP, Scheme, Stats
 
 TOP_SHARE = 0.01
-"""The share of channels whose energy is told."""
+"""The share of channels whose energy ``energy_top1pct`` adds up."""
 
 SHORTFALLS = ("coverage", "tokens_per_input")
 """Figures of which too little is what matters."""
@@ -34,7 +34,7 @@ SHORTFALLS = ("coverage", "tokens_per_input")
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the statistics of one tap, or of several alike, tell of its inputs; ``kurtosis`` None where an old file lacks the moment."""
+    """Figures of the inputs of one tap, or of several similar ones; ``kurtosis`` is None where an old file lacks the moment."""
 
     in_features: int
     n_tokens: int
@@ -82,7 +82,7 @@ def figures_of(stats: Stats) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """A recipe's ``protect_outliers``: ``scheme`` (None: as it is) for what goes beyond one of ``thresholds``, figure → value; at most
+    """A recipe's ``protect_outliers``: ``scheme`` (None: not quantized) for taps beyond one of ``thresholds``, figure → value; at most
     ``share`` of the linears' weights."""
 
     scheme: Scheme | None
@@ -91,7 +91,7 @@ class Protection:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], recipe: str) -> Protection:
-        """From a recipe's YAML; :class:`RecipeError` for what it cannot mean."""
+        """From a recipe's YAML; :class:`RecipeError` for invalid keys or values."""
         where = f"recipe '{recipe}': protect_outliers"
         known = ("scheme", "share", *THRESHOLDS)
         if unknown := sorted(set(map(str, data)) - set(known)):
@@ -111,7 +111,7 @@ class Protection:
         return {"scheme": KEEP if self.scheme is None else str(self.scheme), "share": self.share, **self.thresholds}
 
     def excess(self, figures: Figures) -> float:
-        """How many times over its threshold the figure is that goes furthest beyond: 1 and more is protected."""
+        """The largest ratio of a figure to its threshold: 1 and more is protected."""
         found = asdict(figures)
         ratios = [0.0]
         for key, threshold in self.thresholds.items():
@@ -124,7 +124,7 @@ class Protection:
 
 @dataclass(frozen=True, slots=True)
 class Protected:
-    """A unit that is protected: its taps, by how much it goes beyond a threshold, and the figures that said so."""
+    """A protected unit: its taps, the largest ratio of a figure to its threshold, and the figures."""
 
     taps: tuple[str, ...]
     excess: float
@@ -135,9 +135,9 @@ class Protected:
 
 
 def choose(protection: Protection, figures: Mapping[str, Figures], n_weights: Mapping[str, int]) -> list[Protected]:
-    """What ``protection`` protects, furthest beyond first. ``figures``: of each tap; ``n_weights``: how many weights read it.
+    """What ``protection`` protects, largest excess first. ``figures``: of each tap; ``n_weights``: how many weights read it.
 
-    The experts of a layer are one unit, for engines run them as one; the figures of the one that goes furthest speak for all.
+    The experts of a layer are one unit, because engines run them as one; the figures of the one with the largest excess count for all.
     """
     units: dict[str, list[str]] = {}
     for tap in figures:
@@ -147,11 +147,11 @@ def choose(protection: Protection, figures: Mapping[str, Figures], n_weights: Ma
     for taps in units.values():
         worst = max(taps, key=lambda tap: protection.excess(figures[tap]))
         found.append(Protected(tuple(taps), protection.excess(figures[worst]), figures[worst]))
-    room = protection.share * sum(n_weights[tap] for tap in figures)
+    budget = protection.share * sum(n_weights[tap] for tap in figures)
     chosen = []
     for unit in sorted(found, key=lambda unit: unit.excess, reverse=True):
         n = sum(n_weights[tap] for tap in unit.taps)
-        if unit.excess >= 1 and n <= room:
+        if unit.excess >= 1 and n <= budget:
             chosen.append(unit)
-            room -= n
+            budget -= n
     return chosen

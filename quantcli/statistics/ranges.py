@@ -1,7 +1,7 @@
-"""The range that a scale found beforehand spans: the largest input seen, or less where cutting the few largest costs less than a wide step.
+"""The range of a static input scale: the largest input seen, or less where clipping the few largest costs less than a wide step.
 
-Inputs are counted by the top bits of their float32 magnitude, 256 bins an octave from 2⁻¹⁶ to 2¹⁶: no range need be known beforehand, and
-counts of batches add up. A bin is at most a quarter of the steps that it is rounded with, so bins stand in for inputs. Over them::
+Inputs are counted by the top bits of their float32 magnitude, 256 bins an octave from 2⁻¹⁶ to 2¹⁶: no range need be known in advance, and
+counts of batches add up. A bin is at most a quarter as wide as a rounding step, so bins can stand for inputs. Over them::
 
     minmax      the largest |x|
     percentile  the least r with all but 1 of 10,000 inputs within it
@@ -9,7 +9,7 @@ counts of batches add up. A bin is at most a quarter of the steps that it is rou
     entropy     the r of the least KL(P ‖ Q), P being the inputs with those beyond r moved to r, Q what is left of their distribution
                 when each code's inputs are spread evenly over the bins it came from (Migacz, "8-bit inference with TensorRT", GTC 2017)
 
-What is measured: docs/log.md. Cost: one pass over each input beside H's in² of them, 32 KiB a tap.
+Measurements: docs/log.md. Cost: one pass over each input, to compare with in² multiplications for H, and 32 KiB a tap.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantcli.ops.activations import E4M3_LARGEST, round_inputs
 
 OCTAVES = (-16, 16)
 BITS = 8
-"""Bits of the mantissa that tell bins apart."""
+"""Bits of the mantissa that select a bin."""
 
 N_BINS = (OCTAVES[1] - OCTAVES[0]) << BITS
 METHODS = ("minmax", "percentile", "mse", "entropy")
@@ -31,18 +31,18 @@ WITHIN = 0.9999
 LARGEST_CODE = {"int8-tensor": 127.0, "fp8-tensor": E4M3_LARGEST}
 N_CANDIDATES = 128
 LEAST = 2.0**-5
-"""The smallest range that is tried, of the largest input."""
+"""The smallest range that is tried, as a share of the largest input."""
 
 
 def count(X: Tensor) -> Tensor:
-    """How many of ``X``, any shape, float32, lie in each bin of |x|: [N_BINS] int64. What is beyond the bins is in the last of its side."""
+    """How many of ``X``, any shape, float32, lie in each bin of |x|: [N_BINS] int64. Inputs outside of all bins count in the nearest."""
     bits = X.detach().abs().reshape(-1).view(torch.int32)
     index = (bits >> (23 - BITS)) - ((127 + OCTAVES[0]) << BITS)
     return torch.bincount(index.clamp_(0, N_BINS - 1), minlength=N_BINS)
 
 
 def edges(device: torch.device | str = "cpu") -> Tensor:
-    """Where each bin begins, and the end of the last: [N_BINS + 1] float32; the first begins at 0, its middle being nobody's."""
+    """Where each bin begins, and the end of the last: [N_BINS + 1] float32; the first begins at 0."""
     bits = (torch.arange(N_BINS + 1, device=device) + ((127 + OCTAVES[0]) << BITS)) << (23 - BITS)
     found = bits.to(torch.int32).view(torch.float32)
     found[0] = 0
@@ -50,16 +50,16 @@ def edges(device: torch.device | str = "cpu") -> Tensor:
 
 
 def find_range(method: str, act: str, absmax: Tensor, histogram: Tensor | None) -> float:
-    """The largest magnitude that the codes of the scheme's ``act`` are to reach.
+    """The largest magnitude that the codes of the scheme's ``act`` must represent.
 
-    ``absmax``: [in]; ``histogram``: [N_BINS] share of the inputs in each bin, which minmax does without. NVFP4's groups have scales of
-    their own, and the one found here only places them: it is always minmax's.
+    ``absmax``: [in]; ``histogram``: [N_BINS] share of the inputs in each bin, not needed for minmax. NVFP4's groups have scales of their
+    own, which the one found here only multiplies: it is always minmax's.
     """
     peak = float(absmax.max())
     if method == "minmax" or act not in LARGEST_CODE or not peak:
         return peak
     if histogram is None:
-        raise RecipeError(f"input_range {method} needs a histogram of the inputs, and there is none; take minmax")
+        raise RecipeError(f"input_range {method} needs a histogram of the inputs, which these statistics lack; use minmax")
     share = histogram.double().cpu()
     if method == "percentile":
         within = share.cumsum(0) >= WITHIN * share.sum()

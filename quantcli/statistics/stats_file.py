@@ -1,8 +1,8 @@
-"""The file of statistics: what ``calibrate`` measured of each tap, by whose weights and on which text, read tap by tap.
+"""The statistics file of ``calibrate``: statistics of each tap, with the fingerprints of model and text; read tap by tap.
 
 A safetensors file. Of each tap ``.importance``, ``.absmax``, ``.mean``, ``.fourth`` (not in old files) [in], ``.n_tokens`` [1] and, unless
 left out, ``.H`` [in, in]; when asked for, ``.histogram`` (:mod:`quantcli.statistics.ranges`); in the header's metadata ``source`` (what the
-user named), ``source_fingerprint`` (:meth:`Checkpoint.fingerprint`, which tells two fine-tunes of one shape apart), ``dataset_sha256``,
+user named), ``source_fingerprint`` (:meth:`Checkpoint.fingerprint`, which differs between fine-tunes of one model), ``dataset_sha256``,
 ``dataset_sketch`` (of overlap.py), ``n_samples``, ``seq_len`` and ``n_tokens``.
 """
 
@@ -30,7 +30,7 @@ from quantcli.text.texts import sha256
 DIAGONAL_PARTS = ("importance", "absmax", "mean")
 
 MARK = "quantcli.stats"
-"""The key of the metadata by which the file is known."""
+"""The key of the metadata by which the file is recognized."""
 
 
 def stats_specs(widths: Mapping[str, int], *, hessian: bool, histograms: bool = False) -> list[TensorSpec]:
@@ -47,7 +47,7 @@ def stats_specs(widths: Mapping[str, int], *, hessian: bool, histograms: bool = 
 
 
 def stats_metadata(source: Checkpoint, ids: Tensor) -> dict[str, str]:
-    """What the file says of its making. ``ids``: [n, T] int64, the token windows."""
+    """The file's metadata: the model and the text measured. ``ids``: [n, T] int64, the token windows."""
     return {
         MARK: "1",
         "source": source.source,
@@ -73,7 +73,7 @@ def put_stats(writer: Writer, stats: Mapping[str, Stats]) -> None:
 
 
 class StatsFile(Mapping[str, Stats]):
-    """Tap → Stats, each read when asked for; what can be known from the header is known without reading.
+    """Tap → Stats, each read on access; the header alone gives widths and which statistics there are.
 
     Raises :class:`CheckpointError` for a file that ``calibrate`` did not write.
     """
@@ -94,7 +94,7 @@ class StatsFile(Mapping[str, Stats]):
 
     @property
     def dataset_sketch(self) -> str | None:
-        """What tells another text's overlap with the one measured on; None in an old file."""
+        """The sketch of the text measured on, for overlap with another text; None in an old file."""
         return self.metadata.get("dataset_sketch")
 
     def locations(self) -> Iterable[Location]:
@@ -110,7 +110,7 @@ class StatsFile(Mapping[str, Stats]):
         return f"{tap}.histogram" in self._locations
 
     def in_features(self, tap: str) -> int:
-        """How wide the inputs of ``tap`` were. KeyError for a tap that was not measured."""
+        """The width of the inputs of ``tap``. KeyError for a tap that was not measured."""
         return self._locations[f"{tap}.importance"].spec.n_elements
 
     def n_tokens(self, tap: str) -> int:
@@ -137,10 +137,10 @@ class StatsFile(Mapping[str, Stats]):
             raise RecipeError(f"{self.path} has no histogram of tap '{tap}', which input_range needs; calibrate with --histograms")
 
     def check_source(self, source: Checkpoint, *, warn: Callable[[str], None]) -> None:
-        """Raise :class:`RecipeError` when other weights than those of ``source`` were measured; ``warn`` when an old file does not tell."""
+        """Raise :class:`RecipeError` when other weights than those of ``source`` were measured; ``warn`` when an old file lacks that."""
         measured = shown(self.metadata["source"])
         if "source_fingerprint" not in self.metadata:
-            warn(f"{self.path}: older than quantcli's fingerprints, so nothing tells whether {measured} had these weights")
+            warn(f"{self.path}: has no fingerprint, because it is old, so quantcli cannot check that {measured} had these weights")
         elif self.metadata["source_fingerprint"] != source.fingerprint():
             raise RecipeError(
                 f"{self.path}: was measured on {measured}, whose weights are not those of {shown(source.source)}; "

@@ -1,8 +1,8 @@
-"""Whether two sets of token windows share text, told from a sketch of one of them that fits into a file's metadata.
+"""Estimates how much text two sets of token windows share, from a sketch of one of them that fits into a file's metadata.
 
 The sketch is the ``KEPT`` smallest hashes of all runs of ``RUN`` tokens (Broder, "On the resemblance and containment of documents", 1997).
-Of another text, the share of its runs whose hashes are as small that is found among them estimates how much of it was in the first.
-Where windows begin and how long they are does not matter.
+Of another text, the runs with hashes as small are looked up in the sketch; the share found estimates how much of it was in the first.
+The windows' positions and lengths do not matter.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 RUN = 16
-"""Tokens that must agree: long enough that two texts do not share them by chance or by a turn of phrase."""
+"""Tokens that must agree: long enough that two texts do not share them by chance or by a common phrase."""
 
 KEPT = 512
-"""At eight digits each, 4 KiB of text."""
+"""Hashes of a sketch; eight digits each, 4 KiB of text."""
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -44,7 +44,7 @@ def sketch(ids: Tensor) -> str:
 
 
 def overlap(known: str, ids: Tensor) -> Overlap:
-    """How much of the windows ``ids`` [n, T] was in the text whose sketch is ``known``. ValueError for what is no sketch."""
+    """How much of the windows ``ids`` [n, T] was in the text whose sketch is ``known``. ValueError for an invalid sketch."""
     smallest = np.array([int(known[i : i + 8], 16) for i in range(0, len(known), 8)], dtype=np.uint32)
     sampled = _hashes(ids)
     if len(smallest) >= KEPT:  # else the sketch is of all runs

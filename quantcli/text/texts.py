@@ -1,4 +1,4 @@
-"""The token windows to calibrate and to measure on, cut from datasets or from text that every Python carries."""
+"""Token windows for calibration and evaluation, cut from datasets or from text that comes with Python."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from quantcli.text.documents.files import LargeText
 EVAL_TEXT_CHARS = 400_000
 
 CHARS_A_TOKEN = 6
-"""How much text is read at first for each token that is wanted: a little more than English takes."""
+"""Characters read at first for each token wanted: a little more than English has."""
 
-_CODE = re.compile(  # what a docstring's quotes may not be taken from: comments and other strings
+_CODE = re.compile(  # docstrings, and the comments and other strings in which quotes must not be mistaken for theirs
     r'#[^\n]*|"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""|\'\'\'[^\'\\]*(?:(?:\\.|\'(?!\'\'))[^\'\\]*)*\'\'\'|'
     r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'',
     re.DOTALL,
@@ -34,7 +34,7 @@ _HEADING = re.compile(r"(?:\A|:[ \t]*\n)\s*([rR]?)\Z")  # what stands before a d
 
 
 def default_text() -> str:
-    """CPython's language reference (``pydoc_data.topics``): half a megabyte of English and code that every Python carries."""
+    """CPython's language reference (``pydoc_data.topics``): half a megabyte of English and code that comes with Python."""
     from pydoc_data import topics
 
     return "\n\n".join(text for _, text in sorted(topics.topics.items()))
@@ -48,23 +48,23 @@ def default_eval_text() -> str:
 def windows(texts: Sequence[str], tokenizer: Any, *, n_samples: int, seq_len: int, seed: int = 0) -> Tensor:
     """Token windows to calibrate on: documents in an order drawn by ``seed``, joined by the tokenizer's separator, cut, and drawn again.
 
-    Returns [n, seq_len] int64 with n ≤ ``n_samples``: all there are when the text is short, and one shorter window when it does not fill
-    one. Each window begins with BOS where the tokenizer puts one before a text, as inference will.
+    Returns [n, seq_len] int64 with n ≤ ``n_samples``: as many as a short text gives, and one shorter window when it does not fill one.
+    Each window begins with BOS where the tokenizer puts one before a text, as in inference.
     """
     return _drawn_windows(Dataset("", Held(texts)), Renderer(tokenizer), n_samples, seq_len, seed)
 
 
 def windows_of(
-    words: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int, seed: int = 0, *, note: Callable[[str], None] = lambda _: None
+    names: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int, seed: int = 0, *, note: Callable[[str], None] = lambda _: None
 ) -> Tensor:
-    """Windows [n, seq_len] of the datasets that ``words`` name, each with its weight's share; none means :func:`default_text`.
+    """Windows [n, seq_len] of the datasets ``names``, each with its weight's share; without any, of :func:`default_text`.
 
-    Conversations go through the tokenizer's chat template. ``note`` is told what a user should know: that the default text was used, that
-    there is no template, that there were fewer windows than asked.
+    Conversations go through the tokenizer's chat template. ``note`` receives messages for the user: that the default text was used, that
+    there is no template, that there were fewer windows than asked for.
     """
-    if not words:
+    if not names:
         note("calibrating on CPython's language reference; for best results give --dataset with text of your own domain")
-    datasets = [Dataset.open(word) for word in words] or [Dataset("default", Held([default_text()]))]
+    datasets = [Dataset.open(name) for name in names] or [Dataset("default", Held([default_text()]))]
     render = Renderer(tokenizer, note)
     if len(datasets) == 1:
         ids = _drawn_windows(datasets[0], render, n_samples, seq_len, seed)
@@ -75,20 +75,20 @@ def windows_of(
 
 
 def eval_windows_of(
-    words: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int, *, note: Callable[[str], None] = lambda _: None
+    names: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int, *, note: Callable[[str], None] = lambda _: None
 ) -> Tensor:
-    """The first windows [n, seq_len] of the datasets that ``words`` name, one after the other; none means Python's docstrings.
+    """The first windows [n, seq_len] of the datasets ``names``, one after the other; without any, of Python's docstrings.
 
-    No more is read and tokenized than the windows take.
+    Only as much is read and tokenized as the windows need.
     """
-    if not words:
+    if not names:
         note("measuring on docstrings of CPython's standard library; give --dataset with text of your own domain")
-    datasets = [Dataset.open(word) for word in words]
+    datasets = [Dataset.open(name) for name in names]
     render = Renderer(tokenizer, note)
     n_chars = CHARS_A_TOKEN * n_samples * seq_len
     while True:
-        text, is_whole = _joined(_in_order(datasets, render) if words else _docstrings(), n_chars)
-        # One window more than needed, so that the place where the text is cut tells in none of those that are.
+        text, is_whole = _joined(_in_order(datasets, render) if names else _docstrings(), n_chars)
+        # One window more than needed, so that the end of the text read so far affects none of those that are.
         ids = eval_windows(text, tokenizer, n_samples=n_samples + 1, seq_len=seq_len)
         if is_whole or len(ids) > n_samples:
             break
@@ -130,7 +130,7 @@ def _drawn_windows(dataset: Dataset, render: Renderer, n_samples: int, seq_len: 
     bos = bos_added(render.tokenizer)
     body = seq_len - len(bos)
     if body < 1:
-        raise RecipeError(f"--seq-len {seq_len} leaves no room for text")
+        raise RecipeError(f"--seq-len {seq_len} leaves no tokens for text besides BOS")
     tokens = _stream(map(render, dataset.source.drawn(draw)), render.tokenizer, n_samples * body)
     cut = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)] or [tokens]
     return _stack(draw.sample(cut, min(n_samples, len(cut))), bos)
@@ -152,7 +152,7 @@ def _mixed(datasets: Sequence[Dataset], render: Renderer, n_samples: int, seq_le
 def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[int]:
     """Tokens of ``texts`` joined by a separator; stops after the document that brings ``at_least`` tokens.
 
-    A document that ends or begins with special tokens, as a chat template writes them, gets none of them twice.
+    Special tokens with which a document begins or ends, as a chat template writes them, are not added again.
     """
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     bos = bos_added(tokenizer)
@@ -189,7 +189,7 @@ def _note_fewer(ids: Tensor, n_samples: int, seq_len: int, note: Callable[[str],
 
 
 def _in_order(datasets: Sequence[Dataset], render: Renderer) -> Iterator[str]:
-    """Pieces of text that make one when joined."""
+    """The datasets' documents with their separators, to be joined to one text."""
     for i, dataset in enumerate(datasets):
         in_pieces = isinstance(dataset.source, LargeText)
         for j, document in enumerate(dataset.source.in_order()):
@@ -198,7 +198,7 @@ def _in_order(datasets: Sequence[Dataset], render: Renderer) -> Iterator[str]:
 
 
 def _docstrings() -> Iterator[str]:
-    """Docstrings of the standard library, module by module, each with an empty line after it: ten times as fast as parsing."""
+    """Docstrings of the standard library, module by module, each with an empty line after it; found ten times as fast as by parsing."""
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         source = file.read_text("utf8")
         for match in _CODE.finditer(source):
@@ -209,7 +209,7 @@ def _docstrings() -> Iterator[str]:
 
 
 def _joined(pieces: Iterable[str], n_chars: int) -> tuple[str, bool]:
-    """The text that ``pieces`` make up to ``n_chars``, and whether that is all of it."""
+    """The ``pieces`` joined, up to ``n_chars``, and whether that is all of them."""
     held: list[str] = []
     n_held = 0
     for piece in pieces:

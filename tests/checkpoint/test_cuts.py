@@ -1,4 +1,4 @@
-"""A checkpoint seen through cuts: experts that are stored as one tensor, one by one."""
+"""Views of a checkpoint: experts that are stored as one tensor, one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON that nobody vouches for is an error with the file's name, never a crash and never a message that moves the cursor."""
+"""Untrusted JSON is an error with the file's name, never a crash and never a message that moves the cursor."""
 
 from __future__ import annotations
 

@@ -172,6 +172,6 @@ def test_misuse_is_an_error_that_says_what_to_do() -> None:
         round_inputs(X, "int4-token")
     with pytest.raises(KernelError, match="int8-tensor: needs the scale"):
         round_inputs(X, "int8-tensor")
-    with pytest.raises(KernelError, match="fp8-token: finds its own"):
+    with pytest.raises(KernelError, match="fp8-token: computes its own"):
         round_inputs(X, "fp8-token", scale)
     assert set(activations.STATIC) == set(SCALES)

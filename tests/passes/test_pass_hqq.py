@@ -151,7 +151,7 @@ def test_it_fills_a_layer_and_reports_its_error() -> None:
 
 @pytest.mark.parametrize("word", ["q4_k", "nf4", "q8_0", "f16"])
 def test_number_formats_without_a_free_scale_are_refused(word: str) -> None:
-    with pytest.raises(UnsupportedError, match="it takes int, q4_1, q5_1"):
+    with pytest.raises(UnsupportedError, match="it supports int, q4_1, q5_1"):
         hqq.quantize(torch.ones(4, 256), Scheme.parse(word))
 
 

@@ -73,7 +73,7 @@ def test_a_record_is_a_text_or_a_conversation(tmp_path: Path, row: dict[str, Any
     [
         ("{broken", "not a line of JSON"),
         ('{"id": 3}', "its fields are id, expected text"),
-        ("[1]", "no record but list"),
+        ("[1]", "not a record but list"),
         ('{"text": 3}', "text is 3, expected text"),
         ('{"messages": "hello"}', r"messages is 'hello', expected a list of \{role, content\}"),
         ('{"messages": [{"role": "user", "content": "a"}, {"text": "b"}]}', r"messages\[1\] is an object with text, expected"),

@@ -1,4 +1,4 @@
-"""The scales by which engines quantize what a linear reads, where these are found beforehand."""
+"""Static input scales: stored in the file, for engines that quantize a linear's input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FP4_MAX = 6.0
 
 
 def static_scale(act: str, reach: float) -> Tensor:
-    """``input_scale`` F32 [1] of the scheme's ``act``; ``reach`` is the largest magnitude that its codes get to
+    """``input_scale`` F32 [1] of the scheme's ``act``; ``reach`` is the largest magnitude that its codes represent
     (:mod:`quantcli.statistics.ranges`).
 
     ``int8-tensor`` and ``fp8-tensor``: x ≈ scale·q, so the range over the largest code. ``nvfp4-g16``: the global scale, by which each

@@ -1,13 +1,13 @@
-"""A change of basis: a tap's inputs divided by s, its weights' columns multiplied by it, and the function of the layer as it was.
+"""A change of basis: a tap's inputs divided by s, its weights' columns multiplied by it, with the layer's function unchanged.
 
 With x the inputs of a tap, made by an op whose output channels can be scaled (:class:`quantcli.tensors.Absorber`)::
 
     W·x = (W·diag(s)) · (diag(1/s)·x)        columns of every weight that reads x, times s
     x/s                                      rows of the op that makes x, and its bias, over s
 
-A norm's weight keeps its stored dtype. Rounding it would change the function, so it is rounded first and s is what came of it:
-w′ = round(w/s), s = w/w′. The weights that take s over are float32 until they are coded. What else stays dense (a bias, a linear that a
-rule keeps) is rounded to its own dtype, as it was when it was published.
+A norm's weight keeps its stored dtype. Rounding it would change the function, so it is rounded first and s is computed from the result:
+w′ = round(w/s), s = w/w′. The weights that are multiplied by s are float32 until they are quantized. Other tensors that stay dense (a
+bias, a linear that a rule keeps) are rounded to their own dtype, as when they were published.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from quantcli import qtypes
 from quantcli.tensors import Absorber, Layer, Scheme, Stats, output_error
 
 SAMPLED_ROWS = 256
-"""Rows of a tap's weights that a search looks at: enough to rank scales that all rows share, whatever the size of the matrices."""
+"""Rows of a tap's weights that a search uses: enough to rank scales that all rows share, whatever the size of the matrices."""
 
 
 def shared(values: Tensor, absorber: Absorber, reduce: str) -> Tensor:
-    """``values`` [in] made alike ("mean", "amax") for the inputs that one channel of ``absorber`` makes."""
+    """``values`` [in] reduced ("mean", "amax") to one value for all inputs that one channel of ``absorber`` makes."""
     channel = absorber.channel.to(values.device)
     pooled = torch.zeros(int(channel.max()) + 1, dtype=values.dtype, device=values.device)
     return pooled.scatter_reduce(0, channel, values, reduce, include_self=False)[channel]
@@ -63,15 +63,15 @@ def attainable(weight: Tensor, absorber: Absorber, s: Tensor) -> Tensor:
 
 
 def _scaled(layer: Layer, name: str, tensor: Tensor, factor: Tensor, offset: float = 0.0) -> Tensor:
-    """(``tensor`` + offset)·factor − offset: in float32 or better what is to be coded, in its own dtype what stays dense."""
-    coded = torch.promote_types(tensor.dtype, torch.float32)
+    """(``tensor`` + offset)·factor − offset: in float32 or better if it is to be quantized, in its own dtype if it stays dense."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
     if tensor.ndim == 1:  # a norm or a bias: few numbers
         return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
-    return (tensor.to(coded) * factor.to(coded)).to(coded if name in layer.schemes or name in layer.deferred else tensor.dtype)
+    return (tensor.to(wide) * factor.to(wide)).to(wide if name in layer.schemes or name in layer.deferred else tensor.dtype)
 
 
 def rescaled(stats: Stats, s: Tensor) -> Stats:
-    """The statistics of inputs divided by ``s`` [in]; of all inputs counted together nothing can be told any more."""
+    """The statistics of inputs divided by ``s`` [in]; without a histogram, which cannot be rescaled."""
     s = s.to(stats.importance.device, torch.float32)
     H, dXXT = (None if M is None else M / s / s[:, None] for M in (stats.H, stats.dXXT))
     fourth = None if stats.fourth is None else stats.fourth / s.square().square()
@@ -87,8 +87,8 @@ def on(stats: Stats, device: torch.device) -> Stats:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What a search of scales learns of one tap. ``Ws``: rows of its weights [n, in] float32 by scheme; ``stats``: of its inputs, on the
-    weights' device; ``share``: its tokens over those of the busiest tap that the scales are for, 1 where there is no other."""
+    """What a search for scales reads of one tap. ``Ws``: rows of its weights [n, in] float32 by scheme; ``stats``: of its inputs, on the
+    weights' device; ``share``: its tokens divided by the most tokens of a tap with the same scales, 1 where there is no other."""
 
     Ws: Mapping[Scheme, list[Tensor]]
     stats: Stats
@@ -96,11 +96,12 @@ class Read:
 
 
 def reads(layer: Layer, tap: str, stats: Mapping[str, Stats]) -> list[Read]:
-    """The taps whose scales are ``tap``'s, those without tokens left out. Their losses by their shares add up to that of all tokens.
+    """The taps that share the scales of ``tap``, except those without tokens. Their losses times their shares add up to that of all tokens.
 
-    :data:`SAMPLED_ROWS` are spread over all of them, so that many experts cost about as much as one; each matrix has a row at least.
+    :data:`SAMPLED_ROWS` are spread over all of them, so that many experts cost about as much as one; of each matrix there is at least one
+    row.
     """
-    names = {each: members for each in layer.absorbers[tap].taps(tap) if (members := coded(layer, each)) and each in stats}
+    names = {each: members for each in layer.absorbers[tap].taps(tap) if (members := to_quantize(layer, each)) and each in stats}
     known = {each: stats[each] for each in names}
     seen = {each: one for each, one in known.items() if one.n_tokens} or {tap: known[tap]}
     among = [name for each in seen for name in names[each]]
@@ -109,14 +110,14 @@ def reads(layer: Layer, tap: str, stats: Mapping[str, Stats]) -> list[Read]:
     return [Read(sampled(layer, names[each], among=among), on(one, device), one.n_tokens / most) for each, one in seen.items()]
 
 
-def coded(layer: Layer, tap: str) -> list[str]:
-    """The tensors that read ``tap`` and are coded, now or by later passes."""
+def to_quantize(layer: Layer, tap: str) -> list[str]:
+    """The tensors that read ``tap`` and are quantized, now or by later passes."""
     return [name for name in (*layer.schemes, *layer.deferred) if layer.taps.get(name) == tap]
 
 
 def sampled(layer: Layer, names: Sequence[str], *, among: Sequence[str] = ()) -> dict[Scheme, list[Tensor]]:
-    """The weights ``names`` by scheme, float32: all rows, or those that are theirs of about :data:`SAMPLED_ROWS` of ``among`` (of
-    ``names`` where it is empty), evenly spread."""
+    """Rows of the weights ``names`` by scheme, float32: theirs of about :data:`SAMPLED_ROWS` rows spread evenly over ``among`` (``names``
+    where it is empty)."""
     step = max(1, sum(len(layer.tensors[name]) for name in among or names) // SAMPLED_ROWS)
     schemes, Ws = layer.schemes | layer.deferred, dict[Scheme, list[Tensor]]()
     for name in names:
@@ -126,9 +127,9 @@ def sampled(layer: Layer, names: Sequence[str], *, among: Sequence[str] = ()) ->
 
 def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Tensor, H: Tensor) -> Tensor:
     """A number, float64 on the weights' device: the mean over tokens of ‖(W − Ŵ·diag(1/s))·x‖² over all ``Ws``, the weights [out, in] of
-    one tap by scheme, coded in the basis ``s``.
+    one tap by scheme, quantized in the basis ``s``.
 
-    The trace of E·H·Eᵀ: no activation is kept. ``H`` [in, in] (or a diagonal [in]), ``importance`` [in]: as calibration saw them.
+    The trace of E·H·Eᵀ: no activation is stored. ``H`` [in, in] (or a diagonal [in]), ``importance`` [in]: in the calibration's basis.
     """
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     for scheme, weights in Ws.items():
@@ -138,5 +139,5 @@ def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Ten
 
 
 def notes(layer: Layer, tap: str, method: str) -> tuple[str, ...]:
-    """What to say of a tap whose basis ``method`` had to leave."""
+    """A note for a tap whose basis ``method`` could not change."""
     return () if tap in layer.absorbers else (f"{method}: nothing that makes its inputs can absorb a scale; they stay as they are",)

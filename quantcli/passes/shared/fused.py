@@ -9,9 +9,9 @@ from quantcli.tensors import Layer, Scheme
 
 
 def fused_parts(layer: Layer) -> dict[str, dict[str, Tensor]]:
-    """Tensor name → the parts that its number format makes alike for all matrices of its tap and scheme; nothing where there are none.
+    """Tensor name → the parts that are the same for all matrices of its tap and scheme; only for number formats that have such parts.
 
-    A qtype that has such parts gives them by ``fused(Ws, scheme)``; a tensor without a tap stands alone.
+    The qtype computes them in ``fused(Ws, scheme)``; a tensor without a tap shares them with no other.
     """
     groups: dict[tuple[str, Scheme], list[str]] = {}
     for name, scheme in layer.schemes.items():

@@ -1,4 +1,4 @@
-"""What the runs of several passes share: a layer's tensors by tap, the Hessian of a tap, and one weight matrix after the other."""
+"""Steps that several passes share: grouping a layer's tensors by tap, the Hessian of a tap, quantizing one weight matrix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Quantize = Callable[[Tensor, Scheme], QuantizedTensor]
 
 
 def by_tap(layer: Layer, stats: Mapping[str, Stats]) -> dict[str, list[str]]:
-    """Tap → the tensors to be coded that read it, in the layer's order. :class:`RecipeError` for a tap without statistics, or with
+    """Tap → the tensors to be quantized that read it, in the layer's order. :class:`RecipeError` for a tap without statistics, or with
     another model's."""
     groups: dict[str, list[str]] = {}
     for name in layer.schemes:
@@ -41,9 +41,9 @@ def hessian(tap: str, stats: Stats, device: torch.device, method: str) -> Tensor
     return stats.H.to(device, torch.float32)
 
 
-def code(layer: Layer, name: str, quantize: Quantize, H: Tensor | None = None, **said: Any) -> TensorReport:
-    """Quantize one tensor of ``layer``; its error is taken from ``H`` [in, in] where that is given; ``said``: more for its report."""
+def code(layer: Layer, name: str, quantize: Quantize, H: Tensor | None = None, **reported: Any) -> TensorReport:
+    """Quantize one tensor of ``layer``; its error is computed from ``H`` [in, in] if given; ``reported``: more fields of its report."""
     W, scheme = layer.tensors[name].float(), layer.schemes[name]
     with about(name):
         layer.quantized[name] = quantize(W, scheme)
-    return TensorReport(name, relative_error(W, qtypes.of(scheme.qtype).unpack(layer.quantized[name]), H), **said)
+    return TensorReport(name, relative_error(W, qtypes.of(scheme.qtype).unpack(layer.quantized[name]), H), **reported)

@@ -1,7 +1,7 @@
-"""Where texts come from: files of any size and datasets by name, read in an order drawn by a seed and only as far as they are needed.
+"""Documents from files of any size and from datasets by name, in an order drawn by a seed, read only as far as needed.
 
 A small file (at most ``files.WHOLE_BYTES``) is read and checked whole, its records shuffled. A larger one is sampled, in bounded memory
-and in time that follows what is taken: ``.jsonl`` in blocks spread over the file, a line belonging to the block in which it begins, so
+and in time proportional to what is taken: ``.jsonl`` in blocks spread over the file, a line belonging to the block in which it begins, so
 that every line comes once; ``.txt`` in stretches likewise; ``.parquet`` row group by row group, of each a fixed number of rows at a
 stride, the rows between them in later rounds; a dataset by name as a stream whose shards and next thousand rows are shuffled.
 """
@@ -24,10 +24,10 @@ __all__ = ["Conversation", "Dataset", "Document", "Held", "Renderer", "Source"]
 
 
 class Source(Protocol):
-    """Documents in one of two orders; each is there once in either."""
+    """Documents in one of two orders, each document once."""
 
     def drawn(self, draw: random.Random) -> Iterator[Document]:
-        """In an order that ``draw`` decides."""
+        """In an order drawn from ``draw``."""
 
     def in_order(self) -> Iterator[Document]:
         """From the first to the last."""
@@ -42,16 +42,16 @@ class Dataset:
     weight: float = 1.0
 
     @classmethod
-    def open(cls, word: str) -> Dataset:
-        """The dataset that ``word`` names: ``PATH`` (.txt, .jsonl, .json or .parquet) or ``NAME[:CONFIG][:SPLIT]``, either ``=WEIGHT``.
+    def open(cls, name: str) -> Dataset:
+        """The dataset ``name``: ``PATH`` (.txt, .jsonl, .json or .parquet) or ``NAME[:CONFIG][:SPLIT]``, each with or without ``=WEIGHT``.
 
         Raises :class:`CheckpointError` for a file that cannot be read, :class:`RecipeError` for a name without the extra to fetch it.
         """
-        match = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", word)
-        if match is None or Path(word).exists():
-            return cls(word, _open(word))
+        match = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", name)
+        if match is None or Path(name).exists():
+            return cls(name, _open(name))
         if float(match[2]) == 0:
-            raise RecipeError(f"--dataset {word}: a weight must be above zero")
+            raise RecipeError(f"--dataset {name}: a weight must be above zero")
         return cls(match[1], _open(match[1]), float(match[2]))
 
 

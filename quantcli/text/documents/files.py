@@ -1,4 +1,4 @@
-"""Texts and records in files: a small file held whole, a large one read at places that a seed draws."""
+"""Text and records in files: a small file is read whole, a large one at positions drawn by a seed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WHOLE_BYTES = 16 << 20
 """A file up to this size is read whole."""
 
 MAX_JSON_BYTES = 256 << 20
-"""A ``.json`` list cannot be entered in its middle, so it is read whole or not at all."""
+"""The largest ``.json`` list that is read: it cannot be read from its middle, so it is read whole or not at all."""
 
 BLOCK_BYTES = 16 << 10
-"""What is read of a large file at one place: small, so that a few thousand windows come from hundreds of places."""
+"""Bytes read of a large file at one position: few, so that a few thousand windows come from hundreds of positions."""
 
 MAX_LINE_BYTES = 64 << 20
 
@@ -44,7 +44,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class LargeText:
-    """A ``.txt`` beyond what is read whole: stretches of it, which begin and end at white space where there is some."""
+    """A ``.txt`` too large to be read whole: stretches of it, which begin and end at white space where there is some."""
 
     path: Path
 
@@ -76,7 +76,7 @@ class LargeText:
 
 @dataclass(frozen=True, slots=True)
 class LargeLines:
-    """A ``.jsonl`` beyond what is read whole."""
+    """A ``.jsonl`` too large to be read whole."""
 
     path: Path
 
@@ -138,7 +138,7 @@ def open_json(path: Path) -> Held | LargeLines:
 
 
 def _row(line: bytes, where: str) -> Iterable[Document]:
-    """The document of one line of JSON; of a blank line none."""
+    """The document of one line of JSON; none for a blank line."""
     if not line.strip():
         return ()
     try:
@@ -150,18 +150,18 @@ def _row(line: bytes, where: str) -> Iterable[Document]:
 
 
 def _starts(path: Path, draw: random.Random) -> Iterator[int]:
-    """The offset of every block of a file, once, from a drawn block on in steps of the golden section: however few are taken, they are
-    spread over the whole file."""
+    """The offset of every block of a file, once, starting at a drawn block in steps of the golden section: however few are taken, they
+    are spread over the whole file."""
     n = -(-path.stat().st_size // BLOCK_BYTES)
     step = max(1, round(n * GOLDEN))
-    while math.gcd(step, n) > 1:  # else some blocks would never be met
+    while math.gcd(step, n) > 1:  # else some blocks would never be visited
         step += 1
     first = draw.randrange(n)
     yield from ((first + i * step) % n * BLOCK_BYTES for i in range(n))
 
 
 def _skip_line(file: Any, end: int | None) -> bool:
-    """Read to the end of the line at hand. False when that is not before ``end``, and nothing begins there."""
+    """Read to the end of the current line. False when that is not before ``end``, so that no line begins there."""
     while end is None or file.tell() < end:
         piece = file.readline(BLOCK_BYTES)
         if piece.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""Records of a dataset: plain text, or a conversation, which is written as the model's own chat template has it."""
+"""Records of a dataset: plain text, or a conversation, which the model's own chat template renders."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from quantcli.errors import CheckpointError
 
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
-"""What is asked and what is answered, one record each."""
+"""Names of the fields of a question and of its answer in one record."""
 
 CONTEXTS = ("input", "context")
-"""What Alpaca's and Dolly's records add to their ``instruction``."""
+"""Fields that Alpaca's and Dolly's records add to their ``instruction``."""
 
 FIELDS = tuple(dict.fromkeys(("messages", "conversations", "text", "content", *(f for pair in PAIRS for f in pair), *CONTEXTS)))
-"""Every field that is looked at, so that others of a Parquet file need not be read."""
+"""Every field that is used, so that other columns of a Parquet file need not be read."""
 
 EXPECTED = "text, content, messages [{role, content}], conversations [{from, value}], " + ", ".join(f"{a} and {b}" for a, b in PAIRS)
 
@@ -36,27 +36,27 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages as chat templates take them, ``{"role": …, "content": …}`` each, and the place they come from."""
+    """Messages in the form of chat templates, ``{"role": …, "content": …}`` each, and where they come from."""
 
     messages: tuple[Mapping[str, Any], ...]
     where: str
 
     @property
     def plain(self) -> str:
-        """The contents alone, a line each."""
-        return "\n".join(_words(message.get("content")) for message in self.messages)
+        """The contents only, a line each."""
+        return "\n".join(_content(message.get("content")) for message in self.messages)
 
 
 Document = str | Conversation
 
 
 def document_of(row: Any, where: str) -> Document:
-    """The text or conversation of one record. A conversation goes before a ``text`` beside it, which has some other model's template.
+    """The text or conversation of one record. A conversation is preferred to a ``text`` field, rendered in another model's template.
 
     ``where``: file and line, for the :class:`CheckpointError` of a record that is neither. An empty one is an empty text.
     """
     if not isinstance(row, Mapping):
-        raise CheckpointError(f"{where}: it is no record but {type(row).__name__}; expected an object with {EXPECTED}")
+        raise CheckpointError(f"{where}: it is not a record but {type(row).__name__}; expected an object with {EXPECTED}")
     if row.get("messages"):
         return Conversation(tuple(_messages(row["messages"], f"{where}: messages")), where)
     if row.get("conversations"):
@@ -81,8 +81,8 @@ def document_of(row: Any, where: str) -> Document:
 class Renderer:
     """Documents as the model reads them: a conversation through the tokenizer's chat template, a text as it is.
 
-    ``note`` is told once when there is no template, and of the first conversation that the template refuses (roles that do not alternate,
-    a system message that it does not know); both are then joined as plain text.
+    ``note`` receives a message once when there is no template, and for the first conversation that the template refuses (roles that do
+    not alternate, a system message that it does not support); such conversations are joined as plain text.
     """
 
     tokenizer: Any
@@ -99,7 +99,7 @@ class Renderer:
             # Copies, because some templates edit what they are given.
             text: str = self.tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False)
             return text
-        except Exception as error:  # whatever a template of a stranger does; jinja2 is no dependency of ours
+        except Exception as error:  # a foreign template may raise anything, and jinja2 is not a dependency of quantcli
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._once(
                 "refused", f"{document.where}: the chat template refuses this conversation ({reason}); it and others like it are plain text"
@@ -117,7 +117,7 @@ def _messages(value: Any, where: str) -> list[Mapping[str, Any]]:
     for i, message in enumerate(_list(value, where, "{role, content}")):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise CheckpointError(f"{where}[{i}] is {_shown(message)}, expected an object with role and content")
-        _words(message["content"], f"{where}[{i}]")
+        _content(message["content"], f"{where}[{i}]")
         # Parquet fills the fields that only other rows have with nulls, and templates ask for a field's presence.
         messages.append({key: item for key, item in message.items() if item is not None or key == "content"})
     return messages
@@ -143,8 +143,8 @@ def _list(value: Any, where: str, of: str) -> Sequence[Any]:
     return value
 
 
-def _words(content: Any, where: str = "") -> str:
-    """The text of a message's content: a string, nothing, or a list of parts of which some are text."""
+def _content(content: Any, where: str = "") -> str:
+    """The text of a message's content: a string, None, or a list of parts of which some are text."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -161,8 +161,8 @@ def _text(value: Any, where: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """``value`` in a few words."""
+    """``value``, shortened for a message."""
     if isinstance(value, Mapping):
         return f"an object with {', '.join(map(str, value)) or 'nothing'}"
-    words = repr(value)
-    return words if len(words) <= 40 else f"{words[:40]}…"
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:40]}…"

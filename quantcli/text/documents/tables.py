@@ -1,4 +1,4 @@
-"""Records in Parquet files and in datasets by name, for which the extra ``data`` is needed."""
+"""Records in Parquet files and in datasets by name, which need the extra ``data``."""
 
 from __future__ import annotations
 
