@@ -43,8 +43,8 @@ class Key:
 
     ``config_keys``: keys of config.json, of which the first that is not null counts. ``kind``: "u32", "f32", "bool" or "str"; an array
     where the value is a list. ``computed``: a name in ``formats.gguf.model.metadata.COMPUTED``, config → value, in place of
-    ``config_keys``, which then only give where the value goes when a file is read. ``default``: the value where there is none; None leaves the key out,
-    :data:`REQUIRED` is an error.
+    ``config_keys``, which then only give where the value goes when a file is read. ``default``: the value where there is none;
+    None leaves the key out, :data:`REQUIRED` is an error.
     """
 
     name: str

@@ -329,7 +329,7 @@ def test_tiled_int8_is_unsupported_and_says_what_to_do(folders: dict[str, Path],
     def change(tensors: Tensors, words: dict) -> None:
         tensors[f"{Q}.weight_format"] = torch.tensor(1, dtype=torch.uint8)
 
-    with pytest.raises(UnsupportedError, match=r"col32.*save the model anew"):
+    with pytest.raises(UnsupportedError, match=r"col32.*save the model again"):
         read_q(damaged(folders["llm-int8"], tmp_path / "x", change))
 
 
