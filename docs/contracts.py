@@ -21,6 +21,11 @@ class Section:
 
 
 SECTIONS = (
+    Section(
+        "The library",
+        ("api.py",),
+        ("Source", "Text", "OnEvent", "quantize", "export", "calibrate", "evaluate", "inspect", "plan", "open", "use_device"),
+    ),
     Section("Nouns", ("tensors.py",), ("DTYPES", "KEEP", "ACTIVATIONS", "HEAD", "KV_CACHES")),
     Section("Number formats", ("qtypes/__init__.py",), ("Parts", "of", "names")),
     Section("Passes", ("passes/__init__.py",), ("O", "of", "names")),

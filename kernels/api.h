@@ -11,7 +11,7 @@ constexpr Status kOk = 0;
 
 enum class Float : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-/// ggml's block types: the name that Python uses, and the text in blocks/ (which blocks/kinds.h includes).
+/// ggml's block types: the name that Python uses, and the codec in blocks/ (which blocks/kinds.h includes).
 // clang-format off
 #define QC_KINDS(X)                                                                           \
     X(q8_0, Q8_0) X(q4_0, Q4_0) X(q4_1, Q4_1) X(q5_0, Q5_0) X(q5_1, Q5_1)                     \
@@ -25,7 +25,7 @@ enum class Float : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Kind : int { QC_KINDS(QC_NAME) };
 #undef QC_NAME
 
-/// What a text says of itself, for checks: weights and bytes of a block, weights of a sub-block, and which parameters it has.
+/// The sizes and parameters of a codec, for checks: weights and bytes of a block, weights of a sub-block, and which parameters it has.
 struct KindInfo {
     const char* name;
     int block, bytes, sub;

@@ -1,4 +1,4 @@
-"""The library: the verbs of the command line as functions, with the same defaults, results and errors."""
+"""The library: quantize, export, calibrate, evaluate, inspect and plan as functions, with the defaults and errors of the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quantcli import formats, heap, ops
 from quantcli import recipe as recipes
 from quantcli.calibration import calibrate as calibration
 from quantcli.calibration.data import Data, Windows
-from quantcli.calibration.text_check import Familiarity
+from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import KernelError, OptionError, RecipeError
 from quantcli.formats import open_checkpoint
@@ -63,7 +63,7 @@ class Result:
 
     ``path``: the output, of several files the first; ``plan``: what was to be written; ``layers``: each with its error and time;
     ``lossless``: whether every value of the source is kept; ``seconds``, ``peak_ram_bytes``: of the run; ``finished``: how the text
-    calibrated it. Of a dry run ``lossless`` and ``finished`` are None.
+    calibrated it. ``lossless`` and ``finished`` are None after a dry run.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """The JSON keys of ``quantize`` and ``export``; of a dry run those that a plan can know, the others null."""
         plan, finished = self.plan, self.finished
-        known = finished.familiarity if finished is not None else None
+        known = finished.text_check if finished is not None else None
         walked = [{"name": e.name, "relative_error": e.relative_error, "bpw": e.bpw, "seconds": e.seconds} for e in self.layers]
         planned = [{"name": layer.name, "relative_error": None, "bpw": planned_bpw(layer), "seconds": None} for layer in plan.layers]
         return {
@@ -109,7 +109,7 @@ class Calibration:
     n_tokens: int
     taps: int
     dataset_sha256: str
-    text_check: Familiarity
+    text_check: TextCheck
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,8 +201,8 @@ def quantize(
                     layers.append(event)
                 else:
                     finished = event
-        if finished is not None and finished.familiarity is not None:
-            warn_of_text(finished.familiarity, tell)
+        if finished is not None and finished.text_check is not None:
+            warn_of_text(finished.text_check, tell)
     assert made is not None
     if finished is not None and is_split:
         target = target.with_name(finished.output.name)  # the first of several files
@@ -288,7 +288,7 @@ def calibrate(
         )
         for event in walk:
             tell(event)
-            if isinstance(event, Familiarity):
+            if isinstance(event, TextCheck):
                 known = event
             else:
                 n_taps += event.n_taps
@@ -401,7 +401,7 @@ def eval_windows(checkpoint: Checkpoint, data: Text, samples: int, seq_len: int,
 
 def announce(checkpoint: Checkpoint, event: Planned, tell: OnEvent) -> None:
     """What a user should know before the work begins."""
-    if any(tensor.is_recoded for tensor in event.plan.tensors):
+    if any(tensor.is_requantized for tensor in event.plan.tensors):
         text = f"{checkpoint.source} is quantized already, and its error stays; better start from the original weights"
         tell(Note(text, is_warning=True))
     for note in (*checkpoint.notes, *event.notes):
@@ -465,7 +465,7 @@ def warn_of_context(checkpoint: Checkpoint, seq_len: int, tell: OnEvent) -> None
         tell(Note(text, is_warning=True))
 
 
-def warn_of_text(known: Familiarity, tell: OnEvent) -> None:
+def warn_of_text(known: TextCheck, tell: OnEvent) -> None:
     """Warn of a text that the model does not know."""
     if not known.is_low:
         return

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class QuantcliError(Exception):
-    """What the user can act on. The sentence says what, where, expected and got, and the next step."""
+    """An error that the user can act on. Its sentence states what, where, what was expected and found, and the next step."""
 
     exit_code = 1
 

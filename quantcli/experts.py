@@ -1,4 +1,4 @@
-"""Experts told by the names of their tensors: ``….experts.3.gate_proj`` belongs to expert 3 of those in ``….experts``, in every family."""
+"""Recognizes experts by the names of their tensors: ``….experts.3.gate_proj`` belongs to expert 3 of ``….experts``, in every family."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ class ExpertName:
 
 
 def expert_of(name: str) -> ExpertName | None:
-    """``name`` of a tensor, a linear or a tap taken apart; None where it is no expert's."""
+    """The parts of ``name``, of a tensor, a linear or a tap; None where it does not belong to an expert."""
     match = EXPERT.fullmatch(name)
     return None if match is None else ExpertName(match["stack"], int(match["number"]), match["linear"])

@@ -1,4 +1,4 @@
-"""Memory: what C's allocator keeps is given back to the system after each layer, and what the process held at most is told."""
+"""Process memory: returns freed pages to the system after each layer, and reports the peak use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def trim() -> None:
     """Give the pages of freed tensors back to the system (glibc only; elsewhere the allocator is left to itself).
 
     glibc serves aligned blocks of up to 32 MiB from its heap and often cannot fit the next layer's weights into the gaps that the last
-    one's left, so that without this a walk would hold more with every layer.
+    one's left, so that without this a walk's memory would grow with every layer.
     """
     if sys.platform != "linux":
         return
@@ -23,7 +23,7 @@ def trim() -> None:
 def peak_bytes() -> int:
     """The most memory this process has held so far.
 
-    On Linux from /proc: ``ru_maxrss`` starts at what the parent held when it started us, which says nothing about our own use.
+    On Linux from /proc: ``ru_maxrss`` starts at what the parent process held when it started this one.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as status:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+from typing_extensions import override
 
 
 class Row(Protocol):
@@ -28,8 +29,8 @@ class Importance(Mapping[str, Tensor]):
     """Name of a weight → the mean squares of its inputs, float32 [in], or [n_experts, in] of a stack; read when asked for.
 
     ``file``: where they come from; ``datasets``: the texts they were measured on, as far as that is known; ``n_entries``: of the file;
-    ``n_chunks``: windows of text; ``dataset``: what tells that text from others (``dataset_sha256``, ``dataset_sketch``); ``notes``: what
-    is missing.
+    ``n_chunks``: windows of text; ``dataset``: what identifies that text (``dataset_sha256``, ``dataset_sketch``); ``notes``: what is
+    missing.
     """
 
     rows: Mapping[str, Row]
@@ -40,14 +41,18 @@ class Importance(Mapping[str, Tensor]):
     dataset: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @override
     def __getitem__(self, name: str) -> Tensor:
         return self.rows[name].read()
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
 
+    @override
     def __len__(self) -> int:
         return len(self.rows)
 
+    @override
     def __contains__(self, name: object) -> bool:
         return name in self.rows  # Mapping's own reads the row

@@ -1,4 +1,4 @@
-"""Recipe: what to do with a model, as data: YAML from configs/ or a file, plus the command line's overrides."""
+"""Recipes: passes, number formats and output format as data, read from YAML in configs/ or a file, with overrides."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ MOE = ("routed", "all")
 """What an expert is calibrated on: the tokens that the router sends to it, or every token."""
 
 YAML_TYPES: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for", "kv_cache"), (str, "a word")),
-    **dict.fromkeys(("moe", "fallback", "input_range"), (str, "a word")),
+    **dict.fromkeys(("name", "description", "format", "scheme", "mix", "codes", "default_for", "kv_cache"), (str, "a string")),
+    **dict.fromkeys(("moe", "fallback", "input_range"), (str, "a string")),
     **dict.fromkeys(("passes", "rules", "datasets"), (list, "a list")),
     **dict.fromkeys(("calibration", "format_options", "protect_outliers"), (Mapping, "a mapping")),
     **dict.fromkeys(("seed", "samples", "seq_len", "min_tokens"), (int, "an integer")),
     "true_sequential": (bool, "true or false"),
 }
-"""What each key of a recipe holds."""
+"""Key of a recipe → the type of its value, and how a message calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Rule:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise RecipeError(f"rule '{pattern}' is no regular expression: {error}") from None
+            raise RecipeError(f"rule '{pattern}' is not a regular expression: {error}") from None
         return cls(pattern, None if scheme == KEEP else Scheme.parse(scheme))
 
     def matches(self, name: str) -> bool:
@@ -84,11 +84,11 @@ class PassSpec:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How much text the calibrated passes see. ``datasets``: ``PATH`` or ``NAME``, each with or without ``=WEIGHT``.
+    """Which text calibrates, and how much. ``datasets``: ``PATH`` or ``NAME``, each with or without ``=WEIGHT``.
 
     ``moe``: which tokens calibrate an expert (:data:`MOE`). An expert that fewer than ``min_tokens`` tokens reach
-    (at least one) is not given to the recipe's passes but to ``fallback``, a pass that needs no statistics. ``input_range``: how the scale
-    of inputs is found where a scheme has one beforehand (:data:`quantcli.statistics.ranges.METHODS`).
+    (at least one) is quantized not by the recipe's passes but by ``fallback``, a pass that needs no statistics. ``input_range``: how a
+    static scale of inputs is found (:data:`quantcli.statistics.ranges.METHODS`).
     """
 
     samples: int = 128
@@ -102,12 +102,11 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Passes, rules and a format. The first rule that matches a tensor wins; ``scheme`` serves the linears of decoder layers that no
-    rule names, or ``mix`` lets a GGUF file type choose the type of every tensor. ``codes``: what becomes of those the source has
-    (:data:`CODES`). ``protect_outliers`` goes after the rules: linears with outlying inputs get its scheme
-    (:mod:`quantcli.statistics.outliers`).
-    ``kv_cache``: how the engine is to store keys and values, by scales found beforehand (:data:`quantcli.tensors.KV_CACHES`; "": as they
-    are). ``format_options`` are the format's to read."""
+    """Passes, rules and a format. The first rule that matches a tensor wins; ``scheme`` is for the linears of decoder layers that no
+    rule matches, or ``mix`` is a GGUF file type that chooses the type of every tensor. ``codes``: what becomes of a quantized source's
+    codes (:data:`CODES`). ``protect_outliers`` applies after the rules: linears with outlying inputs get its scheme
+    (:mod:`quantcli.statistics.outliers`). ``kv_cache``: how the engine stores keys and values, with static scales
+    (:data:`quantcli.tensors.KV_CACHES`; "": unquantized). ``format_options`` are passed to the format."""
 
     name: str
     format: str
@@ -127,7 +126,7 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that its passes read, the range of inputs where their scales are found beforehand, what tells outliers."""
+        """The statistics that it reads: those of its passes, the range of inputs for static scales, the fourth moment for outliers."""
         protection = self.protect_outliers
         schemes = [self.scheme, *(rule.scheme for rule in self.rules), None if protection is None else protection.scheme]
         has_static = any(scheme is not None and scheme.static_activations for scheme in schemes)
@@ -137,12 +136,12 @@ class Recipe:
 
     @property
     def cache_needs(self) -> frozenset[str]:
-        """The statistics of keys and values that it reads: their range, where scales for them are found beforehand."""
+        """The statistics of keys and values that it reads: their range, where the cache has static scales."""
         return self._range_needs if self.kv_cache else frozenset()
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether it learns anything from text."""
+        """Whether it needs calibration text."""
         return bool(self.needs or self.cache_needs)
 
     @property
@@ -151,7 +150,7 @@ class Recipe:
 
     @property
     def changes_basis(self) -> bool:
-        """Whether a pass of it scales inputs against weights (awq, smoothquant)."""
+        """Whether one of its passes scales inputs against weights (awq, smoothquant)."""
         return any(pass_of(p.name).changes_basis for p in self.passes)
 
     @staticmethod
@@ -169,7 +168,7 @@ class Recipe:
         return replace(self, passes=passes)
 
     def with_scheme(self, **options: Any) -> Recipe:
-        """The same recipe with options of its scheme replaced (bits, group_size, sym) and its name following."""
+        """The same recipe with options of its scheme replaced (bits, group_size, sym), and a name to match."""
         if self.scheme is None:
             raise RecipeError(f"recipe '{self.name}' takes its number formats from {self.mix}; it has no {', '.join(options)} to set")
         known = qtypes.of(self.scheme.qtype).options
@@ -202,7 +201,7 @@ def _plain(value: Any) -> Any:
 
 
 def folder() -> Path:
-    """Where the shipped recipes are: inside the installed package, or beside it in a source tree."""
+    """Where the shipped recipes are: inside the installed package, or next to it in a source tree."""
     here = Path(__file__).parent
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
 
@@ -241,7 +240,7 @@ def methods() -> list[str]:
 
 
 def parse(data: Any, name: str) -> Recipe:
-    """A recipe from what its YAML says. Unknown keys, passes and schemes are errors that name what there is."""
+    """A recipe from the content of its YAML. Unknown keys, passes and schemes are errors that list the known ones."""
     if not isinstance(data, Mapping):
         raise RecipeError(f"recipe '{name}' is not a mapping of keys")
     data = dict(data)
@@ -277,11 +276,11 @@ def parse(data: Any, name: str) -> Recipe:
 
 
 def _check_types(data: Mapping[str, Any], recipe: str) -> None:
-    """Raise :class:`RecipeError` at the first key whose value is of another type than :data:`YAML_TYPES` says."""
+    """Raise :class:`RecipeError` at the first key whose value is not of the type in :data:`YAML_TYPES`."""
     for key, value in data.items():
-        kind, words = YAML_TYPES[key]
+        kind, type_name = YAML_TYPES[key]
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise RecipeError(f"recipe '{recipe}': {key} is {words}, not {value!r}")
+            raise RecipeError(f"recipe '{recipe}': {key} is {type_name}, not {value!r}")
 
 
 def _parse_calibration(data: Mapping[str, Any], recipe: str) -> Calibration:

@@ -1,4 +1,4 @@
-"""Variants by file name: find("formats", "hf") is the module quantcli/formats/hf.py. Formats are spelt with hyphens, as users do."""
+"""Finds variants by file name: find("formats", "hf") is the module quantcli/formats/hf.py. Formats are spelt with hyphens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from types import ModuleType
 from quantcli.errors import UnsupportedError
 
 SHARED = "shared"
-"""The folder beside the variants that holds what several of them use."""
+"""The folder next to the variants for code that several of them use."""
 
 
 @cache
 def names(package: str) -> tuple[str, ...]:
-    """Every variant of ``package`` ("archs", "qtypes", "passes" or "formats"), sorted: all that lies in its folder but ``shared``."""
+    """Every variant of ``package`` ("archs", "qtypes", "passes" or "formats"), sorted: every module in its folder except ``shared``."""
     folder = importlib.import_module(f"quantcli.{package}")
     modules = [m.name for m in pkgutil.iter_modules(folder.__path__) if m.name != SHARED]
     return tuple(sorted(name.replace("_", "-") if package == "formats" else name for name in modules))

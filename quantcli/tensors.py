@@ -1,4 +1,4 @@
-"""The nouns: TensorSpec, Scheme, Grid, QuantizedTensor, Stats, Layer, Report."""
+"""The types that everything shares: TensorSpec, Scheme, Grid, QuantizedTensor, Stats, Absorber, KvCache, Layer, Report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.errors import RecipeError
 from quantcli.registry import find, names
@@ -31,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Safetensors' dtype words and their torch types."""
+"""Safetensors' dtype names and their torch types."""
 if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
@@ -40,7 +41,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {v: k for k, v in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor as a header describes it. ``dtype`` is safetensors' word (F32, BF16, I32, …) or ggml's type name (Q4_K, …)."""
+    """A tensor as a header describes it. ``dtype`` is safetensors' name (F32, BF16, I32, …) or ggml's type name (Q4_K, …)."""
 
     name: str
     dtype: str
@@ -57,7 +58,7 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
-WORDS: dict[str, tuple[tuple[str, Any], ...]] = {
+NAMED: dict[str, tuple[tuple[str, Any], ...]] = {
     "channel": (("group_size", -1), ("strategy", "channel")),
     "tensor": (("strategy", "tensor"),),
     "block": (("strategy", "block"),),
@@ -73,16 +74,16 @@ WORDS: dict[str, tuple[tuple[str, Any], ...]] = {
     "sbf16": (("scale_dtype", "BF16"),),
     "sf32": (("scale_dtype", "F32"),),
 }
-"""Words of a scheme's name → the options one of which they set: the first that the qtype has."""
+"""Parts of a scheme's name → the options of which they set the first that the qtype has."""
 
 NUMBERED = {"g": "group_size", "b": "block_size"}
-"""Letters before a number in a scheme's name → the option that they set."""
+"""Letters before a number in a scheme's name → the option that the number sets."""
 
 ALWAYS_NAMED = ("group_size", "block_size", "strategy", "sym")
-"""Options that a scheme's name tells even when they have the qtype's default value."""
+"""Options that a scheme's name shows even when they have the qtype's default value."""
 
 KEEP = "keep"
-"""The word that leaves a tensor as it is in place of a scheme."""
+"""Stands in place of a scheme for a tensor that stays as it is."""
 
 ACTIVATIONS = ("int8-token", "fp8-token", "int8-tensor", "fp8-tensor", "fp8-g128", "mxfp4-g32", "mxfp8-g32", "nvfp4-g16")
 """How an engine may quantize what a linear reads: each token for itself, groups of it, or by one scale found beforehand (``-tensor``)."""
@@ -100,7 +101,7 @@ KV_CACHES = ("fp8", "int8", "fp8-head", "int8-head")
 class Scheme:
     """A qtype and its options: ``Scheme.of("int", bits=4, group_size=128, sym=True)`` prints as ``int4-g128-sym``.
 
-    The words of a name are those of :data:`WORDS` and :data:`NUMBERED`; ``+int8-token`` after them says that the engine quantizes the
+    The parts of a name are those of :data:`NAMED` and :data:`NUMBERED`; ``+int8-token`` after them means that the engine quantizes the
     linear's input too (:data:`ACTIVATIONS`): option ``act``.
     """
 
@@ -115,17 +116,17 @@ class Scheme:
     def parse(cls, text: str) -> Scheme:
         """The scheme that ``text`` names: ``q4_k``, ``bf16``, ``int4-g128-sym``, ``nf4-b64-dq``, ``int8-channel-sym+int8-token``."""
         name, _, act = text.strip().lower().partition("+")
-        head, *words = name.split("-")
+        head, *parts = name.split("-")
         options: dict[str, Any] = {}
         known = names("qtypes")
         if head not in known:
             match = re.fullmatch(r"([a-z]+)(\d+)", head)
             if not match or match[1] not in known:
-                raise RecipeError(f"'{text}' names no number format; there are: {', '.join(known)}")
+                raise RecipeError(f"'{text}' names no number format; known are: {', '.join(known)}")
             head, options["bits"] = match[1], int(match[2])
         defaults = options_of(head)
-        for word in words:
-            option, value = option_of(word, defaults, text)
+        for part in parts:
+            option, value = option_of(part, defaults, text)
             options[option] = value
         if act:
             check_activations(act, defaults, text)
@@ -148,6 +149,7 @@ class Scheme:
         """Whether a scale of the input is found beforehand and stored, as the part ``input_scale`` F32 [1]."""
         return str(self.get("act", "")).endswith("-tensor") or self.get("act") == "nvfp4-g16"
 
+    @override
     def __str__(self) -> str:
         options = dict(self.options)
         text = f"{self.qtype}{options.get('bits', '')}"
@@ -156,9 +158,9 @@ class Scheme:
         for letter, option in NUMBERED.items():
             if option in shown and options[option] != -1:
                 text += f"-{letter}{options[option]}"
-        for word, meanings in WORDS.items():
+        for part, meanings in NAMED.items():
             if any(option in shown and options[option] == value for option, value in meanings):
-                text += f"-{word}"
+                text += f"-{part}"
         return text + (f"+{options['act']}" if options.get("act") else "")
 
 
@@ -168,24 +170,24 @@ def options_of(qtype: str) -> Mapping[str, Any]:
     return options
 
 
-def option_of(word: str, defaults: Mapping[str, Any], text: str) -> tuple[str, Any]:
-    """The option that ``word`` of the scheme ``text`` sets, and its value; :class:`RecipeError` where the qtype has no such option."""
-    if (match := re.fullmatch(r"([a-z])(\d+)", word)) and NUMBERED.get(match[1]) in defaults:
+def option_of(part: str, defaults: Mapping[str, Any], text: str) -> tuple[str, Any]:
+    """The option that ``part`` of the scheme ``text`` sets, and its value; :class:`RecipeError` where the qtype has no such option."""
+    if (match := re.fullmatch(r"([a-z])(\d+)", part)) and NUMBERED.get(match[1]) in defaults:
         return NUMBERED[match[1]], int(match[2])
-    for option, value in WORDS.get(word, ()):
+    for option, value in NAMED.get(part, ()):
         if option in defaults:
             return option, value
     numbered = [f"{letter}<N>" for letter, option in NUMBERED.items() if option in defaults]
-    known = numbered + [word for word, meanings in WORDS.items() if any(option in defaults for option, _ in meanings)]
+    known = numbered + [name for name, meanings in NAMED.items() if any(option in defaults for option, _ in meanings)]
     raise RecipeError(
-        f"'{word}' in scheme '{text}' is none of {', '.join(known)}" if known else f"'{text}': this number format has no options"
+        f"'{part}' in scheme '{text}' is none of {', '.join(known)}" if known else f"'{text}': this number format has no options"
     )
 
 
 def check_activations(act: str, defaults: Mapping[str, Any], text: str) -> None:
     """Raise :class:`RecipeError` unless ``act`` names a way to quantize a linear's input and the qtype allows for one."""
     if "act" not in defaults:
-        raise RecipeError(f"'{text}': this number format goes with activations as they are; leave '+{act}' out")
+        raise RecipeError(f"'{text}': this number format takes unquantized activations only; leave '+{act}' out")
     if act not in ACTIVATIONS:
         raise RecipeError(f"'+{act}' in scheme '{text}' is none of {', '.join('+' + known for known in ACTIVATIONS)}")
 
@@ -196,7 +198,7 @@ class Grid:
 
     ``scale``: [out, n_groups] float32, already rounded to what the file can hold; ``offset``: the same shape, or None for zero.
     Group ``j`` covers inputs ``j·group_size … (j+1)·group_size``. Codes are integers ``lo … hi``, or indices into ``book``.
-    ``parts`` carries what ``pack`` needs beside the codes (zero points, super-block scales), under the qtype's own names.
+    ``parts`` holds what ``pack`` needs besides the codes (zero points, super-block scales), under the qtype's own names.
     """
 
     scale: Tensor
@@ -239,7 +241,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a tap's inputs X [n_tokens, in] were like, all per token and in float32 or better.
+    """Statistics of a tap's inputs X [n_tokens, in], all per token and in float32 or better.
 
     ``H``: [in, in] mean of x·xᵀ, or None when only diagonals were gathered; ``importance``: [in] mean of x²; ``fourth``: [in] mean of
     x⁴, None in an old file; ``absmax``: [in]; ``mean``: [in]; ``histogram``: [ranges.N_BINS] share of all inputs in each bin of |x|,
@@ -259,11 +261,11 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Absorber:
-    """What can take over a scale of a tap's inputs: the op that makes them, a norm or a linear.
+    """The op that makes a tap's inputs, a norm or a linear, and can absorb a scale of them.
 
     ``names``: its tensors that have a row for each output channel (weight, bias). ``channel``: [in] int64, the row that makes each input;
     grouped-query heads share rows. ``offset``: what the op adds to a norm weight before it multiplies by it (Gemma: 1). ``readers``: where
-    it makes the inputs of several taps (all experts', a shared expert's), every matrix that reads them → its tap, a router among them;
+    it makes the inputs of several taps (all experts', a shared expert's), every matrix that reads them → its tap, including a router;
     they are scaled together or not at all. Empty where all its readers are those of one tap.
     """
 
@@ -273,7 +275,7 @@ class Absorber:
     readers: Mapping[str, str] = field(default_factory=dict)
 
     def taps(self, tap: str) -> tuple[str, ...]:
-        """The taps that are scaled with ``tap``, itself among them."""
+        """The taps that are scaled with ``tap``, including itself."""
         return tuple(dict.fromkeys(self.readers.values())) or (tap,)
 
 
@@ -303,13 +305,13 @@ class KvCache:
 
 @dataclass(slots=True)
 class Layer:
-    """The unit of work, and the one mutable noun: a pass reads ``tensors`` and ``schemes`` and fills ``quantized``.
+    """The unit of work, and the one mutable type here: a pass reads ``tensors`` and ``schemes`` and fills ``quantized``.
 
-    ``tensors``: dense weights by their name on disk; ``schemes``: the ones to be coded; ``taps``: tensor name → tap. For a pass that
-    changes the basis ``absorbers`` names what can absorb a scale of a tap's inputs; then ``tensors`` holds that too, ``taps`` names every
-    tensor that reads the tap, coded or not, and the pass leaves in ``scales`` what it multiplied the weights' columns by: tap → s [in].
-    ``importance``: tensor name → mean square of its inputs [in], where that comes from elsewhere than its tap's statistics.
-    ``deferred``: tensors that follow a change of basis and are coded after it by other passes, with their schemes.
+    ``tensors``: dense weights by their name on disk; ``schemes``: of those to be quantized; ``taps``: tensor name → tap. For a pass that
+    changes the basis, ``absorbers``: tap → what can absorb a scale of its inputs; then ``tensors`` holds those ops' tensors too, ``taps``
+    has every tensor that reads the tap, quantized or not, and the pass stores in ``scales`` what it multiplied the weights' columns by:
+    tap → s [in]. ``importance``: tensor name → mean square of its inputs [in], where that is not taken from its tap's statistics.
+    ``deferred``: tensors that follow a change of basis and are quantized after it by other passes, with their schemes.
     """
 
     name: str
@@ -325,7 +327,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """What was done to one tensor. ``relative_error``: ‖(W−Ŵ)X‖² / ‖WX‖² by H, or ‖W−Ŵ‖² / ‖W‖² without one; ``is_exact``: Ŵ is W;
+    """The result for one tensor. ``relative_error``: ‖(W−Ŵ)X‖² / ‖WX‖² by H, or ‖W−Ŵ‖² / ‖W‖² without one; ``is_exact``: Ŵ is W;
     ``settings``: what a pass chose for it, for the record."""
 
     name: str
@@ -337,7 +339,7 @@ class TensorReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a pass did to a layer; ``notes`` are for the user (dead columns, raised damping)."""
+    """The results of a pass on a layer; each tensor's ``notes`` are for the user (dead columns, raised damping)."""
 
     tensors: tuple[TensorReport, ...]
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import contracts
 import tables
 
+import quantcli
 from quantcli import ops
 from quantcli.archs import Architecture
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -40,6 +41,11 @@ def test_every_method_of_a_contract_is_shown_with_what_must_be_written(contract:
     assert own <= items.keys()
     abstract = getattr(contract, "__abstractmethods__", frozenset())
     assert {name for name, text in items.items() if "(**must be written**)" in text} == abstract
+
+
+def test_every_function_of_the_library_is_shown() -> None:
+    shown = set(re.findall(r"^- `(\w+)\(", PAGE.partition("\n### ")[0], re.MULTILINE))
+    assert shown == {name for name in quantcli.__all__ if inspect.isfunction(getattr(quantcli, name))}
 
 
 def test_every_op_is_shown() -> None:

@@ -238,3 +238,42 @@ def _cpu_seconds(command: list[str]) -> float:
     subprocess.run(command, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_one_place_shows_a_checkpoint_under_other_names() -> None:
+    """A view that another module made would not be what plan, memory table and evaluation see."""
+    makers = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text("utf8")))
+        if isinstance(node, ast.ImportFrom) and node.module == "quantcli.checkpoint.views" and "View" in {a.name for a in node.names}
+    }
+    assert makers == {"planning/arrange.py"}
+
+
+RETIRED = {
+    "Prev": "Absorber",
+    "Coding": "LayerEncoder",
+    "Familiarity": "TextCheck",
+    "familiarity": "text_check",
+    "is_coded": "is_quantized",
+    "is_recoded": "is_requantized",
+    "regrid": "conversions",
+    "choices": "schemes",
+    "unfused": "experts_apart",
+    "Calibrated": "Windows",
+    "Activations": "HiddenStates",
+}
+"""A name that is not used any more → the one that is."""
+
+
+def test_retired_names_stay_retired() -> None:
+    found = []
+    for path in modules():
+        words = {word for part in path.relative_to(ROOT).parts for word in (part.removesuffix(".py"),)}
+        for node in ast.walk(ast.parse(path.read_text("utf8"))):
+            for field in ("id", "attr", "name", "arg", "asname"):
+                if isinstance(word := getattr(node, field, None), str):
+                    words.add(word)
+        found += [f"{path.relative_to(ROOT)}: {word} is now {RETIRED[word]}" for word in sorted(words & RETIRED.keys())]
+    assert not found

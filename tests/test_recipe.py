@@ -42,7 +42,7 @@ def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
         ({"codes": "all"}, "codes is one of requantize, reuse, keep, not 'all'"),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"rules": [{"match": "("}]}, "keys match and scheme"),
-        ({"rules": [{"match": "(", "scheme": "keep"}]}, "no regular expression"),
+        ({"rules": [{"match": "(", "scheme": "keep"}]}, "not a regular expression"),
         ({"calibration": {"sampels": 3}}, "calibration takes samples"),
         ({"calibration": {"samples": "many"}}, "samples is an integer, not 'many'"),
         ({"calibration": {"samples": 0}}, "above zero"),
@@ -55,7 +55,7 @@ def test_a_recipe_written_down_reads_back_the_same(name: str) -> None:
         ({"rules": 5}, "rules is a list, not 5"),
         ({"seed": True}, "seed is an integer, not True"),
         ({"format_options": []}, "format_options is a mapping"),
-        ({"scheme": 4}, "scheme is a word, not 4"),
+        ({"scheme": 4}, "scheme is a string, not 4"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(change: dict, words: str) -> None:

@@ -1,4 +1,4 @@
-// Every block type's text, and the one of a kind.
+// Every block type's codec, and the one of a kind.
 #pragma once
 
 #include "../api.h"
@@ -27,7 +27,7 @@ constexpr KindInfo info_of(const char* name) {
 constexpr KindInfo kKindInfo[] = {QC_KINDS(QC_INFO)};
 #undef QC_INFO
 
-/// body(T{}) for the text of `kind`.
+/// body(T{}) for the codec of `kind`.
 template <class Body>
 Status with_text(Kind kind, const Body& body) {
     switch (kind) {

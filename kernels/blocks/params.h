@@ -1,4 +1,4 @@
-// What every block type's text shares: the parameters a block stores, and what its search leaves behind for the coding.
+// What every block type's codec shares: the parameters a block stores, and what its search leaves behind for the encoding.
 #pragma once
 
 #include "../spmd.h"
@@ -24,9 +24,9 @@ struct Found {
     I sign[8];    // and the weights' signs, a bit each
 };
 
-/// What most texts are; one that differs says so. A text has besides: kBlock and kSub (weights of a block, of a sub-block), kBytes,
+/// What most codecs are; one that differs says so. A codec also has: kBlock and kSub (weights of a block, of a sub-block), kBytes,
 /// search, encode, pack, unpack, decode. `search` takes kAbreast blocks, one after another in x, importance (null without), power (the mean
-/// square of each one's whole row, if the text asks for it) and found; the others one block.
+/// square of each one's whole row, if the codec asks for it) and found; the others one block.
 struct Text {
     static constexpr int kHead = 0, kTail = 0;       // bytes of the outermost scale before and after the block's 32-bit words
     static constexpr bool kHasD = true;              // d; without it the first sub-block's scale is the outermost

@@ -9,7 +9,7 @@ namespace quantcli::QC_ISA {
 /// Below this a group counts as all zero (ggml's GROUP_MAX_EPS).
 constexpr float kTiny = 1e-15f;
 
-/// Beyond ±this, ggml's rounding by the low bits of a float no longer rounds; the text must then follow the bits.
+/// Beyond ±this, ggml's rounding by the low bits of a float no longer rounds; the codec must then follow the bits.
 constexpr float kRoundable = 4194303.0f;
 
 /// nearest_int(v) clamped to lo … hi, as a float.

@@ -1,4 +1,4 @@
-// Drivers of the block types: kLanes consecutive blocks at a time go through the text of blocks/*.h, on all threads.
+// Drivers of the block types: kLanes consecutive blocks at a time go through the codec of blocks/*.h, on all threads.
 #include "../blocks/kinds.h"
 #include "lanes.h"
 #include "threads.h"
@@ -88,7 +88,7 @@ void row_powers(const S* W, int64_t rows, int64_t cols, float* powers) {
     });
 }
 
-// One copy of each text, whatever the op and the float type that lead to it.
+// One copy of each codec, whatever the op and the float type that lead to it.
 
 template <class T>
 QC_CALL void search_lanes(const F* x, const F* importance, const F* power, Found* found) {

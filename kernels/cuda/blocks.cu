@@ -1,4 +1,4 @@
-// Drivers of the block types: a thread is a block (256 weights for the k-quants) and runs the same text as a lane of the CPU.
+// Drivers of the block types: a thread is a block (256 weights for the k-quants) and runs the same codec as a lane of the CPU.
 #include <cuda_runtime.h>
 
 #include <mutex>
@@ -187,7 +187,7 @@ Status provide_grid(Grid grid) {
     return status;
 }
 
-/// body(T{}) for the text of `kind`, with the tables it needs on the device.
+/// body(T{}) for the codec of `kind`, with the tables it needs on the device.
 template <class Body>
 Status with_tables(Kind kind, const Body& body) {
     return with_text(kind, [&](auto text) -> Status {

@@ -1,1 +1,1 @@
-"""What a run learns from text: the walk that measures, and the checks of the data it is given."""
+"""Calibration: measures what linears read on text, and checks the data that a run is given."""

@@ -1,4 +1,4 @@
-"""Token windows → Stats for each tap, measured layer by layer and streamed to a file of statistics.
+"""The loop of `calibrate`: runs token windows through a model layer by layer and writes statistics of each tap to a file.
 
 Memory: one layer, the H of its taps, and the hidden states of all windows (n_tokens · hidden · 4 bytes, 2 in bfloat16).
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcli.calibration import text_check
 from quantcli.calibration.measuring import DIAGONALS, EVERYTHING, measure, measure_and_advance, measure_head, shares
-from quantcli.calibration.text_check import Familiarity
+from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.readahead import reading_ahead
 from quantcli.checkpoint.shards import file_layout
@@ -50,7 +50,7 @@ def calibrate(
     moe: str = "routed",
     device: str = "cpu",
     overwrite: bool = False,
-) -> Iterator[LayerMeasured | Familiarity]:
+) -> Iterator[LayerMeasured | TextCheck]:
     """Measure every tap of ``checkpoint``, its caches' too, on token windows ``ids`` [n, T] and write the statistics to ``target``.
 
     With ``head`` also what the output embedding reads. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every

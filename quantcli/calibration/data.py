@@ -1,4 +1,4 @@
-"""What a run learns from: token windows, statistics or an importance matrix, checked against plan and recipe."""
+"""Calibration data: token windows, statistics or an importance matrix, checked against plan and recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of what the taps of a layer read, gathered while hidden states are run through it."""
+"""Measures the inputs of a layer's taps while hidden states run through it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model as it was, walked beside the one that is being quantized: what its taps read of the same tokens."""
+"""The unquantized model, run layer by layer next to the one being quantized, for asymmetric calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a model knows the text that it is calibrated on: its perplexity on a few of the windows, beside what counting tokens gives."""
+"""Checks that a model knows its calibration text: its perplexity on a few windows against a unigram model of the same text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENOUGH_TOKENS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Familiarity:
+class TextCheck:
     """``perplexity`` on ``n_tokens`` predicted tokens; ``counted`` is that of all windows under the frequencies of their own tokens."""
 
     perplexity: float
@@ -49,7 +49,7 @@ def sampled(ids: Tensor) -> Tensor:
     return torch.linspace(0, len(ids) - 1, k).long()
 
 
-def measure(forward: Forward, states: HiddenStates, ids: Tensor) -> Familiarity:
+def measure(forward: Forward, states: HiddenStates, ids: Tensor) -> TextCheck:
     """What ``states`` of some windows of ``ids`` [n, T], having gone through all layers, predict. NaN where logits have it."""
     losses: list[Tensor] = []
     step = max(1, LOGITS_AT_ONCE // forward.vocab_size)
@@ -62,4 +62,4 @@ def measure(forward: Forward, states: HiddenStates, ids: Tensor) -> Familiarity:
     share = counts[counts > 0] / ids.numel()
     n_tokens = sum(len(loss) for loss in losses)
     perplexity = float(torch.cat(losses).mean().exp()) if n_tokens else math.nan
-    return Familiarity(perplexity, float((-share * share.log()).sum().exp()), n_tokens)
+    return TextCheck(perplexity, float((-share * share.log()).sum().exp()), n_tokens)

@@ -1,4 +1,4 @@
-"""A model to read: headers at open, tensors on demand, from a folder, a Hub id or a file, in any dialect that ``formats/`` knows."""
+"""Checkpoints: opened by their headers, tensors read on demand, from a folder, a Hub id or a file, in any dialect of ``formats/``."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ SIDECAR_PATTERNS = (
 )
 MAX_SIDECAR_BYTES = 200_000_000
 RECORD = "quantcli.json"
-"""How a folder came to be."""
+"""The file in an output folder that records how quantcli made it."""
 
 FORMAT_FILES = ("config.json", "quantize_config.json", "quant_config.json", RECORD, "trainer_state.json")
-"""Written by the output's own format, or telling how *this* folder came to be: not carried over to another."""
+"""Written by the output's own format, or a record of how *this* folder was made: not copied to another."""
 
 FINGERPRINT_BYTES = 1024
-"""What a fingerprint reads of each tensor: of a matrix hundreds of weights, some of which any training of it moves."""
+"""What a fingerprint reads of each tensor: hundreds of a matrix's weights, some of which change with any training."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -60,7 +60,7 @@ class Checkpoint(ABC):
 
     ``source``: what the user named; ``path``: where it lies; ``kind``: the format module that reads it; ``config``: HF's config.json;
     ``specs``: the logical tensors under their names on disk, with dense shapes and the bytes of all their parts; ``schemes``: those of
-    them that are quantized; ``quantization``: the format's own words; ``notes``: contradictions found between metadata and tensors;
+    them that are quantized; ``quantization``: the format's own description; ``notes``: contradictions between metadata and tensors;
     ``kv_cache``: attention module → how its engine stores keys and values (``tensors.KV_CACHES``), by scales that the file has.
     """
 
@@ -94,14 +94,14 @@ class Checkpoint(ABC):
         return self.load(name)
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """The codes of a quantized tensor as they stand in the file, in the parts of its qtype."""
+        """The codes of a quantized tensor as stored in the file, in the parts of its qtype."""
         self._check(name)
         if name not in self.schemes and not self.is_opaque(name):
             raise CheckpointError(f"{self.source}: {name} is not quantized")
         return self.load_quantized(name)
 
     def is_opaque(self, name: str) -> bool:
-        """Whether the tensor is of a type that nobody here decodes: :meth:`quantized` gives its bytes, under a scheme without a qtype."""
+        """Whether the tensor is of a type that quantcli cannot decode: :meth:`quantized` gives its bytes, in a scheme without a qtype."""
         return name not in self.schemes and self.specs[name].dtype not in DTYPES
 
     @abstractmethod
@@ -109,7 +109,7 @@ class Checkpoint(ABC):
         """A dense tensor of ``specs`` in its stored dtype."""
 
     def load_quantized(self, name: str) -> QuantizedTensor:
-        """The parts of a tensor of ``schemes``, or of an opaque one; a reader of a format without any need not say."""
+        """The parts of a tensor of ``schemes``, or of an opaque one; not needed in a format that has neither."""
         raise UnsupportedError(f"{self.kind} holds no quantized tensors")
 
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
@@ -118,29 +118,29 @@ class Checkpoint(ABC):
 
     @property
     def file_metadata(self) -> Mapping[str, Any]:
-        """Key → value of the metadata that a single-file format has, in the file's order and that format's own words; {} for a folder."""
+        """Key → value of the metadata of a single-file format, in the file's order and under that format's own keys; {} for a folder."""
         return {}
 
     def unnamed(self) -> dict[str, Tensor]:
-        """Tensors that the file stores and ``specs`` has no name for, since the config says what they hold: by the file's own names."""
+        """Tensors of the file that ``specs`` leaves out because the config holds the same values: by the file's own names."""
         return {}
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """How quantcli made this model: what quantcli.json, or a file's ``quantcli.*`` keys, say of it; {} where there is nothing."""
+        """How quantcli made this model: the content of quantcli.json, or of a file's ``quantcli.*`` keys; {} without any."""
         record = self.path / RECORD
         known = read_json(record) if record.is_file() else None
         return known if isinstance(known, dict) else {}
 
     def locations(self) -> Iterable[Location]:
-        """Where the tensors of the file or files lie, by their own names; a format other than a folder of safetensors says it anew."""
+        """Where the tensors of the file or files lie, by their own names; overridden by formats other than a folder of safetensors."""
         return open_folder(self.path).locations.values()
 
     def fingerprint(self) -> str:
-        """sha256 that tells these weights from those of another fine-tune, though all shapes are equal.
+        """sha256 that differs between fine-tunes of one model, though all shapes are equal.
 
-        Of every stored tensor's name, dtype, shape and first KiB: a megabyte or some, where a checksum of a large model would take minutes.
-        A copy elsewhere has the same one, in other shards or with another config.json too; weights in another dtype have not.
+        Of every stored tensor's name, dtype, shape and first KiB: about a megabyte, where a checksum of a large model would take minutes.
+        A copy has the same one, even in other shards or with another config.json; weights in another dtype have another.
         """
         digest = hashlib.sha256()
         for location in sorted(self.locations(), key=lambda location: location.spec.name):
@@ -152,7 +152,7 @@ class Checkpoint(ABC):
     def sidecars(self) -> dict[str, Path]:
         """The small files beside the weights that any copy of the model needs: tokenizer, templates, generation config, code, licence.
 
-        Raises :class:`UnsupportedError` for a source that is a single file and has none to give.
+        Raises :class:`UnsupportedError` for a source that is a single file.
         """
         if not self.path.is_dir():
             raise UnsupportedError(
@@ -163,7 +163,7 @@ class Checkpoint(ABC):
         return {name: path for name, path in named.items() if name not in FORMAT_FILES and not name.endswith(".index.json")}
 
     def close(self) -> None:
-        """Give back what the reader holds open."""
+        """Release what the reader holds open."""
         return
 
     def __enter__(self) -> Checkpoint:
@@ -178,7 +178,7 @@ class Checkpoint(ABC):
 
 
 def locate(source: str) -> Path:
-    """The folder or file that ``source`` means; a Hub id is downloaded, or taken from the cache when there is no network."""
+    """The folder or file that ``source`` names; a Hub id is downloaded, or taken from the cache when there is no network."""
     path = Path(source).expanduser()
     if path.is_file():
         check_file(path)
@@ -188,7 +188,7 @@ def locate(source: str) -> Path:
         return path
     match = HUB_ID.fullmatch(source)
     if not match:
-        raise CheckpointError(f"{source}: no such file or folder, and no Hub id (org/name or org/name@revision)")
+        raise CheckpointError(f"{source}: no such file or folder, and not a Hub id (org/name or org/name@revision)")
     folder = download(match["repo"], match["revision"])
     check_folder(folder)
     return folder
@@ -202,7 +202,7 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder whose weights are pickles only, or lie in a file that must be named itself."""
+    """Refuse a folder whose only weights are pickles, or GGUF files, of which one must be named."""
     files = sorted(f.name for f in path.iterdir() if f.is_file())
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
         return
@@ -217,10 +217,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; a Hugging Face model folder has one (is this the right folder, the download complete?)")
-    # Two equal keys in a config are sloppy and harmless: every other reader takes the last one.
+    # Duplicate keys in a config are harmless: every other reader takes the last one.
     config = read_json(path, unique=False)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: is no JSON object")
+        raise CheckpointError(f"{path}: is not a JSON object")
     return config
 
 
@@ -236,7 +236,7 @@ def download(repo: str, revision: str | None) -> Path:
 
 
 def hub_way_out(error: Exception) -> str:
-    """What to do about an error of huggingface_hub."""
+    """What the user can do about an error of huggingface_hub."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -255,6 +255,6 @@ def unread(path: Path, config: dict[str, Any] | None, formats: Sequence[str]) ->
     """The error for a source that none of ``formats`` claims."""
     if config is None:
         return CheckpointError(f"{path}: no model file that quantcli reads (a folder, or a .gguf file)")
-    words = config.get("quantization_config")
-    method = words.get("quant_method") if isinstance(words, dict) else words
+    quant_config = config.get("quantization_config")
+    method = quant_config.get("quant_method") if isinstance(quant_config, dict) else quant_config
     return UnsupportedError(f"{path}: is quantized by {shown(method)}; quantcli reads {', '.join(formats)}")

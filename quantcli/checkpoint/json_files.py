@@ -1,4 +1,4 @@
-"""JSON that nobody vouches for: bounded before it becomes objects, without double keys, and its values made fit to be shown."""
+"""Reads untrusted JSON: size limits before parsing, no duplicate keys, and values shortened for messages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 from quantcli.errors import CheckpointError
 
 MAX_BYTES = 100_000_000
-"""More than any model's."""
+"""More than any model's JSON files have."""
 
 MAX_BRACES, MAX_COMMAS = 1_000_000, 6_000_000
 """JSON costs Python some hundred bytes for each object and eight for each list item: half a million tensors in one file are enough."""
 
 
 def read_json(path: Path, *, unique: bool = True) -> Any:
-    """A JSON file that nobody vouches for; ``unique=False`` lets the last of two equal keys win."""
+    """An untrusted JSON file; with ``unique=False`` the last of two equal keys wins."""
     try:
         if path.stat().st_size > MAX_BYTES:
             fail(path, f"{path.stat().st_size} bytes of JSON are more than any model has")
@@ -33,16 +33,16 @@ def parse_json(path: Path, text: bytes, *, unique: bool = True) -> Any:
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys if unique else None)
     except RecursionError as error:
-        raise CheckpointError(f"{path}: no valid JSON: nested too deeply") from error
+        raise CheckpointError(f"{path}: not valid JSON: nested too deeply") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: no valid JSON: {str(error)[:200]}") from error
+        raise CheckpointError(f"{path}: not valid JSON: {str(error)[:200]}") from error
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {shown(twice)} stands there twice")
+        duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"duplicate key {shown(duplicate)}")
     return out
 
 

@@ -1,6 +1,6 @@
-"""Where a tensor lies in a file, and the tensor itself, mapped on its own and unmapped when it is freed.
+"""Locations of tensors in files, and reading them: each tensor is memory-mapped on its own and unmapped when it is freed.
 
-Any thread may read at any time, no file stays open, and memory holds the pages of the tensors that live and nothing else.
+Any thread may read at any time, no file stays open, and only the pages of live tensors are in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quantcli.tensors import DTYPES, TensorSpec
 
 MIN_MAPPED_BYTES = 1 << 16
 MADV_POPULATE_READ = 22
-"""From Linux's mman.h (5.14; older kernels refuse it and do without); Python's mmap does not name it."""
+"""From Linux's mman.h (since 5.14; older kernels refuse it, which is ignored); Python's mmap lacks it."""
 
 TOO_SHORT = "the file ends before the tensor does; did it change?"
 
@@ -91,7 +91,7 @@ def mapped(fd: int, offset: int, n_bytes: int) -> ctypes.Array[ctypes.c_char]:
     array = (ctypes.c_char * n_bytes).from_address(address + lead)
     # Not at exit: a tensor that outlives the interpreter's clean-up would find its memory gone.
     weakref.finalize(array, libc.munmap, address, lead + n_bytes).atexit = False
-    # A disk that fails is an error here, and no signal in the middle of the maths.
+    # A failing disk is an error here, rather than a signal in the middle of a computation.
     if (
         sys.platform == "linux"
         and libc.madvise(address, lead + n_bytes, MADV_POPULATE_READ)

@@ -1,7 +1,7 @@
 """Reads the next layer's bytes into the system's file cache while this layer is worked on, so that the walk does not wait for the disk.
 
-A layer's tensors are mapped from their files when it is loaded; what they find cached costs no wait. One thread reads, a piece at a time
-into one buffer that it throws away: our own memory stays what it was, and the cache gives its pages back when anybody needs them.
+A layer's tensors are mapped from their files when it is loaded; cached bytes cost no wait. One thread reads, a piece at a time into one
+buffer whose content is discarded: the process's memory does not grow, and the system frees cached pages when memory is needed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from quantcli.checkpoint.locations import Location
 T = TypeVar("T")
 
 PIECE_BYTES = 1 << 20
-"""Read at once: enough to keep a disk busy, little enough to stop soon."""
+"""Bytes read at once: enough to keep a disk busy, few enough to stop soon."""
 
 
 def reading_ahead(layers: Iterable[T], names: Sequence[str], locations: Iterable[Location]) -> Iterator[T]:
-    """``layers`` in turn, whose ``names`` these are; while one is worked on, the next one's tensors at ``locations`` are read."""
+    """Yields ``layers``, whose names are ``names``; while one is worked on, the next one's tensors at ``locations`` are read."""
     with ReadAhead(locations) as ahead:
         for layer, following in zip(layers, (*names[1:], None), strict=True):
             if following is not None:
@@ -32,9 +32,9 @@ def reading_ahead(layers: Iterable[T], names: Sequence[str], locations: Iterable
 
 
 class ReadAhead:
-    """A thread that reads the tensors under a layer's name when told to; ``locations``: of all tensors in the model's files.
+    """A thread that reads a layer's tensors on request; ``locations``: of all tensors in the model's files.
 
-    A context manager: at its end the thread is gone. What it cannot read is left for the walk, whose errors name the tensor.
+    A context manager, which ends the thread. Read errors are ignored here: the walk reads again, and its errors name the tensor.
     """
 
     def __init__(self, locations: Iterable[Location]) -> None:
@@ -74,7 +74,7 @@ class ReadAhead:
 
 
 def spans(locations: Sequence[Location], layer: str) -> list[tuple[Path, int, int]]:
-    """File, first byte and end of the tensors of ``layer``, neighbours in one, in the order in which they lie in their files."""
+    """File, first byte and end of the tensors of ``layer``, adjacent ones as one, in the order in which they lie in their files."""
     mine = sorted((x.path, x.offset, x.offset + x.spec.nbytes) for x in locations if f"{x.spec.name}.".startswith(f"{layer}."))
     joined: list[tuple[Path, int, int]] = []
     for path, start, stop in mine:

@@ -1,4 +1,4 @@
-"""Safetensors files: headers parsed strictly, tensors read one at a time, and the byte-exact layout of files to be written.
+"""Safetensors files: strict header parsing, reading single tensors, and the byte-exact layout of files to write.
 
     [n: u64, little endian][header: n bytes of JSON, padded with spaces][data]
     header = {"__metadata__": {str: str}, name: {"dtype": "BF16", "shape": [out, in], "data_offsets": [begin, end]}, …}
@@ -42,7 +42,7 @@ FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I
 
 
 class Shards:
-    """The tensors of one or more safetensors files by name. ``notes``: what was odd and tolerated. Thread-safe, holds no resource."""
+    """The tensors of one or more safetensors files by name. ``notes``: tolerated irregularities. Thread-safe, holds no resource."""
 
     def __init__(self, locations: Mapping[str, Location], notes: Iterable[str] = ()) -> None:
         self.locations = dict(locations)
@@ -113,7 +113,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         check_name(path, name)
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            fail(path, f"{name}: {shown(file)} is no .safetensors file")
+            fail(path, f"{name}: {shown(file)} is not a .safetensors file")
         check_name(path, file)
         parts = PurePosixPath(file.replace("\\", "/")).parts
         # Lexical, because the files of a Hub cache are links to blobs outside the folder.
@@ -123,11 +123,11 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, Location]:
-    """The tensors of one file, in the order of their data. Raises :class:`CheckpointError` for anything that is not a sound header."""
+    """The tensors of one file, in the order of their data. Raises :class:`CheckpointError` for an invalid header."""
     size, text = read_header_text(path)
     header = parse_json(path, text)
     if not isinstance(header, dict):
-        fail(path, "header is no JSON object")
+        fail(path, "header is not a JSON object")
     check_metadata(path, header.pop("__metadata__", {}))
     data_size = size - 8 - len(text)
     spans = sorted((check_entry(path, name, entry, data_size) for name, entry in header.items()), key=lambda span: (span[1], span[2]))
@@ -136,13 +136,13 @@ def read_header(path: Path) -> dict[str, Location]:
 
 
 def read_header_text(path: Path) -> tuple[int, bytes]:
-    """(size of the file, the JSON of its header); nothing is allocated on the word of a length that the file does not back."""
+    """(size of the file, the JSON of its header); the announced length is checked against the file's size before anything is allocated."""
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             n = int.from_bytes(file.read(8), "little")
             if size < 8 or n > min(size - 8, MAX_HEADER_BYTES):
-                fail(path, f"announces a header of {n} bytes in a file of {size}; it is truncated or no safetensors file")
+                fail(path, f"announces a header of {n} bytes in a file of {size}; it is truncated or not a safetensors file")
             text = disk.read_exactly(file.fileno(), n)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -153,7 +153,7 @@ def read_header_text(path: Path) -> tuple[int, bytes]:
 
 def check_metadata(path: Path, metadata: Any) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        fail(path, "__metadata__ is no object of strings")
+        fail(path, "__metadata__ is not an object of strings")
 
 
 def check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[TensorSpec, int, int]:
@@ -165,7 +165,7 @@ def check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[Tens
     if not isinstance(dtype, str) or dtype not in DTYPES:
         fail(path, f"{name}: unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
     if not is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        fail(path, f"{name}: shape {shown(shape)} is no list of at most {MAX_DIMENSIONS} sizes")
+        fail(path, f"{name}: shape {shown(shape)} is not a list of at most {MAX_DIMENSIONS} sizes")
     if not is_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
         fail(
             path, f"{name}: data_offsets {shown(offsets)} do not lie inside the {data_size} bytes of data; the file is truncated or damaged"
@@ -187,16 +187,16 @@ def check_cover(path: Path, spans: Sequence[tuple[TensorSpec, int, int]], data_s
             )
         end = stop
     if end != data_size:
-        fail(path, f"has {data_size} bytes of data, its tensors end at {end}; it is damaged or half a download")
+        fail(path, f"has {data_size} bytes of data, its tensors end at {end}; it is damaged or an incomplete download")
 
 
 def check_name(path: Path, name: str) -> None:
     if not name or not name.isprintable():
-        fail(path, f"{shown(name)} is no name of a tensor or file")
+        fail(path, f"{shown(name)} is not a valid name of a tensor or file")
 
 
 def is_sizes(value: Any) -> bool:
-    """A list of integers that a file size can be. ``True`` is an int to Python and none here."""
+    """Whether ``value`` is a list of integers in the range of file sizes. ``True``, an int in Python, does not count."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 

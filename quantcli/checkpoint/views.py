@@ -1,4 +1,4 @@
-"""A checkpoint seen through cuts: tensors that it stores as one, a layer's experts or tied embeddings, by the names of each, or back."""
+"""Views of a checkpoint under other tensor names: fused tensors split (experts, q and k and v), separate ones joined, tied ones copied."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli import archs
 from quantcli.archs import Architecture, Cut
@@ -20,12 +21,12 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.tensors import DTYPES, QuantizedTensor, TensorSpec
 
 HEAD_WEIGHT = "lm_head.weight"
-"""The output embedding where it is a tensor of its own."""
+"""The output embedding where it is a separate tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor of ``shape`` as what ``take`` gives of the tensor ``stored``; without ``take`` it is all of it."""
+    """A tensor of ``shape`` that ``take`` returns of the tensor ``stored``; without ``take`` it is the whole tensor."""
 
     stored: str
     shape: tuple[int, ...] = ()
@@ -34,12 +35,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """A tensor put together of others. ``parts``: of each expert (or head), or of the one there is, the tensors that a cut of the kind
-    ``how`` gives, in its order; ``by_expert``: whether the cut knows experts, so that a part is a slice of what it gives."""
+    """A tensor joined of others. ``parts``: of each expert (or head), or only once, the tensors into which a cut of the kind ``how`` splits
+    it, in that order; ``by_expert``: whether the cut's tensors have a dimension of experts, of which a part is a slice."""
 
     parts: tuple[tuple[str, ...], ...]
     how: str
-    config: Mapping
+    config: Mapping[str, Any]
     by_expert: bool
 
     @property
@@ -59,19 +60,19 @@ class Joint:
         return whole
 
     def spec(self, name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec:
-        """What it is as ``name``; ``specs``: of the parts. Of quantized parts it is float32, decoded, and takes their bytes."""
+        """Its spec as ``name``; ``specs``: of the parts. Of quantized parts it is float32, decoded, with their number of bytes."""
         parts = [specs[part] for part in self.names]
         try:
             shape = tuple(self.made(lambda part: torch.empty(specs[part].shape, device="meta")).shape)
         except (RuntimeError, IndexError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{name}: cannot be put together of {parts[0].name} and its like: {error}") from error
+            raise CheckpointError(f"{name}: cannot be joined of {parts[0].name} and the {len(parts) - 1} others: {error}") from error
         dtype = parts[0].dtype if parts[0].dtype in DTYPES else "F32"
         return TensorSpec(name, dtype, shape, sum(part.nbytes for part in parts))
 
 
 class View(Checkpoint):
-    """``inner`` under other names: every tensor of ``pieces`` is a stored one, cut from one that is not quantized, or joined of several.
-    ``config``: in place of that of ``inner``."""
+    """``inner`` under other names: every tensor of ``pieces`` is a stored one, a part of one that is not quantized, or joined of several.
+    ``config``: replaces that of ``inner``."""
 
     def __init__(self, inner: Checkpoint, pieces: Mapping[str, Piece | Joint], config: dict[str, Any] | None = None) -> None:
         self.inner = inner
@@ -93,16 +94,20 @@ class View(Checkpoint):
         self.source = inner.source
 
     @property
+    @override
     def file_metadata(self) -> Mapping[str, Any]:
         return self.inner.file_metadata
 
+    @override
     def unnamed(self) -> dict[str, Tensor]:
         return self.inner.unnamed()
 
     @property
+    @override
     def provenance(self) -> Mapping[str, Any]:
         return self.inner.provenance
 
+    @override
     def load(self, name: str) -> Tensor:
         piece = self._pieces[name]
         if isinstance(piece, Joint):
@@ -110,23 +115,29 @@ class View(Checkpoint):
         tensor = self.inner.read(piece.stored)
         return tensor if piece.take is None else piece.take(tensor).contiguous()
 
+    @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         piece = self._pieces[name]
         assert isinstance(piece, Piece)
         return self.inner.quantized(piece.stored)
 
+    @override
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
         return self.inner.cache_scales(attention)
 
+    @override
     def locations(self) -> Iterable[Location]:
         return self.inner.locations()
 
+    @override
     def fingerprint(self) -> str:
         return self.inner.fingerprint()
 
+    @override
     def sidecars(self) -> dict[str, Path]:
         return self.inner.sidecars()
 
+    @override
     def close(self) -> None:
         self.inner.close()
 
@@ -141,7 +152,7 @@ def _spec(name: str, piece: Piece | Joint, specs: Mapping[str, TensorSpec]) -> T
 
 
 def pieces_of(source: Checkpoint, cuts: Mapping[str, Cut]) -> dict[str, Piece]:
-    """Every tensor of ``source``, those that ``cuts`` names cut up; quantized ones stay whole. Nothing where no name or shape changes."""
+    """Every tensor of ``source``, those in ``cuts`` split; quantized ones stay whole. Empty where no name or shape changes."""
     arch = archs.of(source.config)
     if arch is None or not cuts:
         return {}
@@ -158,7 +169,7 @@ def pieces_of(source: Checkpoint, cuts: Mapping[str, Cut]) -> dict[str, Piece]:
 
 
 def tied_embedding(source: Checkpoint) -> str | None:
-    """The input embedding's weight, where the output embedding is the same tensor; None where it is not, or not to be told from others."""
+    """The input embedding's weight, where the output embedding is the same tensor; None where it is not, or where it is not identified."""
     config = {**source.config, **(source.config.get("text_config") or {})}
     if not config.get("tie_word_embeddings", HEAD_WEIGHT not in source.specs):
         return None
@@ -168,55 +179,55 @@ def tied_embedding(source: Checkpoint) -> str | None:
 
 
 HALVES = ("gptq", "awq")
-"""Kinds of folders that gptqmodel makes: under the names of gate and up they have the first and the second half of the rows in
-which gpt-oss has both in turn (Defuser's ``_split_fused_projection``, 2026)."""
+"""Kinds of folders that gptqmodel makes: under the names of gate and up they have the first and the second half of rows in which
+gpt-oss interleaves the two (Defuser's ``_split_fused_projection``, 2026)."""
 
 
 def experts_apart(source: Checkpoint) -> dict[str, Joint]:
-    """The tensors in which alone transformers knows the experts of ``source``, of those that it has one by one; none for other families.
-    Raises :class:`UnsupportedError` where its names mean other rows."""
+    """The joint tensors that transformers needs for experts that ``source`` stores one by one; empty for families that do not need any.
+    Raises :class:`UnsupportedError` where the source's names mean other rows."""
     arch = archs.of(source.config)
     if arch is None or not arch.stacked:
         return {}
     joints = joints_of(source.specs, arch.experts, arch, source.config)
     if joints and source.kind in HALVES:
         raise UnsupportedError(
-            f"{source.source}: {source.kind} folders of {source.config['model_type']} have other rows than those of "
-            "gate and up under these names; quantcli does not read them: take the model that it was made from"
+            f"{source.source}: {source.kind} folders of {source.config['model_type']} store other rows than those of "
+            "gate and up under these names; quantcli does not read them: use the model that it was made from"
         )
     return joints
 
 
-def joints_of(names: Iterable[str], cuts: Mapping[str, Cut], arch: Architecture, config: Mapping) -> dict[str, Joint]:
-    """Stored tensor → how it is put together of those among ``names`` that ``cuts`` would give; :class:`CheckpointError` when some of
+def joints_of(names: Iterable[str], cuts: Mapping[str, Cut], arch: Architecture, config: Mapping[str, Any]) -> dict[str, Joint]:
+    """Stored tensor → how it is joined of those among ``names`` into which ``cuts`` split it; :class:`CheckpointError` when some of
     these are missing."""
-    seats = {name: (stored, k) for stored, cut in cuts.items() for k, name in enumerate(cut.names)}
+    places = {name: (stored, k) for stored, cut in cuts.items() for k, name in enumerate(cut.names)}
     found: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
     for name in names:
         rest = arch.rest_of(name) or ""
         pattern, e = archs.by_expert(rest)
-        if (seat := seats.get(pattern)) is not None:
-            found.setdefault((name.removesuffix(rest), seat[0]), {}).setdefault(e or 0, {})[seat[1]] = name
+        if (place := places.get(pattern)) is not None:
+            found.setdefault((name.removesuffix(rest), place[0]), {}).setdefault(e or 0, {})[place[1]] = name
     usual = arch.usual(config)
     return {prefix + stored: _joint(prefix + stored, cuts[stored], slices, usual) for (prefix, stored), slices in found.items()}
 
 
-def _joint(stored: str, cut: Cut, slices: Mapping[int, Mapping[int, str]], config: Mapping) -> Joint:
+def _joint(stored: str, cut: Cut, slices: Mapping[int, Mapping[int, str]], config: Mapping[str, Any]) -> Joint:
     for e in range(max(slices) + 1):
         for k, name in enumerate(cut.names):
             if k not in slices.get(e, {}):
-                raise CheckpointError(f"{stored}: {name.replace('{e}', str(e))}, which is a part of it, is missing in the checkpoint")
+                raise CheckpointError(f"{stored}: its part {name.replace('{e}', str(e))} is missing in the checkpoint")
     parts = tuple(tuple(slices[e][k] for k in range(len(cut.names))) for e in range(len(slices)))
     return Joint(parts, cut.how, config, by_expert="{e}" in cut.names[0])
 
 
-def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping) -> dict[str, Piece]:
+def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping[str, Any]) -> dict[str, Piece]:
     """Name → piece of the stored tensor ``spec``; ``prefix``: the name of its layer and a dot."""
     made = partial(_made, cut, config)
     try:
         parts = dict(zip(cut.names, made(torch.empty(spec.shape, device="meta")), strict=True))
     except (RuntimeError, IndexError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{spec.name}: {list(spec.shape)} cannot be cut into {', '.join(cut.names)}: {error}") from error
+        raise CheckpointError(f"{spec.name}: {list(spec.shape)} cannot be split into {', '.join(cut.names)}: {error}") from error
     pieces: dict[str, Piece] = {}
     for k, (name, part) in enumerate(parts.items()):
         if "{e}" not in name:
@@ -227,7 +238,7 @@ def _pieces_of(spec: TensorSpec, cut: Cut, prefix: str, config: Mapping) -> dict
     return pieces
 
 
-def _made(cut: Cut, config: Mapping, tensor: Tensor) -> Sequence[Tensor]:
+def _made(cut: Cut, config: Mapping[str, Any], tensor: Tensor) -> Sequence[Tensor]:
     return CUTS[cut.how](tensor, len(cut.names), config)
 
 

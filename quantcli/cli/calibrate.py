@@ -18,9 +18,11 @@ def command(
     dataset: options.Dataset = None,
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 2048,
-    histograms: Annotated[bool, typer.Option("--histograms", help="Count magnitudes too, which a recipe's input_range needs.")] = False,
+    histograms: Annotated[
+        bool, typer.Option("--histograms", help="Also store histograms, which some settings of input_range need.")
+    ] = False,
     imatrix: Annotated[Path | None, typer.Option(help="Also write llama.cpp's importance matrix, a GGUF file, for llama-quantize.")] = None,
-    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Gather H, which gptq needs; the file is tiny without.")] = True,
+    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Store H, which gptq and awq need; large.")] = True,
     moe: options.Moe = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -30,7 +32,7 @@ def command(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run text through a model and keep what its linears read."""
+    """Run text through a model and store statistics of the inputs of its linears."""
     from quantcli import api
 
     console = Console(json, quiet, verbose)

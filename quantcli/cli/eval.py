@@ -19,11 +19,11 @@ DATASET_HELP = "A .txt, .jsonl, .json or .parquet file, or a datasets name; seve
 
 def command(
     source: options.Source,
-    baseline: Annotated[str | None, typer.Option(help="The model it was made from: adds KL divergence and top-1 agreement.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The original model: adds KL divergence and top-1 agreement.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(metavar="TEXT", help=DATASET_HELP)] = None,
     samples: options.Samples = 64,
     seq_len: options.SeqLen = 512,
-    activations: Annotated[bool, typer.Option(help="Round the inputs of quantized linears as their engine does.")] = True,
+    activations: Annotated[bool, typer.Option(help="Simulate the rounding of inputs that the engine does.")] = True,
     max_perplexity: Annotated[float | None, typer.Option(help="Exit with code 9 above this perplexity.")] = None,
     max_kld: Annotated[float | None, typer.Option(help="Exit with code 9 above this mean KL divergence.")] = None,
     device: options.Device = "auto",

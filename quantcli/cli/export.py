@@ -17,18 +17,18 @@ def command(
     type_: Annotated[str | None, typer.Argument(metavar="TYPE", help="GGUF file type (Q4_K_M) or a scheme (int4-g128-sym).")] = None,
     format_: Annotated[str, typer.Option("--format", help="Output format: gguf, gptq, awq, compressed-tensors, …")] = "gguf",
     output: options.Output = None,
-    pure: Annotated[bool, typer.Option("--pure", help="One type for every matrix, no mix.")] = False,
-    tensor_type: Annotated[list[str] | None, typer.Option(metavar="REGEX=TYPE", help="Type of the tensors that REGEX finds.")] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="Use one type for every matrix, no mix.")] = False,
+    tensor_type: Annotated[list[str] | None, typer.Option(metavar="REGEX=TYPE", help="Type of the tensors that REGEX matches.")] = None,
     output_tensor_type: Annotated[str | None, typer.Option(help="Type of the output matrix.")] = None,
     token_embedding_type: Annotated[str | None, typer.Option(help="Type of the token embedding.")] = None,
     leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Do not quantize the output matrix.")] = False,
     imatrix: options.Imatrix = None,
-    prune_layers: Annotated[str | None, typer.Option(metavar="N,N,…", help="Leave these layers out, counted from 0.")] = None,
+    prune_layers: Annotated[str | None, typer.Option(metavar="N,N,…", help="Leave out these layers, counted from 0.")] = None,
     override_kv: Annotated[
         list[str] | None, typer.Option(metavar="KEY=TYPE:VALUE", help="Set metadata; TYPE is int, float, bool or str.")
     ] = None,
     split_max_size: Annotated[
-        str | None, typer.Option(metavar="300M|2G|16GiB", help="Cut the output into files of at most this much tensor data.")
+        str | None, typer.Option(metavar="300M|2G|16GiB", help="Split the output into files of at most this much tensor data.")
     ] = None,
     pre_tokenizer: options.PreTokenizer = None,
     device: options.Device = "auto",

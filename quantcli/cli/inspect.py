@@ -15,14 +15,16 @@ from quantcli.cli.tables import render_memory, render_stats
 def command(
     source: options.Source = ".",
     tensors: Annotated[bool, typer.Option("--tensors", help="List each tensor.")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="Size at each shipped recipe, with the KV cache at --context.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Show the size at each shipped recipe, with the KV cache at --context.")] = False,
     context: Annotated[int, typer.Option(min=1, help="Tokens of context for --memory.")] = 4096,
-    stats: Annotated[Path | None, typer.Option(metavar="FILE", help="Show what calibrate measured of inputs: outliers, energy.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show figures of a statistics file: outlier channels, kurtosis.")
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Show architecture, size, number formats and what is quantized; no weight is read."""
+    """Show architecture, size, number formats and quantization; reads headers only."""
     from quantcli import api
 
     console = Console(json, quiet, verbose)

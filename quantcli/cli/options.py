@@ -17,13 +17,13 @@ SOURCE_HELP = "Hugging Face folder, Hub id (org/name[@revision]), quantized fold
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; warnings remain.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail; tracebacks of errors.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores when left out.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and touch nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Dataset = Annotated[
     list[str] | None,
     typer.Option(
@@ -31,19 +31,22 @@ Dataset = Annotated[
         help="A .txt, .jsonl, .json or .parquet file of texts or conversations, or a datasets name; may be given several times.",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of text.")]
-SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Samples = Annotated[int, typer.Option(min=1, help="Number of text windows.")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 Moe = Annotated[
-    str | None, typer.Option("--moe", metavar="routed|all", help="What calibrates an expert: the tokens routed to it (usual), or all.")
+    str | None,
+    typer.Option("--moe", metavar="routed|all", help="Calibrate experts on the tokens routed to them (default), or on all."),
 ]
-Rules = Annotated[list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of the tensors REGEX finds; first wins.")]
-Skips = Annotated[list[str] | None, typer.Option("--skip", metavar="REGEX", help="Leave the tensors that REGEX finds as they are.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; <model>-<recipe> in this folder when left out.")]
+Rules = Annotated[
+    list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of tensors that REGEX matches; first match wins.")
+]
+Skips = Annotated[list[str] | None, typer.Option("--skip", metavar="REGEX", help="Do not quantize tensors that REGEX matches.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output path. Default: <model>-<recipe> in the current folder.")]
 Imatrix = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Importance matrix (llama-imatrix's .gguf or .dat), or statistics of calibrate."),
+    typer.Option(metavar="FILE", help="Importance matrix (.gguf or .dat of llama-imatrix), or a statistics file of calibrate."),
 ]
-PreTokenizer = Annotated[str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, for GGUF.")]
+PreTokenizer = Annotated[str | None, typer.Option(help="Name of the pre-tokenizer in llama.cpp, for GGUF.")]
 
 
 def wrong(option: str, message: str) -> typer.BadParameter:

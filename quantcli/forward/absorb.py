@@ -1,15 +1,14 @@
-"""Which op of a layer can take over a scale of a tap's inputs: found by trying, on the layer's own weights.
+"""Finds the op of a layer that can absorb a scale of a tap's inputs, by trial on the layer's own weights.
 
 AWQ and SmoothQuant divide what a linear reads by s, multiply its columns by s, and fold 1/s into the op that makes the input: a norm, the
-linear of the values (grouped-query heads share its rows), the up half of a gated MLP. A table of such pairs covers the models that
-somebody thought of. Here every op of the right width is tried: scale, fold, run the layer. If its output stays what it was, for random
-scales on random hidden states, nothing else reads that input and nothing bends it on the way. A gate behind SiLU fails, ReLU between two
-linears holds. Float32 keeps such an output to 1e-5 of what the scale alone does to it; what is wrong anywhere changes about as much as
-that.
+linear of the values (grouped-query heads share its rows), the up half of a gated MLP. A table of such pairs covers known models only.
+Here every op of the right width is tried: scale, fold, run the layer. If the output is unchanged, for random scales on random hidden
+states, then nothing else reads that input and no nonlinearity lies between. A gate behind SiLU fails, ReLU between two linears passes.
+In float32 such an output is equal to within 1e-5 of the effect of the scale alone; a wrong op changes it by about the whole effect.
 
-A norm before experts feeds all of them, their router and often a shared expert, which are scaled together or not at all. Which taps it
-feeds is seen by dividing the norm and looking at what they read then. With the dense matrices of that width beside the experts they are
-tried as one.
+A norm before experts feeds all of them, their router and often a shared expert, which are scaled together or not at all. The taps that it
+feeds are found by dividing the norm and comparing what the taps read. With the other dense matrices of that width in the experts' module
+they are tried as one.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ from quantcli.passes.shared import basis
 from quantcli.tensors import Absorber, Layer
 
 N_TOKENS = 24
-"""Tokens of a trial: enough that attention mixes them and that experts get some."""
+"""Tokens of a trial: enough that attention mixes them and that some reach experts."""
 
 TOLERANCE = 1e-3
-"""What of the effect of a scale may be left after folding it, in the norm of the layer's output."""
+"""The share of a scale's effect on the layer's output (its norm) that may remain after folding."""
 
 
 class Absorbers:
@@ -81,7 +81,7 @@ class _Trial:
         self.untapped = [name for name in forward.untapped if len(self.shapes.get(name, ())) == 2]
 
     def all(self) -> dict[str, Absorber]:
-        """Tap → the first op that holds. Of numbered modules (experts) that are alike the first that any token reaches speaks for all."""
+        """Tap → the first op that passes. Of numbered modules (experts) only the first that any token reaches is tried, for all of them."""
         found: dict[str, Absorber] = {}
         settled: dict[str, tuple[str, Absorber | None]] = {}
         for tap in self.readers:
@@ -91,8 +91,8 @@ class _Trial:
                 if was_reached:
                     settled[kind] = (parent(tap), absorber)
             if kind in settled:
-                twin, absorber = settled[kind]
-                found |= {} if absorber is None else {tap: moved(absorber, twin, parent(tap))}
+                tried, absorber = settled[kind]
+                found |= {} if absorber is None else {tap: moved(absorber, tried, parent(tap))}
         return found | self.before_experts()
 
     def before_experts(self) -> dict[str, Absorber]:
@@ -110,9 +110,9 @@ class _Trial:
         return found
 
     def fed_by(self, norm: Absorber, read: Mapping[str, Tensor]) -> dict[str, str]:
-        """Matrix → tap for all that reads ``norm``, where experts do; ``read``: what each kind of tap reads while the norm is as it was.
+        """Matrix → tap for all that reads ``norm``, if experts do; ``read``: what each kind of tap reads with the norm unchanged.
 
-        With a divided norm the router sends tokens elsewhere. So rows are looked for among those that any expert was given.
+        With a divided norm the router sends tokens to other experts. So each row is searched among those that any expert received.
         """
         was = {name: self.layer.get(name) for name in norm.names}
         unit = Layer("", {name: W.float() for name, W in was.items()}, {}, absorbers={"": norm})
@@ -126,8 +126,8 @@ class _Trial:
         stacks = [at.stack for tap in taps if (at := expert_of(tap))]
         if not stacks:
             return {}
-        beside = [name for name in self.untapped if name.startswith(module_of(stacks[0]) + ".") and self.shapes[name][-1] == len(s)]
-        return {name: tap for tap in taps for name in self.readers[tap]} | dict.fromkeys(beside, taps[0])
+        untapped = [name for name in self.untapped if name.startswith(module_of(stacks[0]) + ".") and self.shapes[name][-1] == len(s)]
+        return {name: tap for tap in taps for name in self.readers[tap]} | dict.fromkeys(untapped, taps[0])
 
     def read_by_kind(self) -> dict[str, Tensor]:
         """Kind of tap → the rows [n, in] that taps of that kind read."""
@@ -136,7 +136,7 @@ class _Trial:
         return {kind: torch.cat(Xs) for kind, Xs in seen.items()}
 
     def first(self, tap: str) -> tuple[Absorber | None, bool]:
-        """The first op that takes over a scale of ``tap``, and whether a scale of ``tap`` shows in the output at all."""
+        """The first op that absorbs a scale of ``tap``, and whether a scale of ``tap`` changes the output at all."""
         reached = True
         for absorber in self.candidates(tap):
             holds, reached = self.holds(absorber, dict.fromkeys(self.readers[tap], tap))
@@ -145,7 +145,7 @@ class _Trial:
         return None, reached
 
     def holds(self, absorber: Absorber, readers: Mapping[str, str]) -> tuple[bool, bool]:
-        """Whether ``absorber`` takes over a scale of all ``readers`` (matrix → tap), and whether that shows in the output at all."""
+        """Whether ``absorber`` absorbs a scale of all ``readers`` (matrix → tap), and whether the scale changes the output at all."""
         s = self.random_scales(absorber)
         effect = self.change(readers, s, absorber, folded=False)
         return effect > 0 and self.change(readers, s, absorber, folded=True) < TOLERANCE * effect, effect > 0
@@ -169,7 +169,7 @@ class _Trial:
         return float((output - self.output).double().norm())
 
     def candidates(self, tap: str) -> Iterator[Absorber]:
-        """Every op whose output could be what ``tap`` reads, likely ones first."""
+        """Every op whose output ``tap`` may read, likely ones first."""
         width = self.width(tap)
         hinted = self.declared.get(tap.removeprefix(self.layer.name + "."))
         near = sorted(self.shapes, key=lambda name: (module_of(name) != f"{self.layer.name}.{hinted}", parent(name) != parent(tap)))
@@ -213,8 +213,8 @@ class _Trial:
             yield width + n_kv + kv  # [q; k; v]
 
 
-def declared(config: Mapping) -> dict[str, str]:
-    """Tap → the module that the architecture's literal, where there is one, says can absorb a scale."""
+def declared(config: Mapping[str, Any]) -> dict[str, str]:
+    """Tap → the module that can absorb a scale, as the architecture's literal declares it, if there is one."""
     arch = archs.of(config)
     return {} if arch is None else {linear.tap: linear.absorber for linear in arch.linears if linear.absorber}
 
@@ -224,7 +224,7 @@ def module_of(name: str) -> str:
 
 
 def kind_of(tap: str) -> str:
-    """``tap`` without its numbers: one word for all experts'."""
+    """``tap`` with its numbers replaced: the same name for all experts."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", tap)
 
 

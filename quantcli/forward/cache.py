@@ -1,8 +1,8 @@
-"""Keys and values as a layer hands them to its cache: seen, or rounded as an engine stores them, whatever the architecture.
+"""Key-value caches: observes keys and values as a layer stores them, or rounds them as an engine does, in any architecture.
 
-transformers' attention gives its keys (rotated) and values to ``past_key_values.update`` and goes on with what that returns. So a stand-in
-for the cache that is passed to each attention module sees both, [B, kv_heads, T, head_dim], and may change them; compressed-tensors' own
-inference does it so. A layer without a cache of that kind (linear attention, one that reads another layer's) has none here.
+transformers' attention passes its keys (rotated) and values to ``past_key_values.update`` and uses what that returns. So a stand-in for
+the cache, passed to each attention module, receives both, [B, kv_heads, T, head_dim], and may change them; compressed-tensors' own
+inference does the same. A layer without a cache of that kind (linear attention, or one that reads another layer's) has none here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OnUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class StandIn:
-    """What an attention module is given for a cache; ``inner``: another, that is updated with what this one returns."""
+    """Passed to an attention module in place of a cache; ``inner``: another cache, updated with what this one returns."""
 
     def __init__(self, on_update: OnUpdate, inner: Any = None) -> None:
         self._on_update = on_update
@@ -34,7 +34,7 @@ class StandIn:
 
 
 def attention_modules(layer: nn.Module) -> dict[str, nn.Module]:
-    """The modules of ``layer`` that may have a cache, by name: as compressed-tensors knows them, which applies a folder's scales."""
+    """The modules of ``layer`` that may have a cache, by name: recognized as compressed-tensors does, which applies a folder's scales."""
     found = {name: m for name, m in layer.named_modules() if "attention" in type(m).__name__.lower()}
     return {name: m for name, m in found.items() if ARGUMENT in inspect.signature(m.forward).parameters}
 
@@ -55,9 +55,9 @@ def _give(on_update: OnUpdate, _module: nn.Module, args: tuple[Any, ...], kwargs
 
 
 def found_in(layer: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int, int, int]]:
-    """The attention modules of ``layer`` that hand keys and values to a cache once as ``run()`` runs it: name → heads, k_dim, v_dim.
+    """The attention modules of ``layer`` that update a cache exactly once as ``run()`` runs it: name → heads, k_dim, v_dim.
 
-    Nothing where the layer asks more of a cache than to be updated.
+    Empty where the layer uses more of a cache than ``update``.
     """
     updates: dict[str, list[tuple[int, int, int]]] = {}
 
@@ -70,6 +70,6 @@ def found_in(layer: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int, i
     try:
         with watched({m: partial(note, name) for name, m in modules.items()}):
             run()
-    except (AttributeError, TypeError):  # what a stand-in has not, or cannot be called with
+    except (AttributeError, TypeError):  # an attribute or an argument that a stand-in lacks
         return {}
     return {name: first for name, (first, *more) in updates.items() if not more and first[0]}

@@ -1,9 +1,9 @@
-"""Experts that transformers holds in one parameter: which rows are which disk tensor, and what each expert reads as the layer runs.
+"""Experts that transformers stores in one parameter: which rows are which disk tensor, and what each expert reads as the layer runs.
 
-A layer's experts are parameters ``[n_experts, out, in]``, or gpt-oss's ``[n_experts, in, out]`` (gate and up in one, down), whatever the
-file has. transformers' own loop over them (its implementation "eager", which :func:`quantcli.forward.skeleton.build` asks for) takes one
-expert's slice after the other: ``linear(X, parameter[e])``, or ``X @ parameter[e]``, with X the tokens routed to it. So what an expert
-reads is seen by watching such products, in any architecture, and no loop of our own has to be right.
+A layer's experts are parameters ``[n_experts, out, in]``, or gpt-oss's ``[n_experts, in, out]`` (gate and up in one, down), however the
+file stores them. transformers' own loop over them (its implementation "eager", which :func:`quantcli.forward.skeleton.build` selects)
+takes one expert's slice after the other: ``linear(X, parameter[e])``, or ``X @ parameter[e]``, with X the tokens routed to it. So an
+expert's inputs are observed in these products, in any architecture, without a loop of our own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.tensors import TensorSpec
@@ -37,7 +38,7 @@ PROBE_ROWS = 2
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Where one disk tensor lies in its expert's slice of a parameter: every ``step``-th of the rows ``start … stop``, or columns where
-    the slice is ``turned``, [in, out]."""
+    the slice is ``turned`` (transposed), [in, out]."""
 
     disk: str
     start: int
@@ -84,7 +85,7 @@ def rows_of(source: Source, specs: Mapping[str, TensorSpec], shape: torch.Size, 
 
 
 def _placed(numbers: list[float], disk: list[str], specs: Mapping[str, TensorSpec], *, turned: bool) -> tuple[Rows, ...]:
-    """One expert's disk tensors from the numbers that its stand-ins left: whole blocks, one below the other, or rows that take turns.
+    """One expert's disk tensors from the numbers of its stand-ins' rows: whole blocks, one below the other, or interleaved rows.
     Empty when they are neither."""
     n = len(numbers) // PROBE_ROWS
     blocks, turns = numbers[::PROBE_ROWS], numbers[:n]
@@ -106,7 +107,8 @@ PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul)
 
 
 class Products(TorchFunctionMode):
-    """Tells of every product of an input with one expert's slice of ``parameters``: name → [n_experts, out, in], or turned."""
+    """Calls ``on_product`` for every product of an input with one expert's slice of ``parameters``: name → [n_experts, out, in], or
+    transposed."""
 
     def __init__(self, parameters: Mapping[str, Tensor], on_product: OnProduct) -> None:
         super().__init__()
@@ -114,7 +116,10 @@ class Products(TorchFunctionMode):
         self._on_product = on_product
         self.is_watching = True
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    @override
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if func in PRODUCTS and self.is_watching:
             X, W = args[0], args[1] if len(args) > 1 else (kwargs or {})["weight"]
             if (found := self._slice(W)) is not None:
@@ -133,8 +138,8 @@ class Products(TorchFunctionMode):
 
 @contextmanager
 def all_tokens(modules: Mapping[nn.Module, int], products: Products) -> Iterator[None]:
-    """While it lasts each expert of ``modules`` (→ number of experts) is first shown every token, and only then do the routed ones go
-    through them, unwatched: the output stays what it is."""
+    """Within the context, each expert of ``modules`` (→ number of experts) first runs on every token, observed, and then on the routed
+    tokens, unobserved, for the output."""
 
     def shown_all(module: nn.Module, n_experts: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -162,4 +167,4 @@ def check_routed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, Tens
     """Hidden states [n_tokens, hidden], experts' numbers and their weights [n_tokens, top_k], as experts are called."""
     if len(args) == 3 and all(isinstance(x, Tensor) and x.ndim == 2 for x in args) and not args[1].is_floating_point():
         return args
-    raise UnsupportedError(f"{type(module).__name__} is not given experts' numbers and weights for each token; use moe: routed")
+    raise UnsupportedError(f"{type(module).__name__} is not called with experts' numbers and weights for each token; use moe: routed")

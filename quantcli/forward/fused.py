@@ -1,8 +1,8 @@
-"""Which rows of the tensors that hold a layer's experts are which expert's linear, and what its family calls that on disk.
+"""Splits tensors that hold all experts of a layer: which rows are which expert's linear, and its published name on disk.
 
-Mixtral as transformers 5 can save it has ``mlp.experts.gate_up_proj`` [n_experts, 2·intermediate, hidden]; as everybody publishes it,
+Mixtral as transformers 5 can save it has ``mlp.experts.gate_up_proj`` [n_experts, 2·intermediate, hidden]; as published, it has
 ``block_sparse_moe.experts.3.w1.weight``. Quantized folders have the second form, which is the one that engines read. transformers'
-conversion tables, run backwards on stand-ins that carry their own number, say which rows become which tensor.
+conversion tables, run backwards on stand-ins that carry their own number, show which rows become which tensor.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from quantcli.checkpoint.views import Piece
 from quantcli.tensors import TensorSpec
 
 PROBE_ROWS = 4
-"""Rows of an expert's stand-in: it may be cut in two, and both halves must show that their rows are neighbours."""
+"""Rows of an expert's stand-in: it may be split in two, and both halves must show that their rows are contiguous."""
 
 
 def expert_pieces(checkpoint: Checkpoint, model: Any) -> dict[str, Piece]:
-    """Name as published → what it is of a stored tensor, for every tensor of ``checkpoint``; nothing where no experts are stored in one
-    tensor, or where transformers knows no names for them one by one. ``model``: the checkpoint's, without weights."""
+    """Name as published → the piece of a stored tensor, for every tensor of ``checkpoint``; empty where no experts are stored in one
+    tensor, or where transformers has no separate names for them. ``model``: the checkpoint's, without weights."""
     expected = model.state_dict()
     stored = [
         name for name, spec in checkpoint.specs.items() if len(spec.shape) == 3 and name in expected and name not in checkpoint.schemes
@@ -75,7 +75,7 @@ def _probe(number: int, n_experts: int) -> Tensor:
 
 
 def _piece(probe: Tensor, stored: list[str], specs: Mapping[str, TensorSpec]) -> Piece | None:
-    """The piece whose stand-in is ``probe`` [n, 1]; None when its rows are no neighbours of one expert."""
+    """The piece whose stand-in is ``probe`` [n, 1]; None when its rows are not contiguous rows of one expert."""
     values = [int(v) for v in probe.flatten().tolist()]
     number, first = divmod(values[0], 1 << 20)
     expert, row = divmod(first - 1, PROBE_ROWS)

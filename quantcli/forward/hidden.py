@@ -1,4 +1,4 @@
-"""HiddenStates: what token windows bring from one decoder layer to the next; they are embedded, then advanced layer by layer."""
+"""Hidden states of token windows between decoder layers: embedded, then advanced layer by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH_TOKENS = 2048
 
 
 def kept_on(device: torch.device, n_bytes: int) -> torch.device:
-    """Where hidden states of ``n_bytes`` stay between layers: on a GPU when they take no more than half of what it has free."""
+    """Where hidden states of ``n_bytes`` are stored between layers: on a GPU when they take no more than half of its free memory."""
     if device.type == "cuda" and n_bytes > torch.cuda.mem_get_info(device)[0] // 2:
         return torch.device("cpu")
     return device
@@ -28,9 +28,9 @@ def at_once(ids: Tensor) -> list[slice]:
 
 
 class HiddenStates:
-    """The hidden states that all windows bring to the next layer.
+    """The hidden states of all windows that the next layer reads.
 
-    ``ids``: [n, T] int64; ``hidden``: [n, T, hidden] in the run's dtype, on its device where that has room, replaced in place as the
+    ``ids``: [n, T] int64; ``hidden``: [n, T, hidden] in the run's dtype, on its device if that has enough memory, overwritten as the
     windows advance.
     """
 
@@ -40,7 +40,7 @@ class HiddenStates:
 
     @classmethod
     def embed(cls, forward: Forward, ids: Tensor) -> HiddenStates:
-        """What the first layer is given for ``ids``: [n, T] int64."""
+        """The input of the first layer for ``ids``: [n, T] int64."""
         hidden: Tensor | None = None
         for windows in at_once(ids):
             batch = forward.embed(ids[windows])
@@ -52,7 +52,7 @@ class HiddenStates:
         return cls(ids, hidden)
 
     def of(self, windows: Tensor) -> HiddenStates:
-        """A copy, of some windows alone: their numbers, [k] int64."""
+        """A copy of some ``windows`` only, given by their numbers [k] int64."""
         return HiddenStates(self.ids[windows], self.hidden[windows])
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -61,6 +61,6 @@ class HiddenStates:
             yield self.hidden[windows], self.ids[windows]
 
     def advance(self, run: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Go through a layer: ``run(hidden, ids)`` is a :class:`~quantcli.forward.layer.LoadedLayer`, or gives what one gives."""
+        """Advance through a layer: ``run(hidden, ids)`` is a :class:`~quantcli.forward.layer.LoadedLayer`, or returns what one returns."""
         for hidden, ids in self.batches():
             hidden.copy_(run(hidden, ids))

@@ -1,4 +1,4 @@
-"""LoadedLayer: a decoder layer whose weights are in memory, to be run, observed and changed."""
+"""A decoder layer with its weights in memory, which can be run, observed and changed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.forward.cache import OnUpdate, watched
@@ -28,8 +29,8 @@ OnRead = Callable[[Tensor], Tensor]
 class LoadedLayer:
     """A decoder layer whose weights are in memory.
 
-    ``tensors``: its weights by disk name: as they were set, else in the run's dtype where that holds the stored values, else as
-    stored. ``shows_all_tokens``: observed experts are shown every token, rather than those routed to them.
+    ``tensors``: its weights by disk name: as they were set, else in the run's dtype where that represents the stored values exactly, else
+    as stored. ``shows_all_tokens``: observed experts run on every token, rather than on those routed to them.
     """
 
     name: str
@@ -47,8 +48,8 @@ class LoadedLayer:
         cache_changes: Mapping[str, OnUpdate],
         all_tokens: bool,
     ) -> None:
-        """Layer ``index``, which ``weights`` has in memory. ``call``: the module's arguments for ids [B, T]; ``changes``: of what experts
-        read, by parameter and expert; ``cache_changes``: of keys and values, by attention; ``all_tokens``: see ``shows_all_tokens``."""
+        """Layer ``index``, which ``weights`` has loaded. ``call``: the module's arguments for ids [B, T]; ``changes``: of experts' inputs,
+        by parameter and expert; ``cache_changes``: of keys and values, by attention; ``all_tokens``: see ``shows_all_tokens``."""
         self.name = readers.name
         self.shows_all_tokens = all_tokens
         self._module, self._readers, self._weights, self._index = module, readers, weights, index
@@ -77,7 +78,7 @@ class LoadedLayer:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Made on each call: kept, it would tie the layer into a cycle, and its weights would outlive it."""
+        """Made on each call: stored, it would form a reference cycle, and the weights would outlive the layer."""
         return _Tensors(self._sources, self.get)
 
     def get(self, name: str) -> Tensor:
@@ -124,12 +125,12 @@ class LoadedLayer:
         return output
 
     def observe(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> Tensor:
-        """The same as a call; ``on_input(tap, X)`` is told what the linears of ``taps`` (None: all), or a cache, read as it runs."""
+        """The same as a call; ``on_input(tap, X)`` receives the inputs of ``taps`` (None: all linears'), or of a cache, as it runs."""
         with self._hooked(self._wanted(taps), on_input):
             return self(hidden, ids)
 
     def inputs(self, hidden: Tensor, ids: Tensor, on_input: OnInput, taps: Collection[str] | None = None) -> None:
-        """``on_input(tap, X)`` with what ``taps`` (None: all linears') read; the layer runs no further than the last of them."""
+        """``on_input(tap, X)`` with the inputs of ``taps`` (None: all linears'); the layer runs no further than the last of them."""
         wanted = self._wanted(taps)
         missing = set(wanted)
 
@@ -148,7 +149,7 @@ class LoadedLayer:
 
     @contextlib.contextmanager
     def _hooked(self, wanted: Set[str], on_input: OnInput) -> Iterator[None]:
-        """While it lasts ``on_input`` is told what the taps ``wanted`` read."""
+        """Within the context, ``on_input`` receives the inputs of the taps ``wanted``."""
         modules = self._readers.tap_modules()
         handles = [m.register_forward_pre_hook(partial(_tell, on_input, tap)) for tap, m in modules.items() if tap in wanted]
         caches = self._readers.cache_modules().items()
@@ -162,7 +163,7 @@ class LoadedLayer:
 
     @contextlib.contextmanager
     def _watched(self, wanted: Set[str], on_input: OnInput) -> Iterator[None]:
-        """The experts' part of it."""
+        """The part of :meth:`_hooked` for experts."""
         self._refresh()  # before the parameters' places in memory are noted
         taps = {x.parameter: x.taps for x in self._readers.experts if wanted & set(x.taps)}
 
@@ -181,7 +182,7 @@ class LoadedLayer:
 
     @contextlib.contextmanager
     def _changed(self) -> Iterator[None]:
-        """While it lasts experts read what :meth:`Forward.on_read` makes of their inputs, and caches hold what ``on_cache`` does."""
+        """Within it, experts read their inputs as changed by :meth:`Forward.on_read`, and caches hold what ``on_cache`` returns."""
         caches = self._readers.cache_modules().items()
         changes = {module: change for module, cache in caches if (change := self._cache_changes.get(cache.attention))}
         with watched(changes), self._changed_experts():
@@ -206,14 +207,14 @@ class LoadedLayer:
         return rows.of(self._weights.tensor(parameter)[expert])
 
     def _refresh(self) -> None:
-        """Make again what was put together from weights that have been set since."""
+        """Rebuild the model's tensors that are made of weights which have been set since."""
         for source in self._stale.values():
             self._weights.rebuild(source, self._index, self._set)
         self._stale.clear()
 
 
 class _AllSeen(Exception):
-    """Ends a forward whose rest nobody needs."""
+    """Ends a forward pass of which the rest is not needed."""
 
 
 def _tell(on_input: OnInput, tap: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -234,16 +235,20 @@ class _Tensors(Mapping[str, Tensor]):
         self._names = names
         self._get = get
 
+    @override
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         return self._get(name)
 
+    @override
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
+    @override
     def __len__(self) -> int:
         return len(self._names)

@@ -1,4 +1,4 @@
-"""Forward: one HF causal LM whose weights are in memory a layer at a time."""
+"""Runs one HF causal LM with one layer's weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from quantcli.tensors import KvCache, TensorSpec
 
 
 def run_dtype(specs: Iterable[TensorSpec], device: str | torch.device) -> torch.dtype:
-    """What a model is run in to be measured: float32, but bfloat16 on a GPU for a model whose matrices are stored in it.
+    """The dtype in which a model is run for measurements: float32, but bfloat16 on a GPU for a model whose matrices are stored in it.
 
-    There it is 15 times as fast, and what engines compute in. A CPU without instructions for it takes over a hundred times as long.
+    There it is 15 times as fast, and what engines compute in. On a CPU without instructions for it, it is over a hundred times as slow.
     """
     stored = {spec.dtype for spec in specs if len(spec.shape) > 1}
     return torch.bfloat16 if torch.device(device).type == "cuda" and stored == {"BF16"} else torch.float32
@@ -38,14 +38,14 @@ class Forward:
 
     ``layers``: the layers' names on disk; ``taps``: disk name of a linear's weight → tap, which is the name of the first linear that
     reads the same input, each expert's linears having taps of their own; ``untapped``: the layers' other matrices (routers, convolutions,
-    experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model has no place for; ``caches``: where keys and
-    values are kept, whose taps are apart from ``taps``.
+    experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model does not use; ``caches``: the key-value
+    caches, whose taps are not among ``taps``.
 
     ``checkpoint``: with a tensor for each expert's linear where its family has names for them (:mod:`quantcli.planning.arrange`).
-    Experts run one after the other, transformers' implementation "eager". ``all_tokens``: observed experts are shown every token, not
-    only those routed to them.
+    Experts run one after the other, transformers' implementation "eager". ``all_tokens``: observed experts run on every token, not only
+    on those routed to them.
 
-    In memory are one layer while its context is open, or the embedding, or the head, and what is small beside them (norms).
+    In memory are one layer while its context is open, or the embedding, or the head, and the small tensors outside of them (norms).
     """
 
     layers: tuple[str, ...]
@@ -87,7 +87,7 @@ class Forward:
         self.untapped = tuple(name for name in matrices if name not in self.taps)
 
     def another(self, *, dtype: torch.dtype | None = None) -> Forward:
-        """A second one of the same checkpoint, whose weights nobody changes; in ``dtype`` where given."""
+        """A second instance of the same checkpoint, with the original weights; in ``dtype`` where given."""
         dtype = dtype or self.dtype
         model = build(self.checkpoint.config, dtype, self.checkpoint.source)
         return Forward(self.checkpoint, model, dtype=dtype, device=self.device, all_tokens=self.all_tokens)
@@ -97,7 +97,7 @@ class Forward:
         return tuple(name for source in self._weights.sources(index) for name in source.disk)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """What the first layer is given for ``ids``: [B, T] int64. Returns [B, T, hidden] in the run's dtype."""
+        """The input of the first layer for ``ids``: [B, T] int64. Returns [B, T, hidden] in the run's dtype."""
         self._weights.need(EMBEDDING)
         return self._stack.embed(ids.to(self.device))
 
@@ -140,9 +140,9 @@ class Forward:
         return int(self._stack.head.weight.shape[-1])
 
     def on_read(self, weight: str, change: OnRead) -> bool:
-        """From now on the linear with the ``weight`` (on disk) reads ``change(X)`` for X [..., in]; False where that cannot be had.
+        """From now on the linear with the ``weight`` (on disk) reads ``change(X)`` for X [..., in]; False where no module can do so.
 
-        An expert's linears that run as one (gate and up) read what the first of them was given a change for.
+        For an expert's linears that run as one (gate and up), the first change that was given applies to all.
         """
         if weight in self._slices:
             index, parameter, expert = self._slices[weight]
@@ -159,7 +159,7 @@ class Forward:
 
     def on_cache(self, attention: str, change: OnUpdate) -> bool:
         """From now on the module ``attention`` (on disk) computes with ``change(K, V)`` of its keys and values, [B, kv_heads, T, head_dim],
-        as from a cache that rounds them; False where that cannot be had."""
+        as from a cache that rounds them; False where it has no cache."""
         if all(cache.attention != attention for cache in self.caches):
             return False
         self._cache_changes[attention] = change

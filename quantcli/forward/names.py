@@ -1,4 +1,4 @@
-"""Names on disk ↔ names of the model's tensors, by transformers' own conversion tables.
+"""Maps names on disk to names of the model's tensors, by transformers' own conversion tables.
 
 transformers renames tensors on load (GPT-NeoX: ``embed_out`` is ``lm_head``), adds or strips the base model's prefix, and fuses or splits
 some (Mixtral: a layer's experts become one tensor). Here a :class:`Source` is one such step: the disk tensors it needs, and what it makes.
@@ -22,11 +22,11 @@ from quantcli.tensors import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """How a tensor of the model comes from the disk: a copy of one tensor, or ``converter`` applied to several, or a ``joint`` of them.
+    """How a tensor of the model is made from disk tensors: a copy of one, or ``converter`` applied to several, or a ``joint`` of them.
 
     ``target``: the model's name (the first one when the converter makes several); ``disk``: names on disk, in the order the converter
-    wants them; ``patterns``: the converter's pattern that each of them matched; ``joint``: of experts that are one by one on disk and that
-    transformers has no conversion for.
+    expects them; ``patterns``: the converter's pattern that each of them matched; ``joint``: for experts stored one by one on disk, for
+    which transformers has no conversion.
     """
 
     target: str
@@ -59,7 +59,7 @@ class NameMap:
     """Which disk tensors make which of the model's tensors.
 
     ``of``: model name → its source; ``disk``: model name → disk name where one is a plain copy of the other; ``unused``: disk tensors
-    that the model has no place for (rotary tables of old files, prediction heads).
+    that the model does not use (rotary tables of old files, prediction heads).
     """
 
     of: dict[str, Source]

@@ -1,4 +1,4 @@
-"""What reads what in one decoder layer, under the names on disk: its linears' taps, its experts, its key-value caches."""
+"""The taps of one decoder layer under the names on disk: which linears, experts and key-value caches read the same input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Readers:
         self._model, self._module, self._trace = model, module, trace
         prefix = f"{module}."
         self._disk = {name.removeprefix(prefix): disk for name, disk in names.disk.items() if name.startswith(prefix)}
-        self.name = shared_words(tensors)
+        self.name = shared_prefix(tensors)
         self.linears = self._find_linears()
         self.experts = self._find_experts(names, specs)
         self.caches = self._find_caches()
@@ -61,7 +61,8 @@ class Readers:
         return {self._model.get_submodule(x.parameter.rpartition(".")[0]): len(x.rows) for x in self.experts}
 
     def _submodule(self, name: str) -> nn.Module:
-        return self._model.get_submodule(f"{self._module}.{name}")
+        module: nn.Module = self._model.get_submodule(f"{self._module}.{name}")
+        return module
 
     def _find_linears(self) -> dict[str, str]:
         tap_of: dict[str, str] = {}
@@ -93,10 +94,10 @@ class Readers:
         return found
 
 
-def shared_words(names: Sequence[str]) -> str:
-    """The words that all of a layer's tensors begin with: its name."""
+def shared_prefix(names: Sequence[str]) -> str:
+    """The parts, between dots, with which all of a layer's tensors begin: its name."""
     first, *others = [name.split(".") for name in names]
     n = 0
-    while n < len(first) - 1 and all(words[n : n + 1] == first[n : n + 1] for words in others):
+    while n < len(first) - 1 and all(parts[n : n + 1] == first[n : n + 1] for parts in others):
         n += 1
     return ".".join(first[:n])

@@ -1,4 +1,4 @@
-"""The empty model: built from config.json with parameters on the meta device and buffers computed for real."""
+"""Builds the model from config.json without weights: parameters on the meta device, buffers computed."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedError(
-            f"{where}: model_type '{model_type}' in config.json is not one that the installed transformers knows, and code that comes with "
-            "a model is never run; upgrade transformers, or convert the model to an architecture that it has"
+            f"{where}: the installed transformers does not support model_type '{model_type}' of config.json, and code that comes with a "
+            "model is never run; upgrade transformers, or convert the model to an architecture that it supports"
         )
     if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(f"{where}: transformers has no causal language model for model_type '{model_type}'")
     # The weights arrive dense whatever their file: transformers must not look for a quantizer.
-    words = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    dense_config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(words)
+        parsed = CONFIG_MAPPING[model_type].from_dict(dense_config)
         with _parameters_on_meta():
-            # Experts one after the other: what each reads can be seen, and no token is copied for all of them at once.
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, experts_implementation="eager", trust_remote_code=False)
-            return model.eval()
-    except Exception as error:  # whatever the values of a foreign file may set off in configuration and modelling code
+            # Experts one after the other: the inputs of each can be observed, and tokens are not copied for all of them at once.
+            causal_lm: Any = AutoModelForCausalLM  # which transformers has no types for
+            return causal_lm.from_config(parsed, dtype=dtype, experts_implementation="eager", trust_remote_code=False).eval()
+    except Exception as error:  # any error that a foreign file's values cause in configuration and modelling code
         raise CheckpointError(f"{where}: transformers cannot build a {model_type} model from config.json: {error}") from error
 
 
@@ -97,7 +97,7 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def drop(model: nn.Module, name: str, device: torch.device) -> None:
-    """Forget the values of parameter ``name``; its shape and dtype stay, on ``device``, without memory (one zero, repeated)."""
+    """Free the values of parameter ``name``; its shape and dtype stay, on ``device``, without memory (one zero, expanded)."""
     path, _, leaf = name.rpartition(".")
     parameters = model.get_submodule(path)._parameters
     if (param := parameters.get(leaf)) is not None:

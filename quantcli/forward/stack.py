@@ -1,7 +1,7 @@
-"""The decoder stack run with stubs for layers: the model's own forward says what it passes to each layer and does with the result.
+"""Runs the model's own forward with stubs in place of its layers, to find what it passes to each layer and does with the result.
 
 So masks, rotary tables, layer types, embedding scales and soft caps are the model's own, whatever the architecture. The linears that
-share an input (a *tap*) are seen in one forward of two tokens, each layer with zeros for weights.
+share an input (a *tap*) are found in one forward of two tokens, each layer with zeros for weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOGETHER = "they cannot be run one at a time; quantcli cannot calibrate this ar
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The arguments of one layer beside the hidden states: masks, rotary tables, positions."""
+    """The arguments of one layer besides the hidden states: masks, rotary tables, positions."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -50,7 +50,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one small forward showed of a layer.
+    """What one short forward shows of a layer.
 
     ``n_outputs``: length of the tuple that it returns, or None for the bare hidden states; ``taps``: each linear → the first linear that
     reads the same input, by module name within the layer; ``repeats``: a linear is called more than once in a forward; ``experts``:
@@ -83,8 +83,9 @@ class Stack:
         self.traces: list[Trace] = []
 
     def module_name(self, module: nn.Module) -> str:
-        """What the model calls ``module``."""
-        return next(name for name, m in self.model.named_modules() if m is module)
+        """The name of ``module`` in the model."""
+        names: Iterator[str] = (name for name, m in self.model.named_modules() if m is module)
+        return next(names)
 
     def trace(self, device: torch.device) -> bool:
         """Fill ``traces``; returns whether the layers' arguments depend on the tokens. Raises :class:`UnsupportedError`."""
@@ -127,7 +128,7 @@ class Stack:
         return calls
 
     def embed(self, ids: Tensor) -> Tensor:
-        """What the first layer is given for ``ids`` [B, T]: [B, T, hidden]. Needs the embedding's weights."""
+        """The input of the first layer for ``ids`` [B, T]: [B, T, hidden]. Needs the embedding's weights."""
         entered: list[Tensor] = []
 
         def first(*args: Any, **kwargs: Any) -> Any:
@@ -144,7 +145,8 @@ class Stack:
             return self.traces[-1].output(hidden)
 
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return self._forward(ids, [*self._passing()[:-1], last], 0.0, head).logits
+        logits: Tensor = self._forward(ids, [*self._passing()[:-1], last], 0.0, head).logits
+        return logits
 
     def _passing(self) -> list[Run]:
         return [partial(_pass, trace) for trace in self.traces]
@@ -165,7 +167,7 @@ class Stack:
 
 
 def _routers(layer: nn.Module, parameters: Collection[str]) -> list[str]:
-    """The linears beside experts whose few outputs choose or weigh them, by module name; these stay dense.
+    """The linears in the experts' module whose few outputs choose or weigh the experts, by module name; these stay dense.
 
     ``parameters``: names of those that hold experts.
     """
@@ -173,8 +175,8 @@ def _routers(layer: nn.Module, parameters: Collection[str]) -> list[str]:
     for parameter in parameters:
         block = parameter.rpartition(".")[0].rpartition(".")[0]
         few = {1, layer.get_parameter(parameter).shape[0]}
-        beside = layer.get_submodule(block).named_modules(prefix=block) if block else layer.named_children()
-        found += [name for name, m in beside if isinstance(m, nn.Linear) and m.out_features in few]
+        candidates = layer.get_submodule(block).named_modules(prefix=block) if block else layer.named_children()
+        found += [name for name, m in candidates if isinstance(m, nn.Linear) and m.out_features in few]
     return found
 
 
@@ -199,7 +201,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _replaced(forwards: Mapping[nn.Module, Run]) -> Iterator[None]:
-    """Each module's ``forward`` is the given function; the attributes that some models read from their layers stay."""
+    """Within the context, each module's ``forward`` is the given function; attributes that some models read from their layers stay."""
     for module, forward in forwards.items():
         module.forward = forward
     try:
@@ -211,7 +213,7 @@ def _replaced(forwards: Mapping[nn.Module, Run]) -> Iterator[None]:
 
 @contextmanager
 def _zeros(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """``layer`` has zeros for parameters."""
+    """Within the context, the parameters of ``layer`` are zeros."""
     names = [name for name, _ in layer.named_parameters()]
     for name, param in list(layer.named_parameters()):
         put(layer, name, _zero_pages(param).to(device))
@@ -223,26 +225,26 @@ def _zeros(layer: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _zero_pages(like: Tensor) -> Tensor:
-    """Zeros on the CPU that take no memory while they are only read: fresh pages of the system, which torch would write to."""
+    """Zeros on the CPU that take no memory while they are only read: untouched pages of the system, which torch.zeros would write."""
     pages = mmap.mmap(-1, max(1, like.numel()) * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype)[: like.numel()].view(like.shape)
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:
-    """Equal for layers built of the same modules and shapes: these are fed alike, so one of them need be traced."""
+    """Equal for layers of the same modules and shapes: their taps are the same, so only one of them is traced."""
     modules = tuple((name, type(m), _switches(m)) for name, m in layer.named_modules())
     return modules, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
 
 
 def _switches(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The attributes by which two modules of one class may take different paths: flags and words, not numbers such as the layer's own."""
+    """The attributes by which two modules of one class may take different paths: booleans and strings, not numbers such as its index."""
     return tuple((name, value) for name, value in vars(module).items() if isinstance(value, (bool, str)))
 
 
 def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
-    """Run ``layer`` and see which linears read one and the same tensor, and which experts' slices.
+    """Run ``layer`` and record which linears, and which experts' slices, read the same tensor.
 
-    The same means the same memory in the same version; inputs are held, so that no memory serves twice.
+    The same means the same memory in the same version; inputs are held until the end, so that no memory is used again.
     """
     fed: dict[str, list[tuple[int, ...]]] = {}
     sliced: dict[tuple[str, int], list[tuple[int, ...]]] = {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer that comes with ``checkpoint``; from the metadata of a GGUF file. Raises :class:`CheckpointError`.
 
-    ``trust_remote_code=False`` is said, not left out: without it transformers asks on the terminal whether to run the repository's code.
+    ``trust_remote_code=False`` is explicit: without it transformers asks on the terminal whether to run the repository's code.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""The weights of a model that are in memory: what is small always, its embedding, a decoder layer or its head while that is needed."""
+"""Loads and frees a model's weights: small tensors stay in memory, the embedding, a layer or the head while it is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantcli.forward.stack import Stack
 EMBEDDING, HEAD, REST = "embedding", "head", "rest"
 
 Part = int | str
-"""What is loaded and dropped at once: a layer by its number, :data:`EMBEDDING`, :data:`HEAD`, or :data:`REST`: what is in memory always."""
+"""What is loaded and dropped at once: a layer by its number, :data:`EMBEDDING`, :data:`HEAD`, or :data:`REST`, always in memory."""
 
 
 class Weights:
@@ -43,10 +43,11 @@ class Weights:
 
     def tensor(self, target: str) -> Tensor:
         """The model's tensor ``target`` as it is in memory."""
-        return self._model.get_parameter_or_buffer(target).data
+        live: Tensor = self._model.get_parameter_or_buffer(target)
+        return live.data
 
     def rebuild(self, source: Source, part: Part, weights: Mapping[str, Tensor]) -> None:
-        """Make those tensors of ``part`` that come from ``source``: of ``weights``, by disk name, where given, else of the checkpoint's."""
+        """Make the tensors of ``part`` that come from ``source``: from ``weights``, by disk name, where given, else from the checkpoint."""
 
         def read(name: str) -> Tensor:
             tensor = weights[name] if name in weights else self.checkpoint.read(name)
@@ -70,7 +71,7 @@ class Weights:
             drop(self._model, name, device)
 
     def need(self, part: Part) -> None:
-        """Have ``part``, :data:`EMBEDDING` or :data:`HEAD`, in memory, and not the other one."""
+        """Load ``part``, :data:`EMBEDDING` or :data:`HEAD`, and drop the other one."""
         if self._needed == part:
             return
         self.release()
@@ -78,7 +79,7 @@ class Weights:
         self._needed = part
 
     def release(self) -> None:
-        """Have neither embedding nor head in memory."""
+        """Drop the embedding or the head, whichever is in memory."""
         if self._needed is not None:
             self.drop(self._needed)
         self._needed = None

@@ -33,22 +33,22 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     kernels = kernel(codes)
     if kernels is None:
         return pack_bits_reference(codes, bits)
-    words = torch.empty(codes.shape[0], codes.shape[1] * bits // 32, dtype=torch.int32, device=codes.device)
-    kernels.pack_bits(codes, bits, words, stream=stream(codes))
-    return words
+    packed = torch.empty(codes.shape[0], codes.shape[1] * bits // 32, dtype=torch.int32, device=codes.device)
+    kernels.pack_bits(codes, bits, packed, stream=stream(codes))
+    return packed
 
 
-def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
-    """The ``n`` codes of each row of ``words``: [rows, n·bits/32] int32. Returns [rows, n] uint8."""
-    _check(words, torch.int32, bits, 3 if bits == 3 else 1, "words")
-    if n * bits != words.shape[1] * 32:
-        raise KernelError(f"unpack_bits: {n} codes of {bits} bits do not fill {words.shape[1]} words of 32 bits a row")
-    words = words.contiguous()
-    kernels = kernel(words)
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The ``n`` codes of each row of ``packed``: [rows, n·bits/32] int32. Returns [rows, n] uint8."""
+    _check(packed, torch.int32, bits, 3 if bits == 3 else 1, "packed")
+    if n * bits != packed.shape[1] * 32:
+        raise KernelError(f"unpack_bits: {n} codes of {bits} bits do not fill {packed.shape[1]} words of 32 bits a row")
+    packed = packed.contiguous()
+    kernels = kernel(packed)
     if kernels is None:
-        return unpack_bits_reference(words, bits, n)
-    codes = torch.empty(words.shape[0], n, dtype=torch.uint8, device=words.device)
-    kernels.unpack_bits(words, bits, codes, stream=stream(words))
+        return unpack_bits_reference(packed, bits, n)
+    codes = torch.empty(packed.shape[0], n, dtype=torch.uint8, device=packed.device)
+    kernels.unpack_bits(packed, bits, codes, stream=stream(packed))
     return codes
 
 
@@ -56,28 +56,28 @@ def pack_bits_reference(codes: Tensor, bits: int) -> Tensor:
     """The same in torch, one place of the run at a time over all rows and runs."""
     run = codes_per_run(bits)
     codes = codes.view(codes.shape[0], -1, run)
-    words = torch.zeros(*codes.shape[:2], run * bits // 32, dtype=torch.int64, device=codes.device)
+    packed = torch.zeros(*codes.shape[:2], run * bits // 32, dtype=torch.int64, device=codes.device)
     for i in range(run):
         word, shift = divmod(i * bits, 32)
         code = codes[:, :, i].long()
-        words[:, :, word] |= (code << shift) & 0xFFFFFFFF
+        packed[:, :, word] |= (code << shift) & 0xFFFFFFFF
         if shift + bits > 32:
-            words[:, :, word + 1] |= code >> (32 - shift)
-    return ((words ^ 0x80000000) - 0x80000000).to(torch.int32).view(codes.shape[0], -1)  # back into the signed range
+            packed[:, :, word + 1] |= code >> (32 - shift)
+    return ((packed ^ 0x80000000) - 0x80000000).to(torch.int32).view(codes.shape[0], -1)  # back into the signed range
 
 
-def unpack_bits_reference(words: Tensor, bits: int, n: int) -> Tensor:
+def unpack_bits_reference(packed: Tensor, bits: int, n: int) -> Tensor:
     """The same in torch, one place of the run at a time over all rows and runs."""
     run = codes_per_run(bits)
-    runs = (words.long() & 0xFFFFFFFF).view(words.shape[0], -1, run * bits // 32)
-    codes = torch.empty(*runs.shape[:2], run, dtype=torch.uint8, device=words.device)
+    runs = (packed.long() & 0xFFFFFFFF).view(packed.shape[0], -1, run * bits // 32)
+    codes = torch.empty(*runs.shape[:2], run, dtype=torch.uint8, device=packed.device)
     for i in range(run):
         word, shift = divmod(i * bits, 32)
         code = runs[:, :, word] >> shift
         if shift + bits > 32:
             code = code | (runs[:, :, word + 1] << (32 - shift))
         codes[:, :, i] = (code & (2**bits - 1)).to(torch.uint8)
-    return codes.view(words.shape[0], n)
+    return codes.view(packed.shape[0], n)
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, bits: int, multiple: int, name: str) -> None:

@@ -1,7 +1,7 @@
 """ggml's code books in torch: what all types of a code book do (:mod:`quantcli.ops.block_iq2_iq3` has each one's layout).
 
 Magnitudes of a run of 4 or 8 weights are a point of a code book; the search works on odd numbers 2·level + 1 in their place. Here a lane is
-a sub-block, and a run takes the first nearest of ggml's whole list of its cell: the compiled texts look at a part of it.
+a sub-block, and a run takes the first nearest of ggml's whole list of its cell: the compiled codecs look at a part of it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.ops.block_grid import CodeBook, GridType, Sub
 from quantcli.ops.block_search import (
@@ -51,6 +52,7 @@ class IQ3(GridType):
     width, step = 15, 0.2
 
     @classmethod
+    @override
     def weights(cls, x: Tensor, importance: Tensor | None, power: Tensor) -> Tensor:
         return x * x if importance is None else importance * square_root(2 * power / 256 + x * x)
 
@@ -61,10 +63,12 @@ class IQ3_S(IQ3):
     n_steps, fudge, refines = 9, 1.033, "all_if_any"
 
     @classmethod
+    @override
     def steps(cls, d: Tensor, scale: Tensor) -> Tensor:
         return d * (1 + 2 * scale)
 
     @classmethod
+    @override
     def finish(cls, points: Tensor, minus: Tensor, scale: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         """ggml does not go on past the bytes of an all-zero sub-block: low bits and signs of those that follow move to the front, while
         ninth bits stay."""
@@ -92,6 +96,7 @@ class IQ3_XXS(IQ3):
     n_steps, fudge, even_signs, least_peak = 15, 1.0125, True, 1e-8
 
     @classmethod
+    @override
     def steps(cls, d: Tensor, scale: Tensor) -> Tensor:
         return d * (0.5 + scale) * 0.5
 
@@ -126,11 +131,13 @@ class IQ2(GridType):
     power_factor: float = 1.0
 
     @classmethod
+    @override
     def weights(cls, x: Tensor, importance: Tensor | None, power: Tensor) -> Tensor:
         sigma2 = cls.power_factor * power / 256
         return 0.25 * sigma2 + x * x if importance is None else importance * square_root(sigma2 + x * x)
 
     @classmethod
+    @override
     def steps(cls, d: Tensor, scale: Tensor) -> Tensor:
         return d * (0.5 + scale) * 0.25
 
@@ -141,6 +148,7 @@ class IQ2_XXS(IQ2):
     n_steps, even_signs, least_peak, refines = 6, True, 1e-15, "all"
 
     @classmethod
+    @override
     def start(cls, sub: Sub, peak: Tensor) -> tuple[Tensor, Tensor]:
         """Scales are tried around that of the weights rounded to 0 … 4."""
         _, scale = search_scales(sub.x, sub.w, 4)
@@ -186,6 +194,7 @@ class IQ2_S(IQ2):
     n_steps, fudge, least_peak, power_factor = 9, 0.9875, 1e-8, 2.0
 
     @classmethod
+    @override
     def finish(cls, points: Tensor, minus: Tensor, scale: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         """What was found stays where no sub-block has a scale."""
         return points, minus

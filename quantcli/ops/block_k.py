@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.ops.block_search import (
     TINY,
@@ -174,12 +175,14 @@ class Q2_K(AffineK):
     top = 15
 
     @staticmethod
+    @override
     def pack_scales(params: Params) -> Tensor:
         assert params.scale is not None
         assert params.min is not None
         return (params.scale | params.min << 4) & 255
 
     @staticmethod
+    @override
     def unpack_scales(data: Tensor) -> tuple[Tensor, Tensor]:
         return data & 15, data >> 4
 

@@ -1,12 +1,12 @@
-"""The block ops in torch, the truth that the compiled kernels are held against: matrices into lanes, a text, and back."""
+"""The block ops in torch, the truth that the compiled kernels are held against: matrices to lanes, a codec, and back."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from quantcli.ops.block_codecs import CODECS, KINDS
 from quantcli.ops.block_search import Found, Kind, Params
-from quantcli.ops.block_texts import KINDS, TEXTS
 
 
 def _lanes(values: Tensor, size: int) -> Tensor:
@@ -31,10 +31,10 @@ def _search(W: Tensor, kind: str, importance: Tensor | None) -> tuple[Tensor, Fo
     sizes = KINDS[kind]
     x = _lanes(W.float(), sizes.block)
     if importance is None or not sizes.is_weighted:
-        return x, TEXTS[kind].search(x, None, None)
+        return x, CODECS[kind].search(x, None, None)
     weights = _lanes(importance.expand(W.shape), sizes.block)
     power = _row_power(W.float()).repeat_interleave(W.shape[1] // sizes.block) if sizes.row_power else None
-    return x, TEXTS[kind].search(x, weights, power)
+    return x, CODECS[kind].search(x, weights, power)
 
 
 def _to_parts(params: Params, kind: Kind, n_rows: int) -> dict[str, Tensor]:
@@ -71,8 +71,8 @@ def _from_parts(parts: dict[str, Tensor], kind: Kind) -> Params:
 
 def quantize(W: Tensor, kind: str, importance: Tensor | None) -> Tensor:
     x, found = _search(W, kind, importance)
-    codes = TEXTS[kind].encode(x, found)
-    return _rows(TEXTS[kind].pack(codes, found.params), W.shape[0], torch.uint8)
+    codes = CODECS[kind].encode(x, found)
+    return _rows(CODECS[kind].pack(codes, found.params), W.shape[0], torch.uint8)
 
 
 def fit(W: Tensor, kind: str, importance: Tensor | None) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def fit(W: Tensor, kind: str, importance: Tensor | None) -> dict[str, Tensor]:
 
 
 def pack(codes: Tensor, parts: dict[str, Tensor], kind: str) -> Tensor:
-    packed = TEXTS[kind].pack(_lanes(codes.int(), KINDS[kind].block), _from_parts(parts, KINDS[kind]))
+    packed = CODECS[kind].pack(_lanes(codes.int(), KINDS[kind].block), _from_parts(parts, KINDS[kind]))
     return _rows(packed, codes.shape[0], torch.uint8)
 
 
@@ -91,9 +91,9 @@ def unpack(blocks: Tensor, kind: str, in_features: int) -> tuple[Tensor, dict[st
 
 def dequantize(blocks: Tensor, kind: str, in_features: int) -> Tensor:
     codes, params = _unpack(blocks, kind, in_features)
-    return _rows(TEXTS[kind].decode(codes, params), blocks.shape[0], torch.float32)
+    return _rows(CODECS[kind].decode(codes, params), blocks.shape[0], torch.float32)
 
 
 def _unpack(blocks: Tensor, kind: str, in_features: int) -> tuple[Tensor, Params]:
     n_bytes = blocks.shape[1] // (in_features // KINDS[kind].block)
-    return TEXTS[kind].unpack(_lanes(blocks.int(), n_bytes))
+    return CODECS[kind].unpack(_lanes(blocks.int(), n_bytes))

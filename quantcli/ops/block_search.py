@@ -2,7 +2,7 @@
 
 ``x`` is [block, n]: row ``i`` holds element ``i`` of every block, so that a sum over ``i`` runs in ggml's order for each of them.
 Codes are [block, n] int32, centred on zero where the type is signed; bytes are [n_bytes, n] int32 in 0 … 255; ``d`` and ``dmin`` are
-the bits of IEEE halves as int32. The compiled texts in ``kernels/blocks`` have the same shape and the same names.
+the bits of IEEE halves as int32. The compiled codecs in ``kernels/blocks`` have the same shape and the same names.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Kind:
     scale_of: Callable[[Tensor], Tensor] | None = None
 
 
-class Text(Protocol):
+class Codec(Protocol):
     """One block type. ``power`` is the mean square of each block's whole row."""
 
     kind: Kind

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from quantcli.errors import KernelError
 from quantcli.ops import block_reference as reference
+from quantcli.ops.block_codecs import KINDS
 from quantcli.ops.block_search import Kind
-from quantcli.ops.block_texts import KINDS
 from quantcli.ops.dispatch import kernel, stream
+
+__all__ = ["KINDS", "Params", "dequantize_blocks", "fit_blocks", "pack_blocks", "quantize_blocks", "unpack_blocks"]
 
 Params = dict[str, Tensor]
 """``d`` F16 [out, n_super]; types of sub-blocks also ``scale`` [out, n_sub], U8 or I8, and q2_k, q4_k, q5_k ``dmin`` F16 and ``min`` U8;

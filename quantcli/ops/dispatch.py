@@ -22,7 +22,8 @@ def _compiled() -> ModuleType | None:
     except ModuleNotFoundError:
         return None
     kernels.set_threads(torch.get_num_threads())
-    return kernels
+    compiled: ModuleType = kernels
+    return compiled
 
 
 _forced_reference: bool | None = None

@@ -115,8 +115,8 @@ def quantize_float4_reference(W: Tensor, book: Book, *, block_size: int) -> tupl
     n_whole = W.numel() // block_size
     whole, rest = W[: n_whole * block_size].view(-1, block_size), W[n_whole * block_size :].float()
     ranks, scales = [], []
-    for part in whole.split(BLOCKS_AT_ONCE):
-        X = part.float()
+    for first in range(0, max(1, len(whole)), BLOCKS_AT_ONCE):
+        X = whole[first : first + BLOCKS_AT_ONCE].float()
         scale = X.abs().amax(1)
         ranks.append(torch.bucketize(X * (1.0 / scale.clamp_min(SMALLEST))[:, None], book.mids).to(torch.uint8).view(-1))
         scales.append(scale)

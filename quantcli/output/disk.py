@@ -1,4 +1,4 @@
-"""What is asked of a disk: room, a free place, a lock, whole reads and writes, bytes that are there, a rename that loses nothing."""
+"""Disk primitives: space checks, locks, full reads and writes, flushing, atomic rename."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_replaceable(target: Path, *, overwrite: bool, folder: bool) -> None:
 
 @contextlib.contextmanager
 def wording_errors(target: Path) -> Iterator[None]:
-    """Turn what a user can mend of a failing write to ``target`` into :class:`ResourceError` or :class:`RecipeError`."""
+    """Turn errors of a write to ``target`` that a user can fix into :class:`ResourceError` or :class:`RecipeError`."""
     try:
         yield
     except OSError as error:
@@ -70,7 +70,7 @@ def wording_errors(target: Path) -> Iterator[None]:
 
 
 def write_all(fd: int, data: memoryview) -> None:
-    """Write all of ``data`` at the file's position: the system may take less than it is given, at most 2 GiB at once."""
+    """Write all of ``data`` at the file's position: one call of the system may write less, and at most 2 GiB."""
     while data:
         data = data[os.write(fd, data[: 1 << 30]) :]
 
@@ -101,7 +101,7 @@ def checksum(path: Path, offset: int, size: int) -> int | None:
 
 
 def start_flushing(fd: int, offset: int, size: int) -> None:
-    """Let the disk begin with bytes that were just written, so that little is left for the end. Linux only; no other system is asked."""
+    """Start writing bytes back to the disk at once, so that little is left for the end. Does nothing on systems other than Linux."""
     flush = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
     if flush is not None:
         flush(fd, ctypes.c_int64(offset), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
@@ -116,7 +116,7 @@ def fsync(path: Path) -> None:
 
 
 def lock(fd: int, part: Path) -> None:
-    """Hold ``part`` for this process; :class:`RecipeError` when another one does. A file system without locks is trusted."""
+    """Lock ``part`` for this process; :class:`RecipeError` when another one has. On a file system without locks nothing is checked."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -133,7 +133,7 @@ def remove(path: Path) -> None:
 
 
 def replace(part: Path, target: Path, old: Path) -> None:
-    """Move ``part`` to ``target``. A folder cannot be renamed over a full one, so the old one steps aside first and returns on failure."""
+    """Move ``part`` to ``target``. A folder cannot replace a non-empty one, so the old one is renamed first, and back on failure."""
     if not target.is_dir() or not any(target.iterdir()):
         os.replace(part, target)
         return
@@ -147,7 +147,7 @@ def replace(part: Path, target: Path, old: Path) -> None:
 
 
 def restore_interrupted_commit(target: Path, old: Path) -> None:
-    """A process killed between the two renames of :func:`replace` left the old output aside: bring it back, or drop it if replaced."""
+    """Undo or finish a :func:`replace` that was killed between its two renames: restore the old output, or remove it if replaced."""
     if not old.exists():
         return
     if target.exists():

@@ -1,10 +1,10 @@
-"""Output files: declared as a whole, filled in any order, checked by reading back, and only then given their name.
+"""Writes output files: declared up front, filled in any order, verified by reading back, and only then renamed to their target.
 
 Everything is written under ``<target>.part`` (a folder or a file, like the target; for several files side by side a folder). ``commit``
 flushes it to the disk, reads every byte back and compares it with the checksum taken while it was put, and moves it to the target with one
-rename. Whatever happens before that rename leaves the target as it was; an exception also removes the ``.part``. A killed process leaves
-its ``.part`` behind, which the next run replaces; the ``.part`` of a process that still lives is locked, and a second run refuses to touch
-it. Files side by side are moved one by one, and the first, by which an engine is told of them, after the others.
+rename. A failure before that rename leaves the target unchanged; an exception also removes the ``.part``. A killed process leaves its
+``.part`` behind, which the next run replaces; the ``.part`` of a running process is locked, and a second run refuses to touch it. Files
+side by side are moved one by one, and the first, which an engine is given, last.
 
 Memory: one tensor at a time, and 16 MiB while checking.
 """
@@ -41,7 +41,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """A file known to the last byte before a weight is read: its header, its size and the place of each tensor (padding is zeros)."""
+    """The layout of a file before any weight is read: its header, its size and the place of each tensor (padding is zeros)."""
 
     name: str
     header: bytes
@@ -52,13 +52,13 @@ class FileLayout:
 class Writer:
     """Writes a folder of files (``folder=True``: several layouts and sidecars), a single file, or files side by side to ``target``.
 
-    A context manager: leaving it without ``commit`` removes what was written. Raises :class:`RecipeError` at once when a finished output
-    stands at ``target`` and ``overwrite`` is not given (with it the old one is replaced at ``commit``), and also when ``target`` is
-    something that overwriting would destroy for no good: another kind of file, or a folder that holds no model.
+    A context manager: leaving it without ``commit`` removes what was written. Raises :class:`RecipeError` at once when ``target`` exists
+    and ``overwrite`` is not given (with it the old output is replaced at ``commit``), and also when ``target`` is nothing that
+    ``overwrite`` may replace: another kind of file, or a folder that holds no model.
     """
 
     def __init__(self, target: Path, *, overwrite: bool = False, folder: bool = True) -> None:
-        # Through links, so that the rename happens beside the real thing and never crosses a file system.
+        # Links are resolved, so that the rename happens in the real folder and never crosses a file system.
         self.target = Path(os.path.realpath(target))
         self.folder = folder
         self._overwrite = overwrite
@@ -78,7 +78,7 @@ class Writer:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What a target that is no folder will be: its file, or several, known once they are declared."""
+        """The files of a target that is not a folder: one, or several, known once they are declared."""
         return () if self.folder else (self.target, *self._beside)
 
     def declare(self, files: Sequence[FileLayout], sidecars: Mapping[str, bytes | Path] | None = None) -> None:
@@ -104,7 +104,7 @@ class Writer:
             for name, data in sidecars.items():
                 self.add_sidecar(name, data)
         except BaseException:
-            self.abort()  # nobody may have entered the context yet
+            self.abort()  # the context may not have been entered yet
             raise
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -143,8 +143,8 @@ class Writer:
     def commit(self) -> None:
         """Flush, read back, compare, and move everything to ``target``.
 
-        Raises ValueError when a declared tensor was never put, :class:`CheckpointError` when the disk gives back other bytes than were
-        written. Nothing stands under the final name in either case.
+        Raises ValueError when a declared tensor was never put, :class:`CheckpointError` when the bytes read back differ from those that
+        were written. Nothing has the final name in either case.
         """
         if self._done or not self._layouts:
             raise ValueError(f"{self.target}: commit needs a declared, open writer")
@@ -187,7 +187,7 @@ class Writer:
         self.part.rmdir()
 
     def _replace_stale_part(self) -> None:
-        """Clear a ``.part`` that a killed process left. Its lock died with it; a living one's is held."""
+        """Remove the ``.part`` of a killed process, whose lock is gone; that of a running process is locked, which is an error."""
         if not os.path.lexists(self.part):
             return
         fd = os.open(self.part, os.O_RDONLY)
@@ -248,7 +248,7 @@ class Writer:
 
 
 def check_layouts(files: Sequence[FileLayout]) -> None:
-    """Raise ValueError for layouts that contradict themselves: a double name, tensors that overlap or leave their file."""
+    """Raise ValueError for inconsistent layouts: a duplicate name, tensors that overlap or exceed their file."""
     seen: set[str] = set()
     for layout in files:
         relative(layout.name)
@@ -267,7 +267,7 @@ def check_layouts(files: Sequence[FileLayout]) -> None:
 
 
 def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
-    """Raise ValueError unless ``tensor`` is what ``spec`` announced."""
+    """Raise ValueError unless ``tensor`` has the dtype and shape of ``spec``."""
     if spec.dtype not in DTYPES:
         if tensor.dtype != torch.uint8 or tensor.nbytes != spec.nbytes:
             raise ValueError(f"{spec.name}: {spec.dtype} needs {spec.nbytes} bytes of uint8, got {tensor.nbytes} of {tensor.dtype}")
@@ -281,7 +281,7 @@ def relative(name: str) -> PurePosixPath:
     """``name`` as a path inside the output; ValueError when it leaves it."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError(f"'{name}' is no name of a file inside the output")
+        raise ValueError(f"'{name}' is not a path inside the output")
     return path
 
 

@@ -1,1 +1,1 @@
-"""What will be written, before a weight is read: the source arranged, a scheme for each tensor, every byte."""
+"""Planning: which tensor gets which scheme, and every byte of the output, before a weight is read."""

@@ -1,4 +1,4 @@
-"""A source as a recipe needs it: whose tensors are shown under which names, what its linears read, and the model to run if one is needed.
+"""Prepares a source for a recipe: views under the names that are needed, taps, and the model to run if there is one.
 
 The only place that shows a checkpoint under other names: experts one by one or joined, an output embedding untied, rows cut as a format
 stores them. Whoever plans, measures, evaluates or counts bytes asks here, so that all see the same tensors.

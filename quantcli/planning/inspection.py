@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by its headers alone, and what statistics tell of its linears' inputs: plain data, as JSON has it."""
+"""Data for `inspect`: what a checkpoint holds, read from headers, and figures from a statistics file."""
 
 from __future__ import annotations
 

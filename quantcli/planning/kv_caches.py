@@ -1,4 +1,4 @@
-"""Scales for a key-value cache, found beforehand: which layers get them, and what they are.
+"""Static scales for a quantized key-value cache: which layers get them, and their values.
 
 An engine that stores keys and values in eight bits divides each by a scale of the layer's own (``tensors.KV_CACHES``), which a folder
 brings along. Keys are measured as they enter the cache, with their positions rotated in, behind the layers as quantized.
@@ -49,7 +49,7 @@ def check(source: Checkpoint, recipe: Recipe, caches: Sequence[KvCache]) -> None
     if not caches:
         raise UnsupportedError(f"{source.source}: no layer of it hands keys and values by head to a cache; leave kv_cache out")
     if old := [cache.attention for cache in caches if cache.attention in source.kv_cache]:
-        raise RecipeError(f"{source.source}: {old[0]} has scales for its cache already, which are carried over; leave kv_cache out")
+        raise RecipeError(f"{source.source}: {old[0]} has scales for its cache already, which are kept; leave kv_cache out")
 
 
 def planned(recipe: Recipe, caches: Sequence[KvCache], layout: OutputLayout) -> list[PlannedCache]:

@@ -1,4 +1,4 @@
-"""What a model needs in memory at each shipped recipe, and for its key-value cache: planned, not measured."""
+"""Memory table: bytes of the weights at each shipped recipe and of the key-value cache, computed from plans."""
 
 from __future__ import annotations
 

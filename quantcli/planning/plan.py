@@ -1,4 +1,4 @@
-"""Plan = recipe × architecture × specs: every output name, scheme and byte known before a weight is read."""
+"""The plan: every output name, scheme and byte, computed from a recipe and the shapes of a source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantcli.passes import of as pass_of
 from quantcli.planning import kv_caches
 from quantcli.planning.arrange import Arranged, experts_joined
 from quantcli.planning.kv_caches import PlannedCache
-from quantcli.planning.schemes import carried_over, choose_schemes, is_coded, layer_of, listed, protect
+from quantcli.planning.schemes import choose_schemes, is_quantized, keeping_codes, layer_of, listed, protect
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.statistics.outliers import Protected
 from quantcli.tensors import HEAD, KvCache, Scheme, TensorSpec
@@ -29,14 +29,14 @@ RTN = PassSpec("rtn")
 class PlannedTensor:
     """One tensor of the source. ``scheme`` None: copied as it is. ``tap``: whose statistics its passes read, or None.
     ``outputs``: the file tensors it becomes; none means that the format has no place for it. ``have``: the scheme that the source codes it
-    with; ``carried``: its codes go over (:mod:`quantcli.regrid`)."""
+    with; ``kept``: its codes go over (:mod:`quantcli.regrid`)."""
 
     source: TensorSpec
     scheme: Scheme | None
     tap: str | None
     outputs: tuple[TensorSpec, ...]
     have: Scheme | None = None
-    carried: bool = False
+    kept: bool = False
 
     @property
     def name(self) -> str:
@@ -45,12 +45,12 @@ class PlannedTensor:
     @property
     def is_solved(self) -> bool:
         """Whether the recipe's passes choose its codes: a coded linear with a tap. What else has a scheme is rounded to nearest."""
-        return self.tap is not None and bool(self.outputs) and is_coded(self.scheme) and not self.carried
+        return self.tap is not None and bool(self.outputs) and is_quantized(self.scheme) and not self.kept
 
     @property
-    def is_recoded(self) -> bool:
+    def is_requantized(self) -> bool:
         """Whether the source's codes are decoded and others chosen, on top of the error that they have."""
-        return self.have is not None and bool(self.outputs) and is_coded(self.scheme) and not self.carried
+        return self.have is not None and bool(self.outputs) and is_quantized(self.scheme) and not self.kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Plan:
         """How many tensors are quantized, copied and dropped: together every tensor of the source."""
         tensors = self.tensors
         dropped = sum(not t.outputs for t in tensors)
-        quantized = sum(bool(t.outputs) and is_coded(t.scheme) for t in tensors)
+        quantized = sum(bool(t.outputs) and is_quantized(t.scheme) for t in tensors)
         return {"quantized": quantized, "copied": len(tensors) - quantized - dropped, "dropped": dropped}
 
 
@@ -124,17 +124,17 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
         kv_caches.check(source, recipe, arranged.caches)
     request = Request(recipe.format_options, recipe.mix, recipe.kv_cache, is_measured=bool(recipe.needs), is_weighed=is_weighed)
     schemes = choose_schemes(source, recipe, taps, request)
-    schemes, spared = protect(recipe, schemes, taps, protected)
-    taps = {**taps, arranged.head: HEAD} if arranged.head is not None and is_coded(schemes.get(arranged.head)) else taps
-    carried = carried_over(source, recipe, schemes)
-    schemes = {name: s if name in carried else fmt.suited(s, source.config) for name, s in schemes.items()}
-    dense = [name for name in schemes if name not in carried and fmt.stays_dense(name)]
+    schemes, protected_notes = protect(recipe, schemes, taps, protected)
+    taps = {**taps, arranged.head: HEAD} if arranged.head is not None and is_quantized(schemes.get(arranged.head)) else taps
+    kept = keeping_codes(source, recipe, schemes)
+    schemes = {name: s if name in kept else fmt.suited(s, source.config) for name, s in schemes.items()}
+    dense = [name for name in schemes if name not in kept and fmt.stays_dense(name)]
     schemes = {name: scheme for name, scheme in schemes.items() if name not in dense}
     if not fmt.has_own_names:
-        source = experts_joined(source, [name for name, scheme in schemes.items() if is_coded(scheme)])
+        source = experts_joined(source, [name for name, scheme in schemes.items() if is_quantized(scheme)])
         schemes = {name: scheme for name, scheme in schemes.items() if name in source.specs}
         taps = {name: tap for name, tap in taps.items() if name in source.specs}
-        carried &= source.specs.keys()
+        kept &= source.specs.keys()
     engines = check_experts_apart(source, fmt, recipe, schemes)
     left = [name for name, spec in source.specs.items() if len(spec.shape) > 1 and layer_of(name) != name and name not in taps]
     if left and not taps and recipe.scheme is not None:
@@ -144,11 +144,11 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
     check_held(source, fmt, recipe, schemes)
     layout = fmt.layout(source, schemes, request)
     for name, scheme in schemes.items():
-        if name not in carried and name in taps:
+        if name not in kept and name in taps:
             with about(name):
                 check_grid(recipe, scheme)
-    layers = planned_layers(source, recipe, schemes, taps, carried, arranged.caches or (), layout)
-    notes = (*spared, *engines, *surprises(source, recipe, schemes, taps, left, carried), *layout.notes)
+    layers = planned_layers(source, recipe, schemes, taps, kept, arranged.caches or (), layout)
+    notes = (*protected_notes, *engines, *surprises(source, recipe, schemes, taps, left, kept), *layout.notes)
     if arranged.untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
     if dense:
@@ -159,9 +159,9 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
 def check_importance(plan: Plan, importance: Collection[str]) -> None:
     """Raise :class:`RecipeError` where a type of ``plan`` is useless without importance, and neither ``importance`` (names of weights) nor
     what the recipe's passes measure gives it."""
-    recipe, kept = plan.recipe, {t.name for t in plan.tensors if t.carried}
+    recipe, kept = plan.recipe, {t.name for t in plan.tensors if t.kept}
     for tensor in plan.tensors:
-        if tensor.scheme is None or tensor.carried or not qtypes.of(tensor.scheme.qtype).needs_importance:
+        if tensor.scheme is None or tensor.kept or not qtypes.of(tensor.scheme.qtype).needs_importance:
             continue
         if tensor.name not in importance and not (recipe.needs and tensor.tap is not None):
             why = f"recipe '{recipe.name}' measures none" if tensor.tap is not None else "what this tensor reads is not measured"
@@ -188,7 +188,7 @@ def planned_layers(
     recipe: Recipe,
     schemes: Mapping[str, Scheme],
     taps: Mapping[str, str],
-    carried: Collection[str],
+    kept: Collection[str],
     caches: Sequence[KvCache],
     layout: OutputLayout,
 ) -> tuple[PlannedLayer, ...]:
@@ -198,7 +198,7 @@ def planned_layers(
         outputs = tuple(layout.outputs(spec, schemes.get(name)))
         if outputs and source.is_opaque(name):
             check_opaque(source, recipe, spec, outputs[0])
-        tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in carried)
+        tensor = PlannedTensor(spec, schemes.get(name), taps.get(name), outputs, source.schemes.get(name), name in kept)
         planned.setdefault(layer_of(name), []).append(tensor)
     scaled: dict[str, list[PlannedCache]] = {}
     for one in kv_caches.planned(recipe, caches, layout):
@@ -211,7 +211,7 @@ def check_experts_apart(source: Checkpoint, fmt: Format, recipe: Recipe, schemes
     if fmt.has_own_names:
         return ()
     parts = {part for joint in views.experts_apart(source).values() for part in joint.names}
-    coded = [name for name, scheme in schemes.items() if name in parts and is_coded(scheme)]
+    coded = [name for name, scheme in schemes.items() if name in parts and is_quantized(scheme)]
     if not coded:
         return ()
     kind, engines = source.config.get("model_type"), fmt.experts_apart
@@ -238,25 +238,25 @@ def surprises(
     schemes: Mapping[str, Scheme],
     taps: Mapping[str, str],
     left: Sequence[str],
-    carried: Collection[str],
+    kept: Collection[str],
 ) -> tuple[str, ...]:
     """What of the plan a user might not expect. ``left``: the layers' matrices that are no linears of their own."""
     notes = []
     if alone := [name for name in left if name not in schemes]:
         notes.append(f"{listed(alone)} stay as they are: matrices in layers that are no linears of their own (fused experts, routers)")
     if coded_anew := [
-        name for name in source.schemes if recipe.codes != "requantize" and is_coded(schemes.get(name)) and name not in carried
+        name for name in source.schemes if recipe.codes != "requantize" and is_quantized(schemes.get(name)) and name not in kept
     ]:
         first = coded_anew[0]
         notes.append(f"{listed(coded_anew)} decoded and coded anew, with some loss: {schemes[first]} does not hold {source.schemes[first]}")
-    exactness = {name: regrid.exactness(source.schemes[name], schemes[name], source.specs[name].shape[-1]) for name in carried}
+    exactness = {name: regrid.exactness(source.schemes[name], schemes[name], source.specs[name].shape[-1]) for name in kept}
     if rounded := [name for name, degree in exactness.items() if degree == regrid.CODES]:
         notes.append(f"{listed(rounded)} keep their codes, and a scale or minimum is rounded to what {schemes[rounded[0]]} stores")
     if decoded := [name for name in source.schemes if name not in schemes]:
         notes.append(f"{listed(decoded)} decoded to a dense type: quantized in the source, and the recipe has no scheme for it")
-    if recipe.needs and (blind := [name for name, scheme in schemes.items() if name not in taps and is_coded(scheme)]):
+    if recipe.needs and (unmeasured := [name for name, scheme in schemes.items() if name not in taps and is_quantized(scheme)]):
         passes = ", ".join(p.name for p in recipe.passes)
-        notes.append(f"{listed(blind)} rounded to nearest: {passes} has no statistics of what they read")
+        notes.append(f"{listed(unmeasured)} rounded to nearest: {passes} has no statistics of what they read")
     return tuple(notes)
 
 

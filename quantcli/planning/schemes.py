@@ -1,4 +1,4 @@
-"""Which scheme each tensor gets: by a recipe's rules, its mix or its scheme, by the codes of its source, by its outlying inputs."""
+"""Chooses the scheme of each tensor: from a recipe's rules, mix and scheme, from the codes of its source, and from outlier inputs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def choose_schemes(source: Checkpoint, recipe: Recipe, taps: Mapping[str, str], 
 def untied_head(source: Checkpoint, recipe: Recipe) -> str | None:
     """The input embedding's weight, where the output embedding is tied to it and a rule gives the latter alone codes: it must be untied."""
     rule = next((rule for rule in recipe.rules if rule.matches(HEAD_WEIGHT)), None)
-    embedding = tied_embedding(source) if rule is not None and is_coded(rule.scheme) else None
+    embedding = tied_embedding(source) if rule is not None and is_quantized(rule.scheme) else None
     return None if embedding is None or rule is None or rule.matches(embedding) else embedding
 
 
@@ -67,7 +67,7 @@ def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme
     ``wanted``: what the recipe says of all tensors; of those that the source left dense a plain dtype alone is taken from it.
     """
     fmt = formats.of(recipe.format)
-    schemes = {name: scheme for name, scheme in wanted.items() if name not in source.schemes and not is_coded(scheme)}
+    schemes = {name: scheme for name, scheme in wanted.items() if name not in source.schemes and not is_quantized(scheme)}
     for name, scheme in source.schemes.items():
         shape = source.specs[name].shape
         held = (s for s in regrid.candidates(scheme) if fmt.supports(s) and regrid.exactness(scheme, s, shape[-1]) and fits(shape, s))
@@ -88,7 +88,7 @@ def fits(shape: tuple[int, ...], scheme: Scheme) -> bool:
     return True
 
 
-def carried_over(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> set[str]:
+def keeping_codes(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Scheme]) -> set[str]:
     """The tensors whose codes go over from the source, because the scheme chosen for them can hold these."""
     if recipe.codes == "requantize":
         return set()
@@ -107,8 +107,12 @@ def protect(
         raise UnsupportedError(f"protect_outliers: the {recipe.format} format cannot hold {scheme}; choose another, or 'keep'")
     if protected is None:
         return chosen, ("protect_outliers: what it protects is known once inputs are measured, or from --stats",)
-    spared = {tap for unit in protected for tap in unit.taps}
-    names = [n for n, tap in taps.items() if tap in spared and is_coded(schemes.get(n)) and not any(r.matches(n) for r in recipe.rules)]
+    protected_taps = {tap for unit in protected for tap in unit.taps}
+    names = [
+        n
+        for n, tap in taps.items()
+        if tap in protected_taps and is_quantized(schemes.get(n)) and not any(r.matches(n) for r in recipe.rules)
+    ]
     for name in names:
         chosen.pop(name)
         chosen |= {} if scheme is None else {name: scheme}
@@ -117,7 +121,7 @@ def protect(
     return chosen, (f"protect_outliers: {len(names)} linears {'stay as they are' if scheme is None else f'in {scheme}'}: {listed(names)}",)
 
 
-def is_coded(scheme: Scheme | None) -> bool:
+def is_quantized(scheme: Scheme | None) -> bool:
     """Whether ``scheme`` is more than a plain float dtype."""
     return scheme is not None and scheme.qtype not in ("f32", "f16", "bf16")
 

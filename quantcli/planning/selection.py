@@ -1,4 +1,4 @@
-"""The recipe that a method, a GGUF type, a format or the codes of a source stand for, and where its output goes unless told otherwise."""
+"""Selects a recipe by method, GGUF type, format or the codes of a source, and the default output path."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from quantcli.errors import OptionError
 from quantcli.formats.gguf.file.container import ggml_type_of
 from quantcli.formats.gguf.types.filetypes import ALIASES
 from quantcli.planning.schemes import kept_schemes
-from quantcli.recipe import KEEP, MOE, PassSpec, Recipe, Rule
-from quantcli.tensors import KV_CACHES, Scheme
+from quantcli.recipe import MOE, PassSpec, Recipe, Rule
+from quantcli.tensors import KEEP, KV_CACHES, Scheme
 
 DENSE_TYPES = {"bfloat16": "BF16", "float32": "F32"}
 """config.json's dtypes → the GGUF type that holds them; float16 and what says nothing is F16."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.json_files import parse_json, shown
@@ -155,16 +156,20 @@ class StatsFile(Mapping[str, Stats]):
         fourth = self._read(f"{tap}.fourth") if f"{tap}.fourth" in self._locations else None
         return Stats(importance, absmax, mean, self.n_tokens(tap), None, histogram, fourth)
 
+    @override
     def __getitem__(self, tap: str) -> Stats:
         stats = self.diagonals(tap)
         return replace(stats, H=self._read(f"{tap}.H")) if self.has_hessian(tap) else stats
 
+    @override
     def __contains__(self, tap: object) -> bool:
         return tap in self._taps  # Mapping's own reads the tap
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._taps)
 
+    @override
     def __len__(self) -> int:
         return len(self._taps)
 

@@ -1,1 +1,1 @@
-"""The walk over the layers: from a checkpoint to a quantized one, and over a model to measure it."""
+"""The run over the layers of a model: to quantize it, or to evaluate it."""

@@ -1,4 +1,4 @@
-"""What happens to the tensors of one layer: copied, carried over, or taken through the passes; then written and forgotten."""
+"""Layer encoder: copies, converts or quantizes the tensors of one layer and writes them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Recount = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(slots=True)
-class Coding:
+class LayerEncoder:
     """A source, a plan and the writer of its output; ``reports`` gather what was done to each tensor. Thread-safe but for ``loaded``.
 
     ``importance``: weight → the mean squares of its inputs [in], where a file gives them for a recipe whose passes measure nothing.
@@ -51,7 +51,7 @@ class Coding:
     reports: list[TensorReport] = field(default_factory=list)
     folds: dict[str, list[Fold]] = field(default_factory=dict)
 
-    def code(
+    def encode(
         self,
         layer: str,
         tensors: Iterable[PlannedTensor],
@@ -67,10 +67,10 @@ class Coding:
         ``recount`` counts inputs anew in the basis found, where their range is told by a histogram.
         """
         tensors = list(tensors)
-        few = [t for t in tensors if self.is_starved(t, stats)]
+        few = [t for t in tensors if self.has_few_tokens(t, stats)]
         solved = [t for t in tensors if t.is_solved and t not in few]
-        rounded = [t for t in tensors if not t.is_solved and t.scheme is not None and t.outputs and not t.carried]
-        reports = [self.carry(t) for t in tensors if t.carried]
+        rounded = [t for t in tensors if not t.is_solved and t.scheme is not None and t.outputs and not t.kept]
+        reports = [self.keep(t) for t in tensors if t.kept]
         changed: dict[str, Tensor] = {}
         now: Mapping[str, Stats] = {}
         if solved:
@@ -87,7 +87,7 @@ class Coding:
         if rounded:
             reports += self.solve(self.unit(layer, rounded, None), (planning.RTN,), stats, loaded)[0]
         for t in tensors:
-            if not t.carried and (t.scheme is None or not t.outputs):
+            if not t.kept and (t.scheme is None or not t.outputs):
                 self.copy(t, changed.get(t.name), loaded)
         self.reports += reports
         return reports
@@ -105,7 +105,7 @@ class Coding:
         if changed is not None and loaded is not None:
             loaded.set(tensor.name, changed)
 
-    def carry(self, tensor: PlannedTensor) -> TensorReport:
+    def keep(self, tensor: PlannedTensor) -> TensorReport:
         """Write the codes of a quantized source on the grid of the tensor's scheme."""
         assert tensor.scheme is not None
         have = self.source.quantized(tensor.name)
@@ -131,10 +131,10 @@ class Coding:
         """Give ``unit`` what a change of basis touches beside what is to be solved: dense tensors that read its taps, or absorb a scale,
         and what of ``few``, to be coded later, reads the same.
 
-        A tap has no absorber there when that would touch a tensor whose bytes are settled: carried over, dropped, or rounded apart.
+        A tap has no absorber there when that would touch a tensor whose bytes are settled: kept, dropped, or rounded on its own.
         """
         later = {t.name: t.scheme for t in few if t.scheme}
-        free = {t.name for t in tensors if t.name in unit.schemes or (t.scheme is None and t.outputs and not t.carried)} | later.keys()
+        free = {t.name for t in tensors if t.name in unit.schemes or (t.scheme is None and t.outputs and not t.kept)} | later.keys()
         for tap in [tap for tap in dict.fromkeys(unit.taps.values()) if tap in absorbers]:
             if tap in unit.absorbers:
                 continue
@@ -198,7 +198,7 @@ class Coding:
             for name, data in parts.items():
                 self.writer.put(name, data)
 
-    def is_starved(self, tensor: PlannedTensor, stats: Mapping[str, Stats]) -> bool:
+    def has_few_tokens(self, tensor: PlannedTensor, stats: Mapping[str, Stats]) -> bool:
         """Whether too few calibration tokens reached ``tensor``, an expert's, for the recipe's passes to learn from: the router chooses."""
         recipe = self.plan.recipe
         if not (tensor.is_solved and tensor.tap and expert_of(tensor.tap) and any(spec.needs for spec in recipe.passes)):
@@ -223,7 +223,7 @@ class Coding:
                 report = reports[tensor.name]
                 record[tensor.name] = {"scheme": str(tensor.scheme), "relative_error": report.relative_error, "notes": list(report.notes)}
                 record[tensor.name] |= report.settings
-                if tensor.carried:
+                if tensor.kept:
                     record[tensor.name]["codes_of"] = str(self.source.schemes[tensor.name])
             elif not tensor.outputs:
                 record[tensor.name] = {"dropped": self.plan.why_dropped(tensor)}

@@ -1,4 +1,4 @@
-"""Perplexity, KL divergence, top-1 agreement and the error of each layer, walked layer by layer for anything Checkpoint reads.
+"""Evaluation: perplexity, KL divergence, top-1 agreement and the error of each layer, for any checkpoint, layer by layer.
 
 Where an engine rounds what its linears read (W8A8 and its like), so does the walk: the figures are those of the model as it is run.
 A model and its baseline go side by side: layer i of one, layer i of the other. Memory: one layer, the hidden states of the windows of both

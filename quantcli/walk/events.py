@@ -1,4 +1,4 @@
-"""What the walk tells as it goes: the plan, each layer with its time and error, the end."""
+"""Events of a run: the plan, each finished layer with its time and error, notes, and the end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli import heap
-from quantcli.planning import plan as planning
 from quantcli.planning.plan import Plan, PlannedLayer
+from quantcli.planning.schemes import is_quantized
 from quantcli.tensors import TensorReport
 
 if TYPE_CHECKING:
-    from quantcli.calibration.text_check import Familiarity
+    from quantcli.calibration.text_check import TextCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class LayerDone:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The output stands under its final name. ``calibrated_by``: "windows" or "statistics"; ``familiarity``: of the source with the
+    """The output stands under its final name. ``calibrated_by``: "windows" or "statistics"; ``text_check``: of the source with the
     calibration text, where windows were run."""
 
     output: Path
     plan: Plan
     lossless: bool
     dataset_sha256: str | None = None
-    familiarity: Familiarity | None = None
+    text_check: TextCheck | None = None
     calibrated_by: str | None = None
 
 
@@ -73,7 +73,7 @@ class Timed:
     reports: list[TensorReport] = field(default_factory=list)
 
     def done(self) -> LayerDone:
-        coded = [t for t in self.planned.tensors if planning.is_coded(t.scheme)]
+        coded = [t for t in self.planned.tensors if is_quantized(t.scheme)]
         errors = [r.relative_error for r in self.reports if any(t.name == r.name for t in coded)]
         n_bytes = sum(spec.nbytes for t in self.planned.tensors for spec in t.outputs)
         return LayerDone(

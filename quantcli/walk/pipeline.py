@@ -1,4 +1,4 @@
-"""For each layer: load → measure → passes → write → forget. The walk from a checkpoint to a quantized one; it yields events."""
+"""The main loop: for each layer load, measure, run the passes, write, free. It yields events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantcli import ops, qtypes
 from quantcli.calibration import measuring, text_check
 from quantcli.calibration.data import Data, Learned, checked, is_importance, protected_by, weighed
 from quantcli.calibration.original import Original
-from quantcli.calibration.text_check import Familiarity
+from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.readahead import reading_ahead
 from quantcli.errors import RecipeError
@@ -29,12 +29,12 @@ from quantcli.planning import kv_caches
 from quantcli.planning import plan as planning
 from quantcli.planning.arrange import arrange
 from quantcli.planning.plan import PlannedLayer, PlannedTensor
-from quantcli.planning.schemes import is_coded
+from quantcli.planning.schemes import is_quantized
 from quantcli.recipe import Recipe
 from quantcli.statistics.outliers import Protected
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import DTYPES, HEAD, Absorber, Stats, TensorReport
-from quantcli.walk.encoder import Coding
+from quantcli.walk.encoder import LayerEncoder
 from quantcli.walk.events import Event, Finished, LayerDone, Planned, timed
 from quantcli.walk.provenance import Provenance
 
@@ -80,16 +80,16 @@ def quantize(
         data=learned.provenance(),
         protected=None if protected is None else tuple(unit.to_dict() for unit in protected),
     )
-    familiarity = None
+    text_check = None
     layout, record = plan.layout, provenance.to_dict()
     with layout.writer(target, plan.outputs, record, importance=learned.importance, overwrite=overwrite) as writer:
         _check_files_apart(source, writer)
-        run = Coding(plan.source, plan, writer, torch.device(device), learned.importance or {})
+        run = LayerEncoder(plan.source, plan, writer, torch.device(device), learned.importance or {})
         if learned.stats is not None:
             yield from _each_layer(run, learned.stats, arranged.forward)
         elif learned.windows is not None:
             assert arranged.forward is not None
-            familiarity = yield from _propagate(run, arranged.forward, learned.windows.ids)
+            text_check = yield from _propagate(run, arranged.forward, learned.windows.ids)
         else:
             yield from _each_tensor(run)
         if writer.folder:
@@ -98,7 +98,7 @@ def quantize(
         writer.commit()
     exact = {report.name for report in run.reports if report.is_exact}
     lossless = all(tensor.name in exact or _is_exact(plan.source, tensor) for tensor in plan.tensors)
-    yield Finished(writer.target, plan, lossless, learned.dataset_sha256, familiarity, learned.kind)
+    yield Finished(writer.target, plan, lossless, learned.dataset_sha256, text_check, learned.kind)
 
 
 def _check_apart(source: Checkpoint, target: Path) -> None:
@@ -119,14 +119,14 @@ def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
     """Whether the output of ``tensor`` holds every value of the source."""
     if not tensor.outputs:
         return True
-    if is_coded(tensor.scheme):
+    if is_quantized(tensor.scheme):
         return False
     read = torch.float32 if tensor.name in source.schemes else DTYPES.get(tensor.source.dtype)
     stored = DTYPES.get(tensor.outputs[0].dtype)
     return read == stored or (read is not None and stored is not None and torch.promote_types(read, stored) == stored)
 
 
-def _each_tensor(run: Coding) -> Iterator[LayerDone]:
+def _each_tensor(run: LayerEncoder) -> Iterator[LayerDone]:
     """No statistics: every tensor for itself, a few at a time, written as they come."""
     layers = [[(layer.name, unit) for unit in units(layer)] for layer in run.plan.layers]
     n_threads = torch.get_num_threads()
@@ -135,7 +135,7 @@ def _each_tensor(run: Coding) -> Iterator[LayerDone]:
         futures: dict[str, Future[list[TensorReport]]] = {}
         try:
             ops.set_threads(max(1, n_threads // n_at_once))
-            futures = {unit[0].name: pool.submit(run.code, layer, unit, {}) for layer, unit in spread(layers)}
+            futures = {unit[0].name: pool.submit(run.encode, layer, unit, {}) for layer, unit in spread(layers)}
             for layer in timed(run.plan):
                 for _, unit in layers[layer.index]:
                     layer.reports += futures.pop(unit[0].name).result()
@@ -170,20 +170,20 @@ def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
     return list(groups.values())
 
 
-def _each_layer(run: Coding, stats: StatsFile, forward: Forward | None) -> Iterator[LayerDone]:
+def _each_layer(run: LayerEncoder, stats: StatsFile, forward: Forward | None) -> Iterator[LayerDone]:
     """Statistics from a file: layer by layer, no error propagation, no forward pass but the trials of a change of basis."""
     names = [layer.name for layer in run.plan.layers]
     absorbers_of = _absorbers(run, forward)
     for layer in reading_ahead(timed(run.plan), names, (*run.source.locations(), *stats.locations())):
         name = layer.planned.name
         absorbers = absorbers_of(name) if absorbers_of else None
-        layer.reports += run.code(name, layer.planned.tensors, stats, None, absorbers)
+        layer.reports += run.encode(name, layer.planned.tensors, stats, None, absorbers)
         for one in layer.planned.caches:
             run.put_caches([one], kv_caches.rebased(one.cache, stats, run.folds))
         yield layer.done()
 
 
-def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, Familiarity]:
+def _propagate(run: LayerEncoder, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, TextCheck]:
     """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next.
 
     A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares.
@@ -200,7 +200,7 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
         if name not in index:
             is_head = has_head and any(tensor.tap == HEAD for tensor in layer.planned.tensors)  # which comes after all layers
             stats = measuring.measure_head(forward, states, needs=run.plan.recipe.needs, original=original) if is_head else {}
-            layer.reports += run.code(name, layer.planned.tensors, stats)
+            layer.reports += run.encode(name, layer.planned.tensors, stats)
         else:
             absorbers = absorbers_of(name) if absorbers_of else None
             with forward.layer(index[name]) as loaded, original.layer(index[name]) if original else nullcontext():
@@ -212,7 +212,7 @@ def _propagate(run: Coding, forward: Forward, windows: Tensor) -> Generator[Laye
     return text_check.measure(forward, untouched, windows)
 
 
-def _leave(run: Coding, states: HiddenStates, loaded: LoadedLayer, planned: PlannedLayer, *, is_last: bool) -> Mapping[str, Stats]:
+def _leave(run: LayerEncoder, states: HiddenStates, loaded: LoadedLayer, planned: PlannedLayer, *, is_last: bool) -> Mapping[str, Stats]:
     """Have the windows go through a coded layer, unless nothing comes after it. Returns the statistics of its caches, as it runs now."""
     taps, needs = [tap for one in planned.caches for tap in one.cache.widths], run.plan.recipe.cache_needs
     if taps and not is_last:
@@ -224,7 +224,7 @@ def _leave(run: Coding, states: HiddenStates, loaded: LoadedLayer, planned: Plan
     return {}
 
 
-def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[str, Absorber]] | None:
+def _absorbers(run: LayerEncoder, forward: Forward | None) -> Callable[[str], Mapping[str, Absorber]] | None:
     """Layer name → its taps' :class:`Absorber`, where a pass of the recipe changes the basis."""
     if forward is None or not run.plan.recipe.changes_basis:
         return None
@@ -235,7 +235,7 @@ def _absorbers(run: Coding, forward: Forward | None) -> Callable[[str], Mapping[
 
 
 def _measure_and_code(
-    run: Coding,
+    run: LayerEncoder,
     planned: PlannedLayer,
     loaded: LoadedLayer,
     states: HiddenStates,
@@ -252,11 +252,11 @@ def _measure_and_code(
     taps = [tap for tap in order if tap in wanted]
     if absorbers is not None:
         recount = partial(measuring.histograms, loaded, states) if "histogram" in needs else None
-        return run.code(planned.name, planned.tensors, measure(taps=taps), loaded, absorbers, recount)
+        return run.encode(planned.name, planned.tensors, measure(taps=taps), loaded, absorbers, recount)
     stages = measuring.in_turn(taps) if run.plan.recipe.true_sequential else [taps]
     stages = [share for stage in stages for share in measuring.shares(stage, loaded.tap_widths, needs)]
     reports: list[TensorReport] = []
     for stage in stages:
         stats = measure(taps=stage) if needs else {}
-        reports += run.code(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
-    return reports + run.code(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)
+        reports += run.encode(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
+    return reports + run.encode(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)

@@ -1,4 +1,4 @@
-"""How an output came to be: the record that files carry, enough to repeat the run."""
+"""Provenance: the record in an output that says how to repeat the run."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantcli.calibration.calibrate import calibrate
 from quantcli.calibration.measuring import measure
-from quantcli.calibration.text_check import Familiarity
+from quantcli.calibration.text_check import TextCheck
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
@@ -84,7 +84,7 @@ def test_stats_of_every_tap_equal_those_of_the_whole_models_inputs(
     monkeypatch.setattr(hidden_states, "BATCH_TOKENS", 100)  # batches of two windows, the last of one
     with open_checkpoint(str(folder)) as checkpoint:
         *events, known = calibrate(checkpoint, IDS, tmp_path / "stats.safetensors", head=True)
-    assert isinstance(known, Familiarity)
+    assert isinstance(known, TextCheck)
     assert [e.name for e in events] == ["model.layers.0", "model.layers.1", "model.layers.2", "lm_head"]
     assert [(e.index, e.n_layers, e.n_taps) for e in events] == [(0, 4, 4), (1, 4, 4), (2, 4, 4), (3, 4, 1)]
     stats = StatsFile(tmp_path / "stats.safetensors")

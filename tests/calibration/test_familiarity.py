@@ -13,7 +13,7 @@ from torch import Tensor
 from quantcli import recipe
 from quantcli.calibration.calibrate import calibrate
 from quantcli.calibration.data import Windows
-from quantcli.calibration.text_check import SAMPLE_TOKENS, Familiarity, sampled
+from quantcli.calibration.text_check import SAMPLE_TOKENS, TextCheck, sampled
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.text import texts
@@ -27,10 +27,10 @@ def windows(text: str) -> Tensor:
         return texts.windows([text], tokenizer(source), n_samples=4, seq_len=128)
 
 
-def found_by_calibrate(ids: Tensor, target: Path) -> Familiarity:
+def found_by_calibrate(ids: Tensor, target: Path) -> TextCheck:
     with open_checkpoint(str(PICO)) as source:
         *_, last = calibrate(source, ids, target, hessian=False)
-    assert isinstance(last, Familiarity)
+    assert isinstance(last, TextCheck)
     return last
 
 
@@ -56,8 +56,8 @@ def test_quantize_measures_the_model_as_it_came(tmp_path: Path) -> None:
     with open_checkpoint(str(PICO)) as source:
         *_, last = pipeline.quantize(source, tmp_path / "q", crude, data=Windows(ids))
     assert isinstance(last, pipeline.Finished)
-    assert last.familiarity is not None
-    assert last.familiarity.perplexity == pytest.approx(found_by_calibrate(ids, tmp_path / "s").perplexity, rel=1e-6)
+    assert last.text_check is not None
+    assert last.text_check.perplexity == pytest.approx(found_by_calibrate(ids, tmp_path / "s").perplexity, rel=1e-6)
 
 
 def test_counting_gives_the_perplexity_of_the_tokens_own_frequencies(tmp_path: Path) -> None:
@@ -68,17 +68,17 @@ def test_counting_gives_the_perplexity_of_the_tokens_own_frequencies(tmp_path: P
 @pytest.mark.parametrize(
     ("found", "is_low"),
     [
-        (Familiarity(30, 500, 1000), False),
-        (Familiarity(80, 20, 1000), False),
-        (Familiarity(501, 500, 1000), True),
-        (Familiarity(math.nan, 500, 1000), True),
-        (Familiarity(math.inf, 500, 1000), True),
-        (Familiarity(501, 20, 50), False),
-        (Familiarity(math.nan, 20, 50), True),
-        (Familiarity(math.nan, 1, 0), False),
+        (TextCheck(30, 500, 1000), False),
+        (TextCheck(80, 20, 1000), False),
+        (TextCheck(501, 500, 1000), True),
+        (TextCheck(math.nan, 500, 1000), True),
+        (TextCheck(math.inf, 500, 1000), True),
+        (TextCheck(501, 20, 50), False),
+        (TextCheck(math.nan, 20, 50), True),
+        (TextCheck(math.nan, 1, 0), False),
     ],
 )
-def test_a_warning_needs_a_reason(found: Familiarity, is_low: bool) -> None:
+def test_a_warning_needs_a_reason(found: TextCheck, is_low: bool) -> None:
     assert found.is_low == is_low
 
 

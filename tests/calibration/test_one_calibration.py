@@ -13,7 +13,7 @@ from quantcli import recipe as recipes
 from quantcli.calibration import calibrate, measuring
 from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
-from quantcli.forward import HiddenStates, LoadedLayer
+from quantcli.forward import HiddenStates, LoadedLayer, run_dtype
 from quantcli.forward.hidden import kept_on
 from quantcli.passes import gptq
 from quantcli.recipe import PassSpec, Recipe
@@ -116,7 +116,7 @@ def test_only_a_gpu_measures_in_bfloat16_and_only_what_was_published_in_it(
     tiny_llama: TinyLlama, dtype: str, device: str, expected: str
 ) -> None:
     with open_checkpoint(str(tiny_llama(dtype=dtype, layers=1))) as source:
-        assert measuring.run_dtype(source.specs.values(), device) == getattr(torch, expected)
+        assert run_dtype(source.specs.values(), device) == getattr(torch, expected)
 
 
 def test_hidden_states_stay_on_a_gpu_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

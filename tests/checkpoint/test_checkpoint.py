@@ -126,10 +126,10 @@ def test_a_pickle_beside_safetensors_is_ignored(tiny_llama: TinyLlama) -> None:
     ("config", "message"),
     [
         (None, r"config\.json: missing"),
-        ("{", r"config\.json: no valid JSON"),
-        ("[]", r"config\.json: is no JSON object"),
-        ("[" * 100_000, r"config\.json: no valid JSON: nested too deeply"),
-        ('{"a": "\udcff"}', r"config\.json: no valid JSON"),
+        ("{", r"config\.json: not valid JSON"),
+        ("[]", r"config\.json: is not a JSON object"),
+        ("[" * 100_000, r"config\.json: not valid JSON: nested too deeply"),
+        ('{"a": "\udcff"}', r"config\.json: not valid JSON"),
     ],
 )
 def test_a_config_that_is_none_is_an_error(tiny_llama: TinyLlama, config: str | None, message: str) -> None:
@@ -159,7 +159,7 @@ def test_a_dialect_nobody_reads_is_unsupported_by_name(tiny_llama: TinyLlama) ->
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: d / "nowhere", "no such file or folder, and no Hub id"),
+        (lambda d: d / "nowhere", "no such file or folder, and not a Hub id"),
         (lambda d: (d / "config.json").write_text("{}") and d / "config.json", "give the folder it lies in"),
         (lambda d: (d / "model.safetensors").write_text("{}") and d / "model.safetensors", "give the folder it lies in"),
         (lambda d: (d / "notes.md").write_text("x") and d / "notes.md", "no model file that quantcli reads"),

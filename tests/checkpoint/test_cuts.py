@@ -12,6 +12,7 @@ from quantcli.archs import Cut
 from quantcli.checkpoint import views
 from quantcli.errors import CheckpointError
 from quantcli.formats import open_checkpoint
+from quantcli.planning.arrange import experts_apart
 from support import families
 
 
@@ -24,7 +25,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_fused_experts_are_seen_as_they_are_published(pair: tuple[Path, Path]) -> None:
     with open_checkpoint(str(pair[0])) as apart, open_checkpoint(str(pair[1])) as fused:
-        view = views.unfused(fused)
+        view = experts_apart(fused)
         assert view.specs.keys() == apart.specs.keys()
         for name, spec in apart.specs.items():
             assert view.specs[name] == spec
@@ -36,9 +37,9 @@ def test_fused_experts_are_seen_as_they_are_published(pair: tuple[Path, Path]) -
 def test_a_checkpoint_without_such_tensors_is_itself(pair: tuple[Path, Path], tiny_llama: Any) -> None:
     for folder in (pair[0], tiny_llama()):
         with open_checkpoint(str(folder)) as source:
-            assert views.unfused(source) is source
+            assert experts_apart(source) is source
 
 
 def test_a_stack_that_cannot_be_cut_is_an_error(pair: tuple[Path, Path]) -> None:
-    with open_checkpoint(str(pair[1])) as source, pytest.raises(CheckpointError, match=r"q_proj\.weight: \[.*\] cannot be cut into"):
-        views.cut(source, {"self_attn.q_proj.weight": Cut("stacked", tuple(map(str, range(100))))})
+    with open_checkpoint(str(pair[1])) as source, pytest.raises(CheckpointError, match=r"q_proj\.weight: \[.*\] cannot be split into"):
+        views.pieces_of(source, {"self_attn.q_proj.weight": Cut("stacked", tuple(map(str, range(100))))})

@@ -290,9 +290,9 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict], object], str]] = {
     "an absolute path": (placed(a="/etc/m-1.safetensors"), "leaves the folder"),
     "a path of Windows": (placed(a="..\\m-1.safetensors"), "leaves the folder"),
     "a drive of Windows": (placed(a="C:\\m-1.safetensors"), "leaves the folder"),
-    "a pickle": (placed(a="m-1.bin"), "is no .safetensors file"),
-    "a file that is a number": (placed(a=1), "is no .safetensors file"),
-    "a name that is control characters": (placed(**{"\x1b[0m": "m-1.safetensors"}), "is no name"),
+    "a pickle": (placed(a="m-1.bin"), "is not a .safetensors file"),
+    "a file that is a number": (placed(a=1), "is not a .safetensors file"),
+    "a name that is control characters": (placed(**{"\x1b[0m": "m-1.safetensors"}), "is not a valid name"),
 }
 
 
@@ -309,7 +309,7 @@ def test_a_bad_index_is_an_error_that_says_where(tmp_path: Path, what: str) -> N
 def test_an_index_with_two_places_for_one_tensor_is_an_error(tmp_path: Path) -> None:
     two_shards(tmp_path)
     (tmp_path / INDEX).write_text('{"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors","a":"m-2.safetensors"}}')
-    with pytest.raises(CheckpointError, match="'a' stands there twice"):
+    with pytest.raises(CheckpointError, match="duplicate key 'a'"):
         open_folder(tmp_path)
 
 

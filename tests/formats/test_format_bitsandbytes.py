@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcli import qtypes, recipe
+from quantcli import formats, qtypes, recipe
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import bitsandbytes, open_checkpoint
 from quantcli.formats.bitsandbytes.state import Nested, State, parse
 from quantcli.planning import plan
+from quantcli.planning.arrange import Arranged
 from quantcli.qtypes.shared import float4
 from quantcli.recipe import Recipe, Rule
 from quantcli.tensors import Scheme
@@ -186,10 +187,10 @@ def test_experts_stay_dense_are_announced_and_go_by_the_module_around_them(tmp_p
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "tie_word_embeddings": True}))
     taps = {name: name.removesuffix(".weight") for name in names if not name.endswith("mlp.gate.weight")}
     with open_checkpoint(str(tmp_path)) as checkpoint:
-        made = plan.make(checkpoint, recipe.load("nf4"), taps)
+        made = plan.make(Arranged(checkpoint, formats.of("bitsandbytes"), taps), recipe.load("nf4"))
     assert [tensor.name for tensor in made.tensors if tensor.scheme] == [f"{Q}.weight"]
     assert any(f"{moe}.experts.0" in note and "and 7 more stay as they are: engines that read bitsandbytes" in note for note in made.notes)
-    words = json.loads(bytes(made.context.sidecars["config.json"]))["quantization_config"]
+    words = json.loads(bytes(made.layout.config_files({})["config.json"]))["quantization_config"]
     assert words["llm_int8_skip_modules"] == [f"{moe}.experts", f"{moe}.gate", "lm_head"]
 
 

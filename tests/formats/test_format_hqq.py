@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import hqq, open_checkpoint
-from quantcli.qtypes import hqq as hqq_qtype
+from quantcli.qtypes.hqq import QTYPE as hqq_qtype
 from quantcli.tensors import Scheme
 from support.mutations import wrong_answers
 from support.places import DATA

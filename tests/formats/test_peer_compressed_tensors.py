@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from quantcli import recipe
 from quantcli.calibration.data import Windows
-from quantcli.checkpoint import views
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import compressed_tensors as ct
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
+from quantcli.planning.arrange import experts_apart
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
 from quantcli.text import texts
@@ -277,7 +277,7 @@ def test_gpt_oss_is_written_as_llm_compressor_writes_it(tmp_path: Path) -> None:
     how = recipe.parse({"format": "compressed-tensors", "passes": ["rtn"], "scheme": "int8-channel-sym+int8-token"}, "w8a8")
     with open_checkpoint(str(folder)) as source:
         list(pipeline.quantize(source, tmp_path / "ours", how))
-        dense = views.unfused(source)
+        dense = experts_apart(source)
         with open_checkpoint(str(tmp_path / "ours")) as ours, open_checkpoint(str(tmp_path / "W8A8")) as theirs:
             assert ours.specs.keys() == theirs.specs.keys()
             assert ours.schemes == theirs.schemes

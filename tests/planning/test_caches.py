@@ -17,11 +17,10 @@ from quantcli import recipe
 from quantcli.calibration import calibrate
 from quantcli.calibration.data import Windows
 from quantcli.calibration.measuring import measure, measure_and_advance
-from quantcli.checkpoint import views
 from quantcli.errors import CheckpointError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import HiddenStates
-from quantcli.planning.arrange import open_forward
+from quantcli.planning.arrange import open_forward, untied
 from quantcli.recipe import PassSpec, Rule
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import KV_CACHES, KvCache, Scheme
@@ -276,7 +275,7 @@ def test_a_view_of_a_checkpoint_has_its_caches_scales(tiny_llama: TinyLlama, tmp
     """Or an untied head would have them measured anew, beside those that are carried over."""
     first = quantize(tiny_llama(layers=1, tied=True), tmp_path / "first", with_cache("fp8"))
     with open_checkpoint(str(first)) as source:
-        view = views.untied(source, "model.embed_tokens.weight")
+        view = untied(source, "model.embed_tokens.weight")
         assert view.kv_cache == source.kv_cache
         assert all(map(torch.equal, view.cache_scales("model.layers.0.self_attn"), source.cache_scales("model.layers.0.self_attn")))
     head = with_cache("int8", rules=(Rule.parse("lm_head", "fp8-channel"),))

@@ -26,7 +26,7 @@ LAYER = "model.layers.0"
 
 
 def quantize(folder: Path, target: Path, recipe: recipes.Recipe, stats: StatsFile | None = None) -> list[pipeline.Event]:
-    calibrated = Windows(None if stats else IDS)
+    calibrated = stats or Windows(IDS)
     with open_checkpoint(str(folder)) as source:
         return list(pipeline.quantize(source, target, recipe, data=calibrated))
 

@@ -23,7 +23,7 @@ from quantcli.calibration.data import Windows
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.planning.plan import PlannedTensor
-from quantcli.planning.schemes import is_coded
+from quantcli.planning.schemes import is_quantized
 from quantcli.regrid import grid_of
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import TensorSpec
@@ -63,7 +63,7 @@ def test_what_is_written_is_what_was_planned(tiny_llama: TinyLlama, tmp_path: Pa
         assert set(output.specs) == {t.name for t in planned.plan.tensors if t.outputs} | of_caches
         assert sum(s.nbytes for s in output.specs.values()) == planned.plan.n_bytes
         assert {n: (grid_of(s), s.get("act", "")) for n, s in output.schemes.items()} == {
-            t.name: (grid_of(t.scheme), t.scheme.get("act", "")) for t in planned.plan.tensors if t.scheme and is_coded(t.scheme)
+            t.name: (grid_of(t.scheme), t.scheme.get("act", "")) for t in planned.plan.tensors if t.scheme and is_quantized(t.scheme)
         }
 
 

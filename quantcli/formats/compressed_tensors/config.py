@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.shards import shown
+from quantcli.checkpoint.json_files import shown
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.tensors import Scheme
 

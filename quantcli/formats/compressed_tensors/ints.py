@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantcli.checkpoint.shards import shown
+from quantcli.checkpoint.json_files import shown
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.compressed_tensors.config import Arguments
 from quantcli.ops.bits import BITS, codes_per_run, pack_bits, unpack_bits

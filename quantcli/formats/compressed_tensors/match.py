@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from quantcli.checkpoint.shards import shown
+from quantcli.checkpoint.json_files import shown
 from quantcli.formats.compressed_tensors.config import Group, QuantConfig
 from quantcli.formats.shared.folder import split_block
 from quantcli.formats.shared.patterns import is_tame

@@ -20,20 +20,20 @@ Settings = tuple[tuple[str, Any], ...]
 LITERAL = re.compile(r"\^((?:[\w-]|\\[^\w])+)\$")
 
 
-def written(choices: Mapping[str, Settings | None], common: Settings) -> dict[str, dict[str, Any]]:
-    """The rules for ``choices``: weight of every linear → its settings, None where it stays dense. ``common`` needs no rule."""
-    modules = {module_of(name): choice for name, choice in choices.items()}
-    for joined, members in fused_groups(choices).items():
-        if len({choices[name] for name in members}) == 1:
-            modules[joined] = choices[members[0]]
+def written(settings: Mapping[str, Settings | None], common: Settings) -> dict[str, dict[str, Any]]:
+    """The rules for ``settings``: weight of every linear → its settings, None where it stays dense. ``common`` needs no rule."""
+    modules = {module_of(name): chosen for name, chosen in settings.items()}
+    for joined, members in fused_groups(settings).items():
+        if len({settings[name] for name in members}) == 1:
+            modules[joined] = settings[members[0]]
     alike: dict[str, set[Settings | None]] = {}
-    for module, choice in modules.items():
-        alike.setdefault(in_every_layer(module), set()).add(choice)
+    for module, chosen in modules.items():
+        alike.setdefault(in_every_layer(module), set()).add(chosen)
     rules: dict[str, dict[str, Any]] = {}
-    for module, choice in modules.items():
-        if choice != common:
+    for module, chosen in modules.items():
+        if chosen != common:
             pattern = in_every_layer(module) if len(alike[in_every_layer(module)]) == 1 else re.escape(module)
-            rules[f"{'-' if choice is None else '+'}:^{pattern}$"] = dict(choice or {})
+            rules[f"{'-' if chosen is None else '+'}:^{pattern}$"] = dict(chosen or {})
     return rules
 
 
@@ -53,14 +53,14 @@ def reader(dynamic: object) -> Callable[[str], Mapping[str, Any] | None]:
         pattern, skips = key.removeprefix("+:").removeprefix("-:"), key.startswith("-:")
         if not (skips or isinstance(value, dict)):
             continue
-        choice = None if skips else value
+        chosen = None if skips else value
         if match := LITERAL.fullmatch(pattern):  # thousands of them name one expert each
-            exact.setdefault(re.sub(r"\\(.)", r"\1", match[1]), (len(rules), choice))
+            exact.setdefault(re.sub(r"\\(.)", r"\1", match[1]), (len(rules), chosen))
         elif (safe := compiled(pattern)) is not None:
-            rules.append((safe, choice))
+            rules.append((safe, chosen))
 
     def of(module: str) -> Mapping[str, Any] | None:
-        before, choice = exact.get(module, (len(rules), {}))
-        return next((found for pattern, found in rules[:before] if pattern.match(module)), choice)
+        before, chosen = exact.get(module, (len(rules), {}))
+        return next((found for pattern, found in rules[:before] if pattern.match(module)), chosen)
 
     return of

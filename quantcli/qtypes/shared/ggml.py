@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from quantcli.errors import NumericsError, RecipeError
-from quantcli.ops.block_texts import KINDS
+from quantcli.ops.block_codecs import KINDS
 from quantcli.ops.blocks import Params, dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks
 from quantcli.qtypes import Parts, QType
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible

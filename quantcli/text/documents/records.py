@@ -97,7 +97,8 @@ class Renderer:
             return document.plain
         try:
             # Copies, because some templates edit what they are given.
-            return self.tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False)
+            text: str = self.tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False)
+            return text
         except Exception as error:  # whatever a template of a stranger does; jinja2 is no dependency of ours
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._once(

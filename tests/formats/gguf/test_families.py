@@ -11,11 +11,10 @@ import torch
 
 from quantcli import archs
 from quantcli.calibration.data import Windows
-from quantcli.checkpoint import views
 from quantcli.errors import CheckpointError
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.model import metadata
-from quantcli.planning.arrange import declared_taps, open_forward
+from quantcli.planning.arrange import declared_taps, experts_apart, open_forward
 from quantcli.recipe import parse
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
@@ -52,7 +51,7 @@ def test_a_family_comes_back_from_its_file(models: dict[str, Path], case: str, t
     from transformers import AutoConfig
 
     with open_checkpoint(str(models[case])) as source:
-        wanted = views.unfused(source)
+        wanted = experts_apart(source)
         with open_checkpoint(str(export(source, tmp_path / "m.gguf", "F32", **families.options(case)))) as back:
             assert not back.is_stored
             assert back.specs.keys() == wanted.specs.keys()
@@ -140,7 +139,7 @@ def test_declared_taps_are_the_traced_ones(models: dict[str, Path], case: str) -
     if CASES[case].config.get("use_parallel_residual") or CASES[case].config.get("multi_query"):
         pytest.skip("attention and MLP read one norm here, of which the literal does not know: traced taps go before declared ones")
     with open_checkpoint(str(models[case])) as source:
-        assert declared_taps(views.unfused(source)) == dict(open_forward(source).taps)
+        assert declared_taps(experts_apart(source)) == dict(open_forward(source).taps)
 
 
 @pytest.mark.parametrize("case", CASES)

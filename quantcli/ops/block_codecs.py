@@ -1,4 +1,4 @@
-"""ggml's block types by name: their texts in torch, and what each is."""
+"""ggml's block types by name: a codec in torch for each, and its sizes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from quantcli.ops.block_iq2_iq3 import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from quantcli.ops.block_iq4 import IQ4_NL, IQ4_XS
 from quantcli.ops.block_k import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from quantcli.ops.block_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
-from quantcli.ops.block_search import Kind, Text
+from quantcli.ops.block_search import Codec, Kind
 from quantcli.ops.block_ternary import TQ1_0, TQ2_0
 
-TEXTS: dict[str, Text] = {
+CODECS: dict[str, Codec] = {
     "q8_0": Q8_0(),
     "q4_0": Q4_0(),
     "q4_1": Q4_1(),
@@ -34,4 +34,4 @@ TEXTS: dict[str, Text] = {
     "tq2_0": TQ2_0(),
 }
 
-KINDS: dict[str, Kind] = {name: text.kind for name, text in TEXTS.items()}
+KINDS: dict[str, Kind] = {name: codec.kind for name, codec in CODECS.items()}
