@@ -440,7 +440,7 @@ def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets
         datasets=datasets,
         n_chunks=int(stats.metadata["n_samples"]),
         chunk_size=int(stats.metadata["seq_len"]),
-        said=importance.text_fields(importance.dataset_of(stats)),
+        own_fields=importance.text_fields(importance.dataset_of(stats)),
         overwrite=overwrite,
     )
 

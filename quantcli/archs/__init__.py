@@ -31,7 +31,7 @@ class Linear:
 @dataclass(frozen=True, slots=True)
 class Cut:
     """A stored tensor that holds several: ``how`` is a name in ``archs.shared.transformations.CUTS``, ``names`` the tensors it gives, by
-    whole names within the layer. A name with ``{e}`` stands for a tensor of each expert."""
+    whole names within the layer. A name with ``{e}`` means a tensor of each expert."""
 
     how: str
     names: tuple[str, ...]
@@ -41,21 +41,21 @@ class Cut:
 class Key:
     """A key of a GGUF file's metadata, ``name`` without the architecture's prefix, and what it holds.
 
-    ``words``: keys of config.json, of which the first that is not null counts. ``kind``: "u32", "f32", "bool" or "str"; an array where the
-    value is a list. ``computed``: a name in ``formats.gguf.model.metadata.COMPUTED``, config → value, in place of ``words``, which then
-    only say where the value goes when a file is read. ``default``: the value where there is none; None leaves the key out,
-    :data:`REQUIRED` is an error.
+    ``config_keys``: keys of config.json, of which the first that is not null counts. ``kind``: "u32", "f32", "bool" or "str"; an array
+    where the value is a list. ``computed``: a name in ``formats.gguf.model.metadata.COMPUTED``, config → value, in place of
+    ``config_keys``, which then only give where the value goes when a file is read. ``default``: the value where there is none;
+    None leaves the key out, :data:`REQUIRED` is an error.
     """
 
     name: str
-    words: tuple[str, ...] | str = ()
+    config_keys: tuple[str, ...] | str = ()
     kind: str = "u32"
     computed: str | None = None
     default: Any = None
 
     @property
-    def all_words(self) -> tuple[str, ...]:
-        return (self.words,) if isinstance(self.words, str) else self.words
+    def all_config_keys(self) -> tuple[str, ...]:
+        return (self.config_keys,) if isinstance(self.config_keys, str) else self.config_keys
 
 
 REQUIRED = object()
@@ -66,8 +66,8 @@ REQUIRED = object()
 class Architecture:
     """What is known of one family of models. A literal: nothing here depends on a checkpoint.
 
-    Of the model: ``model_types`` and ``hf_class`` as config.json says them; ``layer``: the module name of decoder layer ``{i}``;
-    ``words``: the family's own words in config.json → the usual ones; ``defaults``: what its config class takes for words that config.json
+    Of the model: ``model_types`` and ``hf_class`` as in config.json; ``layer``: the module name of decoder layer ``{i}``;
+    ``aliases``: the family's own keys in config.json → the usual ones; ``defaults``: what its config class takes for keys that config.json
     leaves out; ``experts``: tensors of a layer that hold the linears of all experts, and as which tensors folders have these one by one;
     ``stacked``: transformers knows the experts in these tensors only, so one by one they are of use only where they are quantized.
 
@@ -75,13 +75,13 @@ class Architecture:
     make one tensor; ``also``: other names that a module has on disk → the one in ``gguf_names``; ``cuts``: tensors of a layer that GGUF
     alone stores otherwise; ``rows``: linears whose rows it has in another order → a name in
     ``archs.shared.transformations.ROW_ORDERS``; ``norm_offset``: what it adds to norm weights (Gemma stores w − 1); ``keys``: its
-    metadata, in the file's order, where a word is a group of keys in ``formats.gguf.model.metadata.GROUPS``; ``computed``: tensors that
+    metadata, in the file's order, where a string is a group of keys in ``formats.gguf.model.metadata.GROUPS``; ``computed``: tensors that
     no checkpoint stores, names in ``formats.gguf.model.rope.COMPUTED``; ``dropped``: patterns of tensors that have no place there → the
     reason.
 
-    For reading GGUF files: ``present``: config word → the tensor of some layer that is there when it is true; ``renamed``: config word →
-    the one of ``also`` that the disk has when it is true; ``fixed``: words that no key tells; ``restored``: names in
-    ``formats.gguf.model.configuration.RESTORED``, of words that follow from others.
+    For reading GGUF files: ``present``: config key → the tensor of some layer that is there when it is true; ``renamed``: config key →
+    the one of ``also`` that the disk has when it is true; ``fixed``: keys that no metadata gives; ``restored``: names in
+    ``formats.gguf.model.configuration.RESTORED``, of keys that follow from others.
     """
 
     model_types: tuple[str, ...]
@@ -91,7 +91,7 @@ class Architecture:
     gguf_arch: str
     gguf_names: Mapping[str, str]
     keys: tuple[Key | str, ...]
-    words: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     experts: Mapping[str, Cut] = field(default_factory=dict)
     stacked: bool = False
@@ -107,9 +107,9 @@ class Architecture:
     restored: tuple[str, ...] = ()
 
     def usual(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """``config`` in the usual words: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
+        """``config`` with the usual keys: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
         flat = {**config, **(config.get("text_config") or {})}
-        renamed = {usual: flat[own] for own, usual in self.words.items() if own in flat and flat.get(usual) is None}
+        renamed = {usual: flat[own] for own, usual in self.aliases.items() if own in flat and flat.get(usual) is None}
         given = {word: value for word, value in (flat | renamed).items() if value is not None}
         return {**flat, **renamed, **self.defaults, **given}
 
@@ -141,7 +141,7 @@ class Architecture:
         return match["rest"] if match else None
 
     def rooted(self, name: str) -> str:
-        """``name`` as the whole language model has it: folders of a model without its head leave the first word out."""
+        """``name`` as the whole language model has it: folders of a model without its head leave the first part out."""
         name, root = plain(name), self.layer.partition(".")[0]
         return name if name.startswith((f"{root}.", "lm_head.")) else f"{root}.{name}"
 
@@ -198,7 +198,7 @@ def of(config: Mapping[str, Any]) -> Architecture | None:
 
 
 def of_gguf(gguf_arch: str, tensors: Iterable[str] = (), keys: Iterable[str] = ()) -> Architecture | None:
-    """The architecture whose GGUF files say ``general.architecture = gguf_arch``: of several the one that knows most ``tensors`` and
+    """The architecture whose GGUF files have ``general.architecture = gguf_arch``: of several the one that knows most ``tensors`` and
     ``keys`` of the metadata; or None."""
     tensors, keys = list(tensors), set(keys)
 
@@ -253,7 +253,7 @@ def _filled(pattern: str, numbers: Mapping[str, str]) -> str:
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str | None:
-    """``name`` by a table of patterns of modules, where the last word (weight, bias) is kept, or of whole names."""
+    """``name`` by a table of patterns of modules, where the last part (weight, bias) is kept, or of whole names."""
     pattern, numbers = _pattern(name, "ie")
     module, _, suffix = pattern.rpartition(".")
     if module in table and suffix in ("weight", "bias"):

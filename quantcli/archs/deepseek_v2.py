@@ -80,5 +80,5 @@ ARCH = Architecture(
     dropped=DROPPED,
     fixed={"hidden_act": "silu"},
     present={"has_score_correction": "mlp.gate.e_score_correction_bias"},
-    restored=("deepseek's words",),
+    restored=("deepseek's keys",),
 )

@@ -1,4 +1,4 @@
-"""Falcon 7B, 40B and 180B: attention beside the MLP, queries, keys and values group by group in one linear."""
+"""Falcon 7B, 40B and 180B: attention parallel to the MLP, queries, keys and values group by group in one linear."""
 
 from quantcli.archs import REQUIRED, Architecture, Key, Linear
 
@@ -36,7 +36,7 @@ ARCH = Architecture(
         Key("attention.head_count_kv", "num_key_value_heads", computed="falcon's key heads", default=REQUIRED),
         Key("attention.layer_norm_epsilon", "layer_norm_epsilon", "f32", default=REQUIRED),
     ),
-    words={
+    aliases={
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",

@@ -29,7 +29,7 @@ ARCH = Architecture(
         Key("attention.head_count", "num_attention_heads", default=REQUIRED),
         Key("attention.layer_norm_epsilon", "layer_norm_epsilon", "f32", default=REQUIRED),
     ),
-    words={
+    aliases={
         "n_layer": "num_hidden_layers",
         "n_positions": "max_position_embeddings",
         "n_embd": "hidden_size",

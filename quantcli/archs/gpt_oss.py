@@ -1,4 +1,4 @@
-"""gpt-oss: sinks beside the keys, windows in every other layer, experts with biases whose gate and up take turns, stored [in, out]."""
+"""gpt-oss: attention sinks, windows in every other layer, experts with biases whose gate and up take turns, stored [in, out]."""
 
 from quantcli.archs import Architecture, Cut, Key, Linear
 from quantcli.archs.shared.usual import ATTENTION, ATTENTION_NAMES, DROPPED, ENDS, USUAL
@@ -35,7 +35,7 @@ ARCH = Architecture(
     },
     stacked=True,
     keys=(*USUAL, Key("attention.sliding_window", "sliding_window"), Key("expert_feed_forward_length", "intermediate_size")),
-    words={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
+    aliases={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
     defaults={"num_local_experts": 128, "num_experts_per_tok": 4, "head_dim": 64, "sliding_window": 128},
     dropped=DROPPED,
     fixed={"hidden_act": "silu"},

@@ -14,6 +14,6 @@ ARCH = replace(
         Key("attention.sliding_window", "sliding_window"),
         Key("attention.sliding_window_pattern", kind="bool", computed="layers with a window, three of four"),
     ),
-    words={"rope_theta": "rope_local_base_freq"},  # layers with a window rotate on the same base, unscaled
+    aliases={"rope_theta": "rope_local_base_freq"},  # layers with a window rotate on the same base, unscaled
     defaults={"sliding_window": 4096, "rope_theta": 500000.0, "rope_local_base_freq": 500000.0},
 )

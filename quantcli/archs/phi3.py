@@ -33,7 +33,7 @@ ARCH = Architecture(
         RMS,
         Key("rope.dimension_count", computed="rotary width of equal heads"),
         Key("rope.freq_base", kind="f32", computed="rotary base"),
-        Key("attention.sliding_window", "sliding_window", default=0),  # 0 tells Phi-4 from Phi-3
+        Key("attention.sliding_window", "sliding_window", default=0),  # 0 distinguishes Phi-4 from Phi-3
         Key("rope.scaling.attn_factor", kind="f32", computed="longrope's attention factor"),
     ),
     defaults={"original_max_position_embeddings": 4096, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},

@@ -32,7 +32,7 @@ ARCH = Architecture(
         "mlp.experts.down_proj": Cut("stacked", (f"{EXPERT}.down_proj.weight",)),
     },
     keys=(*USUAL, Key("expert_feed_forward_length", "moe_intermediate_size")),
-    words={"num_experts": "num_local_experts"},
+    aliases={"num_experts": "num_local_experts"},
     defaults={"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     dropped=DROPPED,
     present={"attention_bias": "self_attn.q_proj.bias"},

@@ -28,7 +28,7 @@ ARCH = Architecture(
         Key("use_parallel_residual", "use_parallel_residual", "bool"),
         Key("attention.layer_norm_epsilon", "layer_norm_eps", "f32", default=REQUIRED),
     ),
-    words={"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"},
+    aliases={"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"},
     defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_parallel_residual": False},
     dropped=DROPPED,
     present={"use_qkv_bias": "self_attn.q_proj.bias", "qk_layernorm": "self_attn.q_layernorm.norms.0.weight"},

@@ -1,4 +1,4 @@
-"""How parts lie in a file: one dialect a file, each a :class:`Format`."""
+"""File formats: how each is recognized, read, laid out and written, each a :class:`Format`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a recipe asks of a format beside the scheme of each tensor.
+    """What a recipe asks of a format besides the scheme of each tensor.
 
-    ``options``: the recipe's ``format_options``; ``mix``: a GGUF file type that chooses types, or None; ``kv_cache``: a word of
+    ``options``: the recipe's ``format_options``; ``mix``: a GGUF file type that chooses types, or None; ``kv_cache``: a name in
     ``tensors.KV_CACHES``, or "" for caches without scales; ``is_measured``: the recipe's passes read statistics of the inputs;
     ``is_weighed``: plain rounding is given the importance of the inputs. The last two change which types a mix chooses.
     """
@@ -52,7 +52,7 @@ class OutputLayout(ABC):
 
     @abstractmethod
     def outputs(self, spec: TensorSpec, scheme: Scheme | None) -> list[TensorSpec]:
-        """The file tensors of the logical tensor ``spec``, coded by ``scheme`` or (None) dense; [] where it has no place.
+        """The file tensors of the logical tensor ``spec``, quantized by ``scheme`` or (None) dense; [] where it has no place.
 
         Raises :class:`RecipeError` for a shape that engines refuse, :class:`UnsupportedError` for a scheme that cannot be stored.
         """
@@ -72,10 +72,10 @@ class OutputLayout(ABC):
         importance: Importance | None = None,
         overwrite: bool = False,
     ) -> Writer:
-        """A writer of the files at ``path``, declared, with room for ``outputs``, all of them.
+        """A writer of the files at ``path``, declared, with space for ``outputs``, all of them.
 
         ``record``: how the output came to be (:meth:`quantcli.walk.provenance.Provenance.to_dict`), for formats that have a place for it;
-        ``importance``: what weighed plain rounding, for formats that tell where it came from.
+        ``importance``: what weighed plain rounding, for formats that record where it came from.
         """
 
     def cache_outputs(self, cache: KvCache) -> list[TensorSpec]:
@@ -87,7 +87,7 @@ class OutputLayout(ABC):
         raise UnsupportedError(f"{cache.attention}: this format has no place for the scales of a key-value cache")
 
     def importance(self, matrix: ImportanceSource, source: Checkpoint, schemes: Mapping[str, Scheme]) -> Importance:
-        """What ``matrix`` says of the inputs of the weights of ``source`` that ``schemes`` quantize.
+        """What ``matrix`` states about the inputs of the weights of ``source`` that ``schemes`` quantize.
 
         Raises :class:`RecipeError` for a matrix of another model, or where this format's rounding is not weighed.
         """
@@ -110,7 +110,7 @@ class Format(ABC):
     is_written: ClassVar[bool] = True
     """False for a dialect that is only read."""
     has_own_names: ClassVar[bool] = False
-    """Whether files have tensors under other names, and cut in another way, than a Hugging Face folder (GGUF)."""
+    """Whether files have tensors under other names, and cut differently, than a Hugging Face folder (GGUF)."""
     has_mixes: ClassVar[bool] = False
     """Whether :meth:`mix` knows file types that choose the type of each tensor (GGUF)."""
     has_cache_scales: ClassVar[bool] = False
@@ -168,10 +168,10 @@ class Format(ABC):
             raise RecipeError(f"the {self.name} format has no option '{unknown[0]}'; it has: {', '.join(self.option_names) or 'none'}")
 
     def layout(self, source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> OutputLayout:
-        """How ``source`` lies in this format when ``schemes`` code its tensors and the rest stays as it is.
+        """How ``source`` lies in this format when ``schemes`` quantize its tensors and the rest stays as it is.
 
-        Raises :class:`RecipeError` for what the format cannot say or its engines cannot load, :class:`UnsupportedError` where the format
-        is only read.
+        Raises :class:`RecipeError` for what the format cannot express or its engines cannot load, :class:`UnsupportedError` where the
+        format is only read.
         """
         raise UnsupportedError(f"{self.name} is read and not written; choose another --format")
 

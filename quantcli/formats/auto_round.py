@@ -1,13 +1,13 @@
-"""A Hugging Face folder of AutoRound's own (``quant_method: auto-round``), read only: integers in GPTQ's or AWQ's words.
+"""A Hugging Face folder of AutoRound's own (``quant_method: auto-round``), read only: integers packed as GPTQ or AWQ does.
 
-``packing_format`` tells which, by auto-round's own rule (export/export_to_autoround, inference/backend.py of 0.15)::
+``packing_format`` decides which, by auto-round's own rule (export/export_to_autoround, inference/backend.py of 0.15)::
 
-    … awq …                              AWQ's interleaved words
-    … gptq … without gptqmodel, auto     GPTQ's words, zero points stored less one
-    any other, auto_round:gptqmodel      GPTQ's words, zero points as they are
+    … awq …                              AWQ's interleaved packing
+    … gptq … without gptqmodel, auto     GPTQ's packing, zero points stored less one
+    any other, auto_round:gptqmodel      GPTQ's packing, zero points as they are
 
 The name behind these, ``:exllamav2`` say, is a kernel and changes nothing. ``extra_config`` has settings by module, whose keys are names
-or regular expressions that are searched for; a width above 8 bits is a dense module. Bits and groups are the tensors' to tell.
+or regular expressions that are searched for; a width above 8 bits is a dense module. The tensors show bits and groups.
 
 AutoRound's other exports carry the names of other formats (gptq, awq, compressed-tensors, GGUF) and are read as such. Those in which an
 engine does more than multiply integers (FP8 and MX types, quantized activations, rotations) are refused. Nothing is written: engines that
@@ -37,38 +37,38 @@ WAY_OUT = "export it by auto-round as auto_gptq, auto_awq or llm_compressor, or 
 
 
 def detect(path: Path, config: dict[str, Any] | None) -> bool:
-    """A folder whose config.json says auto-round (early ones: intel/auto-round)."""
-    words = (config or {}).get("quantization_config")
-    return isinstance(words, dict) and "auto-round" in str(words.get("quant_method")).lower().replace("_", "-")
+    """A folder whose config.json declares auto-round (early ones: intel/auto-round)."""
+    quant_config = (config or {}).get("quantization_config")
+    return isinstance(quant_config, dict) and "auto-round" in str(quant_config.get("quant_method")).lower().replace("_", "-")
 
 
 def read(path: Path) -> PackedCheckpoint:
     """The AutoRound folder at ``path``: headers, and the first zero points of each module."""
     config = read_config(path)
-    words = config["quantization_config"]
-    check_words(path, words)
-    packing = words.get("packing_format") or words.get("backend") or DEFAULT_PACKING
+    quant_config = config["quantization_config"]
+    check_quant_config(path, quant_config)
+    packing = quant_config.get("packing_format") or quant_config.get("backend") or DEFAULT_PACKING
     layout = layout_of(path, packing)
     return PackedCheckpoint(
         path,
         kind="auto-round",
         config=config,
-        quantization=words,
+        quantization=quant_config,
         shards=open_folder(path),
-        declared=settings_reader(words),
-        said=f"packing_format {shown(packing)}",
+        declared=settings_reader(quant_config),
+        zero_setting=f"packing_format {shown(packing)}",
         less_one=layout == "less one",
         interleaved=layout == "interleaved",
     )
 
 
-def check_words(path: Path, words: Mapping[str, Any]) -> None:
+def check_quant_config(path: Path, quant_config: Mapping[str, Any]) -> None:
     """Raise :class:`UnsupportedError` for what is more than integers times scales."""
-    if (kind := words.get("data_type", "int")) not in ("int", None):
+    if (kind := quant_config.get("data_type", "int")) not in ("int", None):
         raise UnsupportedError(f"{path}: data_type {shown(kind)} in AutoRound's own layout is not read; {WAY_OUT}")
-    if isinstance(bits := words.get("act_bits"), int) and bits <= 8:
+    if isinstance(bits := quant_config.get("act_bits"), int) and bits <= 8:
         raise UnsupportedError(f"{path}: activations of {bits} bits in AutoRound's own layout are not read; {WAY_OUT}")
-    if rotated := next((key for key in ("rotation_config", "spinquant_config") if words.get(key)), None):
+    if rotated := next((key for key in ("rotation_config", "spinquant_config") if quant_config.get(key)), None):
         raise UnsupportedError(f"{path}: {rotated}: its engine rotates activations as it runs, which quantcli does not; {WAY_OUT}")
 
 
@@ -82,14 +82,14 @@ def layout_of(path: Path, packing: object) -> str:
     return "less one" if head == "auto" or ("gptq" in head and "gptqmodel" not in head) else "as it is"
 
 
-def settings_reader(words: Mapping[str, Any]) -> Callable[[str], Settings]:
+def settings_reader(quant_config: Mapping[str, Any]) -> Callable[[str], Settings]:
     """The declared settings of a module: the folder's, as changed by ``extra_config``; a name goes before a pattern."""
-    extra = {key: own for key, own in entries(words.get("extra_config")) if isinstance(own, dict)}
+    extra = {key: own for key, own in entries(quant_config.get("extra_config")) if isinstance(own, dict)}
     patterns = [(compiled, own) for key, own in extra.items() if (compiled := pattern_of(key))]
 
     def of(module: str) -> Settings:
         own = extra.get(module) or next((found for pattern, found in patterns if pattern.search(module)), {})
-        merged = {**words, **own}
+        merged = {**quant_config, **own}
         bits = merged.get("bits")
         skipped = isinstance(bits, int) and bits > 8
         return Settings(None if skipped else bits, merged.get("group_size", 128), bool(merged.get("sym", True)), skipped=skipped)

@@ -14,7 +14,7 @@ kernels take; ``zero_point: true`` even when every tensor is symmetric (their ze
 kernel only for that. Linears that engines join (q/k/v, gate/up, the experts of a layer) must all be quantized or all be dense.
 
 Read: AutoAWQ's and GPTQModel's folders, bits and groups from the tensors' shapes, also where only AutoAWQ's old ``quant_config.json``
-speaks of AWQ. Its scaled activations (``<mlp>.act.scales``, in MLPs without a gate) divide what the next linear reads: that linear's
+declares AWQ. Its scaled activations (``<mlp>.act.scales``, in MLPs without a gate) divide what the next linear reads: that linear's
 weight is decoded and divided by them, and read as a dense one, so the model needs no such module.
 """
 
@@ -36,14 +36,14 @@ from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Format, Request
 from quantcli.formats.shared import dynamic
 from quantcli.formats.shared.folder import (
-    Coded,
     FolderCheckpoint,
     QuantizedFolderLayout,
-    coded_only,
+    QuantizedWeight,
     dense_dtypes,
     dense_linears,
     is_dense,
     module_of,
+    quantized_only,
     shard_bytes,
     split_block,
 )
@@ -63,19 +63,19 @@ ACT_SCALES = ".scales"
 class AwqCheckpoint(FolderCheckpoint):
     """A folder in AWQ's GEMM layout."""
 
-    def __init__(self, path: Path, config: dict[str, Any], words: dict[str, Any], shards: Shards) -> None:
-        check_version(path, words)
-        specs, group_size = shards.specs, words.get("group_size", words.get("q_group_size", 128))
+    def __init__(self, path: Path, config: dict[str, Any], quant_config: dict[str, Any], shards: Shards) -> None:
+        check_version(path, quant_config)
+        specs, group_size = shards.specs, quant_config.get("group_size", quant_config.get("q_group_size", 128))
         self._packed = find_modules(path, specs, "awq", lambda m: measure(path, specs, m, group_size, interleaved=True))
         self._scaled = scaled_activations(path, specs, self._packed)
-        coded = {name: p.coded(sym=looks_symmetric(shards, p)) for name, p in self._packed.items()}
-        notes = contradictions(words, self._packed, specs)
+        quantized = {name: p.quantized(sym=looks_symmetric(shards, p)) for name, p in self._packed.items()}
+        notes = contradictions(quant_config, self._packed, specs)
         for name, scales in self._scaled.items():
-            c, n_bytes = coded[name], specs[scales].nbytes
+            c, n_bytes = quantized[name], specs[scales].nbytes
             dense = TensorSpec(name, "F32", c.spec.shape, c.spec.nbytes + n_bytes)
-            coded[name] = Coded(dense, c.scheme, (*c.files, scales))
+            quantized[name] = QuantizedWeight(dense, c.scheme, (*c.files, scales))
             notes.append(f"{scales} divides what {name} reads; that weight is divided by it and read as dense")
-        super().__init__(path, kind="awq", config=config, shards=shards, coded=coded, quantization=words, notes=notes)
+        super().__init__(path, kind="awq", config=config, shards=shards, quantized=quantized, quantization=quant_config, notes=notes)
         self.schemes = {name: scheme for name, scheme in self.schemes.items() if name not in self._scaled}
 
     @override
@@ -92,33 +92,33 @@ class AwqCheckpoint(FolderCheckpoint):
 
 
 def detect(path: Path, config: dict[str, Any] | None) -> bool:
-    """A folder whose config.json says awq, or an old one that says it in AutoAWQ's own file alone."""
+    """A folder whose config.json declares awq, or an old one that declares it in AutoAWQ's own file alone."""
     if config is None:
         return False
-    words = config.get("quantization_config")
-    if not words:
-        return legacy_words(path) is not None
-    return isinstance(words, dict) and str(words.get("quant_method")).lower() == "awq"
+    quant_config = config.get("quantization_config")
+    if not quant_config:
+        return legacy_config(path) is not None
+    return isinstance(quant_config, dict) and str(quant_config.get("quant_method")).lower() == "awq"
 
 
 def read(path: Path) -> AwqCheckpoint:
     """The AWQ folder at ``path``: headers, and the first zero points of each module."""
     config = read_config(path)
-    return AwqCheckpoint(path, config, config.get("quantization_config") or legacy_words(path) or {}, open_folder(path))
+    return AwqCheckpoint(path, config, config.get("quantization_config") or legacy_config(path) or {}, open_folder(path))
 
 
-def legacy_words(path: Path) -> dict[str, Any] | None:
-    """AutoAWQ's own words, which newer folders have in config.json."""
+def legacy_config(path: Path) -> dict[str, Any] | None:
+    """AutoAWQ's own settings file, which newer folders have in config.json."""
     for file in (path / name for name in LEGACY_CONFIGS):
-        words = read_json(file, unique=False) if file.is_file() else None
-        if isinstance(words, dict) and "w_bit" in words:
-            return words
+        quant_config = read_json(file, unique=False) if file.is_file() else None
+        if isinstance(quant_config, dict) and "w_bit" in quant_config:
+            return quant_config
     return None
 
 
-def check_version(path: Path, words: Mapping[str, Any]) -> None:
+def check_version(path: Path, quant_config: Mapping[str, Any]) -> None:
     """Raise :class:`UnsupportedError` for AWQ in another layout than GEMM's."""
-    version = words.get("version") or words.get("format") or words.get("checkpoint_format") or "gemm"
+    version = quant_config.get("version") or quant_config.get("format") or quant_config.get("checkpoint_format") or "gemm"
     if str(version).lower() != "gemm":
         raise UnsupportedError(
             f"{path}: AWQ version {shown(version)} is packed for one kernel; quantcli reads gemm: take the model's gemm folder, or pack it "
@@ -126,16 +126,16 @@ def check_version(path: Path, words: Mapping[str, Any]) -> None:
         )
 
 
-def contradictions(words: Mapping[str, Any], packed: Mapping[str, Packed], specs: Mapping[str, TensorSpec]) -> list[str]:
-    """What the words say and the tensors do not."""
+def contradictions(quant_config: Mapping[str, Any], packed: Mapping[str, Packed], specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Notes on where the metadata and the tensors differ."""
     notes = []
-    if (bits := words.get("bits", words.get("w_bit", 4))) != 4:
+    if (bits := quant_config.get("bits", quant_config.get("w_bit", 4))) != 4:
         notes.append(f"bits is {shown(bits)}, and the tensors are packed in 4; so they are read")
-    declared = words.get("group_size", words.get("q_group_size", 128))
+    declared = quant_config.get("group_size", quant_config.get("q_group_size", 128))
     if other := [p for p in packed.values() if p.n_groups > 1 and p.group_size != declared]:
         p, more = other[0], f" (and {len(other) - 1} more)" if len(other) > 1 else ""
-        notes.append(f"group_size is {shown(declared)}, and {p.module}{more} has {p.n_groups} groups of {p.group_size}; they are obeyed")
-    return notes + ignored_in_vain(words.get("modules_to_not_convert"), packed, specs)
+        notes.append(f"group_size is {shown(declared)}, and {p.module}{more} has {p.n_groups} groups of {p.group_size}; they are used")
+    return notes + ignored_in_vain(quant_config.get("modules_to_not_convert"), packed, specs)
 
 
 def ignored_in_vain(ignored: object, packed: Mapping[str, Packed], specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -144,17 +144,17 @@ def ignored_in_vain(ignored: object, packed: Mapping[str, Packed], specs: Mappin
     for entry in ignored if isinstance(ignored, list) else []:
         if not isinstance(entry, str) or not entry:
             continue
-        if coded := [name for name in packed if entry in name]:
-            notes.append(f"modules_to_not_convert has {shown(entry)}, and {coded[0]} is quantized; it is read as it is")
+        if quantized := [name for name in packed if entry in name]:
+            notes.append(f"modules_to_not_convert has {shown(entry)}, and {quantized[0]} is quantized; it is read as it is")
         elif not any(entry in name for name in specs) and entry != "lm_head":  # absent where it is tied
             notes.append(f"modules_to_not_convert has {shown(entry)}, which is in no tensor's name")
     return notes
 
 
 def scaled_activations(path: Path, specs: Mapping[str, TensorSpec], packed: Mapping[str, Packed]) -> dict[str, str]:
-    """Weight of a linear → the tensor of scales that its input is divided by; :class:`UnsupportedError` when it cannot be told which.
+    """Weight of a linear → the tensor of scales that its input is divided by; :class:`UnsupportedError` when it is ambiguous.
 
-    AutoAWQ hangs them on the activation, ``<mlp>.act.scales`` [n]; the one linear beside it that reads n inputs is meant.
+    AutoAWQ hangs them on the activation, ``<mlp>.act.scales`` [n]; the one linear of that MLP that reads n inputs is meant.
     """
     found = {}
     for name, spec in specs.items():
@@ -165,7 +165,7 @@ def scaled_activations(path: Path, specs: Mapping[str, TensorSpec], packed: Mapp
         readers = [w for w, p in packed.items() if p.module.rpartition(".")[0] == parent and (p.in_features,) == spec.shape]
         if len(readers) != 1 or spec.dtype not in ("F16", "BF16", "F32"):
             raise UnsupportedError(
-                f"{path}: {name} {spec.dtype} {list(spec.shape)} scales an activation, and {len(readers)} linears beside it could read "
+                f"{path}: {name} {spec.dtype} {list(spec.shape)} scales an activation, and {len(readers)} linears next to it could read "
                 "that; start from the model before it was quantized"
             )
         found[readers[0]] = name
@@ -184,35 +184,35 @@ def supports(scheme: Scheme) -> bool:
 def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> AwqLayout:
     """How ``source`` is written with ``schemes``. How the model was made goes into ``meta.quantcli``.
 
-    Raises :class:`RecipeError` for what AWQ's config cannot say or its engines cannot load.
+    Raises :class:`RecipeError` for what AWQ's config cannot express or its engines cannot load.
     """
-    coded = coded_only(source, schemes, "AWQ")
-    for name in coded:
+    quantized = quantized_only(source, schemes, "AWQ")
+    for name in quantized:
         if not split_block(name)[0]:
             raise RecipeError(
                 f"{name}: AWQ's readers expect the embedding and lm_head dense; keep this one, or use --format gptq for lm_head"
             )
-    sizes = {scheme.option("group_size"): name for name, scheme in coded.items()}
+    sizes = {scheme.option("group_size"): name for name, scheme in quantized.items()}
     if len(sizes) > 1:
         (one, first), (two, second), *_ = sizes.items()
         raise RecipeError(f"{first} has groups of {one}, {second} of {two}: AWQ has one group size for the whole model")
-    check_fused(source.specs, coded, lambda scheme: True)  # how groups are coded is the same for all
-    left = dense_linears(source, coded)
-    words = quantization_words(next(iter(sizes)), [module_of(name) for name in left], coded)
+    check_fused(source.specs, quantized, lambda scheme: True)  # how groups are coded is the same for all
+    left = dense_linears(source, quantized)
+    quant_config = quantization_config(next(iter(sizes)), [module_of(name) for name in left], quantized)
     return AwqLayout(
         config=source.config,
-        quantization=words,
+        quantization=quant_config,
         dtypes=dense_dtypes(source),
         sidecars=source.sidecars(),
         max_shard_bytes=shard_bytes(request),
     )
 
 
-def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str, Scheme]) -> dict[str, Any]:
+def quantization_config(group_size: int, left: Sequence[str], quantized: Mapping[str, Scheme]) -> dict[str, Any]:
     """``quantization_config``; ``left``: the modules of the layers that stay dense, which engines look for inside of names."""
-    if hidden := [(short, name) for short in left for name in coded if short in name]:
+    if hidden := [(short, name) for short in left for name in quantized if short in name]:
         raise RecipeError(f"{hidden[0][0]} stays dense, and AWQ's readers would leave out {hidden[0][1]} with it; quantize or keep both")
-    words: dict[str, Any] = {
+    quant_config: dict[str, Any] = {
         "quant_method": "awq",
         "bits": 4,
         "group_size": group_size,
@@ -222,8 +222,10 @@ def quantization_words(group_size: int, left: Sequence[str], coded: Mapping[str,
         "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": {}},
     }
     if left:  # which GPTQModel's own loader looks for in its rules instead
-        words["dynamic"] = dynamic.written({**dict.fromkeys(f"{module}.weight" for module in left), **dict.fromkeys(coded, ())}, ())
-    return words
+        quant_config["dynamic"] = dynamic.written(
+            {**dict.fromkeys(f"{module}.weight" for module in left), **dict.fromkeys(quantized, ())}, ()
+        )
+    return quant_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,7 @@ class AwqLayout(QuantizedFolderLayout):
     """An AWQ folder, version gemm."""
 
     @override
-    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    def quantized_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         if not supports(scheme):
             raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as AWQ, which holds 4 bits in groups of 32, 64, 128 or a row")
         if not spec.name.endswith(".weight"):
@@ -248,7 +250,7 @@ class AwqLayout(QuantizedFolderLayout):
         ]
 
     @override
-    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    def quantized_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         codes, scale, zero = (tensor.parts[part] for part in ("codes", "scale", "zero"))
         module = module_of(name)
         return {

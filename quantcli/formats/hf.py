@@ -1,7 +1,7 @@
 """A Hugging Face folder of dense weights: safetensors in f32, f16 or bf16, beside config.json and the tokenizer's files.
 
 Written: the tensors of the source under their names on disk (a tied lm_head that the source leaves out stays out), in their stored dtype
-unless a scheme (``f32``, ``f16``, ``bf16``) says otherwise; config.json, with ``dtype`` adjusted then and any quantization of the source
+unless a scheme (``f32``, ``f16``, ``bf16``) gives another; config.json, with ``dtype`` adjusted then and any quantization of the source
 removed; everything small that is not weights, as it is.
 """
 
@@ -41,7 +41,7 @@ class Hf(Format):
 
     @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
-        """A folder whose config.json speaks of no quantization."""
+        """A folder whose config.json declares no quantization."""
         return config is not None and not config.get("quantization_config")
 
     @override

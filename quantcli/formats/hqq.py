@@ -9,7 +9,7 @@ A linear is its codes, its grid, and its settings encoded as tensors (hqq/core/q
     <module>.packing     U8, a text: 8bit_u8 (also 5 and 6 bits), 4bit_u8, 3bit_32, 2bit_u8, 1bit_u8
     <module>.nbits, .group_size, .axis, .view_as_float, .quant_scale, .quant_zero, and more that only a trainer needs
 
-Packing is by rows of V: with k codes in a word, the rows stand in k blocks, the first block in the highest bits. 3bit_32 has ten codes in
+Packing is by rows of V: with k codes in a word, the rows are in k blocks, the first block in the highest bits. 3bit_32 has ten codes in
 an int32, V filled up with rows of zeros. ``view_as_float`` calls the same bytes floats. Scales that are quantized themselves cannot be in
 a safetensors file, by hqq's own word, and are refused. Nothing is written: no current engine loads the folder (transformers 5 does not).
 """
@@ -30,7 +30,7 @@ from quantcli.checkpoint.json_files import shown
 from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import DEFAULTS, Format, Request
-from quantcli.formats.shared.folder import Coded, FolderCheckpoint
+from quantcli.formats.shared.folder import FolderCheckpoint, QuantizedWeight
 from quantcli.qtypes import hqq as hqq_qtype
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
@@ -38,7 +38,7 @@ SETTINGS = (
     *("W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale"),
     *("quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero"),
 )
-"""All that hqq stores of a linear beside its bias; the codes, the grid and half of the rest are read."""
+"""All that hqq stores of a linear except its bias; the codes, the grid and half of the rest are read."""
 
 FLOATS = ("F16", "BF16", "F32")
 MAX_SETTING_BYTES = 256
@@ -67,7 +67,7 @@ PACKINGS = {
 class Module:
     """One linear. ``rows``, ``columns``: of V, which ``packing`` holds."""
 
-    coded: Coded
+    quantized: QuantizedWeight
     packing: Packing
     rows: int
     columns: int
@@ -80,17 +80,17 @@ class HqqCheckpoint(FolderCheckpoint):
         specs = shards.specs
         names = [name.removesuffix(".W_q") for name in specs if name.endswith(".W_q")]
         if not names:
-            raise CheckpointError(f"{path}: config.json says hqq, and no tensor's name ends in .W_q; the folder is dense or damaged")
+            raise CheckpointError(f"{path}: config.json declares hqq, and no tensor's name ends in .W_q; the folder is dense or damaged")
         self._modules = {f"{name}.weight": read_module(path, shards, specs, name) for name in names}
-        coded = {name: module.coded for name, module in self._modules.items()}
-        words = config["quantization_config"]
-        notes = skipped_in_vain(words, coded)
-        super().__init__(path, kind="hqq", config=config, shards=shards, coded=coded, quantization=words, notes=notes)
+        quantized = {name: module.quantized for name, module in self._modules.items()}
+        quant_config = config["quantization_config"]
+        notes = skipped_in_vain(quant_config, quantized)
+        super().__init__(path, kind="hqq", config=config, shards=shards, quantized=quantized, quantization=quant_config, notes=notes)
 
     @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         module = self._modules[name]
-        spec, scheme = module.coded.spec, module.coded.scheme
+        spec, scheme = module.quantized.spec, module.quantized.scheme
         stem = name.removesuffix("weight")
         codes = unpack_rows(self.shards.read(f"{stem}W_q"), module)
         grid = {part: self.shards.read(f"{stem}{part}").reshape(-1) for part in ("scale", "zero")}
@@ -98,9 +98,9 @@ class HqqCheckpoint(FolderCheckpoint):
 
 
 def detect(path: Path, config: dict[str, Any] | None) -> bool:
-    """A folder whose config.json says hqq. HQQ's own qmodel.pt is a pickle, which nothing here reads."""
-    words = (config or {}).get("quantization_config")
-    return isinstance(words, dict) and str(words.get("quant_method")).lower() == "hqq"
+    """A folder whose config.json declares hqq. HQQ's own qmodel.pt is a pickle, which nothing here reads."""
+    quant_config = (config or {}).get("quantization_config")
+    return isinstance(quant_config, dict) and str(quant_config.get("quant_method")).lower() == "hqq"
 
 
 def read(path: Path) -> HqqCheckpoint:
@@ -131,8 +131,8 @@ def read_module(path: Path, shards: Shards, specs: Mapping[str, TensorSpec], nam
     scheme = Scheme.of("hqq", bits=bits, group_size=group_size, axis=axis, scale_dtype=specs[f"{name}.scale"].dtype)
     rows, columns = check_shapes(path, specs, name, (shape[0], shape[1]), scheme, packing)
     files = [specs[f"{name}.{key}"] for key in SETTINGS if f"{name}.{key}" in specs]
-    coded = Coded.of(f"{name}.weight", (shape[0], shape[1]), specs[f"{name}.scale"].dtype, scheme=scheme, files=files)
-    return Module(coded, packing, rows, columns)
+    quantized = QuantizedWeight.of(f"{name}.weight", (shape[0], shape[1]), specs[f"{name}.scale"].dtype, scheme=scheme, files=files)
+    return Module(quantized, packing, rows, columns)
 
 
 def check_shapes(
@@ -167,18 +167,18 @@ def read_setting(path: Path, shards: Shards, specs: Mapping[str, TensorSpec], na
 def unpack_rows(W_q: Tensor, module: Module) -> Tensor:
     """The codes V [rows, columns] uint8 of a packed ``W_q``, whatever its bytes are called."""
     packing = module.packing
-    words = W_q.contiguous().view(torch.uint8).reshape(-1).view(packing.dtype).view(-1, module.columns)
+    packed = W_q.contiguous().view(torch.uint8).reshape(-1).view(packing.dtype).view(-1, module.columns)
     shifts = range(packing.bits * (packing.n_codes - 1), -1, -packing.bits)
-    blocks = [((words >> shift) & (2**packing.bits - 1)).to(torch.uint8) for shift in shifts]
+    blocks = [((packed >> shift) & (2**packing.bits - 1)).to(torch.uint8) for shift in shifts]
     return torch.cat(blocks)[: module.rows]
 
 
-def skipped_in_vain(words: Mapping[str, Any], coded: Mapping[str, Coded]) -> list[str]:
+def skipped_in_vain(quant_config: Mapping[str, Any], quantized: Mapping[str, QuantizedWeight]) -> list[str]:
     """Notes on skipped modules that are quantized nevertheless. HQQ names them without "model", "layers" and numbers."""
-    skipped = words.get("skip_modules")
+    skipped = quant_config.get("skip_modules")
     notes = []
     for tag in skipped if isinstance(skipped, list) else []:
-        if found := [name for name in coded if tag == tag_of(name.removesuffix(".weight"))]:
+        if found := [name for name in quantized if tag == tag_of(name.removesuffix(".weight"))]:
             notes.append(f"skip_modules has {shown(tag)}, and {found[0]} is quantized; it is read as it is")
     return notes
 

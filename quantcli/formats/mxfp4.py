@@ -55,13 +55,15 @@ class Mxfp4Checkpoint(Checkpoint):
         self.shards = shards
         stacks = [name for name in shards.specs if (match := STACK.fullmatch(name)) and match["part"] == "blocks"]
         if not stacks:
-            raise CheckpointError(f"{path}: config.json says mxfp4, and no tensor's name ends in _blocks; the folder is dense or damaged")
+            raise CheckpointError(
+                f"{path}: config.json declares mxfp4, and no tensor's name ends in _blocks; the folder is dense or damaged"
+            )
         self._experts = {e.spec.name: e for name in stacks for e in experts_of(path, shards, name)}
         taken = {name for name in shards.specs if STACK.fullmatch(name)}
-        if lone := sorted(taken - {f"{name.removesuffix('blocks')}{part}" for name in stacks for part in ("blocks", "scales")}):
-            raise CheckpointError(f"{path}: {lone[0]} has no blocks beside it; the folder is incomplete")
-        if twice := sorted(self._experts.keys() & shards.specs.keys()):
-            raise CheckpointError(f"{path}: {twice[0]} lies there both dense and quantized")
+        if orphans := sorted(taken - {f"{name.removesuffix('blocks')}{part}" for name in stacks for part in ("blocks", "scales")}):
+            raise CheckpointError(f"{path}: {orphans[0]} has no blocks next to it; the folder is incomplete")
+        if duplicates := sorted(self._experts.keys() & shards.specs.keys()):
+            raise CheckpointError(f"{path}: {duplicates[0]} is stored both dense and quantized")
         super().__init__(
             path,
             kind="mxfp4",
@@ -91,14 +93,12 @@ def experts_of(path: Path, shards: Shards, name: str) -> Iterator[Expert]:
     blocks, scales = shards.locations[name], shards.locations.get(scales_name)
     linears = LINEARS[match["linear"]]
     if scales is None:
-        raise CheckpointError(f"{path}: {name} has no {scales_name} beside it; the folder is incomplete")
+        raise CheckpointError(f"{path}: {name} has no {scales_name} next to it; the folder is incomplete")
     shape, n = blocks.spec.shape, len(linears)
-    words = f"{blocks.spec.dtype} {list(shape)} and {scales.spec.dtype} {list(scales.spec.shape)}"
+    got = f"{blocks.spec.dtype} {list(shape)} and {scales.spec.dtype} {list(scales.spec.shape)}"
     fits = len(shape) == 4 and shape[3] == PAIRS and scales.spec.shape == shape[:3] and shape[1] % n == 0 and blocks.spec.n_elements > 0
     if not fits or (blocks.spec.dtype, scales.spec.dtype) != ("U8", "U8"):
-        raise CheckpointError(
-            f"{path}: {name} and its scales are {words}, expected U8 [experts, rows, groups, {PAIRS}] and the same groups"
-        )
+        raise CheckpointError(f"{path}: {name} and its scales are {got}, expected U8 [experts, rows, groups, {PAIRS}] and the same groups")
     dense = (shape[1] // n, shape[2] * mxfp4.GROUP)
     for e in range(shape[0]):
         slices = sliced(blocks, e), sliced(scales, e)
@@ -108,16 +108,16 @@ def experts_of(path: Path, shards: Shards, name: str) -> Iterator[Expert]:
 
 
 def sliced(stack: Location, index: int) -> Location:
-    """Where one expert's slice of a stack lies."""
+    """The location of one expert's slice of a stack."""
     spec = stack.spec
     n_bytes = spec.nbytes // spec.shape[0]
     return Location(stack.path, TensorSpec(spec.name, spec.dtype, spec.shape[1:], n_bytes), stack.offset + index * n_bytes)
 
 
 def detect(path: Path, config: dict[str, Any] | None) -> bool:
-    """A folder whose config.json says mxfp4."""
-    words = (config or {}).get("quantization_config")
-    return isinstance(words, dict) and str(words.get("quant_method")).lower() == "mxfp4"
+    """A folder whose config.json declares mxfp4."""
+    quant_config = (config or {}).get("quantization_config")
+    return isinstance(quant_config, dict) and str(quant_config.get("quant_method")).lower() == "mxfp4"
 
 
 def read(path: Path) -> Mxfp4Checkpoint:

@@ -140,7 +140,7 @@ def test_awq_of_other_bits_is_unsupported(tmp_path: Path) -> None:
 def test_words_over_a_dense_folder_are_an_error(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "x", {DOWN: "zp-4"}, {})
     save_file({"model.norm.weight": torch.ones(64)}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="says auto-round, and no tensor's name"):
+    with pytest.raises(CheckpointError, match="declares auto-round, and no tensor's name"):
         open_checkpoint(str(folder))
 
 

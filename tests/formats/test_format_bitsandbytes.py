@@ -303,10 +303,10 @@ def test_another_map_of_scales_is_obeyed_as_engines_do(folders: dict[str, Path],
     [
         ("llm-int8", f"{Q}.SCB", r"is int8 and has no .*\.SCB"),
         ("llm-int8", f"{Q}.weight", r"q_proj\.weight is missing"),
-        ("nf4", STATE, r"has no .*quant_state\.bitsandbytes__… beside it"),
+        ("nf4", STATE, r"has no .*quant_state\.bitsandbytes__… next to it"),
         ("nf4", f"{Q}.weight.absmax", r"absmax is missing; expected F32 or F16 or BF16 \[64\]"),
         ("nf4-dq", f"{Q}.weight.nested_absmax", r"nested_absmax is missing; expected F32 \[1\]"),
-        ("nf4", f"{Q}.weight", r"q_proj\.weight is missing; its quant_state says \[64, 64\], which takes 2048"),
+        ("nf4", f"{Q}.weight", r"q_proj\.weight is missing; its quant_state gives \[64, 64\], which takes 2048"),
     ],
 )
 def test_a_missing_part_is_named(name: str, drop: str, message: str, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -330,14 +330,14 @@ def test_tiled_int8_is_unsupported_and_says_what_to_do(folders: dict[str, Path],
     def change(tensors: Tensors, words: dict) -> None:
         tensors[f"{Q}.weight_format"] = torch.tensor(1, dtype=torch.uint8)
 
-    with pytest.raises(UnsupportedError, match=r"col32.*save the model anew"):
+    with pytest.raises(UnsupportedError, match=r"col32.*save the model again"):
         read_q(damaged(folders["llm-int8"], tmp_path / "x", change))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": [64, 65]}, r"2048 bytes; its quant_state says \[64, 65\], which takes 2080"),
+        ({"shape": [64, 65]}, r"2048 bytes; its quant_state gives \[64, 65\], which takes 2080"),
         ({"shape": None}, "lacks shape"),
         ({"shape": [4096]}, r"shape \[4096\]"),
         ({"shape": [True, 4096]}, r"shape \[True, 4096\]"),

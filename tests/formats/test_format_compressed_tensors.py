@@ -19,7 +19,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import Request, open_checkpoint
 from quantcli.formats import compressed_tensors as ct
-from quantcli.formats.compressed_tensors import config as words_module
+from quantcli.formats.compressed_tensors import config as config_module
 from quantcli.formats.compressed_tensors.match import Patterns, is_tame, targets_of
 from quantcli.passes import rtn
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
@@ -126,7 +126,7 @@ def test_the_parts_of_a_tensor_are_written_as_the_library_stored_them(tmp_path: 
 @pytest.mark.parametrize("case", [case for case in SCHEMES_OF_GOLDEN if case != "W5A16"])
 def test_a_scheme_is_said_in_the_librarys_words(case: str) -> None:
     """Every key that the library leaves out is one that it takes, and means what it leaves out: nothing."""
-    ours = words_module.group_words(Scheme.parse(SCHEMES_OF_GOLDEN[case]), ["Linear"])
+    ours = config_module.group_config(Scheme.parse(SCHEMES_OF_GOLDEN[case]), ["Linear"])
     theirs = GROUPS[case]
     assert ours.keys() == theirs.keys()
     assert ours["format"] == theirs["format"]
@@ -318,7 +318,7 @@ def test_bits_and_groups_come_from_the_shapes(tmp_path: Path) -> None:
     group = {**GROUPS["W4A16"], "weights": weights_of(num_bits=8, group_size=128)}
     with opened(write_golden(tmp_path / "in", "W4A16", words={"config_groups": {"g": group}})) as found:
         assert torch.equal(found.read("model.layers.0.W4A16.weight").bfloat16(), TENSORS["W4A16.dense"])
-        assert "said to be int8, and the tensors hold int4" in found.notes[0]
+        assert "declared as int8, and the tensors hold int4" in found.notes[0]
 
 
 def test_a_missing_weight_shape_follows_from_the_groups(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_sparse_and_rotated_weights_are_unsupported(tmp_path: Path, words: dict[
 
 BAD_TENSORS: dict[str, tuple[str, dict[str, torch.Tensor | None], str]] = {
     "no scale": ("W4A16", {"W4A16__weight_scale": None}, "weight_scale is missing"),
-    "no codes": ("W4A16", {"W4A16__weight_packed": None}, "no codes beside it"),
+    "no codes": ("W4A16", {"W4A16__weight_packed": None}, "no codes next to it"),
     "a shape of other rows": ("W4A16", {"W4A16__weight_shape": torch.tensor([9, 256])}, r"holds \[9, 256\]; its codes are \[8, 256\]"),
     "a shape of other inputs": ("W4A16", {"W4A16__weight_shape": torch.tensor([8, 512])}, r"its codes are \[8, 256\]"),
     "a shape beyond any": ("W4A16", {"W4A16__weight_shape": torch.tensor([8, 2**62])}, r"its codes are \[8, 256\]"),

@@ -319,7 +319,7 @@ def make_static(tensors: Tensors, words: dict[str, Any]) -> None:
             f"1 matrices are dense, and not listed as such, the first is {Q}.weight; readers expect them in FP8",
             f"1 scales belong to weights that are dense, the first is {Q}.weight_scale_inv; they change nothing",
         ]),
-        (list_nothing, ["ignored_layers is 7, no list of modules; it is not obeyed"]),
+        (list_nothing, ["ignored_layers is 7, no list of modules; it is ignored"]),
         (make_static, ["activation_scheme is static, and model.layers.0.mlp.down_proj.weight has no scale of its input"]),
     ],
 )  # fmt: skip
@@ -360,7 +360,7 @@ def have_no_codes(tensors: Tensors, words: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lose_scale, r"q_proj\.weight is F8_E4M3 and has no scale beside it .*1 lack theirs"),
+        (lose_scale, r"q_proj\.weight is F8_E4M3 and has no scale next to it .*1 lack theirs"),
         (have_two_scales, r"has both .*weight_scale_inv and .*weight_scale, and one scale is expected"),
         (
             have_odd_scales,
@@ -369,7 +369,7 @@ def have_no_codes(tensors: Tensors, words: dict[str, Any]) -> None:
         (have_integer_scales, r"weight_scale_inv is I32; expected a scale in F32"),
         (have_a_vector, r"q_proj\.weight is F8_E4M3 \[192\]; expected a matrix, or a stack"),
         (have_no_block, r"weight_block_size is \[128, 0\]; expected \[rows, inputs\]"),
-        (have_no_codes, r"config.json says fp8, and no tensor is of F8_E4M3 or F8_E5M2"),
+        (have_no_codes, r"config.json declares fp8, and no tensor is of F8_E4M3 or F8_E5M2"),
     ],
 )
 def test_damage_is_named(change: Callable[..., None], message: str, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_every_byte_is_counted_and_what_is_dense_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"down_proj_scales": None}, "no .*down_proj_scales beside it"),
+        ({"down_proj_scales": None}, "no .*down_proj_scales next to it"),
         ({"down_proj_blocks": None}, "down_proj_scales has no blocks"),
         ({"down_proj_scales": torch.zeros(N, HIDDEN, 7, dtype=torch.uint8)}, "the same groups"),
         ({"down_proj_blocks": torch.zeros(N, HIDDEN, 3, 8, dtype=torch.uint8)}, "expected U8"),

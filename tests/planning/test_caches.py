@@ -323,7 +323,7 @@ def test_other_caches_are_taken_as_they_are_with_a_note(folder: Path, tmp_path: 
     (target / "config.json").write_text(json.dumps(config))
     with open_checkpoint(str(target)) as output:
         assert output.kv_cache == {}
-        assert any("no word for" in note for note in output.notes)
+        assert any("no name for" in note for note in output.notes)
 
 
 def test_a_recipe_with_another_word_is_refused() -> None:

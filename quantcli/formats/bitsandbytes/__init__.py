@@ -19,7 +19,7 @@ Everything else stays dense, and ``llm_int8_skip_modules`` names what of it is a
 The JSON's length depends on how many digits ``nested_offset`` has, which is not known when the header is written: spaces, which JSON
 readers skip, fill it up to the longest. A folder that came from bitsandbytes keeps its own lengths, so that it goes out as it came in.
 
-Engines decode by the type's own levels whatever ``quant_map`` says, and by ``nested_quant_map`` as it is stored: so does the reader here.
+Engines decode by the type's own levels whatever ``quant_map`` holds, and by ``nested_quant_map`` as it is stored: so does the reader here.
 """
 
 from __future__ import annotations

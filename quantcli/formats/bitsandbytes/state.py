@@ -1,4 +1,4 @@
-"""The QuantState of a 4-bit tensor: the JSON that lies beside its codes, checked on the way in, laid out on the way out."""
+"""The QuantState of a 4-bit tensor: the JSON stored with its codes, checked on the way in, laid out on the way out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEVELS = {"nf4": nf4.LEVELS, "fp4": fp4.LEVELS}
 """The sixteen levels of each kind, in the order of their codes."""
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""torch's words for what a weight was, and is decoded to, and safetensors'."""
+"""torch's names of the dtypes that a weight had and is decoded to → safetensors' names."""
 
 NAMES = {word: name for name, word in DTYPES.items()}
 
@@ -46,7 +46,7 @@ class Nested:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A tensor's type, block size, dtype (safetensors' word) and shape; ``nested`` with double quantization."""
+    """A tensor's type, block size, dtype (safetensors' name) and shape; ``nested`` with double quantization."""
 
     kind: str
     block_size: int
@@ -74,22 +74,22 @@ class State:
 
     def _text(self, offset: str | None = None) -> bytes:
         """``offset``: the characters of that number, None for its usual ones."""
-        words = {"quant_type": self.kind, "blocksize": self.block_size, "dtype": NAMES[self.dtype], "shape": list(self.shape)}
-        text = json.dumps(words)
+        state = {"quant_type": self.kind, "blocksize": self.block_size, "dtype": NAMES[self.dtype], "shape": list(self.shape)}
+        text = json.dumps(state)
         if self.nested is not None:
             nested = {"nested_blocksize": self.nested.block_size, "nested_dtype": "float32"}
             text = f'{text[:-1]}, {json.dumps(nested)[1:-1]}, "nested_offset": {offset or repr(self.nested.offset)}}}'
         return text.encode()
 
 
-def parse(name: str, words: Any) -> tuple[State, list[str]]:
+def parse(name: str, state: Any) -> tuple[State, list[str]]:
     """The state of tensor ``name`` from its JSON, and what of it is odd; :class:`CheckpointError` for what no engine could decode."""
-    if not isinstance(words, dict):
+    if not isinstance(state, dict):
         raise damaged(name, "is no object")
-    nested_keys = NESTED_KEYS if any(key in words for key in NESTED_KEYS) else ()
-    if missing := [key for key in (*KEYS, *nested_keys) if key not in words]:
+    nested_keys = NESTED_KEYS if any(key in state for key in NESTED_KEYS) else ()
+    if missing := [key for key in (*KEYS, *nested_keys) if key not in state]:
         raise damaged(name, f"lacks {missing[0]}")
-    kind, block, dtype, shape = (words[key] for key in KEYS)
+    kind, block, dtype, shape = (state[key] for key in KEYS)
     if type(kind) is not str or kind not in LEVELS:
         raise damaged(name, f"has quant_type {shown(kind)}; expected nf4 or fp4")
     if not is_size(block) or block % 32:
@@ -98,14 +98,14 @@ def parse(name: str, words: Any) -> tuple[State, list[str]]:
         raise damaged(name, f"has dtype {shown(dtype)}; expected {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) != 2 or not all(is_size(side) for side in shape):
         raise damaged(name, f"has shape {shown(shape)}; expected [out_features, in_features]")
-    nested = parse_nested(name, words) if nested_keys else None
-    unknown = sorted(words.keys() - {*KEYS, *NESTED_KEYS})
+    nested = parse_nested(name, state) if nested_keys else None
+    unknown = sorted(state.keys() - {*KEYS, *NESTED_KEYS})
     notes = [f"the quant_state of {name} has the key {shown(unknown[0])}, which bitsandbytes refuses"] if unknown else []
     return State(kind, block, DTYPES[dtype], (shape[0], shape[1]), nested), notes
 
 
-def parse_nested(name: str, words: Mapping[str, Any]) -> Nested:
-    block, dtype, offset = (words[key] for key in NESTED_KEYS)
+def parse_nested(name: str, state: Mapping[str, Any]) -> Nested:
+    block, dtype, offset = (state[key] for key in NESTED_KEYS)
     if not is_size(block):
         raise damaged(name, f"has nested_blocksize {shown(block)}; expected a number of scales")
     if dtype != "float32":

@@ -20,11 +20,11 @@ from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
 from quantcli.formats.bitsandbytes.state import LEVELS, NAMES, PREFIX, Nested, State
 from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
-    coded_only,
     dense_dtypes,
     is_dense,
     module_of,
     part_specs,
+    quantized_only,
     shard_bytes,
     split_block,
 )
@@ -43,7 +43,7 @@ class BitsAndBytesLayout(QuantizedFolderLayout):
     state_sizes: Mapping[str, int]
 
     @override
-    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    def quantized_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         if not supports(scheme):
             raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored by bitsandbytes, which has nf4, fp4 and llm_int8")
         layout = part_specs(spec, scheme)
@@ -68,7 +68,7 @@ class BitsAndBytesLayout(QuantizedFolderLayout):
         return files
 
     @override
-    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    def quantized_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         if tensor.scheme.qtype == "llm_int8":
             module = module_of(name)
             form = torch.tensor(ROWS, dtype=torch.uint8)
@@ -99,18 +99,18 @@ def stays_dense(name: str) -> bool:
 
 def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> BitsAndBytesLayout:
     """How ``source`` is written with ``schemes``. config.json has no place for a record that transformers would leave alone."""
-    coded = coded_only(source, schemes, "bitsandbytes")
-    check_fused(source.specs, coded, told=lambda scheme: True)  # each weight of a joined one has a QuantState of its own
-    for name in coded:
+    quantized = quantized_only(source, schemes, "bitsandbytes")
+    check_fused(source.specs, quantized, compared_by=lambda scheme: True)  # each weight of a joined one has a QuantState of its own
+    for name in quantized:
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
     dtypes = dense_dtypes(source)
     return BitsAndBytesLayout(
         config=source.config,
-        quantization=quantization_words(source, coded, dtypes),
+        quantization=quantization_config(source, quantized, dtypes),
         dtypes=dtypes,
         sidecars=source.sidecars(),
         max_shard_bytes=shard_bytes(request),
-        state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in coded.items() if scheme.qtype in LEVELS},
+        state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in quantized.items() if scheme.qtype in LEVELS},
     )
 
 
@@ -124,16 +124,16 @@ def check_place(name: str, *, tied: bool) -> None:
     raise RecipeError(f"{name}: bitsandbytes quantizes the linears of decoder layers and an untied lm_head; {why}: keep this one")
 
 
-def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], dtypes: Mapping[str, str]) -> dict[str, Any]:
+def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], dtypes: Mapping[str, str]) -> dict[str, Any]:
     """``quantization_config``: every key that transformers writes, in its order; of mixed schemes the commonest."""
-    (kind, _), *others = Counter(scheme.qtype for scheme in coded.values()).most_common()
+    (kind, _), *others = Counter(scheme.qtype for scheme in quantized.values()).most_common()
     if others and "llm_int8" in (kind, *(other for other, _ in others)):
         raise RecipeError(
-            f"{source.source}: 4 bits and 8 in one folder, of which bitsandbytes loads one; let all rules say nf4 or fp4, or none"
+            f"{source.source}: 4 bits and 8 in one folder, of which bitsandbytes loads one; let all rules have nf4 or fp4, or none"
         )
     is_8bit = kind == "llm_int8"
-    nested = Counter(bool(scheme.get("double_quant", False)) for scheme in coded.values()).most_common(1)[0][0]
-    dtype = Counter(dtypes[name] for name in coded).most_common(1)[0][0]
+    nested = Counter(bool(scheme.get("double_quant", False)) for scheme in quantized.values()).most_common(1)[0][0]
+    dtype = Counter(dtypes[name] for name in quantized).most_common(1)[0][0]
     return {
         "_load_in_4bit": not is_8bit,
         "_load_in_8bit": is_8bit,
@@ -143,7 +143,7 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], dtypes: 
         "bnb_4bit_use_double_quant": nested,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": dense_modules(source, coded),
+        "llm_int8_skip_modules": dense_modules(source, quantized),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": not is_8bit,
         "load_in_8bit": is_8bit,
@@ -151,17 +151,19 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], dtypes: 
     }
 
 
-def dense_modules(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
+def dense_modules(source: Checkpoint, quantized: Mapping[str, Scheme]) -> list[str]:
     """The modules of matrices that stay dense: engines replace every linear not named here. lm_head is one even where it has no tensor;
     a layer's experts go by the module around them. vLLM asks by the name of what it runs, so modules that it joins are named so, too."""
-    specs = [spec for spec in source.specs.values() if spec.name not in coded and spec.name.endswith(".weight") and len(spec.shape) == 2]
+    specs = [
+        spec for spec in source.specs.values() if spec.name not in quantized and spec.name.endswith(".weight") and len(spec.shape) == 2
+    ]
     modules = (at.stack if (at := expert_of(spec.name)) else module_of(spec.name) for spec in specs)
     left = [module for module in dict.fromkeys((*modules, *fused_groups(spec.name for spec in specs))) if not EMBEDDING.search(module)]
-    return left if "lm_head" in left or "lm_head.weight" in coded else [*left, "lm_head"]
+    return left if "lm_head" in left or "lm_head.weight" in quantized else [*left, "lm_head"]
 
 
 def state_of(spec_shape: tuple[int, ...], scheme: Scheme, dtype: str, offset: float = 0.0) -> State:
-    """What the JSON of a weight says; ``dtype`` that it had, or F32 for one that bitsandbytes has no word for."""
+    """What the JSON of a weight states; ``dtype``: the one it had, or F32 for one that bitsandbytes has no name for."""
     out, n_in = spec_shape
     nested = Nested(float4.NESTED_BLOCK, offset) if scheme.option("double_quant") else None
     return State(scheme.qtype, scheme.option("block_size"), dtype if dtype in NAMES else "F32", (out, n_in), nested)

@@ -1,6 +1,6 @@
 """A Hugging Face folder in compressed-tensors' layouts, which vLLM, SGLang, llm-compressor and transformers read: integers, FP8, NVFP4, MX.
 
-A linear ``<module>.weight`` [out, in] becomes, by the format of its config group (g: inputs in a group; words little endian)::
+A linear ``<module>.weight`` [out, in] becomes, by the format of its config group (g: inputs in a group; 32-bit words little endian)::
 
     pack-quantized        weight_packed I32 [out, ⌈in·bits/32⌉], codes along the inputs from the least significant bit;
                           weight_scale [out, in/g]; weight_shape I64 [2]; asymmetric: weight_zero_point I32 [⌈out·bits/32⌉, in/g],
@@ -27,9 +27,9 @@ packs it on every device but "meta", where the model is built); it reads them wi
 transformers 5.17 with compressed-tensors 0.19, and vLLM by its source, read them as they are.
 
 Three bits and other odd numbers are read dense, as the library packs them now, and as it once did, ⌊32/bits⌋ codes a word with the rest
-left empty: the shapes tell which. Only 2, 4 and 8 bits are written, where both are the same.
+left empty: the shapes show which. Only 2, 4 and 8 bits are written, where both are the same.
 
-Published folders contradict their own metadata. Shapes are therefore believed before words, and what does not fit stands in
+Published folders contradict their own metadata. Shapes are therefore trusted before metadata, and what does not fit is listed in
 ``Checkpoint.notes``.
 """
 

@@ -1,4 +1,4 @@
-"""Key-value caches as compressed-tensors says them: ``kv_cache_scheme`` in config.json, and two scales beside each attention's linears.
+"""Key-value caches in compressed-tensors: ``kv_cache_scheme`` in config.json, and two scales for each attention.
 
     <attention>.k_scale, <attention>.v_scale   [1], or [kv_heads, 1, 1] with a scale for each head, in the model's dtype
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.shards import Shards
 from quantcli.errors import CheckpointError
-from quantcli.formats.compressed_tensors.config import Arguments, argument_words, parse_arguments
+from quantcli.formats.compressed_tensors.config import Arguments, argument_config, parse_arguments
 from quantcli.tensors import DTYPES, KvCache, TensorSpec
 
 SCHEMES: dict[str, Arguments] = {
@@ -26,14 +26,14 @@ SCHEMES: dict[str, Arguments] = {
     "fp8-head": Arguments(8, "float", True, "attn_head", None, False),
     "int8-head": Arguments(8, "int", True, "attn_head", None, False),
 }
-"""Word of ``tensors.KV_CACHES`` → how the library says it."""
+"""Name in ``tensors.KV_CACHES`` → the library's arguments for it."""
 
 PARTS = ("k_scale", "v_scale")
 
 
-def words(kv_cache: str) -> dict[str, Any]:
-    """``kv_cache_scheme`` for a word of ``tensors.KV_CACHES``."""
-    return argument_words(SCHEMES[kv_cache], None)
+def kv_cache_scheme(kv_cache: str) -> dict[str, Any]:
+    """``kv_cache_scheme`` for a name in ``tensors.KV_CACHES``."""
+    return argument_config(SCHEMES[kv_cache], None)
 
 
 def file_specs(cache: KvCache, kv_cache: str, dtype: str) -> list[TensorSpec]:
@@ -49,13 +49,13 @@ def encode(cache: KvCache, scales: tuple[Tensor, Tensor], kv_cache: str, dtype: 
 
 
 def found(path: Path, given: Any, specs: Mapping[str, TensorSpec]) -> tuple[dict[str, str], list[str]]:
-    """Attention → the word for its cache, by what config.json says (``given``) where both scales are there; and what is amiss."""
+    """Attention → the name of its cache's format, by what config.json declares (``given``) where both scales are there; and notes."""
     arguments = parse_arguments(path, "kv_cache_scheme", given)
     if arguments is None:
         return {}, []
     kv_cache = next((word for word, known in SCHEMES.items() if known == arguments), None)
     if kv_cache is None:
-        return {}, ["its key-value cache is quantized in a way that quantcli has no word for; keys and values are taken as they are"]
+        return {}, ["its key-value cache is quantized in a way that quantcli has no name for; keys and values are taken as they are"]
     attentions = [name.removesuffix(".k_scale") for name in specs if name.endswith(".k_scale")]
     whole = [attention for attention in attentions if f"{attention}.v_scale" in specs]
     notes = [] if whole else ["config.json has a kv_cache_scheme, and no scales are there; keys and values are taken as they are"]

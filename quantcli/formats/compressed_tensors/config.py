@@ -1,4 +1,4 @@
-"""The words of compressed-tensors' ``quantization_config``: config groups, their arguments, and how each scheme says them."""
+"""compressed-tensors' ``quantization_config``: config groups, their arguments, and how each scheme is written there."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from quantcli.tensors import Scheme
 
 METHOD = "compressed-tensors"
 LEGACY_KEY = "compression_config"
-"""Where config.json had these words before transformers knew them."""
+"""Where config.json had this object before transformers knew them."""
 
 LIBRARY_VERSION = "0.20.0"
-"""The compressed-tensors whose form of the words is written."""
+"""The version of compressed-tensors whose form of the config is written."""
 
 BLOCK = (128, 128)
-"""The (rows, inputs) that FP8's strategy block means where no other block is said."""
+"""The (rows, inputs) that FP8's strategy block means where no other block is given."""
 
 MIXED = "mixed-precision"
 SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
@@ -29,7 +29,7 @@ ARGUMENTS: dict[str, tuple[tuple[type, ...], str]] = {
     "num_bits": ((int,), "an integer"),
     "type": ((str,), "int or float"),
     "symmetric": ((bool,), "true or false"),
-    "strategy": ((str, type(None)), "a word"),
+    "strategy": ((str, type(None)), "a string"),
     "group_size": ((int, type(None)), "an integer"),
     "dynamic": ((bool, str), "true, false or local"),
 }
@@ -38,7 +38,7 @@ ARGUMENTS: dict[str, tuple[tuple[type, ...], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The quantization of weights or inputs, with the library's defaults for what is not said. ``block``: (rows, inputs)."""
+    """The quantization of weights or inputs, with the library's defaults for what is not given. ``block``: (rows, inputs)."""
 
     num_bits: int = 8
     type: str = "int"
@@ -60,7 +60,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class QuantConfig:
     """A ``quantization_config`` as far as reading needs it."""
 
     groups: tuple[Group, ...]
@@ -68,8 +68,8 @@ class Words:
     status: str
 
 
-def words_of(config: Mapping[str, Any]) -> Any:
-    """The words of ``config`` (config.json): where they are, or were before transformers knew them."""
+def quant_config_of(config: Mapping[str, Any]) -> Any:
+    """The quantization_config of ``config`` (config.json): where it is, or was before transformers knew it."""
     found = config.get("quantization_config") or config.get(LEGACY_KEY)
     if isinstance(found, dict) and isinstance(nested := found.get("quantization_config"), dict):
         return {"quant_method": METHOD, **nested, "sparsity_config": found.get("sparsity_config")}
@@ -77,36 +77,39 @@ def words_of(config: Mapping[str, Any]) -> Any:
 
 
 def is_compressed_tensors(config: Mapping[str, Any]) -> bool:
-    words = words_of(config)
-    if not isinstance(words, dict):
+    quant_config = quant_config_of(config)
+    if not isinstance(quant_config, dict):
         return False
-    method = words.get("quant_method")
-    return "config_groups" in words if method is None else str(method).lower().replace("_", "-") == METHOD
+    method = quant_config.get("quant_method")
+    return "config_groups" in quant_config if method is None else str(method).lower().replace("_", "-") == METHOD
 
 
-def parse(path: Path, words: Mapping[str, Any]) -> Words:
-    """``words`` checked; :class:`CheckpointError` for one of the wrong kind, :class:`UnsupportedError` for sparse or rotated weights."""
-    sparsity, transform = words.get("sparsity_config"), words.get("transform_config")
+def parse(path: Path, quant_config: Mapping[str, Any]) -> QuantConfig:
+    """``quant_config``, checked.
+
+    Raises :class:`CheckpointError` for a value of the wrong kind, :class:`UnsupportedError` for sparse or rotated weights.
+    """
+    sparsity, transform = quant_config.get("sparsity_config"), quant_config.get("transform_config")
     sparse = sparsity.get("format") if isinstance(sparsity, dict) else None
-    if (form := words.get("format")) in SPARSE_FORMATS or sparse not in (None, "dense"):
+    if (form := quant_config.get("format")) in SPARSE_FORMATS or sparse not in (None, "dense"):
         raise UnsupportedError(
             f"{path}: {shown(form if form in SPARSE_FORMATS else sparse)} is a sparse layout, which quantcli does not read"
         )
     if isinstance(transform, dict) and transform.get("config_groups"):
         raise UnsupportedError(f"{path}: transform_config rotates weights as the model runs, which quantcli does not do")
-    groups = words.get("config_groups") or {}
-    ignore = words.get("ignore") or []
+    groups = quant_config.get("config_groups") or {}
+    ignore = quant_config.get("ignore") or []
     if not isinstance(groups, dict):
         raise CheckpointError(f"{path}: config_groups is {shown(groups)}; expected an object of groups")
-    return Words(
+    return QuantConfig(
         groups=tuple(parse_group(path, str(name), group) for name, group in groups.items()),
         ignore=names_in(path, "ignore", ignore),
-        status=str(words.get("quantization_status") or "compressed"),
+        status=str(quant_config.get("quantization_status") or "compressed"),
     )
 
 
 def parse_group(path: Path, name: str, group: Any) -> Group:
-    if isinstance(group, list):  # a preset by name, its targets as the value: what the tensors do not tell stays unknown
+    if isinstance(group, list):  # a preset by name, its targets as the value: what the tensors do not show stays unknown
         return Group(name, names_in(path, name, group), None, None)
     if not isinstance(group, dict):
         raise CheckpointError(f"{path}: config group {shown(name)} is {shown(group)}; expected an object")
@@ -169,11 +172,11 @@ INPUTS: dict[str, Arguments] = {
     "mxfp8-g32": Arguments(8, "float", True, "group", 32, True),
     "nvfp4-g16": Arguments(4, "float", True, "tensor_group", 16, "local"),
 }
-"""A scheme's word for its inputs → how the library says it."""
+"""A scheme's name for its inputs' format → the library's arguments for it."""
 
 
 def act_of(inputs: Arguments | None) -> str | None:
-    """The scheme's word for ``inputs``: "" for none, None where there is no word for it."""
+    """The scheme's name for the format of ``inputs``: "" for none, None where there is no name for it."""
     if inputs is None:
         return ""
     if inputs.strategy in ("token", "tensor"):  # a group size means nothing there
@@ -196,13 +199,13 @@ def format_of(scheme: Scheme) -> str:
     return "float-quantized" if scheme.get("act") else "naive-quantized"
 
 
-def group_words(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     """``scheme`` as a config group. A scheme object of the library forbids keys that it does not know."""
     act = scheme.get("act")
     return {
         "targets": targets,
-        "weights": argument_words(weight_arguments(scheme), scale_dtype_word(scheme.qtype)),
-        "input_activations": argument_words(INPUTS[act], scale_dtype_word(act.partition("-")[0])) if act else None,
+        "weights": argument_config(weight_arguments(scheme), scale_dtype_name(scheme.qtype)),
+        "input_activations": argument_config(INPUTS[act], scale_dtype_name(act.partition("-")[0])) if act else None,
         "output_activations": None,
         "format": format_of(scheme),
     }
@@ -220,13 +223,13 @@ def weight_arguments(scheme: Scheme) -> Arguments:
     return Arguments(bits, "float", strategy=strategy, group_size=size)
 
 
-def scale_dtype_word(number: str) -> str | None:
-    """The dtype of the scales of ``number`` (a qtype, or the first word of an activation), where it is not the model's."""
+def scale_dtype_name(number: str) -> str | None:
+    """The dtype of the scales of ``number`` (a qtype, or the first part of an activation's name), where it is not the model's."""
     return {"mxfp4": "torch.uint8", "mxfp8": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}.get(number)
 
 
-def argument_words(arguments: Arguments, scale_dtype: str | None) -> dict[str, Any]:
-    """``arguments`` as the library's own files say them."""
+def argument_config(arguments: Arguments, scale_dtype: str | None) -> dict[str, Any]:
+    """``arguments`` as the library's own files have them."""
     return {
         "num_bits": arguments.num_bits,
         "type": arguments.type,

@@ -1,4 +1,4 @@
-"""Integers in compressed-tensors' layouts: packed in words, or one byte each; as tensors of a file and as the parts of the qtype int."""
+"""Integers in compressed-tensors' layouts: packed in 32-bit words or one byte each; as file tensors and as parts of the qtype int."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SCALE_DTYPES = ("F16", "BF16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How a matrix lies in its file. ``bits`` of a code and whether codes run on from word to word (``dense``); packed or bytes; groups;
-    whether zero points are packed, plain bytes, or absent (None)."""
+    """How a matrix is stored. ``bits`` of a code and whether codes run on from one 32-bit word to the next (``dense``); packed or bytes;
+    groups; whether zero points are packed, plain bytes, or absent (None)."""
 
     shape: tuple[int, int]
     bits: int
@@ -44,7 +44,7 @@ class Stored:
 def measure(
     where: str, files: Mapping[str, TensorSpec], weight_shape: list[int] | None, declared: Arguments | None
 ) -> tuple[Stored, list[str]]:
-    """What the shapes of ``files`` (by their local names) say, and what ``declared`` says otherwise. ``where`` names folder and module.
+    """What the shapes of ``files`` (by their local names) show, and where ``declared`` differs. ``where`` names folder and module.
 
     ``weight_shape``: the contents of the tensor of that name, if there is one.
     """
@@ -62,7 +62,7 @@ def measure(
     n_groups = groups_of(where, scale, out, n_in)
     if packed and declared and bits != declared.num_bits and declared.strategy == "group" and declared.group_size != n_in // n_groups:
         raise CheckpointError(
-            f"{where}: {n_in} inputs in {width} words and {n_groups} groups are neither int{declared.num_bits} nor groups of "
+            f"{where}: {n_in} inputs in {width} 32-bit words and {n_groups} groups are neither int{declared.num_bits} nor groups of "
             f"{declared.group_size}"
         )
     stored = Stored((out, n_in), bits, packed, dense, n_groups, None)
@@ -74,20 +74,20 @@ def measure(
 
 def is_evident(files: Mapping[str, TensorSpec], declared: Arguments | None) -> bool:
     """Whether the declared groups and bits fill ``files`` so well that nobody needs to look into weight_shape."""
-    scale, words = files["weight_scale"].shape, files["weight_packed"].shape
-    if declared is None or declared.strategy != "group" or not declared.group_size or len(scale) != 2 or len(words) != 2:
+    scale, packed = files["weight_scale"].shape, files["weight_packed"].shape
+    if declared is None or declared.strategy != "group" or not declared.group_size or len(scale) != 2 or len(packed) != 2:
         return False
-    return 0 < declared.group_size * scale[1] * declared.num_bits == 32 * words[1]
+    return 0 < declared.group_size * scale[1] * declared.num_bits == 32 * packed[1]
 
 
 def in_features(where: str, n_words: int, scale: TensorSpec, weight_shape: list[int] | None, declared: Arguments | None) -> int:
-    """Inputs of a packed matrix: as stored, or else as many as fill its groups, or its words."""
+    """Inputs of a packed matrix: as stored, or else as many as fill its groups, or its 32-bit words."""
     if weight_shape is not None:
         if len(weight_shape) != 2:
             raise CheckpointError(f"{where}.weight_shape holds {shown(weight_shape)}; expected [out, in]")
         return weight_shape[1]
     if declared is None:
-        raise CheckpointError(f"{where}: neither a weight_shape nor a config group says how wide it is")
+        raise CheckpointError(f"{where}: neither a weight_shape nor a config group gives its width")
     size = declared.group_size
     if declared.strategy == "group" and size and size > 0 and len(scale.shape) == 2:
         return size * scale.shape[1]
@@ -98,14 +98,14 @@ def width_of_codes(where: str, n_in: int, n_words: int, declared: Arguments | No
     """(bits, dense) with which ``n_in`` codes fill ``n_words``: the declared number if it does, else the one that does."""
     fits = [(bits, True) for bits in range(1, 9) if -(-n_in * bits // 32) == n_words]
     fits += [(bits, False) for bits in range(1, 9) if 32 % bits and -(-n_in // (32 // bits)) == n_words]
-    said = [fit for fit in fits if declared is not None and fit[0] == declared.num_bits]
+    as_declared = [fit for fit in fits if declared is not None and fit[0] == declared.num_bits]
     if not fits:
-        raise CheckpointError(f"{where}: {n_words} words a row hold {n_in} codes of no number of bits from 1 to 8")
-    return (said or fits)[0]
+        raise CheckpointError(f"{where}: {n_words} 32-bit words a row hold {n_in} codes of no number of bits from 1 to 8")
+    return (as_declared or fits)[0]
 
 
 def bits_of_bytes(declared: Arguments | None) -> int:
-    """Bits of codes stored one a byte: only the words tell that fewer than 8 are used."""
+    """Bits of codes stored one a byte: only the metadata show that fewer than 8 are used."""
     return declared.num_bits if declared is not None and declared.num_bits in BITS else 8
 
 
@@ -124,28 +124,28 @@ def zeros_of(where: str, spec: TensorSpec | None, stored: Stored) -> str | None:
     if spec is None:
         return None
     out, shape = stored.shape[0], spec.shape
-    words = -(-out * stored.bits // 32) if stored.dense else -(-out // (32 // stored.bits))
-    if spec.dtype == "I32" and stored.packed and shape == (words, stored.n_groups):
+    n_words = -(-out * stored.bits // 32) if stored.dense else -(-out // (32 // stored.bits))
+    if spec.dtype == "I32" and stored.packed and shape == (n_words, stored.n_groups):
         return "packed"
     one = stored.n_groups == 1 and shape in ((), (1,), (out,), (1, 1))
     if spec.dtype in ("I8", "I32", "I64") and (shape == (out, stored.n_groups) or one):
         return "plain"
     raise CheckpointError(
-        f"{where}.weight_zero_point is {spec.dtype} {list(shape)}; expected I32 [{words}, {stored.n_groups}], packed along the outputs, "
+        f"{where}.weight_zero_point is {spec.dtype} {list(shape)}; expected I32 [{n_words}, {stored.n_groups}], packed along the outputs, "
         f"or I8 [{out}, {stored.n_groups}]"
     )
 
 
 def disagreements(stored: Stored, zeros: str | None, declared: Arguments | None) -> list[str]:
-    """What ``declared`` says and the tensors do not."""
+    """Notes on where ``declared`` and the tensors differ."""
     if declared is None:
         return []
     notes = []
     if declared.type != "int" or declared.num_bits != stored.bits:
-        notes.append(f"weights are said to be {declared.type}{declared.num_bits}, and the tensors hold int{stored.bits}")
+        notes.append(f"weights are declared as {declared.type}{declared.num_bits}, and the tensors hold int{stored.bits}")
     size = stored.shape[1] // stored.n_groups
     if declared.strategy == "group" and declared.group_size not in (size, -1 if stored.n_groups == 1 else size):
-        notes.append(f"group_size is said to be {declared.group_size}, and the scales have groups of {size}")
+        notes.append(f"group_size is declared as {declared.group_size}, and the scales have groups of {size}")
     if not declared.symmetric and zeros is None:
         notes.append("symmetric is false, and there are no zero points; codes are read as symmetric")
     return notes
@@ -163,7 +163,7 @@ def decode(where: str, stored: Stored, files: Mapping[str, Tensor]) -> dict[str,
     out, n_in = stored.shape
     half = 2 ** (stored.bits - 1)
     if stored.packed:
-        codes = unpack_words(files["weight_packed"], stored.bits, n_in, dense=stored.dense)
+        codes = unpack_int32(files["weight_packed"], stored.bits, n_in, dense=stored.dense)
     else:
         codes = (files["weight"].view(torch.uint8) + half).contiguous()  # modulo 256, so that bytes outside of 2^bits stand out
     if stored.bits < 8 and not stored.packed and int(codes.max()) >= 2 * half:
@@ -172,7 +172,7 @@ def decode(where: str, stored: Stored, files: Mapping[str, Tensor]) -> dict[str,
     if stored.zeros is None:
         zero = torch.full(scale.shape, half, dtype=torch.uint8)
     elif stored.zeros == "packed":
-        zero = unpack_words(files["weight_zero_point"].T.contiguous(), stored.bits, out, dense=stored.dense).T.contiguous()
+        zero = unpack_int32(files["weight_zero_point"].T.contiguous(), stored.bits, out, dense=stored.dense).T.contiguous()
     else:
         plain = files["weight_zero_point"].long().reshape(-1, stored.n_groups).expand(scale.shape) + half
         if not 0 <= int(plain.min()) <= int(plain.max()) < 2 * half:
@@ -183,17 +183,17 @@ def decode(where: str, stored: Stored, files: Mapping[str, Tensor]) -> dict[str,
     return {"codes": codes + stored.shift if stored.shift else codes, "scale": scale, "zero": zero + stored.shift}
 
 
-def unpack_words(words: Tensor, bits: int, n: int, *, dense: bool) -> Tensor:
-    """The first ``n`` codes of ``bits`` in each row of ``words`` [rows, n_words] int32: uint8 [rows, n].
+def unpack_int32(packed: Tensor, bits: int, n: int, *, dense: bool) -> Tensor:
+    """The first ``n`` codes of ``bits`` in each row of ``packed`` [rows, n_words] int32: uint8 [rows, n].
 
-    ``dense``: codes run on from word to word; otherwise ⌊32/bits⌋ lie in each and the rest of it is empty.
+    ``dense``: codes run on from one 32-bit word to the next; otherwise ⌊32/bits⌋ lie in each and the rest of it is empty.
     """
-    if dense and bits in BITS and 32 * words.shape[1] == n * bits and n % codes_per_run(bits) == 0:
-        return unpack_bits(words.contiguous(), bits, n)
+    if dense and bits in BITS and 32 * packed.shape[1] == n * bits and n % codes_per_run(bits) == 0:
+        return unpack_bits(packed.contiguous(), bits, n)
     i = torch.arange(n)
     place = i * bits if dense else 32 * (i // (32 // bits)) + bits * (i % (32 // bits))
     word, shift = place // 32, place % 32
-    unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))  # the last code has no word after it
+    unsigned = torch.nn.functional.pad(packed.long() & 0xFFFFFFFF, (0, 1))  # the last code has no word after it
     codes: Tensor = (unsigned[:, word] >> shift | unsigned[:, word + 1] << (32 - shift)) & (2**bits - 1)
     return codes.to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Which modules a config group, or the ignore list, means; and where the words and the tensors of a folder contradict one another."""
+"""Which modules a config group, or the ignore list, means; and where the metadata and the tensors of a folder contradict one another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from quantcli.checkpoint.json_files import shown
-from quantcli.formats.compressed_tensors.config import Group, Words
+from quantcli.formats.compressed_tensors.config import Group, QuantConfig
 from quantcli.formats.shared.folder import split_block
 from quantcli.formats.shared.patterns import is_tame
 
@@ -36,21 +36,21 @@ class Patterns:
 
 
 def is_class(item: str) -> bool:
-    """Whether ``item`` is the name of a class, such as Linear, of which a folder's tensors tell nothing."""
+    """Whether ``item`` is the name of a class, such as Linear, of which a folder's tensors show nothing."""
     return re.fullmatch(r"[A-Z]\w*", item) is not None
 
 
 class Claims:
     """Which group means which module: names first, then patterns, then classes; what ``ignore`` means is nobody's."""
 
-    def __init__(self, words: Words) -> None:
-        self.groups = words.groups
-        self.targets = [Patterns(group.targets) for group in words.groups]
-        self.ignore = Patterns(words.ignore)
-        self.of_class = next((group for group in words.groups if any(map(is_class, group.targets))), None)
+    def __init__(self, quant_config: QuantConfig) -> None:
+        self.groups = quant_config.groups
+        self.targets = [Patterns(group.targets) for group in quant_config.groups]
+        self.ignore = Patterns(quant_config.ignore)
+        self.of_class = next((group for group in quant_config.groups if any(map(is_class, group.targets))), None)
 
     def group_of(self, module: str) -> Group | None:
-        """The group of a ``module`` that is a linear, whatever ``ignore`` says."""
+        """The group of a ``module`` that is a linear, whatever ``ignore`` has."""
         if len(self.groups) == 1:
             return self.groups[0]
         found = [(group, targets.find(module)) for group, targets in zip(self.groups, self.targets, strict=True)]
@@ -64,10 +64,10 @@ class Claims:
         return self.of_class is not None or any(targets.find(module) is not None for targets in self.targets)
 
 
-def contradictions(claims: Claims, coded: Collection[str], dense: Mapping[str, int], *, tied: bool) -> list[str]:
-    """One sentence for each way in which the words and the tensors disagree. ``coded``: modules with codes; ``dense``: the other modules
+def contradictions(claims: Claims, quantized: Collection[str], dense: Mapping[str, int], *, tied: bool) -> list[str]:
+    """One sentence for each way in which the metadata and the tensors disagree. ``quantized``: modules with codes; ``dense``: others
     and how many dimensions their weights have; ``tied``: whether lm_head needs no tensor of its own."""
-    modules = [*coded, *dense, *(["lm_head"] if tied else [])]
+    modules = [*quantized, *dense, *(["lm_head"] if tied else [])]
     notes = []
     if wild := [item for patterns in (claims.ignore, *claims.targets) for item in patterns.wild]:
         notes.append(f"{shown(wild[0])} is too complex a pattern to be matched safely; it is passed over")
@@ -75,9 +75,9 @@ def contradictions(claims: Claims, coded: Collection[str], dense: Mapping[str, i
         notes.append(f"ignore names {listed(idle)}, and no module of the folder is called so")
     if idle := [item for targets in claims.targets for item in targets.idle(modules)]:
         notes.append(f"a config group targets {listed(idle)}, and no module of the folder is called so")
-    if stray := [module for module in coded if not claims.means(module)]:
-        notes.append(f"{listed(stray)} quantized, which ignore excludes or no config group targets; the tensors are obeyed")
-    blocks = {split_block(module)[0] for module in coded} - {""}
+    if stray := [module for module in quantized if not claims.means(module)]:
+        notes.append(f"{listed(stray)} quantized, which ignore excludes or no config group targets; the tensors are used")
+    blocks = {split_block(module)[0] for module in quantized} - {""}
     inside = [module for module, n_dims in dense.items() if n_dims == 2 and split_block(module)[0] in blocks]
     if claimed := [module for module in inside if claims.means(module)]:
         notes.append(f"{listed(claimed)} dense and not named by ignore; an engine that takes it for a linear of a group will not load it")

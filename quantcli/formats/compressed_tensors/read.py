@@ -1,4 +1,4 @@
-"""Reading compressed-tensors folders: the tensors beside a module's scale tell its number format, the config groups the rest."""
+"""Reading compressed-tensors folders: the tensors next to a module's scale give its number format, the config groups the rest."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from quantcli.formats.compressed_tensors.config import (
     LEGACY_KEY,
     Arguments,
     Group,
-    Words,
+    QuantConfig,
     act_of,
     input_scale_file,
     is_compressed_tensors,
     parse,
-    words_of,
+    quant_config_of,
 )
 from quantcli.formats.compressed_tensors.match import Claims, contradictions, listed
-from quantcli.formats.shared.folder import Coded, FolderCheckpoint, model_dtype, module_of
+from quantcli.formats.shared.folder import FolderCheckpoint, QuantizedWeight, model_dtype, module_of
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
 
 WEIGHT_FILES = (
@@ -45,7 +45,7 @@ WEIGHT_FILES = (
 """What the tensors of a quantized module are called, after its own name."""
 
 ONLY_PACKED = ("weight_packed", "weight_shape", "weight_g_idx", "weight_global_scale")
-"""Of these, the ones that make no sense beside a dense weight."""
+"""Of these, the ones that make no sense with a dense weight."""
 
 CODED_DTYPES = ("I8", *floats.FP8_DTYPES)
 
@@ -64,15 +64,15 @@ class Found:
 class CompressedTensorsCheckpoint(FolderCheckpoint):
     """A folder in compressed-tensors' layouts."""
 
-    def __init__(self, path: Path, config: dict[str, Any], words: dict[str, Any], shards: Shards) -> None:
-        claims = Claims(parsed := parse(path, words))
+    def __init__(self, path: Path, config: dict[str, Any], quant_config: dict[str, Any], shards: Shards) -> None:
+        claims = Claims(parsed := parse(path, quant_config))
         modules = find_modules(path, shards.specs)
         if not modules and parsed.groups:
-            raise nothing_coded(path, parsed)
+            raise nothing_quantized(path, parsed)
         self._found = {f"{module}.weight": settle(path, module, files, claims, shards) for module, files in modules.items()}
         dense = {module_of(n): len(s.shape) for n, s in shards.specs.items() if n.endswith(".weight") and n not in self._found}
         tied = bool(config.get("tie_word_embeddings"))
-        kv_cache, cache_notes = cache.found(path, words.get("kv_cache_scheme"), shards.specs)
+        kv_cache, cache_notes = cache.found(path, quant_config.get("kv_cache_scheme"), shards.specs)
         notes = [
             *cache_notes,
             *contradictions(claims, modules, dense, tied=tied),
@@ -82,10 +82,10 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
         super().__init__(
             path,
             kind="compressed-tensors",
-            config={key: value for key, value in config.items() if key != LEGACY_KEY} | {"quantization_config": words},
+            config={key: value for key, value in config.items() if key != LEGACY_KEY} | {"quantization_config": quant_config},
             shards=shards,
-            coded={name: coded_of(name, found, model_dtype(config)) for name, found in self._found.items()},
-            quantization=words,
+            quantized={name: quantized_of(name, found, model_dtype(config)) for name, found in self._found.items()},
+            quantization=quant_config,
             notes=notes,
             kv_cache=kv_cache,
         )
@@ -116,14 +116,14 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
 
 
 def detect(path: Path, config: dict[str, Any] | None) -> bool:
-    """A folder whose config.json says compressed-tensors, at today's key or at the old one."""
+    """A folder whose config.json declares compressed-tensors, at today's key or at the old one."""
     return config is not None and is_compressed_tensors(config)
 
 
 def read(path: Path) -> CompressedTensorsCheckpoint:
-    """The folder at ``path``: headers, and of packed matrices whose groups do not tell it their shape (16 bytes)."""
+    """The folder at ``path``: headers, and of packed matrices whose groups do not give it their shape (16 bytes)."""
     config = read_config(path)
-    return CompressedTensorsCheckpoint(path, config, words_of(config), open_folder(path))
+    return CompressedTensorsCheckpoint(path, config, quant_config_of(config), open_folder(path))
 
 
 def find_modules(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
@@ -152,20 +152,21 @@ def check_dense(path: Path, module: str, files: Mapping[str, TensorSpec]) -> Non
     """Raise :class:`CheckpointError` for parts of a quantized module whose codes are not there."""
     left = [local for local in files if local in ONLY_PACKED or (local.startswith("weight_") and "weight" not in files)]
     if left:
-        what = "no codes beside it (.weight_packed, or .weight of 8 bits)"
+        what = "no codes next to it (.weight_packed, or .weight of 8 bits)"
         raise CheckpointError(f"{path}: {module}.{left[0]} has {what}; the folder is incomplete")
 
 
-def nothing_coded(path: Path, words: Words) -> CheckpointError | UnsupportedError:
-    if words.status != "compressed":
+def nothing_quantized(path: Path, quant_config: QuantConfig) -> CheckpointError | UnsupportedError:
+    if quant_config.status != "compressed":
         return UnsupportedError(
-            f"{path}: quantization_status is {words.status}: the weights are not compressed yet; save the model with save_compressed=True"
+            f"{path}: quantization_status is {quant_config.status}: the weights are not compressed yet; "
+            "save the model with save_compressed=True"
         )
-    return CheckpointError(f"{path}: config.json says compressed-tensors, and no tensor holds codes; the folder is dense or damaged")
+    return CheckpointError(f"{path}: config.json declares compressed-tensors, and no tensor holds codes; the folder is dense or damaged")
 
 
 def settle(path: Path, module: str, files: Mapping[str, TensorSpec], claims: Claims, shards: Shards) -> Found:
-    """What ``module`` holds, by its ``files``; the words of its config group where these do not tell."""
+    """What ``module`` holds, by its ``files``; its config group where these do not show it."""
     where = f"{path}: {module}"
     group = claims.group_of(module)
     declared = group.weights if group else None
@@ -202,16 +203,16 @@ def settle_floats(where: str, files: Mapping[str, TensorSpec], declared: Argumen
 
 
 def act_in(group: Group | None, files: Mapping[str, TensorSpec]) -> tuple[str, list[str]]:
-    """How inputs are quantized, as a scheme says it, and what of it a scheme does not."""
+    """How inputs are quantized, as a scheme has it, and notes on what a scheme cannot express."""
     act = act_of(group.inputs if group else None)
     if act is None:
-        return "", ["its inputs are quantized in a way that quantcli has no word for; they are taken as they are"]
+        return "", ["its inputs are quantized in a way that quantcli has no name for; they are taken as they are"]
     if not act or INPUTS[act].dynamic is True:
         return act, []
     needed = input_scale_file(act)
     scale = files.get(needed)
     if scale is None or scale.n_elements != 1 or scale.dtype not in ints.SCALE_DTYPES:
-        return "", [f"its inputs have a scale found beforehand, as the config group says, and no {needed} of one number is there"]
+        return "", [f"its inputs have a scale found beforehand, as the config group declares, and no {needed} of one number is there"]
     return act, []
 
 
@@ -219,7 +220,7 @@ def float_notes(declared: Arguments | None, scheme: Scheme) -> list[str]:
     bits = 4 if scheme.qtype in ("mxfp4", "nvfp4") else 8
     if declared is None or (declared.type, declared.num_bits) == ("float", bits):
         return []
-    return [f"weights are said to be {declared.type}{declared.num_bits}, and the tensors hold {scheme.qtype}"]
+    return [f"weights are declared as {declared.type}{declared.num_bits}, and the tensors hold {scheme.qtype}"]
 
 
 def stored_shape(where: str, files: Mapping[str, TensorSpec], declared: Arguments | None, shards: Shards) -> list[int] | None:
@@ -236,7 +237,7 @@ def stored_shape(where: str, files: Mapping[str, TensorSpec], declared: Argument
 
 
 def checked_groups(found: Found, g_idx: torch.Tensor) -> torch.Tensor:
-    """``weight_g_idx`` [in] int32 within the groups; −1, the library's word for unset, means groups in order."""
+    """``weight_g_idx`` [in] int32 within the groups; −1, the library's value for unset, means groups in order."""
     assert found.stored is not None
     n_in, n_groups = found.stored.shape[1], found.stored.n_groups
     if bool((g_idx == -1).all()):
@@ -263,13 +264,13 @@ def gathered(found: Mapping[str, Found]) -> list[str]:
 
 
 def unrounded(specs: Mapping[str, TensorSpec], modules: Mapping[str, Any]) -> list[str]:
-    """What lies dense though it has a scale."""
+    """What is dense though it has a scale."""
     names = [name.removesuffix("_scale") for name in specs if name.endswith(".weight_scale")]
     dense = [name for name in names if module_of(name) not in modules]
-    return [f"{listed(dense)} dense and with a scale: read as it lies, where an engine may round it"] if dense else []
+    return [f"{listed(dense)} dense and with a scale: read as it is stored, where an engine may round it"] if dense else []
 
 
-def coded_of(name: str, found: Found, model: str) -> Coded:
+def quantized_of(name: str, found: Found, model: str) -> QuantizedWeight:
     scale = found.files["weight_scale"].dtype
     dtype = scale if scale in ints.SCALE_DTYPES else model
-    return Coded.of(name, found.shape, dtype, scheme=found.scheme, files=found.files.values())
+    return QuantizedWeight.of(name, found.shape, dtype, scheme=found.scheme, files=found.files.values())

@@ -1,4 +1,4 @@
-"""Writing compressed-tensors folders: the words for each scheme, the file tensors of a weight, and what engines would refuse."""
+"""Writing compressed-tensors folders: the config group of each scheme, the file tensors of a weight, and what engines would refuse."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Request
 from quantcli.formats.compressed_tensors import cache as caches
 from quantcli.formats.compressed_tensors import floats, ints
-from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_words, input_scale_file
+from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_config, input_scale_file
 from quantcli.formats.compressed_tensors.match import targets_of
 from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
-    coded_only,
     dense_dtypes,
     is_dense,
     model_dtype,
     module_of,
+    quantized_only,
     shard_bytes,
     split_block,
 )
@@ -71,13 +71,13 @@ def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedLayout(QuantizedFolderLayout):
-    """``kv_cache``: the word for the caches that get scales, or ""; ``scale_dtype``: that of these scales."""
+    """``kv_cache``: the name of the format of caches that get scales, or ""; ``scale_dtype``: that of these scales."""
 
     kv_cache: str
     scale_dtype: str
 
     @override
-    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    def quantized_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         check_shape(spec, scheme)
         module = module_of(spec.name)
         found = ints.file_specs(spec.shape, scheme) if scheme.qtype == "int" else floats.file_specs(spec.shape, scheme)
@@ -86,7 +86,7 @@ class CompressedLayout(QuantizedFolderLayout):
         return [TensorSpec.dense(f"{module}.{local}", file.dtype, file.shape) for local, file in found.items()]
 
     @override
-    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    def quantized_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         found = ints.encode(name, tensor) if tensor.scheme.qtype == "int" else floats.encode(tensor)
         if tensor.scheme.static_activations:
             found[input_scale_file(tensor.scheme.get("act"))] = tensor.parts["input_scale"]
@@ -104,19 +104,19 @@ class CompressedLayout(QuantizedFolderLayout):
 def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> CompressedLayout:
     """How ``source`` is written with ``schemes``, and caches with scales for ``request.kv_cache``.
 
-    A scheme object of the library forbids keys that it does not know, so how the model was made has no place in config.json; it stands in
+    A scheme object of the library forbids keys that it does not know, so how the model was made has no place in config.json; it is in
     quantcli.json.
     """
     kv_cache = request.kv_cache
-    coded = {name: scheme for name, scheme in schemes.items() if not is_dense(scheme)}
-    coded = coded if kv_cache else coded_only(source, schemes, "compressed-tensors")
-    for name, scheme in coded.items():
+    quantized = {name: scheme for name, scheme in schemes.items() if not is_dense(scheme)}
+    quantized = quantized if kv_cache else quantized_only(source, schemes, "compressed-tensors")
+    for name, scheme in quantized.items():
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
         check_scheme(name, scheme)
-    check_fused(source.specs, coded, said)
+    check_fused(source.specs, quantized, config_key)
     return CompressedLayout(
         config=source.config,
-        quantization=quantization_words(source, coded) | ({"kv_cache_scheme": caches.words(kv_cache)} if kv_cache else {}),
+        quantization=quantization_config(source, quantized) | ({"kv_cache_scheme": caches.kv_cache_scheme(kv_cache)} if kv_cache else {}),
         dtypes=dense_dtypes(source),
         sidecars=source.sidecars(),
         max_shard_bytes=shard_bytes(request),
@@ -126,29 +126,29 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
     )
 
 
-def said(scheme: Scheme) -> str:
-    """What the folder says of ``scheme``; those that differ only in how their codes were chosen are said alike."""
-    return json.dumps(group_words(scheme, []))
+def config_key(scheme: Scheme) -> str:
+    """What the folder states about ``scheme``, as one string; schemes that differ only in how their codes were chosen have the same."""
+    return json.dumps(group_config(scheme, []))
 
 
-def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme]) -> dict[str, Any]:
+def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme]) -> dict[str, Any]:
     """``quantization_config``: a config group for each scheme, and every other linear in ``ignore``."""
     matrices = {module_of(name) for name, spec in source.specs.items() if name.endswith(".weight") and len(spec.shape) == 2}
     alike: dict[str, dict[str, Scheme]] = {}
-    for name, scheme in coded.items():
-        alike.setdefault(said(scheme), {})[module_of(name)] = scheme
+    for name, scheme in quantized.items():
+        alike.setdefault(config_key(scheme), {})[module_of(name)] = scheme
     groups = {}
     for i, members in enumerate(alike.values()):
         targets = ["Linear"] if len(alike) == 1 else targets_of(members, matrices - members.keys())
-        groups[f"group_{i}"] = group_words(next(iter(members.values())), targets)
-    formats = {format_of(scheme) for scheme in coded.values()}
+        groups[f"group_{i}"] = group_config(next(iter(members.values())), targets)
+    formats = {format_of(scheme) for scheme in quantized.values()}
     return {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else MIXED if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignored(source, matrices, {module_of(name) for name in coded}),
-        "kv_cache_scheme": kv_cache_words(source),
+        "ignore": ignored(source, matrices, {module_of(name) for name in quantized}),
+        "kv_cache_scheme": source_cache_scheme(source),
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
@@ -156,9 +156,9 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme]) -> dict[
     }
 
 
-def ignored(source: Checkpoint, matrices: Collection[str], coded: Collection[str]) -> list[str]:
+def ignored(source: Checkpoint, matrices: Collection[str], quantized: Collection[str]) -> list[str]:
     """Every matrix without codes that may be a linear, by its name on disk; lm_head also where it is tied and has no tensor of its own."""
-    dense = [module for module in matrices if module not in coded and not is_embedding(module)]
+    dense = [module for module in matrices if module not in quantized and not is_embedding(module)]
     tied_head = ["lm_head"] if source.config.get("tie_word_embeddings") and "lm_head" not in dense else []
     return sorted([*dense, *tied_head])
 
@@ -167,10 +167,10 @@ def is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embeddings")
 
 
-def kv_cache_words(source: Checkpoint) -> Any:
+def source_cache_scheme(source: Checkpoint) -> Any:
     """How a source of this dialect quantizes its key-value cache; the scales (k_scale, v_scale) are copied like any dense tensor."""
-    words = source.quantization if source.kind == "compressed-tensors" else None
-    return (words or {}).get("kv_cache_scheme")
+    quant_config = source.quantization if source.kind == "compressed-tensors" else None
+    return (quant_config or {}).get("kv_cache_scheme")
 
 
 def check_place(name: str, *, tied: bool) -> None:
@@ -205,7 +205,7 @@ def check_int_with_inputs(name: str, scheme: Scheme) -> None:
 
 
 def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
-    """Readers take matrices named ``.weight``; packed codes, and packed zero points, fill whole words."""
+    """Readers take matrices named ``.weight``; packed codes, and packed zero points, fill whole 32-bit words."""
     if not spec.name.endswith(".weight") or len(spec.shape) != 2:
         raise RecipeError(f"{spec.name}: compressed-tensors stores linears, matrices named <module>.weight; exclude this one")
     if scheme.qtype == "fp8" and scheme.option("strategy") == "block" and spec.shape[1] % 128:

@@ -1,6 +1,6 @@
 """A Hugging Face folder with ``quant_method: fp8``: DeepSeek's and transformers' blocks, and vLLM's one scale a weight.
 
-A linear ``<module>.weight`` [out, in] lies there as E4M3, with its scales beside it and ``w = weight · scale`` (in spite of the name)::
+A linear ``<module>.weight`` [out, in] is stored as E4M3, with its scales and ``w = weight · scale`` (in spite of the name)::
 
     <module>.weight             F8_E4M3 [out, in]
     <module>.weight_scale_inv   F32 [⌈out/128⌉, ⌈in/128⌉]   a scale for each block: ``weight_block_size`` [128, 128]
@@ -10,11 +10,11 @@ A linear ``<module>.weight`` [out, in] lies there as E4M3, with its scales besid
 Written is the first of E4M3 with blocks, whose engines quantize inputs in groups of 128, or with one scale a weight; the linears left
 dense are listed twice, as transformers' ``modules_to_not_convert`` and vLLM's ``ignored_layers``. Blocks at the edges may be cut, as in
 DeepSeek-V3 (576 rows). Its own loader takes that, vLLM where it does not join the matrix with others; transformers without a GPU takes
-all blocks of a matrix for equally large, and refuses it (320 rows) or reads it wrong (192 rows): the plan says so.
+all blocks of a matrix for equally large, and refuses it (320 rows) or reads it wrong (192 rows): the plan has a note on it.
 
 Read are also other block sizes, a scale a row (fbgemm_fp8), E8M0 scales (DeepSeek-V3.1 and later), stacks of experts [n, out, in] with
 ``…_scale_inv`` or ``…_scales_inv``, DeepSeek-V4's E2M1 experts, the names that Mistral gave (``qscale_weight``, ``qscale_act``), and
-E5M2. Shapes decide; what ``quantization_config`` says otherwise stands in ``Checkpoint.notes``.
+E5M2. Shapes decide; where ``quantization_config`` differs, ``Checkpoint.notes`` has a note.
 """
 
 from __future__ import annotations

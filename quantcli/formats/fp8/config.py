@@ -1,4 +1,4 @@
-"""The words of FP8's ``quantization_config``: how they are believed, where tensors contradict them, and how they are written."""
+"""FP8's ``quantization_config``: reading and checking it, where tensors contradict it, and writing it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ REGEX = frozenset("\\*+?[](){}|^$")
 
 
 @dataclass(slots=True)
-class Words:
-    """``quantization_config`` as read. ``block``: the declared (rows, inputs), or None; ``left``: the modules that it lists as dense;
-    ``notes``: what the tensors say otherwise."""
+class QuantConfig:
+    """``quantization_config`` as read: ``raw``, the object itself; ``block``: the declared (rows, inputs), or None; ``left``: the modules
+    that it lists as dense; ``notes``: where the tensors differ."""
 
-    said: dict[str, Any]
+    raw: dict[str, Any]
     block: tuple[int, int] | None
     static: bool
     left: tuple[str, ...]
@@ -32,31 +32,31 @@ class Words:
     _met: set[object] = field(default_factory=set)
 
     @classmethod
-    def of(cls, path: Path, said: dict[str, Any]) -> Words:
+    def of(cls, path: Path, raw: dict[str, Any]) -> QuantConfig:
         """:class:`CheckpointError` for a block size that is none; a list of modules that is none is noted."""
-        block = said.get("weight_block_size")
+        block = raw.get("weight_block_size")
         if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 2**31 for n in block)):
             raise CheckpointError(f"{path / 'config.json'}: weight_block_size is {shown(block)}; expected [rows, inputs]")
         left: list[str] = []
         notes: list[str] = []
         for key in LISTS:
-            names = said.get(key) or []
+            names = raw.get(key) or []
             if isinstance(names, list) and all(isinstance(name, str) for name in names):
                 left += [name for name in names if name and name not in left]
             else:
-                notes.append(f"{key} is {shown(names)}, no list of modules; it is not obeyed")
-        return cls(said, (block[0], block[1]) if block else None, said.get("activation_scheme") == "static", tuple(left), notes)
+                notes.append(f"{key} is {shown(names)}, no list of modules; it is ignored")
+        return cls(raw, (block[0], block[1]) if block else None, raw.get("activation_scheme") == "static", tuple(left), notes)
 
     @property
     def block_text(self) -> str:
         return f" of {self.block[0]} x {self.block[1]}" if self.block else " of 128 x 128"
 
-    def obeyed(self, block: tuple[int, int], name: str) -> None:
+    def note_block(self, block: tuple[int, int], name: str) -> None:
         """Note, once for each size, that a weight has blocks of another one than declared."""
         if self.block != block and block not in self._met:
             self._met.add(block)
             declared = list(self.block) if self.block else "none"
-            self.notes.append(f"weight_block_size is {declared}, and the scales of {name} are of {block[0]} x {block[1]}; so it is read")
+            self.notes.append(f"weight_block_size is {declared}, and the scales of {name} are of {block[0]} x {block[1]}; it is read so")
 
     def activations(self, name: str, strategy: str, block: tuple[int, int], scale: TensorSpec | None) -> str:
         """The option ``act`` of the weight ``name``: how engines quantize its input. ``scale``: the file's, or None."""
@@ -70,18 +70,18 @@ class Words:
         return ""
 
 
-def disagreements(words: Words, specs: Mapping[str, TensorSpec], schemes: Mapping[str, Scheme]) -> list[str]:
+def disagreements(quant_config: QuantConfig, specs: Mapping[str, TensorSpec], schemes: Mapping[str, Scheme]) -> list[str]:
     """Notes on the lists of what is left dense, and on scales whose weight is dense. ``schemes``: of the quantized weights."""
     notes = []
     modules = "\n".join(specs)
     # A tied lm_head is in no file, and rightly listed. What looks like a pattern is not judged.
-    plain = [name for name in words.left if not REGEX & set(name) and name.rpartition(".")[2] != "lm_head"]
+    plain = [name for name in quant_config.left if not REGEX & set(name) and name.rpartition(".")[2] != "lm_head"]
     if absent := [name for name in plain if name not in modules]:
         notes.append(f"{len(absent)} modules of the list of what is left dense are in no file, the first is {shown(absent[0])}")
-    listed = set(words.left)
-    if coded := [name for name in schemes if listed & boundaries(module_of(name))]:
-        notes.append(f"{len(coded)} weights are listed as left dense, and quantized; the first is {coded[0]}")
-    if words.left and (silent := [name for name in dense_beside(specs, schemes) if not listed & boundaries(module_of(name))]):
+    listed = set(quant_config.left)
+    if quantized := [name for name in schemes if listed & boundaries(module_of(name))]:
+        notes.append(f"{len(quantized)} weights are listed as left dense, and quantized; the first is {quantized[0]}")
+    if quant_config.left and (silent := [name for name in dense_beside(specs, schemes) if not listed & boundaries(module_of(name))]):
         notes.append(f"{len(silent)} matrices are dense, and not listed as such, the first is {silent[0]}; readers expect them in FP8")
     orphans = [name for name in specs if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") not in schemes]
     if orphans := [name for name in orphans if name.removesuffix("_scale_inv") in specs]:
@@ -91,8 +91,8 @@ def disagreements(words: Words, specs: Mapping[str, TensorSpec], schemes: Mappin
 
 def boundaries(module: str) -> set[str]:
     """What may name ``module``: all that it ends with, and all that it begins with, from dot to dot."""
-    words = module.split(".")
-    return {".".join(words[i:]) for i in range(len(words))} | {".".join(words[:i]) for i in range(1, len(words))}
+    parts = module.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))} | {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
 def dense_beside(specs: Mapping[str, TensorSpec], schemes: Mapping[str, Scheme]) -> list[str]:
@@ -102,10 +102,10 @@ def dense_beside(specs: Mapping[str, TensorSpec], schemes: Mapping[str, Scheme])
     return [name for name in dense if split_block(name)[0] in blocks]
 
 
-def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], strategy: str, *, static: bool) -> dict[str, Any]:
+def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], strategy: str, *, static: bool) -> dict[str, Any]:
     """``quantization_config`` for both readers. Every other matrix is listed: transformers would build an FP8 linear of any it finds."""
-    dense = [name for name, spec in source.specs.items() if name.endswith(".weight") and name not in coded and len(spec.shape) == 2]
-    left = sorted({module_of(name) for name in dense} | lm_heads(dense, coded))
+    dense = [name for name, spec in source.specs.items() if name.endswith(".weight") and name not in quantized and len(spec.shape) == 2]
+    left = sorted({module_of(name) for name in dense} | lm_heads(dense, quantized))
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -115,6 +115,6 @@ def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], strategy
     }
 
 
-def lm_heads(dense: Sequence[str], coded: Mapping[str, Scheme]) -> set[str]:
+def lm_heads(dense: Sequence[str], quantized: Mapping[str, Scheme]) -> set[str]:
     """lm_head under its usual name, which a tied model has and its file has not."""
-    return set() if any(name.endswith("lm_head.weight") for name in (*dense, *coded)) else {"lm_head"}
+    return set() if any(name.endswith("lm_head.weight") for name in (*dense, *quantized)) else {"lm_head"}

@@ -1,4 +1,4 @@
-"""Reading FP8 folders: weights of eight bits, the scales that stand beside them under one of many names, and what their shapes mean."""
+"""Reading FP8 folders: weights of eight bits, their scales under one of many names, and what their shapes mean."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing_extensions import override
 from quantcli.checkpoint.checkpoint import read_config
 from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import CheckpointError
-from quantcli.formats.fp8.config import Words, disagreements
-from quantcli.formats.shared.folder import Coded, FolderCheckpoint, model_dtype
+from quantcli.formats.fp8.config import QuantConfig, disagreements
+from quantcli.formats.shared.folder import FolderCheckpoint, QuantizedWeight, model_dtype
 from quantcli.ops.minifloat import group_step, tiles_of
 from quantcli.qtypes import fp8, mxfp4
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
@@ -32,7 +32,7 @@ SCALE_ENDINGS = ("_scale_inv", "_scales_inv", "_scale")
 SCALE_NAMES = ("scale", "scale_inv", "qscale_weight")
 INPUT_ENDINGS = ("_activation_scale",)
 INPUT_NAMES = ("input_scale", "activation_scale", "qscale_act", "input_scale_ub")
-"""Endings that follow the name of a weight, and names that stand in the place of ``weight``."""
+"""Endings that follow the name of a weight, and names that replace ``weight``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,16 @@ class Fp8Checkpoint(FolderCheckpoint):
     """A folder of eight-bit floats."""
 
     def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
-        words = Words.of(path, config["quantization_config"])
+        quant_config = QuantConfig.of(path, config["quantization_config"])
         self.members = find_members(path, shards.specs)
         dtype = model_dtype(config)
-        coded: dict[str, Coded] = {}
+        quantized: dict[str, QuantizedWeight] = {}
         for name, found in self.members.items():
-            scheme, shape = scheme_of(path, found, words)
-            coded[name] = Coded.of(name, shape, dtype, scheme=scheme, files=found.all)
-        schemes = {name: c.scheme for name, c in coded.items()}
-        notes = [*words.notes, *unscaled(self.members), *disagreements(words, shards.specs, schemes)]
-        super().__init__(path, kind="fp8", config=config, shards=shards, coded=coded, quantization=words.said, notes=notes)
+            scheme, shape = scheme_of(path, found, quant_config)
+            quantized[name] = QuantizedWeight.of(name, shape, dtype, scheme=scheme, files=found.all)
+        schemes = {name: c.scheme for name, c in quantized.items()}
+        notes = [*quant_config.notes, *unscaled(self.members), *disagreements(quant_config, shards.specs, schemes)]
+        super().__init__(path, kind="fp8", config=config, shards=shards, quantized=quantized, quantization=quant_config.raw, notes=notes)
 
     @override
     def load_quantized(self, name: str) -> QuantizedTensor:
@@ -88,9 +88,9 @@ class Fp8Checkpoint(FolderCheckpoint):
 
 
 def detect(path: Path, config: dict[str, Any] | None) -> bool:
-    """A folder whose config.json says fp8."""
-    words = config.get("quantization_config") if config else None
-    return isinstance(words, dict) and words.get("quant_method") in METHODS
+    """A folder whose config.json declares fp8."""
+    quant_config = config.get("quantization_config") if config else None
+    return isinstance(quant_config, dict) and quant_config.get("quant_method") in METHODS
 
 
 def read(path: Path) -> Fp8Checkpoint:
@@ -102,11 +102,11 @@ def find_members(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, Membe
     """Every quantized weight by its own name."""
     members = {name: Members(spec, *scales_of(path, specs, name)) for name, spec in specs.items() if is_weight(specs, name)}
     if not members:
-        raise CheckpointError(f"{path}: config.json says fp8, and no tensor is of F8_E4M3 or F8_E5M2; the folder is dense or damaged")
+        raise CheckpointError(f"{path}: config.json declares fp8, and no tensor is of F8_E4M3 or F8_E5M2; the folder is dense or damaged")
     alone = [name for name, found in members.items() if not found.scale]
     if alone and len(alone) < len(members):
         raise CheckpointError(
-            f"{path}: {alone[0]} is {members[alone[0]].data.dtype} and has no scale beside it (such as {alone[0]}_scale_inv), "
+            f"{path}: {alone[0]} is {members[alone[0]].data.dtype} and has no scale next to it (such as {alone[0]}_scale_inv), "
             f"as others have; {len(alone)} lack theirs: the folder is incomplete"
         )
     return members
@@ -142,15 +142,15 @@ def scales_of(path: Path, specs: Mapping[str, TensorSpec], name: str) -> tuple[T
     return found[0], found[1]
 
 
-def scheme_of(path: Path, found: Members, words: Words) -> tuple[Scheme, tuple[int, ...]]:
+def scheme_of(path: Path, found: Members, quant_config: QuantConfig) -> tuple[Scheme, tuple[int, ...]]:
     """The scheme of a weight and its dense shape."""
     shape = found.data.shape
     if found.data.dtype not in FLOATS:
         return Scheme.of("mxfp4", **mxfp4.QTYPE.options), (shape[0], 2 * shape[1])
     if len(shape) not in (2, 3) or 0 in shape:
         raise CheckpointError(f"{path}: {found.data.name} is {found.data.dtype} {list(shape)}; expected a matrix, or a stack of them")
-    strategy, block = strategy_of(path, found, words)
-    act = words.activations(found.data.name, strategy, block, found.input)
+    strategy, block = strategy_of(path, found, quant_config)
+    act = quant_config.activations(found.data.name, strategy, block, found.input)
     options: dict[str, Any] = {**fp8.QTYPE.options, "dtype": FLOATS[found.data.dtype], "strategy": strategy, "act": act}
     if found.scale and found.scale.dtype not in EXPONENTS:
         options["scale_dtype"] = found.scale.dtype
@@ -159,26 +159,26 @@ def scheme_of(path: Path, found: Members, words: Words) -> tuple[Scheme, tuple[i
     return Scheme.of("fp8", **options), shape
 
 
-def strategy_of(path: Path, found: Members, words: Words) -> tuple[str, tuple[int, int]]:
+def strategy_of(path: Path, found: Members, quant_config: QuantConfig) -> tuple[str, tuple[int, int]]:
     """How scales lie over a weight: ("tensor" | "channel" | "block", (rows, inputs) of a block), by the shapes of both."""
     out, n_in = whole = found.data.shape[-2], found.data.shape[-1]
     stack = found.data.shape[:-2]
     scale = (1,) if found.scale is None else found.scale.shape
     if stack and any(side != 1 for side in scale):  # each matrix of a stack has its own; another number of them fits nothing
         scale = scale[1:] if scale[:1] == stack else (0,)
-    if words.block and scale == tiles_of(whole, words.block):
-        return "block", words.block
+    if quant_config.block and scale == tiles_of(whole, quant_config.block):
+        return "block", quant_config.block
     if all(side == 1 for side in scale):
         return "tensor", whole
     if scale in ((out,), (out, 1)):
         return "channel", (1, n_in)
     if block := block_of(whole, scale):
-        words.obeyed(block, found.data.name)
+        quant_config.note_block(block, found.data.name)
         return "block", block
     assert found.scale is not None
     raise CheckpointError(
         f"{path}: {found.scale.name} is {list(found.scale.shape)} for a weight {list(found.data.shape)}; "
-        f"expected one scale, one a row, or one for each block{words.block_text}"
+        f"expected one scale, one a row, or one for each block{quant_config.block_text}"
     )
 
 

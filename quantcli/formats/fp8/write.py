@@ -12,14 +12,14 @@ from typing_extensions import override
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Request
-from quantcli.formats.fp8.config import quantization_words
+from quantcli.formats.fp8.config import quantization_config
 from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
-    coded_only,
     dense_dtypes,
     is_dense,
     module_of,
     part_specs,
+    quantized_only,
     shard_bytes,
     split_block,
 )
@@ -40,7 +40,7 @@ class Fp8Layout(QuantizedFolderLayout):
     scheme: Scheme
 
     @override
-    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    def quantized_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         if not supports(scheme):
             raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as FP8, which holds E4M3 by block or by tensor")
         if len(spec.shape) != 2:
@@ -50,7 +50,7 @@ class Fp8Layout(QuantizedFolderLayout):
         return [TensorSpec.dense(file_name(spec.name, part, scheme), own.dtype, own.shape) for part, own in found.items()]
 
     @override
-    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    def quantized_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         return {file_name(name, part, tensor.scheme): own for part, own in tensor.parts.items()}
 
 
@@ -72,23 +72,23 @@ def suited(scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
 
 
 def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> Fp8Layout:
-    """How ``source`` is written with ``schemes``. config.json has no place for how the model was made: quantcli.json tells it."""
-    coded = coded_only(source, schemes, "FP8")
-    for name in coded:
+    """How ``source`` is written with ``schemes``. config.json has no place for how the model was made: quantcli.json records it."""
+    quantized = quantized_only(source, schemes, "FP8")
+    for name in quantized:
         if not split_block(name)[0] or not name.endswith(".weight"):
             raise RecipeError(f"{name}: the fp8 format quantizes the linears of decoder layers, named <module>.weight; keep this one")
-    (first, scheme), *others = coded.items()
+    (first, scheme), *others = quantized.items()
     if other := [name for name, own in others if own != scheme]:
         raise RecipeError(
-            f"{other[0]} is to be {coded[other[0]]} and {first} {scheme}: the fp8 format has one scheme for all weights; "
+            f"{other[0]} is to be {quantized[other[0]]} and {first} {scheme}: the fp8 format has one scheme for all weights; "
             "use --format compressed-tensors"
         )
-    check_fused(source.specs, coded)
-    words = quantization_words(source, coded, scheme.get("strategy", "channel"), static=scheme.static_activations)
-    notes = cut_blocks(source, coded) if scheme.get("strategy", "channel") == "block" else ()
+    check_fused(source.specs, quantized)
+    quant_config = quantization_config(source, quantized, scheme.get("strategy", "channel"), static=scheme.static_activations)
+    notes = cut_blocks(source, quantized) if scheme.get("strategy", "channel") == "block" else ()
     return Fp8Layout(
         config=source.config,
-        quantization=words,
+        quantization=quant_config,
         scheme=scheme,
         dtypes=dense_dtypes(source),
         sidecars=source.sidecars(),
@@ -97,9 +97,9 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
     )
 
 
-def cut_blocks(source: Checkpoint, coded: Mapping[str, Scheme]) -> tuple[str, ...]:
+def cut_blocks(source: Checkpoint, quantized: Mapping[str, Scheme]) -> tuple[str, ...]:
     """A note on the matrices whose blocks are cut at an edge, which not every reader takes."""
-    cut = [name for name in coded if any(side % block for side, block in zip(source.specs[name].shape, fp8.BLOCK, strict=True))]
+    cut = [name for name in quantized if any(side % block for side, block in zip(source.specs[name].shape, fp8.BLOCK, strict=True))]
     if not cut:
         return ()
     return (

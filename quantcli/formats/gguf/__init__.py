@@ -34,17 +34,17 @@ from quantcli.output.writer import Writer
 from quantcli.tensors import DTYPE_NAMES, DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 SCALED_IN = ("llama", "qwen3", "qwen3moe")
-"""GGUF architectures where llama.cpp multiplies by the scale beside every matrix; in others it loads those of the MLP and forgets them."""
+"""GGUF architectures where llama.cpp multiplies by the scale of every matrix; in others it loads those of the MLP and forgets them."""
 
 NOT_INHERITED = (*keyed.QUANTIZATION_KEYS, "general.alignment", "split.", "quantcli.")
-"""Metadata that says how a file was made, and that a file made from it must say for itself."""
+"""Metadata that records how a file was made; a file made from it gets its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufLayout(OutputLayout):
     """A model in a GGUF file.
 
-    ``config``: in the usual words; ``names``: the source's → GGUF name in file order; ``unpruned``: the same as they are where no layer is
+    ``config``: with the usual keys; ``names``: the source's → GGUF name in file order; ``unpruned``: the same as they are where no layer is
     left out; ``extras``: tensors no checkpoint stores; ``fields``: the metadata but for how the file was made; ``quantization``: the keys
     of its types; ``n_layers``: written as block_count where layers were pruned; ``split_bytes``: how much tensor data a file may hold
     before another is begun, None for any.
@@ -118,8 +118,8 @@ class GgufLayout(OutputLayout):
 
     @override
     def check_importance(self, importance: Collection[str], kept: Collection[str]) -> None:
-        coded = {name: scheme for name, scheme in self.schemes.items() if name not in kept}
-        weighing.check(importance, coded, self.names, self.quantization["general.file_type"].value)
+        quantized = {name: scheme for name, scheme in self.schemes.items() if name not in kept}
+        weighing.check(importance, quantized, self.names, self.quantization["general.file_type"].value)
 
     def metadata(self, record: Mapping[str, Any], importance: Importance | None) -> dict[str, Field]:
         """All of the file's keys: ``fields``, behind them as llama-quantize has them those of quantization, and ``quantcli.*``."""
@@ -273,11 +273,11 @@ def file_type(source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[
 
 
 def check_complete(source: Checkpoint, config: Mapping[str, Any], gguf_names: Collection[str]) -> None:
-    """Raise :class:`CheckpointError` when an embedding or a head that the config speaks of is not there."""
+    """Raise :class:`CheckpointError` when an embedding or a head that the config declares is missing."""
     needed = ["token_embd.weight"] + ([] if config.get("tie_word_embeddings") else ["output.weight"])
     for name in needed:
         if name not in gguf_names:
-            hint = "; if the head shares the embedding, config.json must say tie_word_embeddings" if name == "output.weight" else ""
+            hint = "; if the head shares the embedding, config.json must have tie_word_embeddings" if name == "output.weight" else ""
             raise CheckpointError(f"{source.source}: no tensor gives GGUF's {name}{hint}")
 
 
@@ -289,7 +289,7 @@ def describe(
     extras: Mapping[str, Tensor],
     pre_tokenizer: str | None,
 ) -> tuple[dict[str, Field], tuple[str, ...]]:
-    """The metadata convert_hf_to_gguf writes for a Hugging Face folder, in its order, and notes on it. ``config``: in the usual words."""
+    """The metadata convert_hf_to_gguf writes for a Hugging Face folder, in its order, and notes on it. ``config``: with the usual keys."""
     keys = GGUFWriter(None, arch.gguf_arch)
     hub_id = None if Path(source.source).expanduser().exists() else source.source.partition("@")[0]
     stored = [TensorSpec.dense(slot(arch, hf, name), "F32", source.specs[hf].shape) for hf, name in names.items()]
@@ -308,7 +308,7 @@ def slot(arch: Architecture, hf_name: str, gguf_name: str) -> str:
 
 
 def inherited(metadata: Mapping[str, Field], pre_tokenizer: str | None) -> dict[str, Field]:
-    """The ``metadata`` of a GGUF source, without what says how that file was made."""
+    """The ``metadata`` of a GGUF source, without the keys that record how that file was made."""
     fields = {key: field for key, field in metadata.items() if not key.startswith(NOT_INHERITED)}
     if pre_tokenizer is not None:
         fields["tokenizer.ggml.pre"] = Field(GGUFValueType.STRING, pre_tokenizer)
@@ -316,5 +316,5 @@ def inherited(metadata: Mapping[str, Field], pre_tokenizer: str | None) -> dict[
 
 
 def extra_tensors(arch: Architecture, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors that GGUF computes from the config, such as the factors of Llama 3's rotary scaling. ``config``: in the usual words."""
+    """Tensors that GGUF computes from the config, such as the factors of Llama 3's rotary scaling. ``config``: with the usual keys."""
     return {name: tensor for word in arch.computed for name, tensor in rope.COMPUTED[word](config).items()}

@@ -31,7 +31,7 @@ from quantcli.ops.blocks import KINDS
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 OURS = "quantcli."
-"""How the keys begin by which a file of ours says how it came to be."""
+"""The prefix of the keys that record how a file of quantcli was made."""
 
 WAY_OUT = "llama-quantize --allow-requantize makes a file of it in a type that can be decoded"
 
@@ -114,7 +114,7 @@ class GgufCheckpoint(Checkpoint):
 
     @override
     def unnamed(self) -> dict[str, Tensor]:
-        """The stored tensors that ``specs`` has no name for, because the config says what they hold: by GGUF name."""
+        """The stored tensors that ``specs`` has no name for, because the config has what they hold: by GGUF name."""
         named = {*self.gguf_names.values(), *apart(self.container)}
         return {name: self._raw(name, spec) for name, spec in self.container.specs.items() if name not in named}
 
@@ -160,7 +160,7 @@ class GgufCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class View:
-    """How a file's tensors are called and what its config says. ``names``: name in ``specs`` → GGUF name."""
+    """How a file's tensors are called and what its config has. ``names``: name in ``specs`` → GGUF name."""
 
     arch: Architecture
     names: dict[str, str]
@@ -187,7 +187,7 @@ def view_of(container: Container) -> View:
 
 
 def rotary_tables(arch: Architecture) -> tuple[str, ...]:
-    """Tensors without a Hugging Face name: the config says what they hold."""
+    """Tensors without a Hugging Face name: the config has what they hold."""
     return (rope.TENSOR, *(rope.LONGROPE.values() if "longrope" in arch.computed else ()))
 
 
@@ -203,7 +203,7 @@ def scales_beside(container: Container) -> dict[str, str]:
 
 
 def apart(container: Container) -> list[str]:
-    """The tensors beside matrices in NVFP4 that Hugging Face has no names for: their scales, and those of what they read."""
+    """The tensors of matrices in NVFP4 that Hugging Face has no names for: their scales, and those of what they read."""
     matrices = [name for name, spec in container.specs.items() if spec.dtype == "NVFP4" and name.endswith(".weight")]
     beside = [scale for name in matrices for scale in (scale_name(name), name.replace(".weight", ".input_scale"))]
     return [name for name in beside if name in container.specs]
@@ -225,11 +225,11 @@ STORED_KEYS = {
     "num_key_value_heads": "attention.head_count_kv",
     "num_local_experts": "expert_count",
 }
-"""What ``inspect`` and ``--memory`` ask of any config: HF's word → GGUF's key."""
+"""What ``inspect`` and ``--memory`` ask of any config: HF's key → GGUF's key."""
 
 
 def stored_config(container: Container, gguf_arch: str) -> dict[str, Any]:
-    """The metadata, by which a mix of types goes, and Hugging Face's words for a model's sizes: 0 where nothing is said, of values by layer
+    """The metadata, by which a mix of types goes, and Hugging Face's keys for a model's sizes: 0 where none is given, of values by layer
     the first."""
     config: dict[str, Any] = {"architectures": [gguf_arch], "gguf_architecture": gguf_arch, "gguf_metadata": container.fields}
     for word, key in STORED_KEYS.items():
@@ -251,7 +251,7 @@ def architecture_name(container: Container) -> str:
 
 
 def hf_names(container: Container, arch: Architecture, gguf_name: str, config: Mapping[str, Any]) -> list[str]:
-    """What a stored tensor is in Hugging Face's words: one tensor, or one for each of its slices."""
+    """What a stored tensor is in Hugging Face's terms: one tensor, or one for each of its slices."""
     name = arch.hf_name(gguf_name, config) or ""
     return [name.replace("{e}", str(e)) for e in range(container.specs[gguf_name].shape[0])] if "{e}" in name else [name]
 
@@ -272,6 +272,6 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def summary(container: Container) -> dict[str, Any]:
-    """What the file says of its making."""
+    """What the file records about how it was made."""
     keys = ("general.file_type", "general.quantization_version", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre")
     return {"version": container.version} | {key: container.get(key) for key in keys if key in container.fields}

@@ -1,6 +1,6 @@
 """A Hugging Face folder in GPTQ's layout, which GPTQModel, AutoGPTQ, vLLM, SGLang and transformers read: integers of 2, 3, 4 or 8 bits.
 
-A linear ``<module>.weight`` [out, in] becomes, every word little endian and packed from its least significant bit::
+A linear ``<module>.weight`` [out, in] becomes, every 32-bit word little endian and packed from its least significant bit::
 
     <module>.qweight  I32 [in·bits/32, out]        codes, packed along the inputs
     <module>.qzeros   I32 [n_groups, out·bits/32]  zero points, packed along the outputs; v1 stores zero − 1, v2 stores zero
@@ -9,13 +9,13 @@ A linear ``<module>.weight`` [out, in] becomes, every word little endian and pac
 
 and is decoded as ``scales[g_idx[i], o] · (code[i, o] − zero[g_idx[i], o])``. Everything else stays dense.
 
-v1 (``checkpoint_format: gptq``, and folders that do not say) cannot tell a zero point 0 from 16: subtracting one borrows from the
-neighbour or wraps, and readers differ. Written is therefore v1 when every tensor is symmetric, which every reader knows, and v2
-(``gptq_v2``) as soon as one is not; never an asymmetric v1. Read is both; v1 words get their ones back as GPTQModel does, by an addition
+v1 (``checkpoint_format: gptq``, and folders that declare none) cannot distinguish a zero point 0 from 16: subtracting one borrows
+from the neighbour or wraps, and readers differ. Written is therefore v1 when every tensor is symmetric, which every reader knows, and v2
+(``gptq_v2``) as soon as one is not; never an asymmetric v1. Read is both; v1 zero points get their ones back as in GPTQModel, by adding
 to the packed word, which undoes its borrow too.
 
 Published folders contradict their own metadata. Bits and group size are therefore taken from the tensors' shapes, and a symmetric
-model's zero points, which are known beforehand, tell its version. What does not fit stands in ``Checkpoint.notes``.
+model's zero points, which are known beforehand, show its version. What does not fit is listed in ``Checkpoint.notes``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The words of GPTQ's ``quantization_config``: how they are found and believed, and how they are written for each reader."""
+"""GPTQ's ``quantization_config``: finding it, checking it, and writing it for each reader."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ V1, V2 = "gptq", "gptq_v2"
 LEGACY_CONFIG = "quantize_config.json"
 
 
-def settings_reader(words: Mapping[str, Any]) -> Callable[[str], Settings]:
+def settings_reader(quant_config: Mapping[str, Any]) -> Callable[[str], Settings]:
     """The declared settings of a module: the folder's, as changed by its ``dynamic`` rules."""
-    rule = dynamic.reader(words.get("dynamic"))
+    rule = dynamic.reader(quant_config.get("dynamic"))
 
     def of(module: str) -> Settings:
         own = rule(module)
-        merged = {**words, **(own or {})}
+        merged = {**quant_config, **(own or {})}
         group_size = merged.get("group_size", 128)
         return Settings(
             bits=merged.get("bits"),
@@ -39,62 +39,65 @@ def settings_reader(words: Mapping[str, Any]) -> Callable[[str], Settings]:
     return of
 
 
-def is_gptq(words: Any, *, unnamed: bool) -> bool:
-    """Whether ``words`` name GPTQ; ``unnamed``: what to say of words with bits and no method, as AutoGPTQ wrote them."""
-    if not isinstance(words, dict):
+def is_gptq(quant_config: Any, *, unnamed: bool) -> bool:
+    """Whether ``quant_config`` names GPTQ; ``unnamed``: the answer for one with bits and no method, as AutoGPTQ wrote them."""
+    if not isinstance(quant_config, dict):
         return False
-    method = words.get("quant_method")
-    return unnamed and "bits" in words if method is None else str(method).lower() == "gptq"
+    method = quant_config.get("quant_method")
+    return unnamed and "bits" in quant_config if method is None else str(method).lower() == "gptq"
 
 
-def legacy_words(path: Path) -> Any:
+def legacy_config(path: Path) -> Any:
     file = path / LEGACY_CONFIG
     return read_json(file, unique=False) if file.is_file() else None
 
 
-def declared_version(path: Path, words: Mapping[str, Any]) -> str:
+def declared_version(path: Path, quant_config: Mapping[str, Any]) -> str:
     """ "gptq" (v1) or "gptq_v2"; :class:`UnsupportedError` for GPTQ in an engine's private layout."""
-    version = words.get("checkpoint_format") or words.get("format") or V1
-    if version not in (V1, V2) or words.get("is_marlin_format"):
-        shape = "marlin" if words.get("is_marlin_format") else version
+    version = quant_config.get("checkpoint_format") or quant_config.get("format") or V1
+    if version not in (V1, V2) or quant_config.get("is_marlin_format"):
+        shape = "marlin" if quant_config.get("is_marlin_format") else version
         raise UnsupportedError(f"{path}: checkpoint_format {shown(shape)} is an engine's own layout; quantcli reads {V1} and {V2}")
     return str(version)
 
 
-def quantization_words(source: Checkpoint, coded: Mapping[str, Scheme], version: str) -> dict[str, Any]:
-    """``quantization_config``: the commonest scheme, and what differs from it in each reader's own words."""
-    settings = {name: module_settings(scheme) for name, scheme in coded.items()}
+def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], version: str) -> dict[str, Any]:
+    """``quantization_config``: the commonest scheme, and what differs from it, in each reader's own form."""
+    settings = {name: module_settings(scheme) for name, scheme in quantized.items()}
     (common, _), *_ = Counter(settings.values()).most_common()
     main = dict(common)
-    words: dict[str, Any] = {
+    quant_config: dict[str, Any] = {
         "quant_method": "gptq",
         **main,
-        "desc_act": any(scheme.get("desc_act", False) for scheme in coded.values()),
+        "desc_act": any(scheme.get("desc_act", False) for scheme in quantized.values()),
         "act_group_aware": False,  # transformers' default is true
-        "lm_head": "lm_head.weight" in coded,
+        "lm_head": "lm_head.weight" in quantized,
         "checkpoint_format": version,
         "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": {}},
     }
-    if left := dense_linears(source, coded):
+    if left := dense_linears(source, quantized):
         # vLLM and optimum take the list of what is quantized, GPTQModel the patterns of what is not.
-        words["modules_in_block_to_quantize"] = [module_suffixes(coded, left), *([["lm_head"]] if words["lm_head"] else [])]
+        quant_config["modules_in_block_to_quantize"] = [
+            module_suffixes(quantized, left),
+            *([["lm_head"]] if quant_config["lm_head"] else []),
+        ]
     if rules := dynamic.written({**dict.fromkeys(left), **settings}, common):
-        words["dynamic"] = rules
-    return words
+        quant_config["dynamic"] = rules
+    return quant_config
 
 
-def surprises(coded: Mapping[str, Scheme]) -> tuple[str, ...]:
+def surprises(quantized: Mapping[str, Scheme]) -> tuple[str, ...]:
     """What engines make of linears that differ."""
     notes = []
-    if len({(scheme.option("bits"), scheme.option("group_size")) for scheme in coded.values()}) > 1:
+    if len({(scheme.option("bits"), scheme.option("group_size")) for scheme in quantized.values()}) > 1:
         notes.append(
             "linears differ in bits or group size: vLLM, SGLang and GPTQModel read the rules for that (`dynamic`), and transformers, "
             "which does not, refuses the folder"
         )
-    if "lm_head.weight" in coded:
+    if "lm_head.weight" in quantized:
         notes.append(
-            "lm_head is quantized: vLLM, SGLang and GPTQModel read it, and transformers 5 leaves it at random numbers without a word; use "
-            "--format compressed-tensors for that"
+            "lm_head is quantized: vLLM, SGLang and GPTQModel read it, and transformers 5 leaves it at random numbers without a warning; "
+            "use --format compressed-tensors for that"
         )
     return tuple(notes)
 
@@ -104,9 +107,9 @@ def module_settings(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
     return tuple((key, scheme.get(key, default)) for key, default in (("bits", 4), ("group_size", 128), ("sym", True)))
 
 
-def module_suffixes(coded: Mapping[str, Scheme], left: Sequence[str]) -> list[str]:
+def module_suffixes(quantized: Mapping[str, Scheme], left: Sequence[str]) -> list[str]:
     """The quantized modules by their names inside a block; in full where a name is quantized in one block and dense in another."""
-    inside = [name for name in coded if split_block(name)[0]]
+    inside = [name for name in quantized if split_block(name)[0]]
     dense = {split_block(name)[1] for name in left}
     if dense.isdisjoint(split_block(name)[1] for name in inside):
         return sorted({split_block(name)[1] for name in inside})

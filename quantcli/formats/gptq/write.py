@@ -15,14 +15,14 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.shards import stored_as
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Request
-from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_settings, quantization_words, surprises
+from quantcli.formats.gptq.config import LEGACY_CONFIG, V1, V2, module_settings, quantization_config, surprises
 from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
     as_json,
-    coded_only,
     dense_dtypes,
     is_dense,
     module_of,
+    quantized_only,
     shard_bytes,
     split_block,
 )
@@ -44,7 +44,7 @@ class GptqLayout(QuantizedFolderLayout):
         return {**super().config_files(record), LEGACY_CONFIG: as_json(self.recorded(record))}
 
     @override
-    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    def quantized_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         if not supports(scheme):
             raise UnsupportedError(f"{spec.name}: {scheme} cannot be stored as GPTQ, which holds integers of 2, 3, 4 and 8 bits")
         check_shape(spec, scheme)
@@ -58,7 +58,7 @@ class GptqLayout(QuantizedFolderLayout):
         ]
 
     @override
-    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    def quantized_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """A symmetric tensor must have its one zero point: v1 has no other, and vLLM's Marlin reads none."""
         bits, sym = tensor.scheme.get("bits", 4), tensor.scheme.get("sym", True)
         codes, scale, zero = (tensor.parts[part] for part in ("codes", "scale", "zero"))
@@ -87,19 +87,19 @@ def supports(scheme: Scheme) -> bool:
 
 def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request = DEFAULTS) -> GptqLayout:
     """How ``source`` is written with ``schemes``. How the model was made goes into ``meta.quantcli``."""
-    coded = coded_only(source, schemes, "GPTQ")
-    for name in coded:
+    quantized = quantized_only(source, schemes, "GPTQ")
+    for name in quantized:
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
-    check_fused(source.specs, coded, module_settings)
-    version = V1 if all(scheme.get("sym", True) for scheme in coded.values()) else V2
+    check_fused(source.specs, quantized, module_settings)
+    version = V1 if all(scheme.get("sym", True) for scheme in quantized.values()) else V2
     return GptqLayout(
         version=version,
         config=source.config,
-        quantization=quantization_words(source, coded, version),
+        quantization=quantization_config(source, quantized, version),
         dtypes=dense_dtypes(source),
         sidecars=source.sidecars(),
         max_shard_bytes=shard_bytes(request),
-        notes=surprises(coded),
+        notes=surprises(quantized),
     )
 
 
@@ -114,7 +114,7 @@ def check_place(name: str, *, tied: bool) -> None:
 
 
 def check_shape(spec: TensorSpec, scheme: Scheme) -> None:
-    """Readers take matrices named ``.weight`` whose two sides fill whole words."""
+    """Readers take matrices named ``.weight`` whose two sides fill whole 32-bit words."""
     if not spec.name.endswith(".weight"):
         raise RecipeError(f"{spec.name}: GPTQ stores linears, whose tensor is named <module>.weight; exclude this one")
     with about(spec.name):

@@ -1,4 +1,4 @@
-"""``dynamic``: rules by module that GPTQModel, vLLM and SGLang read beside the settings of a whole folder.
+"""``dynamic``: rules by module that GPTQModel, vLLM and SGLang read in addition to the settings of a whole folder.
 
 A key is a regular expression that is matched from the start of a module's name, after ``+:`` (or nothing) with settings that replace the
 folder's, or after ``-:`` for a module that stays dense. The first one that matches wins. vLLM asks for the modules that it *runs*: a rule
@@ -43,9 +43,9 @@ def in_every_layer(module: str) -> str:
 
 
 def reader(dynamic: object) -> Callable[[str], Mapping[str, Any] | None]:
-    """What the rules say of a module: settings to replace, {} where none matches, None for one that stays dense.
+    """What the rules set for a module: settings to replace, {} where none matches, None for one that stays dense.
 
-    Rules that are no rules, or not tame ones, are passed over: bits, groups and zero points are the tensors' to tell.
+    Rules that are malformed, or unsafe to run, are ignored: the tensors show bits, groups and zero points.
     """
     rules: list[tuple[re.Pattern[str], Mapping[str, Any] | None]] = []
     exact: dict[str, tuple[int, Mapping[str, Any] | None]] = {}
@@ -56,8 +56,8 @@ def reader(dynamic: object) -> Callable[[str], Mapping[str, Any] | None]:
         chosen = None if skips else value
         if match := LITERAL.fullmatch(pattern):  # thousands of them name one expert each
             exact.setdefault(re.sub(r"\\(.)", r"\1", match[1]), (len(rules), chosen))
-        elif (tame := compiled(pattern)) is not None:
-            rules.append((tame, chosen))
+        elif (safe := compiled(pattern)) is not None:
+            rules.append((safe, chosen))
 
     def of(module: str) -> Mapping[str, Any] | None:
         before, chosen = exact.get(module, (len(rules), {}))

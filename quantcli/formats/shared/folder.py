@@ -22,14 +22,14 @@ from quantcli.output.writer import Writer
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
 DENSE_QTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-"""The qtypes that are plain dtypes, and safetensors' words for them."""
+"""The qtypes that are plain dtypes, and safetensors' names for them."""
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""config.json's words for a model's dtype."""
+"""config.json's names for a model's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
-class Coded:
+class QuantizedWeight:
     """A quantized tensor of a folder: ``spec`` (its name as a dense weight, dense shape, bytes of all parts), ``scheme``, and the
     ``files``: the names of the file tensors that make it."""
 
@@ -38,14 +38,14 @@ class Coded:
     files: tuple[str, ...]
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...], dtype: str, *, scheme: Scheme, files: Iterable[TensorSpec]) -> Coded:
-        """``dtype``: what its engine decodes it to, as far as the file tells (the scales' dtype, say)."""
+    def of(cls, name: str, shape: tuple[int, ...], dtype: str, *, scheme: Scheme, files: Iterable[TensorSpec]) -> QuantizedWeight:
+        """``dtype``: what its engine decodes it to, as far as the file shows (the scales' dtype, say)."""
         parts = tuple(files)
         return cls(TensorSpec(name, dtype, tuple(shape), sum(spec.nbytes for spec in parts)), scheme, tuple(spec.name for spec in parts))
 
 
 class FolderCheckpoint(Checkpoint):
-    """A folder of safetensors in some dialect: ``coded`` tensors by the names of their weights, everything else as it lies.
+    """A folder of safetensors in some dialect: ``quantized`` tensors by the names of their weights, everything else as it is stored.
 
     A dialect's reader derives from it and gives ``load_quantized``; ``self.shards`` reads file tensors.
     """
@@ -57,19 +57,19 @@ class FolderCheckpoint(Checkpoint):
         kind: str,
         config: dict[str, Any],
         shards: Shards,
-        coded: Mapping[str, Coded],
+        quantized: Mapping[str, QuantizedWeight],
         quantization: dict[str, Any],
         notes: Sequence[str] = (),
         kv_cache: Mapping[str, str] | None = None,
     ) -> None:
         self.shards = shards
-        self.coded = dict(coded)
+        self.quantized_weights = dict(quantized)
         super().__init__(
             path,
             kind=kind,
             config=config,
-            specs=logical_specs(path, shards.specs, self.coded),
-            schemes={name: c.scheme for name, c in self.coded.items()},
+            specs=logical_specs(path, shards.specs, self.quantized_weights),
+            schemes={name: c.scheme for name, c in self.quantized_weights.items()},
             quantization=quantization,
             notes=[*shards.notes, *notes],
             kv_cache=kv_cache,
@@ -80,13 +80,13 @@ class FolderCheckpoint(Checkpoint):
         return self.shards.read(name)
 
 
-def logical_specs(path: Path, specs: Mapping[str, TensorSpec], coded: Mapping[str, Coded]) -> dict[str, TensorSpec]:
+def logical_specs(path: Path, specs: Mapping[str, TensorSpec], quantized: Mapping[str, QuantizedWeight]) -> dict[str, TensorSpec]:
     """Weights under their dense names, and every tensor that is part of none, in the order of the files.
 
-    Raises :class:`CheckpointError` for a weight that stands there dense as well, or a file tensor that two weights claim.
+    Raises :class:`CheckpointError` for a weight that is stored dense as well, or a file tensor that two weights claim.
     """
     owner: dict[str, str] = {}
-    for name, c in coded.items():
+    for name, c in quantized.items():
         for file in c.files:
             if file in owner:
                 raise CheckpointError(f"{path}: {file} is part of both {owner[file]} and {name}")
@@ -94,15 +94,15 @@ def logical_specs(path: Path, specs: Mapping[str, TensorSpec], coded: Mapping[st
     out: dict[str, TensorSpec] = {}
     for file, spec in specs.items():
         name = owner.get(file, file)
-        if file not in owner and file in coded:
-            raise CheckpointError(f"{path}: {file} lies there both dense and quantized")
-        out.setdefault(name, coded[name].spec if name in coded else spec)
+        if file not in owner and file in quantized:
+            raise CheckpointError(f"{path}: {file} is stored both dense and quantized")
+        out.setdefault(name, quantized[name].spec if name in quantized else spec)
     return out
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderLayout(OutputLayout):
-    """A model in a folder of safetensors. ``dtypes``: of what stays dense; ``sidecars``: the files beside the weights but for what
+    """A model in a folder of safetensors. ``dtypes``: of what stays dense; ``sidecars``: the files next to the weights, except for what
     :meth:`config_files` gives; ``max_shard_bytes``: of tensor data in a file."""
 
     dtypes: Mapping[str, str]
@@ -116,25 +116,25 @@ class FolderLayout(OutputLayout):
             dtype = self.dtypes[spec.name] if scheme is None else DENSE_QTYPES[scheme.qtype]
             return [TensorSpec.dense(spec.name, dtype, spec.shape)]
         assert scheme is not None
-        return self.coded_outputs(spec, scheme)
+        return self.quantized_outputs(spec, scheme)
 
     @override
     def parts(self, name: str, tensor: Tensor | QuantizedTensor) -> dict[str, Tensor]:
         """The same, with its data."""
         if not isinstance(tensor, QuantizedTensor):
             return {name: stored_as(name, tensor, self.dtypes[name])}
-        return {name: tensor.parts["data"]} if is_dense(tensor.scheme) else self.coded_parts(name, tensor)
+        return {name: tensor.parts["data"]} if is_dense(tensor.scheme) else self.quantized_parts(name, tensor)
 
-    def coded_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
+    def quantized_outputs(self, spec: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
         """The file tensors of ``spec`` quantized by ``scheme``."""
         raise UnsupportedError(f"{spec.name}: {scheme} is quantized, and a folder of plain weights holds {', '.join(DENSE_QTYPES)}")
 
-    def coded_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    def quantized_parts(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Their data."""
         raise UnsupportedError(f"{name}: {tensor.scheme} is quantized, and a folder of plain weights holds {', '.join(DENSE_QTYPES)}")
 
     def config_files(self, record: Mapping[str, Any]) -> dict[str, bytes | Path]:
-        """config.json first of all, and what else says how the folder is quantized; ``record``: how it came to be."""
+        """config.json first of all, and whatever else describes the quantization; ``record``: how the output was made."""
         raise NotImplementedError
 
     @override
@@ -166,8 +166,8 @@ class QuantizedFolderLayout(FolderLayout):
 
     def recorded(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """``quantization`` with ``record`` in its ``meta``, in dialects that have one."""
-        words = dict(self.quantization)
-        return words | {"meta": {**words["meta"], "quantcli": dict(record)}} if "meta" in words else words
+        quant_config = dict(self.quantization)
+        return quant_config | {"meta": {**quant_config["meta"], "quantcli": dict(record)}} if "meta" in quant_config else quant_config
 
 
 def shard_bytes(request: Request) -> int:
@@ -177,12 +177,12 @@ def shard_bytes(request: Request) -> int:
 
 def model_dtype(config: Mapping[str, Any]) -> str:
     """The dtype that config.json names, for tensors whose stored form has none of its own."""
-    word = config.get("dtype") or config.get("torch_dtype")
-    return next((dtype for dtype, known in CONFIG_DTYPES.items() if known == word), "F32")
+    declared = config.get("dtype") or config.get("torch_dtype")
+    return next((dtype for dtype, known in CONFIG_DTYPES.items() if known == declared), "F32")
 
 
 def dense_dtypes(source: Checkpoint) -> dict[str, str]:
-    """The dtype in which each tensor of ``source`` is stored where no scheme says otherwise."""
+    """The dtype in which each tensor of ``source`` is stored where no scheme gives another."""
     return {name: spec.dtype if spec.dtype in DTYPES else model_dtype(source.config) for name, spec in source.specs.items()}
 
 
@@ -190,12 +190,12 @@ def is_dense(scheme: Scheme | None) -> bool:
     return scheme is None or scheme.qtype in DENSE_QTYPES
 
 
-def coded_only(source: Checkpoint, schemes: Mapping[str, Scheme], format_: str) -> dict[str, Scheme]:
+def quantized_only(source: Checkpoint, schemes: Mapping[str, Scheme], format_: str) -> dict[str, Scheme]:
     """The schemes that are no plain dtype; :class:`RecipeError` when there is none, since the folder would only pretend."""
-    coded = {name: scheme for name, scheme in schemes.items() if not is_dense(scheme)}
-    if not coded:
+    quantized = {name: scheme for name, scheme in schemes.items() if not is_dense(scheme)}
+    if not quantized:
         raise RecipeError(f"{source.source}: no tensor is quantized, so there is nothing to write as {format_}; use --format hf")
-    return coded
+    return quantized
 
 
 def part_specs(spec: TensorSpec, scheme: Scheme) -> dict[str, TensorSpec]:
@@ -214,10 +214,10 @@ def split_block(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", module_of(name))
 
 
-def dense_linears(source: Checkpoint, coded: Mapping[str, Scheme]) -> list[str]:
+def dense_linears(source: Checkpoint, quantized: Mapping[str, Scheme]) -> list[str]:
     """Matrices that stay dense inside the numbered blocks, where readers expect every linear to be quantized."""
-    blocks = {split_block(name)[0] for name in coded} - {""}
-    dense = (spec for name, spec in source.specs.items() if name.endswith(".weight") and name not in coded and len(spec.shape) == 2)
+    blocks = {split_block(name)[0] for name in quantized} - {""}
+    dense = (spec for name, spec in source.specs.items() if name.endswith(".weight") and name not in quantized and len(spec.shape) == 2)
     return [spec.name for spec in dense if split_block(spec.name)[0] in blocks]
 
 

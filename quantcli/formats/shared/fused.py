@@ -14,20 +14,20 @@ FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj"),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
 }
-"""The last words of modules that vLLM and SGLang run as one matrix when they have the same parent → their word for that."""
+"""The last parts of names of modules that vLLM and SGLang run as one matrix when they have the same parent → its name there."""
 
 
-def check_fused(matrices: Iterable[str], schemes: Mapping[str, Scheme], told: Callable[[Scheme], Hashable] = str) -> None:
+def check_fused(matrices: Iterable[str], schemes: Mapping[str, Scheme], compared_by: Callable[[Scheme], Hashable] = str) -> None:
     """Raise :class:`RecipeError` when linears that engines join have different schemes, or some have codes and others have none.
 
-    ``matrices``: names of all weights on disk; ``schemes``: of those that are not copied; ``told``: what of a scheme the engine is told,
-    where that is not all of it. The experts of a layer count as one, too.
+    ``matrices``: names of all weights on disk; ``schemes``: of those that are not copied; ``compared_by``: what of a scheme
+    the engine reads, where that is not all of it. The experts of a layer count as one, too.
     """
     members: dict[str, dict[Hashable, str]] = {}
     for name in matrices:
         if key := joined(module_of(name)):
             scheme = schemes.get(name)
-            members.setdefault(key, {}).setdefault(None if scheme is None or is_dense(scheme) else told(scheme), name)
+            members.setdefault(key, {}).setdefault(None if scheme is None or is_dense(scheme) else compared_by(scheme), name)
     for first, second, *_ in (list(alike.values()) for alike in members.values() if len(alike) > 1):
         one, other = (str(schemes.get(name, "dense")) for name in (first, second))
         raise RecipeError(

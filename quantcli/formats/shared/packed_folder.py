@@ -20,7 +20,7 @@ from quantcli.formats.shared.packed_int import (
     in_order,
     is_symmetric,
     measure,
-    symmetric_words,
+    symmetric_zeros,
     unpacked,
 )
 from quantcli.tensors import QuantizedTensor
@@ -28,7 +28,7 @@ from quantcli.tensors import QuantizedTensor
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a folder's words declare of one module; ``bits`` and ``group_size`` may be of any type. ``skipped``: that it stays dense."""
+    """What a folder's metadata declare of one module; ``bits`` and ``group_size`` may be of any type. ``skipped``: that it stays dense."""
 
     bits: Any
     group_size: Any
@@ -38,7 +38,7 @@ class Settings:
 
 
 class PackedCheckpoint(FolderCheckpoint):
-    """A folder of packed integers. ``declared``: the settings of a module; ``said``: the words that tell how zero points are stored;
+    """A folder of packed integers. ``declared``: the settings of a module; ``zero_setting``: the setting that gives how they are stored;
     ``less_one``, ``interleaved``: what they mean (:class:`Packed`)."""
 
     def __init__(
@@ -50,7 +50,7 @@ class PackedCheckpoint(FolderCheckpoint):
         quantization: dict[str, Any],
         shards: Shards,
         declared: Callable[[str], Settings],
-        said: str,
+        zero_setting: str,
         less_one: bool,
         interleaved: bool = False,
         notes: Iterable[str] = (),
@@ -68,48 +68,50 @@ class PackedCheckpoint(FolderCheckpoint):
         sym = {name: is_sym for name, (_, is_sym) in known.items()}
         sample = min(self._packed.values(), key=lambda p: p.n_groups * p.out_features)
         reordered = not in_order(groups_of(shards, sample), sample)
-        coded = {name: p.coded(sym=sym[name], desc_act=settings[name].desc_act or reordered) for name, p in self._packed.items()}
-        contradictions = contradicted(self._packed, settings, sym, said, less_one)
+        quantized = {name: p.quantized(sym=sym[name], desc_act=settings[name].desc_act or reordered) for name, p in self._packed.items()}
+        contradictions = contradicted(self._packed, settings, sym, zero_setting, less_one)
         if reordered and not settings[sample.spec.name].desc_act:
-            contradictions.append(f"desc_act is false, and {sample.module}.g_idx is not in order; it is obeyed")
+            contradictions.append(f"desc_act is false, and {sample.module}.g_idx is not in order; it is used")
         super().__init__(
-            path, kind=kind, config=config, shards=shards, coded=coded, quantization=quantization, notes=[*notes, *contradictions]
+            path, kind=kind, config=config, shards=shards, quantized=quantized, quantization=quantization, notes=[*notes, *contradictions]
         )
 
     @override
     def load_quantized(self, name: str) -> QuantizedTensor:
         p, scheme = self._packed[name], self.schemes[name]
         parts = unpacked(self.shards, p)
-        if scheme.get("sym") and not is_symmetric(parts["zero"], p.bits):  # the first group said so, and others do not
+        if scheme.get("sym") and not is_symmetric(parts["zero"], p.bits):  # the first group is, and others are not
             parts = unpacked(self.shards, replace(p, less_one=self._less_one))
             scheme = scheme.with_options(sym=False)
         return QuantizedTensor(scheme.with_options(desc_act=True) if "g_idx" in parts else scheme, p.spec.shape, parts)
 
 
 def settled(shards: Shards, p: Packed) -> tuple[Packed, bool]:
-    """``p``, said to be symmetric, in the version in which its zero points are, and whether they are symmetric at all: they are known
+    """``p``, declared symmetric, in the version in which its zero points are, and whether they are symmetric at all: they are known
     beforehand, so a file that mixes versions or names the wrong one is still read right."""
     zeros = first_zeros(shards, p)
     for candidate in (p,) if p.interleaved else (p, replace(p, less_one=not p.less_one)):
-        if torch.equal(zeros, symmetric_words(p.out_features, p.bits, candidate.less_one)):
+        if torch.equal(zeros, symmetric_zeros(p.out_features, p.bits, candidate.less_one)):
             return candidate, True
     return p, False
 
 
-def contradicted(packed: dict[str, Packed], settings: dict[str, Settings], sym: dict[str, bool], said: str, less_one: bool) -> list[str]:
-    """What the metadata say and the tensors do not; the tensors are obeyed."""
+def contradicted(
+    packed: dict[str, Packed], settings: dict[str, Settings], sym: dict[str, bool], zero_setting: str, less_one: bool
+) -> list[str]:
+    """Notes on where the metadata and the tensors differ; the tensors are used."""
     means = "less one" if less_one else "as they are"
     wrong = [
         (
             [p for p in packed.values() if p.less_one != less_one],
-            f"{said} stores zero points {means}, and not so do {{}}",
+            f"{zero_setting} stores zero points {means}, and not so do {{}}",
         ),
         ([p for n, p in packed.items() if settings[n].sym and not sym[n]], "sym is true, and the zero points of {} vary"),
         ([p for n, p in packed.items() if settings[n].bits not in (None, p.bits)], "the bits declared are not those of {}"),
         ([p for n, p in packed.items() if not groups_agree(p, settings[n].group_size)], "the group_size declared is not that of {}"),
         ([p for n, p in packed.items() if settings[n].skipped], "the metadata leave {} dense, which is quantized"),
     ]
-    return [f"{text.format(listed(found))}; the tensors are obeyed" for found, text in wrong if found]
+    return [f"{text.format(listed(found))}; the tensors are used" for found, text in wrong if found]
 
 
 def groups_agree(p: Packed, declared: object) -> bool:

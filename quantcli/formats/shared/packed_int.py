@@ -1,6 +1,6 @@
-"""Integers packed into 32-bit words as GPTQ's and AWQ's families store them: what a module's shapes tell, and how its words open.
+"""Integers packed into 32-bit words as GPTQ's and AWQ's families store them: what a module's shapes show, and unpacking.
 
-A linear ``<module>.weight`` [out, in] lies in three or four tensors, every word little endian and filled from its least significant bit::
+A linear ``<module>.weight`` [out, in] is stored in three or four tensors; 32-bit words are little endian and filled from bit 0::
 
     <module>.qweight  I32 [in·bits/32, out]        GPTQ's packing: codes along the inputs
                       I32 [in, out·bits/32]        AWQ's: along the outputs, four bits, interleaved
@@ -26,7 +26,7 @@ from quantcli.checkpoint.json_files import shown
 from quantcli.checkpoint.locations import read_tensor
 from quantcli.checkpoint.shards import Shards
 from quantcli.errors import CheckpointError, UnsupportedError
-from quantcli.formats.shared.folder import Coded
+from quantcli.formats.shared.folder import QuantizedWeight
 from quantcli.ops.bits import pack_bits, unpack_bits
 from quantcli.tensors import Scheme, TensorSpec
 
@@ -58,9 +58,9 @@ class Packed:
     interleaved: bool = False
     less_one: bool = False
 
-    def coded(self, *, sym: bool, desc_act: bool = False) -> Coded:
+    def quantized(self, *, sym: bool, desc_act: bool = False) -> QuantizedWeight:
         """The module as a folder's reader wants it."""
-        return Coded(self.spec, self.scheme(sym=sym, desc_act=desc_act), self.files)
+        return QuantizedWeight(self.spec, self.scheme(sym=sym, desc_act=desc_act), self.files)
 
     def scheme(self, *, sym: bool, desc_act: bool = False) -> Scheme:
         options: dict[str, object] = {"bits": self.bits, "group_size": -1 if self.n_groups == 1 else self.group_size, "sym": sym}
@@ -75,10 +75,12 @@ def find_modules(path: Path, specs: Mapping[str, TensorSpec], method: str, measu
     """Every packed module of ``specs``, as ``measured`` finds it, under the name of its weight."""
     for name in specs:
         if name.endswith(".qzeros") and f"{name.removesuffix('.qzeros')}.qweight" not in specs:
-            raise CheckpointError(f"{path}: {name} has no .qweight beside it; the folder is incomplete")
+            raise CheckpointError(f"{path}: {name} has no .qweight next to it; the folder is incomplete")
     modules = [name.removesuffix(".qweight") for name in specs if name.endswith(".qweight")]
     if not modules:
-        raise CheckpointError(f"{path}: config.json says {method}, and no tensor's name ends in .qweight; the folder is dense or damaged")
+        raise CheckpointError(
+            f"{path}: config.json declares {method}, and no tensor's name ends in .qweight; the folder is dense or damaged"
+        )
     return {f"{module}.weight": measured(module) for module in modules}
 
 
@@ -93,10 +95,10 @@ def measure(
 ) -> Packed:
     """Bits, shape and groups of ``module`` from its tensors' shapes; :class:`CheckpointError` when these do not fit one another."""
     qweight, qzeros, scales = triple(path, specs, module)
-    (rows, columns), (n_groups, zero_words), out = qweight.shape, qzeros.shape, scales.shape[1]
-    bits, odd = divmod(32 * zero_words, out)
+    (rows, columns), (n_groups, zero_columns), out = qweight.shape, qzeros.shape, scales.shape[1]
+    bits, odd = divmod(32 * zero_columns, out)
     fits = not odd and bits in BITS and scales.shape == (n_groups, out)
-    fits = fits and (columns == zero_words if interleaved else columns == out and not 32 * rows % bits)
+    fits = fits and (columns == zero_columns if interleaved else columns == out and not 32 * rows % bits)
     if not fits:
         shapes = ", ".join(f"{spec.name.rpartition('.')[2]} {list(spec.shape)}" for spec in (qweight, qzeros, scales))
         raise CheckpointError(f"{path}: {module}: {shapes} are no layout of 2, 3, 4 or 8 bits")
@@ -156,26 +158,26 @@ def decode_zeros(qzeros: Tensor, p: Packed) -> Tensor:
         return unpack_bits(qzeros, p.bits, p.out_features)
     if p.bits in ONE_IN_EVERY_FIELD:
         return unpack_bits(qzeros + ONE_IN_EVERY_FIELD[p.bits], p.bits, p.out_features)
-    # Three bits lie across words, so no addition to a word restores a borrow; readers add to the field and keep its width.
+    # Three bits cross from one 32-bit word to the next, so no addition to a word restores a borrow; readers add to each field.
     zeros: Tensor = (unpack_bits(qzeros, p.bits, p.out_features) + 1) & (2**p.bits - 1)
     return zeros
 
 
 def looks_symmetric(shards: Shards, p: Packed) -> bool:
-    """Whether the zero points of the first group are those of a symmetric tensor. A page of the file tells: chance does not repeat a
+    """Whether the zero points of the first group are those of a symmetric tensor. A page of the file shows it: chance does not repeat a
     zero point over all outputs."""
-    return torch.equal(first_zeros(shards, p), symmetric_words(p.out_features, p.bits, p.less_one))
+    return torch.equal(first_zeros(shards, p), symmetric_zeros(p.out_features, p.bits, p.less_one))
 
 
 def first_zeros(shards: Shards, p: Packed) -> Tensor:
-    """The words [n] of the first group's zero points."""
+    """The packed zero points [n] int32 of the first group."""
     location = shards.locations[f"{p.module}.qzeros"]
     row = TensorSpec.dense(location.spec.name, "I32", (location.spec.shape[1],))
     return read_tensor(replace(location, spec=row))
 
 
 @lru_cache(maxsize=64)
-def symmetric_words(out_features: int, bits: int, less_one: bool) -> Tensor:
+def symmetric_zeros(out_features: int, bits: int, less_one: bool) -> Tensor:
     """What they are in a symmetric tensor; interleaving changes nothing where all are the same."""
     return pack_bits(torch.full((1, out_features), 2 ** (bits - 1) - less_one, dtype=torch.uint8), bits)[0]
 
@@ -205,11 +207,11 @@ def in_order(groups: Tensor, p: Packed) -> bool:
 
 
 def pack_interleaved(codes: Tensor) -> Tensor:
-    """AWQ's words [rows, n/8] int32 of ``codes``: [rows, n] uint8 below 16."""
+    """AWQ's packed form [rows, n/8] int32 of ``codes``: [rows, n] uint8 below 16."""
     return pack_bits(codes.view(codes.shape[0], -1, 8)[:, :, list(INTERLEAVE)].reshape(codes.shape), 4)
 
 
-def unpack_interleaved(words: Tensor, n: int) -> Tensor:
-    """The ``n`` codes [rows, n] uint8 of each row of AWQ's ``words``: [rows, n/8] int32."""
-    codes = unpack_bits(words, 4, n)
+def unpack_interleaved(packed: Tensor, n: int) -> Tensor:
+    """The ``n`` codes [rows, n] uint8 of each row of AWQ's ``packed`` form: [rows, n/8] int32."""
+    codes = unpack_bits(packed, 4, n)
     return codes.view(codes.shape[0], -1, 8)[:, :, list(NATURAL)].reshape(codes.shape)

@@ -1,4 +1,4 @@
-"""Regular expressions of strangers: a pattern is a program that a folder's words make us run, so only tame ones are."""
+"""Regular expressions from a model's files: only those that are safe to run are compiled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPEATS = (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT)
 
 
 def compiled(pattern: str) -> re.Pattern[str] | None:
-    """``pattern``, or None where it is no regular expression or not a tame one."""
+    """``pattern``, or None where it is no regular expression or not a safe one."""
     try:
         return re.compile(pattern) if len(pattern) <= MAX_LENGTH and is_tame(pattern) else None
     except (re.error, RecursionError, OverflowError):
@@ -26,7 +26,7 @@ def compiled(pattern: str) -> re.Pattern[str] | None:
 
 
 def is_tame(pattern: str) -> bool:
-    """Whether ``pattern`` cannot take forever: few choices, and none inside of a repetition."""
+    """Whether ``pattern`` cannot take forever: few alternatives, and none inside of a repetition."""
     try:
         return count_choices(sre.parse(pattern)) <= MAX_CHOICES
     except RecursionError:

@@ -109,7 +109,7 @@ def test_metadata_that_does_not_fit_the_tensors_is_an_error(
 ) -> None:
     with open_checkpoint(str(models[case])) as source:
         file = export(source, tmp_path / "m.gguf", "F32", **families.options(case))
-    with pytest.raises(CheckpointError, match="metadata says"):
+    with pytest.raises(CheckpointError, match="metadata gives"):
         open_checkpoint(str(rewrite(file, tmp_path / "wrong.gguf", fields=wrong)))
 
 

@@ -59,7 +59,7 @@ def test_ours_is_llama_imatrixs_within_float_noise(hessian: bool, tmp_path: Path
 def test_our_file_is_read_by_the_gguf_package(tmp_path: Path) -> None:
     squares = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]])
     measured = {"blk.0.ffn_down_exps.weight": Measured([2, 3, 0], 2, lambda: squares), "a": Measured([5], 2, lambda: squares[:1])}
-    imatrix.write(tmp_path / "i.gguf", measured, datasets=["x", "y"], n_chunks=7, chunk_size=64, said={}, overwrite=False)
+    imatrix.write(tmp_path / "i.gguf", measured, datasets=["x", "y"], n_chunks=7, chunk_size=64, own_fields={}, overwrite=False)
     reader = GGUFReader(tmp_path / "i.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert list(tensors) == [f"{name}.{part}" for name in ("a", "blk.0.ffn_down_exps.weight") for part in ("in_sum2", "counts")]

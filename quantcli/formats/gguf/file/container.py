@@ -5,7 +5,7 @@
     array        element type: u32 · count: u64 · values
     tensor info  name: string · n_dims: u32 · dims: u64 × n_dims, fastest first · ggml type: u32 · offset: u64, from the data's start
 
-Everything little endian; tensor data starts at a multiple of ``general.alignment`` (32 unless said) and so does every tensor.
+Everything little endian; tensor data starts at a multiple of ``general.alignment`` (32 unless given) and so does every tensor.
 Specification: ggml's docs/gguf.md, versions 2 and 3.
 """
 
@@ -52,7 +52,7 @@ SCALARS: dict[GGUFValueType, np.dtype] = {
 
 
 class Strings(Sequence[str]):
-    """An array of strings as it lies in the file, read when it is asked for: as objects a vocabulary takes five times the room."""
+    """An array of strings as it is in the file, read when it is asked for: as objects a vocabulary takes five times the memory."""
 
     def __init__(self, packed: bytes, count: int) -> None:
         self.packed, self._count = packed, count
@@ -117,7 +117,7 @@ class Container:
         return self.fields[key].value if key in self.fields else default
 
     def location(self, name: str) -> Location:
-        """Where tensor ``name`` lies."""
+        """The location of tensor ``name``."""
         return Location(self.paths[name], self.specs[name], self.offsets[name])
 
 

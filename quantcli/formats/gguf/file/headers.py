@@ -62,7 +62,7 @@ class _HeaderReader:
             key = self.name()
             self.what = f"metadata key '{key}'"
             if key in fields:
-                raise self.error("stands twice")
+                raise self.error("is there twice")
             fields[key] = self.field()
         alignment = self.alignment(fields)
         specs, relative = self.tensors(n_tensors)
@@ -174,7 +174,7 @@ class _HeaderReader:
             name = self.name()
             self.what = f"tensor '{name}'"
             if name in specs:
-                raise self.error("stands twice")
+                raise self.error("is there twice")
             specs[name], offsets[name] = self.tensor(name), self.integer("<Q")
         return specs, offsets
 

@@ -1,4 +1,4 @@
-"""A model in several GGUF files: llama.cpp's file names, the ``split.*`` keys that tie them together, and which tensor lies in which.
+"""A model in several GGUF files: llama.cpp's file names, the ``split.*`` keys that tie them together, and which file has which tensor.
 
     model-00001-of-00003.gguf    all metadata, the first tensors     split.no 0    split.count 3    split.tensors.count: of all files
     model-00002-of-00003.gguf    the next tensors                    split.no 1    …
@@ -27,7 +27,7 @@ NO, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 MAX_SHARDS = 2**16 - 1
-"""What ``split.count``, a UINT16, can say."""
+"""The largest ``split.count``, a UINT16."""
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -35,7 +35,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "G
 def read_model(path: Path) -> Container:
     """The model that the file at ``path`` holds or is a part of, its headers read and checked.
 
-    Raises :class:`CheckpointError` when a part is missing, or tells of another model than the others.
+    Raises :class:`CheckpointError` when a part is missing, or belongs to another model than the others.
     """
     container = read_header(path)
     count = integer(container, COUNT, 0)
@@ -60,8 +60,8 @@ def joined(shards: Sequence[Container]) -> Container:
     for i, shard in enumerate(shards):
         if (integer(shard, NO, -1), integer(shard, COUNT, 0)) != (i, len(shards)):
             raise CheckpointError(f"{shard.path}: is not file {i + 1} of {len(shards)} by its metadata; the files are of several models")
-        if twice := sorted(specs.keys() & shard.specs.keys()):
-            raise CheckpointError(f"{shard.path}: tensor '{twice[0]}' lies in {paths[twice[0]]} already")
+        if duplicates := sorted(specs.keys() & shard.specs.keys()):
+            raise CheckpointError(f"{shard.path}: tensor '{duplicates[0]}' is in {paths[duplicates[0]]} already")
         specs |= shard.specs
         offsets |= shard.offsets
         paths |= shard.paths
@@ -114,7 +114,7 @@ def layouts(
     *,
     slices: Mapping[str, Sequence[TensorSpec]] = {},
 ) -> list[FileLayout]:
-    """The files of a model: one named as ``path``, or shards beside it where ``specs`` take more than ``max_bytes``.
+    """The files of a model: one named as ``path``, or shards in its folder where ``specs`` take more than ``max_bytes``.
 
     ``slices``: tensor → the specs by which it is written, one after the other, where that is not by its own.
     """

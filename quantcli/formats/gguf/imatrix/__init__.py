@@ -1,1 +1,1 @@
-"""Importance matrices: llama.cpp's files, and what they say of a model's weights."""
+"""Importance matrices: llama.cpp's files, and what they state about a model's weights."""

@@ -34,7 +34,7 @@ from quantcli.tensors import TensorSpec
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 OURS = ("quantcli.dataset_sha256", "quantcli.dataset_sketch")
-"""What quantcli says of the text beside llama-imatrix's own keys, and hands on to the files that are made with the matrix."""
+"""What quantcli records about the text, besides llama-imatrix's own keys, and passes on to the files that are made with the matrix."""
 
 MAX_NAME_BYTES = 1 << 16
 
@@ -52,14 +52,14 @@ class Entry:
 class Imatrix(Mapping[str, Tensor]):
     """GGUF name → the importance of a tensor's inputs, F32 [n_matrices · in]: mean squares, read when asked for.
 
-    ``datasets``: what was measured on, as its maker called it; ``said``: keys of quantcli's own in its metadata.
+    ``datasets``: what was measured on, as its maker called it; ``own_fields``: keys of quantcli's own in its metadata.
     """
 
     path: Path
     entries: Mapping[str, Entry]
     datasets: tuple[str, ...]
     n_chunks: int
-    said: Mapping[str, Field] = field(default_factory=dict)
+    own_fields: Mapping[str, Field] = field(default_factory=dict)
 
     @staticmethod
     def read(path: str | Path) -> Imatrix:
@@ -139,8 +139,8 @@ def _read_gguf(path: Path) -> Imatrix:
     n_chunks = container.get(CHUNK_COUNT, 0)
     if isinstance(datasets, str) or not isinstance(datasets, Sequence) or not isinstance(n_chunks, int):
         raise CheckpointError(f"{path}: its {DATASETS} or {CHUNK_COUNT} is of another type than llama-imatrix writes; measure again")
-    said = {key: value for key, value in container.fields.items() if key in OURS}
-    return Imatrix(path, entries, tuple(map(str, datasets)), n_chunks, said)
+    own_fields = {key: value for key, value in container.fields.items() if key in OURS}
+    return Imatrix(path, entries, tuple(map(str, datasets)), n_chunks, own_fields)
 
 
 def _read_legacy(path: Path) -> Imatrix:
@@ -188,16 +188,16 @@ def write(
     datasets: Sequence[str],
     n_chunks: int,
     chunk_size: int,
-    said: Mapping[str, Field],
+    own_fields: Mapping[str, Field],
     overwrite: bool,
 ) -> None:
-    """Write ``measured``, GGUF name → what was seen of that tensor's inputs, as llama-imatrix does; ``said`` is added to the metadata."""
+    """Write ``measured``, GGUF name → what was seen of that tensor's inputs, as llama-imatrix does; ``own_fields`` join the metadata."""
     fields = {
         "general.type": Field(GGUFValueType.STRING, "imatrix"),
         DATASETS: Field(GGUFValueType.ARRAY, list(datasets), GGUFValueType.STRING),
         CHUNK_COUNT: Field(GGUFValueType.UINT32, n_chunks),
         CHUNK_SIZE: Field(GGUFValueType.UINT32, chunk_size),
-        **said,
+        **own_fields,
     }
     specs = [tensor_spec(name + part, "F32", shape) for name in sorted(measured) for part, shape in shapes_of(measured[name]).items()]
     head, offsets, size = header(fields, specs)

@@ -63,15 +63,15 @@ def read(path: Path) -> ImportanceSource:
 def of(
     matrix: ImportanceSource, source: Checkpoint, schemes: Mapping[str, Scheme], names: Mapping[str, str], arch: Architecture
 ) -> Importance:
-    """What ``matrix``, an importance matrix or a statistics file, says of the weights of ``source`` that ``schemes`` code.
+    """What ``matrix``, an importance matrix or a statistics file, states about the weights of ``source`` that ``schemes`` quantize.
 
     ``names``: HF → GGUF name of every tensor, experts of a tensor in their order. :class:`RecipeError` for a file of another model.
     """
-    coded = {hf: target for hf, target in names.items() if hf in schemes and schemes[hf].qtype.upper() not in DENSE}
+    quantized = {hf: target for hf, target in names.items() if hf in schemes and schemes[hf].qtype.upper() not in DENSE}
     if isinstance(matrix, StatsFile):
-        return of_stats(matrix, source, coded, arch)
+        return of_stats(matrix, source, quantized, arch)
     assert isinstance(matrix, Imatrix)
-    return of_imatrix(matrix, source, coded)
+    return of_imatrix(matrix, source, quantized)
 
 
 def of_imatrix(matrix: Imatrix, source: Checkpoint, names: Mapping[str, str]) -> Importance:
@@ -96,7 +96,7 @@ def of_imatrix(matrix: Imatrix, source: Checkpoint, names: Mapping[str, str]) ->
     for target in slices:
         if target in matrix and (unseen := matrix.unseen(target)):
             notes += (f"{matrix.path}: {target}: no token reached {experts(unseen)}, whose inputs all count alike",)
-    dataset = {key: str(field.value) for key, field in matrix.said.items()}
+    dataset = {key: str(field.value) for key, field in matrix.own_fields.items()}
     return Importance(rows, str(matrix.path), matrix.datasets, len(matrix), matrix.n_chunks, dataset, notes)
 
 
@@ -119,7 +119,7 @@ def of_stats(stats: StatsFile, source: Checkpoint, names: Mapping[str, str], arc
 
 
 def dataset_of(stats: StatsFile) -> dict[str, str]:
-    """What tells another text's overlap with the one that ``stats`` were measured on, by the keys of a GGUF file."""
+    """What shows another text's overlap with the one that ``stats`` were measured on, by the keys of a GGUF file."""
     return {key: stats.metadata[ours] for key in imatrix.OURS if (ours := key.removeprefix("quantcli.")) in stats.metadata}
 
 
@@ -160,7 +160,7 @@ def unmeasured(measured: Collection[str], names: Mapping[str, str], specs: Mappi
 
 
 def described(importance: Importance) -> dict[str, Field]:
-    """The keys by which llama-quantize says what importance matrix it had, and quantcli's own of the text."""
+    """The keys by which llama-quantize records its importance matrix, and quantcli's own of the text."""
     fields = {"quantize.imatrix.file": text(importance.file)}
     if importance.datasets:
         fields["quantize.imatrix.dataset"] = text(importance.datasets[0])

@@ -14,7 +14,7 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.file.container import Container
 from quantcli.formats.gguf.model.metadata import GATING_FUNCTIONS
 
-YARN_WORDS = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+YARN_NAMES = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
 
 
 def config_of(container: Container, arch: Architecture) -> dict[str, Any]:
@@ -22,9 +22,9 @@ def config_of(container: Container, arch: Architecture) -> dict[str, Any]:
     p, specs = arch.gguf_arch, container.specs
     config: dict[str, Any] = {"architectures": [arch.hf_class], "model_type": arch.model_types[0], **arch.fixed}
     for key in arch.keys:
-        if isinstance(key, Key) and key.words:
+        if isinstance(key, Key) and key.config_keys:
             value = _value(container, f"{p}.{key.name}", key)
-            config |= {} if value in (None, key.default) else {key.all_words[0]: value}
+            config |= {} if value in (None, key.default) else {key.all_config_keys[0]: value}
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if any(isinstance(key, Key) and key.name == "attention.key_length" for key in arch.keys):  # elsewhere no width but the usual is known
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -87,32 +87,32 @@ def untruncated_yarn(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def falcon_heads(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The words that the family has of its own: where not all heads have keys, ``multi_query``; the newer models have two norms."""
+    """The keys that the family has of its own: where not all heads have keys, ``multi_query``; the newer models have two norms."""
     n_kv, is_new = config["num_key_value_heads"], config["new_decoder_architecture"]
     if config["num_attention_heads"] % n_kv:
         raise UnsupportedError(f"{config['num_attention_heads']} heads cannot share {n_kv} heads of keys")
     return {"num_kv_heads": n_kv, "multi_query": n_kv == 1 or is_new, "num_ln_in_parallel_attn": 2 if is_new else None}
 
 
-def deepseek_words(config: Mapping[str, Any]) -> dict[str, Any]:
+def deepseek_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """V3 is the one whose routers have a correction. What the file leaves out was zero, or false."""
     rotated = config["qk_rope_head_dim"]
     rope = {word: value for word, value in config["rope_parameters"].items() if word != "partial_rotary_factor"}
     if (mscale := config.get("mscale_all_dim")) is not None:
         rope["mscale"] = rope["mscale_all_dim"] = float(f"{10 * mscale:.6g}")  # llama.cpp takes both to be the same
-    words: dict[str, Any] = {"qk_nope_head_dim": config["qk_head_dim"] - rotated, "head_dim": rotated, "rope_parameters": rope}
+    keys: dict[str, Any] = {"qk_nope_head_dim": config["qk_head_dim"] - rotated, "head_dim": rotated, "rope_parameters": rope}
     absent = {"q_lora_rank": None, "n_shared_experts": 0, "first_k_dense_replace": 0, "norm_topk_prob": False}
-    words |= {word: value for word, value in absent.items() if word not in config}
+    keys |= {word: value for word, value in absent.items() if word not in config}
     if config["has_score_correction"]:
-        words |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "topk_method": "noaux_tc"}
+        keys |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "topk_method": "noaux_tc"}
     else:
-        words["topk_method"] = "group_limited_greedy" if config.get("n_group", 1) > 1 else "greedy"
+        keys["topk_method"] = "group_limited_greedy" if config.get("n_group", 1) > 1 else "greedy"
     if (number := config.get("scoring_func")) is not None:
         known = {number: word for word, number in GATING_FUNCTIONS.items()}
         if number not in known:
             raise UnsupportedError(f"expert_gating_func {number}: quantcli knows {', '.join(f'{n} ({word})' for n, word in known.items())}")
-        words["scoring_func"] = known[number]
-    return words
+        keys["scoring_func"] = known[number]
+    return keys
 
 
 RESTORED: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
@@ -120,9 +120,9 @@ RESTORED: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gemma 3's query scale": gemma3_scale,
     "gpt-oss's untruncated yarn": untruncated_yarn,
     "falcon's heads": falcon_heads,
-    "deepseek's words": deepseek_words,
+    "deepseek's keys": deepseek_keys,
 }
-"""Words of a config that llama.cpp knows without a key: what an architecture's literal names → config so far → these words."""
+"""Keys of a config whose values llama.cpp knows without metadata: name in an architecture's literal → config so far → keys and values."""
 
 
 def _rope(container: Container, p: str) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _full_rope(container: Container, p: str) -> dict[str, Any]:
     rope |= {"rope_type": kind, "factor": _float(container, f"{p}.rope.scaling.factor", 1.0)}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = _integer(container, f"{p}.rope.scaling.original_context_length")
-        keys = {word: f"{p}.rope.scaling.yarn_{key}" for word, key in YARN_WORDS.items()}
+        keys = {word: f"{p}.rope.scaling.yarn_{key}" for word, key in YARN_NAMES.items()}
         rope |= {word: _float(container, key, 0.0) for word, key in keys.items() if key in container.fields}
     return rope
 

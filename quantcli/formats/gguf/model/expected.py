@@ -28,11 +28,11 @@ def check_tensors(container: Container, arch: Architecture, config: Mapping[str,
             if name not in specs and not may_lack:
                 raise CheckpointError(f"{container.path}: tensor '{name}' is missing, and the metadata promises {n_layers} layers")
             if name in specs and shape not in (None, specs[name].shape):
-                raise CheckpointError(f"{container.path}: tensor '{name}' is {list(specs[name].shape)}, the metadata says {shape}")
+                raise CheckpointError(f"{container.path}: tensor '{name}' is {list(specs[name].shape)}, the metadata gives {shape}")
 
 
 def expected_shapes(arch: Architecture, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Ending of a module's name → the shape of its weight in the file, where the usual words of a config tell it."""
+    """Ending of a module's name → the shape of its weight in the file, where the usual keys of a config give it."""
     hidden, wide, vocab = config["hidden_size"], config.get("intermediate_size"), config["vocab_size"]
     q, kv = (head_dim(config) * config[key] for key in ("num_attention_heads", "num_key_value_heads"))
     shapes: dict[str, tuple[int, ...]] = {

@@ -22,7 +22,7 @@ QUANTIZATION_KEYS = ("general.quantization_version", "general.file_type")
 
 
 def general(keys: GGUFWriter, folder: Path, *, name: str | None) -> None:
-    """general.*: what the model card, generation_config.json and the folder's name tell; ``name`` (a Hub id) replaces a guessed one.
+    """general.*: what the model card, generation_config.json and the folder's name give; ``name`` (a Hub id) replaces a guessed one.
 
     ``keys`` knows the file's tensors, whose parameters make the size label.
     """
@@ -42,7 +42,7 @@ def general(keys: GGUFWriter, folder: Path, *, name: str | None) -> None:
 
 
 def hyperparameters(keys: GGUFWriter, arch: Architecture, config: Mapping[str, Any]) -> None:
-    """What ``arch`` says of ``config`` (in the usual words) under the architecture's prefix: sizes, rotary embedding, norm epsilon."""
+    """What ``arch`` takes from ``config`` (with the usual keys) under the architecture's prefix: sizes, rotary embedding, norm epsilon."""
     try:
         for key in arch.keys:
             if isinstance(key, str):
@@ -55,13 +55,13 @@ def hyperparameters(keys: GGUFWriter, arch: Architecture, config: Mapping[str, A
 
 
 def value_of(key: Key, config: Mapping[str, Any]) -> Any:
-    """What the file says under ``key``; None when it leaves the key out; KeyError when it must not."""
+    """What the file gets under ``key``; None when it leaves the key out; KeyError when it must not."""
     if key.computed is not None:
         value = COMPUTED[key.computed](config)
     else:
-        value = next((config[word] for word in key.all_words if config.get(word) is not None), None)
+        value = next((config[word] for word in key.all_config_keys if config.get(word) is not None), None)
     if value is None and key.default is REQUIRED:
-        raise KeyError(key.all_words[0])
+        raise KeyError(key.all_config_keys[0])
     return key.default if value is None else value
 
 
@@ -88,7 +88,7 @@ def rotary_width(config: Mapping[str, Any]) -> int:
 
 
 def windowed_layers(config: Mapping[str, Any]) -> list[bool]:
-    """Which layers see a window only; where config.json does not say, all but every fourth."""
+    """Which layers see a window only; where config.json does not list them, all but every fourth."""
     if (kinds := config.get("layer_types")) is not None:
         return [kind == "sliding_attention" for kind in kinds]
     return [(i + 1) % 4 != 0 for i in range(config["num_hidden_layers"])]
@@ -113,7 +113,7 @@ def longrope_attention_factor(config: Mapping[str, Any]) -> float | None:
 
 
 def falcon_key_heads(config: Mapping[str, Any]) -> int:
-    """One for all queries in the 7B, which says so by ``multi_query``."""
+    """One for all queries in the 7B, which sets ``multi_query``."""
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 1
     n_heads: int = config.get("num_key_value_heads") or config["num_attention_heads"]
@@ -124,7 +124,7 @@ GATING_FUNCTIONS = {"softmax": int(gguf.ExpertGatingFuncType.SOFTMAX), "sigmoid"
 
 
 def gating_function(config: Mapping[str, Any]) -> int | None:
-    """llama.cpp's number for how a router's scores become weights; None where config.json does not say."""
+    """llama.cpp's number for how a router's scores become weights; None where config.json has none."""
     if (name := config.get("scoring_func")) is None:
         return None
     if name not in GATING_FUNCTIONS:
@@ -148,11 +148,11 @@ COMPUTED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "context before longrope": context_before_longrope,
     "longrope's attention factor": longrope_attention_factor,
 }
-"""Values of keys that stand in no config.json as they are: what an architecture's literal names → config in the usual words → value."""
+"""Values of keys that no config.json has as they are: what an architecture's literal names → config with the usual keys → value."""
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """HF's rotary parameters in the words of transformers 5, whichever version wrote ``config``: of the layers that see everything."""
+    """HF's rotary parameters under the keys of transformers 5, whichever version wrote ``config``: of the layers that see everything."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope = dict(rope.get("full_attention", rope))
     rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -163,7 +163,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def window_base(config: Mapping[str, Any]) -> float | None:
-    """The rotary base of the layers that see a window only, where it is told apart."""
+    """The rotary base of the layers that see a window only, where it is given separately."""
     rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     return rope.get("rope_theta", config.get("rope_local_base_freq"))
 
@@ -190,7 +190,7 @@ def rope_keys(keys: GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 GROUPS: dict[str, Callable[[GGUFWriter, Mapping[str, Any]], None]] = {"rope": rope_keys}
-"""Keys that belong together, by the word for them in an architecture's literal."""
+"""Keys that belong together, by their name in an architecture's literal."""
 
 YARN_KEYS = {
     "extrapolation_factor": "add_rope_scaling_yarn_ext_factor",

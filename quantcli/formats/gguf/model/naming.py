@@ -25,14 +25,14 @@ class Naming:
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of ``config``, or :class:`UnsupportedError`; :class:`CheckpointError` when the config does not say its sizes."""
+    """The architecture of ``config``, or :class:`UnsupportedError`; :class:`CheckpointError` when the config lacks its sizes."""
     if (arch := archs.of(config)) is None:
         raise UnsupportedError(
             f"model_type '{config.get('model_type')}' is not known to quantcli as GGUF; where llama.cpp knows it, "
             "convert_hf_to_gguf.py --outtype bf16 makes a .gguf that quantcli quantizes as its SOURCE"
         )
     if isinstance(arch, StoredNames):
-        return arch  # whose config says what the file says
+        return arch  # whose config has what the file has
     usual = arch.usual(config)
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
         if type(usual.get(key)) is not int or usual[key] < 1:
@@ -80,7 +80,7 @@ def slices_of(names: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def why_dropped(name: str, target: str | None, arch: Architecture, config: Mapping[str, Any]) -> str | None:
-    """The reason why GGUF has no place for tensor ``name``; None when it may have one. ``config``: in the usual words."""
+    """The reason why GGUF has no place for tensor ``name``; None when it may have one. ``config``: with the usual keys."""
     if isinstance(arch, StoredNames):
         return None
     if (target == "output.weight" or name.endswith("lm_head.weight")) and config.get("tie_word_embeddings"):
@@ -120,7 +120,7 @@ def slice_name(gguf_name: str, number: int) -> str:
 
 
 def scale_name(gguf_name: str) -> str:
-    """The tensor beside a matrix, or beside a slice, whose scale it holds."""
+    """The tensor that holds the scale of a matrix, or of a slice."""
     return gguf_name.replace(".weight", ".scale")
 
 

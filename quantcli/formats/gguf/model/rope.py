@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 
 
 def llama3_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The table of a model with Llama 3's scaling, none for others. ``config``: in the usual words."""
+    """The table of a model with Llama 3's scaling, none for others. ``config``: with the usual keys."""
     rope = rope_parameters(config)
     return {TENSOR: llama3_factors(rope, head_dim(config))} if rope["rope_type"] == "llama3" else {}
 
@@ -75,7 +75,7 @@ def _solve(factors: Tensor, theta: float, head_dim: int) -> list[tuple[float, fl
 
 
 def longrope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The two tables of a model with Phi-3's scaling, none for others. ``config``: in the usual words."""
+    """The two tables of a model with Phi-3's scaling, none for others. ``config``: with the usual keys."""
     rope, width = rope_parameters(config), rotary_width(config)
     tables = {word: rope.get(f"{word}_factor") for word in LONGROPE}
     if not tables["long"]:
@@ -86,7 +86,7 @@ def longrope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def longrope_parameters(tables: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    """HF's rope_parameters of the tables :data:`LONGROPE`; ``config``: as far as the file's metadata tells it."""
+    """HF's rope_parameters of the tables :data:`LONGROPE`; ``config``: as far as the file's metadata gives it."""
     n, before = rotary_width(config) // 2, config.get("original_max_position_embeddings")
     for name, table in tables.items():
         if tuple(table.shape) != (n,) or not table.isfinite().all():
@@ -98,4 +98,4 @@ def longrope_parameters(tables: Mapping[str, Tensor], config: Mapping[str, Any])
 
 
 COMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, Tensor]]] = {"llama3": llama3_tensors, "longrope": longrope_tensors}
-"""What an architecture's literal names → config in the usual words → the tensors, by GGUF name, that follow from it."""
+"""What an architecture's literal names → config with the usual keys → the tensors, by GGUF name, that follow from it."""

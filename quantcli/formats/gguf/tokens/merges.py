@@ -1,4 +1,4 @@
-"""Merges of a BPE: as GGUF writes them, and whether a SentencePiece model's scores say the same."""
+"""Merges of a BPE: as GGUF writes them, and whether a SentencePiece model's scores give the same."""
 
 from __future__ import annotations
 

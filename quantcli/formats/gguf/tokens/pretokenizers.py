@@ -57,7 +57,7 @@ class Family:
     ``names``: its name for them → the GGUF architectures whose models carry that name; a model of another architecture gets the first.
     ``cuts``: the expressions, in the order they cut the text. ``ignores_merges``: a piece that is a token stays whole, whatever the
     merges (tokenizer.json's ``model.ignore_merges``), which llama.cpp derives from the name: Llama 3 and Smaug differ in it alone.
-    ``begins``: llama.cpp puts the first token before a text unless the file says otherwise.
+    ``begins``: llama.cpp puts the first token before a text unless the file sets otherwise.
     """
 
     names: Mapping[str, str]
@@ -66,9 +66,9 @@ class Family:
     begins: bool = False
 
 
-def _names(words: str) -> dict[str, str]:
+def _names(listing: str) -> dict[str, str]:
     """``name:arch+arch name``: names, some with the architectures they are for."""
-    return {name: archs for name, _, archs in (word.partition(":") for word in words.split())}
+    return {name: archs for name, _, archs in (word.partition(":") for word in listing.split())}
 
 
 FAMILIES = (
@@ -143,7 +143,7 @@ FAMILIES = (
     ),
 )
 """All of llama.cpp's src/llama-vocab.cpp whose text is cut before it is turned into bytes. The expressions are the models' own, from
-their tokenizer.json; llama.cpp's are sometimes near ones, in what its regular expressions can say."""
+their tokenizer.json; llama.cpp's are sometimes near ones, in what its regular expressions can express."""
 
 WITHOUT_BYTES = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace")
 """Its names for merges over characters instead of bytes; ``default`` is what it does where a file names none."""

@@ -90,7 +90,7 @@ def removes_spaces(parsed: Mapping[str, Any]) -> bool:
 
 
 def _cuts(step: Mapping[str, Any]) -> list[str]:
-    """What one step isolates, as an expression; as words where it does something that no expression says."""
+    """What one step isolates, as an expression; in plain text where it does something that no expression can."""
     kind = step.get("type")
     if kind == "Split":
         return [_split(step)]
@@ -128,10 +128,10 @@ def _nearest(tokenizer: Mapping[str, Any], cuts: tuple[str, ...], ignores_merges
 
 def _pre_tokenizer(cuts: Sequence[str]) -> Mapping[str, Any]:
     """Expressions as the pre-tokenizer of a tokenizer.json."""
-    words = {PUNCTUATION: "Isolated", PUNCTUATION_RUNS: "Contiguous"}
+    behaviors = {PUNCTUATION: "Isolated", PUNCTUATION_RUNS: "Contiguous"}
     parts = [
-        {"type": "Punctuation", "behavior": words[cut]}
-        if cut in words
+        {"type": "Punctuation", "behavior": behaviors[cut]}
+        if cut in behaviors
         else {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
         for cut in cuts
     ]

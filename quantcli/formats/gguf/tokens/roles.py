@@ -8,9 +8,9 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-WORDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+ROLE_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
-"""Roles whose key has another word (and llama.cpp's spelling)."""
+"""Roles whose key has another name (and llama.cpp's spelling)."""
 
 TOKENS_OF_FAMILIES: Mapping[str, Mapping[str, str]] = {
     "chatglm": {"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"},
@@ -45,7 +45,7 @@ class Roles:
     @classmethod
     def of(cls, settings: Mapping[str, Any], parsed: Mapping[str, Any]) -> Roles:
         """From tokenizer_config.json and tokenizer.json, as the gguf package's SpecialVocab reads them."""
-        roles = cls({word: text for word in WORDS if (text := content_of(settings.get(f"{word}_token")))})
+        roles = cls({word: text for word in ROLE_NAMES if (text := content_of(settings.get(f"{word}_token")))})
         if parsed:
             roles.read_post_processor(parsed.get("post_processor"))
         for word in ("bos", "eos", "sep"):
@@ -54,7 +54,7 @@ class Roles:
         return roles
 
     def read_post_processor(self, post_processor: Mapping[str, Any] | None) -> None:
-        """What tokenizer.json puts around a text; BERT's words serve where there are no others."""
+        """What tokenizer.json puts around a text; BERT's tokens serve where there are no others."""
         for word, stand_in in (("bos", "cls"), ("eos", "sep")):
             if word not in self.tokens and stand_in in self.tokens:
                 self.tokens[word] = self.tokens[stand_in]
@@ -94,10 +94,10 @@ class Roles:
             self.tokens.setdefault("sep", self.tokens["eos"])
 
     def find(self, ids: Mapping[str, int], config: Mapping[str, Any], gguf_arch: str, known: Mapping[str, int]) -> None:
-        """Each role's id: of the token the tokenizer names, else config.json's, else ``known`` (what its model says), else the family's."""
+        """Each role's id: of the token the tokenizer names, else config.json's, else ``known`` (its model's), else the family's."""
         n = max(ids.values(), default=-1) + 1
         self.ids = {role: ids[text] for role, text in self.tokens.items() if text in ids}
-        for role in WORDS:
+        for role in ROLE_NAMES:
             value = next(iter(integers(config.get(f"{role}_token_id"))), None)
             if value is not None and value < n:
                 self.ids.setdefault(role, value)

@@ -1,4 +1,4 @@
-"""tokenizer.model: the pieces of a SentencePiece model, and what its header says of the text before they are matched."""
+"""tokenizer.model: the pieces of a SentencePiece model, and what its header sets for the text before they are matched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantcli.errors import CheckpointError
 
 UNIGRAM, USER_DEFINED = 1, 4
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
-"""Values and field numbers of ModelProto (google/sentencepiece, sentencepiece_model.proto); those inside stand where they are read."""
+"""Values and field numbers of ModelProto (google/sentencepiece, sentencepiece_model.proto); those inside are where they are read."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _add(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | N
 
 
 def check_text(value: object) -> None:
-    """Raise ValueError for text that UTF-8 cannot hold: JSON's escapes can say half a surrogate pair."""
+    """Raise ValueError for text that UTF-8 cannot hold: JSON's escapes can spell half a surrogate pair."""
     for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
         if isinstance(text, str):
             text.encode()
@@ -123,7 +123,7 @@ def add_byte_level_bpe(keys: GGUFWriter, files: Files, vocab_size: int, pre_toke
     write_merges(keys, "gpt2", vocabulary, files, name)
     roles = write_roles(keys, vocabulary, files)
     if begins and "bos" not in roles.adds:
-        keys.add_add_bos_token(False)  # no file says that a text begins with a token, but llama.cpp takes the name to say so
+        keys.add_add_bos_token(False)  # no file declares that a text begins with a token, but llama.cpp takes the name to mean so
     return vocabulary
 
 
@@ -188,7 +188,7 @@ def add_unigram_json(keys: GGUFWriter, files: Files, vocab_size: int) -> Vocabul
         if step["type"] == "Precompiled" and step.get("precompiled_charsmap"):
             keys.add_precompiled_charsmap(base64.b64decode(step["precompiled_charsmap"]))
     write_scored(keys, "t5", vocabulary)
-    # llama.cpp would end every text with T5's end token unless told otherwise
+    # llama.cpp would end every text with T5's end token unless it is set otherwise
     write_roles(keys, vocabulary, files, known={} if unknown is None else {"unk": unknown}, adds={"bos": False, "eos": False})
     return vocabulary
 
@@ -213,7 +213,7 @@ def add_wordpiece(keys: GGUFWriter, files: Files, vocab_size: int) -> Vocabulary
 
 
 def write_normalizer(keys: GGUFWriter, files: Files) -> None:
-    """Whether letters are made small and lose their accents, where tokenizer.json says so."""
+    """Whether letters are made small and lose their accents, where tokenizer.json asks for it."""
     for step in steps(files.parsed.get("normalizer"), "normalizers"):
         flags = {"Lowercase": {"lowercase": True}, "StripAccents": {"strip_accents": True}, "BertNormalizer": step}.get(step["type"], {})
         for flag in ("lowercase", "strip_accents"):
@@ -253,7 +253,7 @@ def write_scored(keys: GGUFWriter, model: str, vocabulary: Vocabulary) -> None:
 
 
 def write_space_prefix(keys: GGUFWriter, files: Files, prepends: bool, *, usual: bool | None) -> None:
-    """Is a space put before a text? tokenizer_config.json's word, else the tokenizer's, which need not be written where it is the
+    """Is a space put before a text? as tokenizer_config.json sets it, else the tokenizer's, which need not be written where it is the
     ``usual`` thing for its kind.
     """
     if (configured := files.settings.get("add_prefix_space")) is not None:
@@ -272,7 +272,7 @@ def write_roles(
 ) -> Roles:
     """Ids of the special roles, and which of them are added to a text.
 
-    ``known``: role → id as the tokenizer's model says, where no file does; ``adds``: role → is it added, likewise.
+    ``known``: role → id as the tokenizer's model has it, where no file does; ``adds``: role → is it added, likewise.
     """
     generation = read_object(files.folder / "generation_config.json")
     roles = Roles.of(files.settings, files.parsed)
@@ -290,7 +290,7 @@ def piece_type(token: str, unknown: str | None) -> TokenType:
 
 
 def add_added_tokens(vocabulary: Vocabulary, files: Files) -> None:
-    """Tokens beside the model: tokenizer.json's, tokenizer_config.json's, and those a special role names."""
+    """Tokens in addition to the model: tokenizer.json's, tokenizer_config.json's, and those a special role names."""
     vocabulary.add_all(files.added())
     vocabulary.add_all(files.configured())
     vocabulary.name_specials(files.settings)

@@ -1,4 +1,4 @@
-"""The files that say what a tokenizer is, parsed."""
+"""The files that define a tokenizer, parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantcli.formats.gguf.tokens.tekken import ROLES, as_tokenizer_json
 @dataclass(frozen=True)
 class Files:
     """A tokenizer's files, parsed ({} where there is none): ``settings`` is tokenizer_config.json over special_tokens_map.json, ``parsed``
-    tokenizer.json, ``config`` config.json with the words of its text model.
+    tokenizer.json, ``config`` config.json with the keys of its text model.
     """
 
     folder: Path

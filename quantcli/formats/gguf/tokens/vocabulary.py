@@ -9,7 +9,7 @@ from typing import Any
 from gguf import TokenType
 
 from quantcli.errors import CheckpointError
-from quantcli.formats.gguf.tokens.roles import WORDS, content_of
+from quantcli.formats.gguf.tokens.roles import ROLE_NAMES, content_of
 
 SPACE = "\u2581"
 ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0
@@ -58,7 +58,7 @@ class Vocabulary:
 
     def name_specials(self, settings: Mapping[str, Any]) -> None:
         """Tokens that tokenizer_config.json gives a role are control tokens, added or not."""
-        contents = {content_of(settings.get(f"{word}_token")) for word in WORDS}
+        contents = {content_of(settings.get(f"{word}_token")) for word in ROLE_NAMES}
         for key in ("extra_special_tokens", "additional_special_tokens"):
             extra = settings.get(key) or []
             contents |= {content_of(token) for token in (extra.values() if isinstance(extra, dict) else extra)}
@@ -68,7 +68,7 @@ class Vocabulary:
                 self.types[id] = TokenType.CONTROL
 
     def ids(self) -> dict[str, int]:
-        """Token → id; :class:`CheckpointError` for a token that stands there twice, which llama.cpp does not survive."""
+        """Token → id; :class:`CheckpointError` for a token that is there twice, which llama.cpp does not survive."""
         ids: dict[str, int] = {}
         for id, token in enumerate(self.tokens):
             if (other := ids.setdefault(token, id)) != id:

@@ -1,4 +1,4 @@
-"""A GGUF file type applied to a model: which of its tensors gets which type, and what a user may say otherwise."""
+"""A GGUF file type applied to a model: which of its tensors gets which type, and the options by which a user changes that."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FILE_TYPES: dict[str, FileType] = {name: kind for name, kind in TABLE.items() if
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say of a GGUF file, under llama-quantize's names; a recipe's ``format_options``.
+    """Options for a GGUF file, under llama-quantize's names; a recipe's ``format_options``.
 
     ``tensor_type``: "REGEX=TYPE" on GGUF names, the first match wins; ``prune_layers``: numbers of layers to leave out; ``override_kv``:
     "KEY=TYPE:VALUE" with the types int, float, bool and str; ``pre_tokenizer``: replaces the name found from tokenizer.json;
@@ -53,14 +53,14 @@ class Options:
     split_max_size: str | None = None
 
     @classmethod
-    def of(cls, words: Mapping[str, Any]) -> Options:
+    def of(cls, given: Mapping[str, Any]) -> Options:
         """The options by name; :class:`RecipeError` for one that GGUF does not have."""
         known = [f.name for f in fields(cls)]
-        if "imatrix" in words:
+        if "imatrix" in given:
             raise RecipeError("an importance matrix is no option of the format; give it as --imatrix FILE, or as the data of a call")
-        if unknown := sorted(words.keys() - set(known)):
+        if unknown := sorted(given.keys() - set(known)):
             raise RecipeError(f"the gguf format has no option '{unknown[0]}'; there are: {', '.join(known)}")
-        options = cls(**words)
+        options = cls(**given)
         if wrong := [n for n in options.prune_layers if type(n) is not int or n < 0]:
             raise RecipeError(f"prune_layers takes numbers of layers, not {wrong[0]!r}")
         return options
@@ -138,10 +138,10 @@ def mix(
     read statistics, and llama-quantize's rules then choose otherwise; ``options``: :class:`Options`. Raises :class:`RecipeError` for a
     type that quantcli cannot write, and where a user's own type does not fit a row.
     """
-    kind, said = file_type(name), Options.of(options)
-    names = without_layers(gguf_names(specs, config), said.prune_layers)
+    kind, parsed = file_type(name), Options.of(options)
+    names = without_layers(gguf_names(specs, config), parsed.prune_layers)
     shapes = shapes_of(names, specs)
-    chosen = choose_types(kind, said, model_of(config, shapes, said.overrides), shapes, is_weighed=is_weighed)
+    chosen = choose_types(kind, parsed, model_of(config, shapes, parsed.overrides), shapes, is_weighed=is_weighed)
     return _schemes(chosen, names, specs)
 
 
@@ -155,16 +155,16 @@ def general_file_type(
     is_weighed: bool = False,
     options: Mapping[str, Any] = NO_OPTIONS,
 ) -> FileType:
-    """What general.file_type is to say: the file type that was ``asked`` for, if with ``options`` it gave these ``schemes``, as it does
-    but for rules and carried codes; else the one whose own mix gives the most weights the type they have.
+    """The value of general.file_type: the file type that was ``asked`` for, if with ``options`` it gave these ``schemes``, as it does
+    but for rules and kept codes; else the one whose own mix gives the most weights the type they have.
 
     ``names``: HF → GGUF name of the file's tensors; the rest as for :func:`mix`.
     """
-    said = Options.of(options)
+    parsed = Options.of(options)
     shapes = shapes_of(names, specs)
     if asked is not None and asked in FILE_TYPES:
-        model = model_of(config, shapes, said.overrides)
-        chosen = choose_types(FILE_TYPES[asked], said, model, shapes, is_weighed=is_weighed)
+        model = model_of(config, shapes, parsed.overrides)
+        chosen = choose_types(FILE_TYPES[asked], parsed, model, shapes, is_weighed=is_weighed)
         if _schemes(chosen, names, specs) == schemes:
             return FILE_TYPES[asked]
     model = model_of(config, shapes, {})
@@ -213,7 +213,7 @@ def choose_types(
 
 
 def _choose(kind: FileType, options: Options, chooser: Chooser, name: str, shape: tuple[int, ...]) -> str | None:
-    """The ggml type of the matrix with GGUF name ``name``, by what the user says and then by the mix; None when it is to stay as it is."""
+    """The ggml type of the matrix with GGUF name ``name``, by the user's options and then by the mix; None when it is to stay as it is."""
     if options.leave_output_tensor and name == "output.weight":
         return None
     manual, in_features = options.manual(name), shape[-1]
@@ -231,7 +231,7 @@ def _choose(kind: FileType, options: Options, chooser: Chooser, name: str, shape
 
 
 def _schemes(chosen: Mapping[str, str | None], names: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
-    """HF name → scheme of what is to be coded. ``chosen``: GGUF name → ggml type of the matrices; ``names``: HF → GGUF name.
+    """HF name → scheme of what is to be quantized. ``chosen``: GGUF name → ggml type of the matrices; ``names``: HF → GGUF name.
 
     What has the chosen type already, and one that quantcli does not write, needs no scheme to stay as it is.
     """

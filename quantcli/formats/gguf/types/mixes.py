@@ -13,7 +13,7 @@ from quantcli.formats.gguf.file.container import Field
 
 @dataclass(frozen=True)
 class Model:
-    """What the rules ask about a model, as GGUF's metadata says it. ``gqa``: query heads for each key head, of the first layer."""
+    """What the rules ask about a model, as GGUF's metadata has it. ``gqa``: query heads for each key head, of the first layer."""
 
     arch: str
     n_layers: int
@@ -48,7 +48,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands. ``i`` of ``n``: its layer, or how many of its role came before; ``n_before``: always the latter.
+    """A tensor's position. ``i`` of ``n``: its layer, or how many of its role came before; ``n_before``: always the latter.
     ``n_matrices``: experts that lie in it, 1 for a plain matrix; ``is_weighed``: whether there is an importance matrix."""
 
     model: Model
@@ -103,7 +103,7 @@ def four_experts(at: Place) -> bool:
 
 
 def eight_experts(at: Place) -> bool:
-    """Mixtral: beside its experts attention is small."""
+    """Mixtral: next to its experts attention is small."""
     return at.model.n_experts == 8
 
 
@@ -123,7 +123,7 @@ def weighed(at: Place) -> bool:
     return at.is_weighed
 
 
-def blind(at: Place) -> bool:
+def unweighed(at: Place) -> bool:
     return not at.is_weighed
 
 
@@ -135,13 +135,13 @@ def experts(at: Place) -> bool:
 Rule = tuple[str, *tuple[Callable[[Place], bool], ...]]
 """A block type, and what must all hold for it."""
 Rules = Mapping[str, tuple[Rule, ...]]
-"""Role → its rules, of which the first that holds wins; where none does, the file type's default stands."""
+"""Role → its rules, of which the first that holds wins; where none does, the file type's default applies."""
 
 
 @dataclass(frozen=True)
 class FileType:
-    """``number``: what general.file_type says; ``default``: the type of most tensors; ``head``: of the output matrix, or of the embedding
-    that serves as one. ``is_apart``: none of :data:`SHARED` holds. ``rules``: under "any" for every role but the head."""
+    """``number``: of general.file_type; ``default``: the type of most tensors; ``head``: of the output matrix, or of the
+    embedding that serves as one. ``is_apart``: none of :data:`SHARED` holds. ``rules``: under "any" for every role but the head."""
 
     number: LlamaFileType
     default: str
@@ -179,7 +179,7 @@ BESIDE_IQ3_S: Rules = {
 BESIDE_Q5_K: Rules = {
     "attn_v": (("Q5_K", grouped),),
     "attn_output": (("Q5_K", eight_experts, not_falcon),),
-    "ffn_down": (("Q5_K", blind, first_eighth),),
+    "ffn_down": (("Q5_K", unweighed, first_eighth),),
 }
 """Of those with a code book of four bits."""
 
@@ -255,11 +255,11 @@ TABLE: dict[str, FileType] = {
         "Q5_K",
         rules={
             "embedding": (("IQ3_S",),),
-            "attn_v": (("Q4_K", grouped), ("IQ3_S", blind)),
+            "attn_v": (("Q4_K", grouped), ("IQ3_S", unweighed)),
             "attn_k": (("IQ2_S",),),
             "attn_q": (("IQ2_S",),),
             "attn_output": (("Q5_K", eight_experts, not_falcon), ("IQ3_S", not_falcon)),
-            "ffn_down": (("Q4_K", blind, first_eighth), ("Q3_K", blind)),
+            "ffn_down": (("Q4_K", unweighed, first_eighth), ("Q3_K", unweighed)),
         },
     ),
     "IQ3_XS": FileType(
