@@ -36,11 +36,12 @@ from quantcli.planning.plan import Plan, PlannedLayer
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme
-from quantcli.text import overlap, texts
+from quantcli.text import texts
 from quantcli.walk import evaluate as evaluation
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import LayerWalked, Scores
 from quantcli.walk.events import Event, Finished, LayerDone, Note, Planned
+from quantcli.walk.notices import OnEvent, announce, note_to, tell_activations, warn_of_context, warn_of_overlap, warn_of_text
 
 __all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile", "Windows"]
 __all__ += ["calibrate", "evaluate", "export", "inspect", "open", "plan", "quantize", "use_device"]
@@ -50,11 +51,6 @@ Source = str | os.PathLike[str] | Checkpoint
 
 Text = str | os.PathLike[str] | Sequence[str]
 """A dataset as the command line names it (``mine.txt``, ``NAME=WEIGHT``), or several; () for the default text."""
-
-OnEvent = Callable[[Any], object]
-"""Called with each event of a run: :class:`Planned`, :class:`LayerDone`, :class:`Note` and the like (:mod:`quantcli.walk.events`)."""
-
-HEX_SKETCH = re.compile("([0-9a-f]{8})+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,18 +395,6 @@ def eval_windows(checkpoint: Checkpoint, data: Text, samples: int, seq_len: int,
     return texts.eval_windows_of(named(data), tokenizer(checkpoint), samples, seq_len, note=partial(note_to, tell))
 
 
-def announce(checkpoint: Checkpoint, event: Planned, tell: OnEvent) -> None:
-    """What a user should know before the work begins."""
-    if any(tensor.is_requantized for tensor in event.plan.tensors):
-        text = f"{checkpoint.source} is quantized already, and its error stays; better start from the original weights"
-        tell(Note(text, is_warning=True))
-    for note in (*checkpoint.notes, *event.notes):
-        tell(Note(note))
-    for tensor in event.plan.tensors:
-        if not tensor.outputs:
-            tell(Note(f"{tensor.name}: dropped: {event.plan.why_dropped(tensor)}", is_warning=True))
-
-
 def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
     """Raise before hours of work what the writer would raise after them, and keep ``overwrite`` from other people's files."""
     check_replaceable(Path(os.path.realpath(target)), overwrite=overwrite, folder=folder)
@@ -443,54 +427,6 @@ def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets
         own_fields=importance.text_fields(importance.dataset_of(stats)),
         overwrite=overwrite,
     )
-
-
-def tell_activations(checkpoint: Checkpoint, simulated: bool, tell: OnEvent) -> None:
-    """A note on what becomes of the linears' inputs, where the engine rounds them."""
-    acts: dict[str, int] = {}
-    for act in evaluation.rounded_inputs(checkpoint).values():
-        acts[act] = acts.get(act, 0) + 1
-    kinds = ", ".join(f"{act} of {n} linears" for act, n in acts.items())
-    if acts and simulated:
-        tell(Note(f"inputs are rounded as the engine does: {kinds}; --no-activations measures the weights alone"))
-    elif acts:
-        tell(Note(f"inputs are taken as they are, where the engine rounds them: {kinds}"))
-
-
-def warn_of_context(checkpoint: Checkpoint, seq_len: int, tell: OnEvent) -> None:
-    """Warn of windows longer than the model was made for."""
-    limit = checkpoint.config.get("max_position_embeddings")
-    if isinstance(limit, int) and seq_len > limit:
-        text = f"windows of {seq_len} tokens are longer than the {limit} this model was made for; lower --seq-len"
-        tell(Note(text, is_warning=True))
-
-
-def warn_of_text(known: TextCheck, tell: OnEvent) -> None:
-    """Warn of a text that the model does not know."""
-    if not known.is_low:
-        return
-    if known.perplexity != known.perplexity:
-        text = "the model's logits on the calibration text have NaN; check the checkpoint with quantcli eval"
-    else:
-        text = (
-            f"the calibration text has perplexity {known.perplexity:.0f} for this model, and {known.counted:.0f} by a count of its tokens: "
-            "it is no text that the model has learned; check --dataset, or the checkpoint"
-        )
-    tell(Note(text, is_warning=True))
-
-
-def warn_of_overlap(checkpoint: Checkpoint, ids: Tensor, tell: OnEvent) -> None:
-    """Warn when the text was calibrated on, as far as ``checkpoint`` tells: its figures would then flatter it."""
-    sketch = checkpoint.provenance.get("dataset_sketch")
-    if not isinstance(sketch, str) or not HEX_SKETCH.fullmatch(sketch):
-        return
-    if (found := overlap.overlap(sketch, ids)).is_notable:
-        text = f"{found.share:.0%} of this text was calibrated on, which flatters the model; give --dataset with other text"
-        tell(Note(text, is_warning=True))
-
-
-def note_to(tell: OnEvent, text: str, *, is_warning: bool = False) -> None:
-    tell(Note(text, is_warning))
 
 
 def planned_bpw(layer: PlannedLayer) -> float:
