@@ -24,7 +24,7 @@ SECTIONS = (
     Section(
         "The library",
         ("api.py",),
-        ("Source", "Text", "OnEvent", "quantize", "export", "calibrate", "evaluate", "inspect", "plan", "open", "use_device"),
+        ("Source", "Text", "quantize", "export", "calibrate", "evaluate", "inspect", "plan", "open", "use_device"),
     ),
     Section("Nouns", ("tensors.py",), ("DTYPES", "KEEP", "ACTIVATIONS", "HEAD", "KV_CACHES")),
     Section("Number formats", ("qtypes/__init__.py",), ("Parts", "of", "names")),
@@ -37,7 +37,11 @@ SECTIONS = (
     Section("Recipes", ("recipe.py",), ("load", "default_for", "shipped", "parse")),
     Section("Planning", ("planning/arrange.py", "planning/plan.py"), ("arrange", "make")),
     Section("Statistics", ("statistics/stats_file.py",)),
-    Section("The walk", ("calibration/data.py", "walk/events.py", "walk/pipeline.py"), ("Data", "Event", "quantize")),
+    Section(
+        "The walk",
+        ("calibration/data.py", "walk/events.py", "walk/notices.py", "walk/pipeline.py"),
+        ("Data", "Event", "OnEvent", "quantize"),
+    ),
     Section("Running a model", ("forward/model.py", "forward/layer.py", "forward/hidden.py"), ("OnInput", "OnRead", "run_dtype")),
 )
 """In the order of the page. Ops follow: those that ``quantcli.ops`` exports."""

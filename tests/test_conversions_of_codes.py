@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -217,6 +218,7 @@ class Nibbles(QType):
     """A made-up number format: symmetric 4 bits and a float32 scale for each 16 inputs."""
 
     name = "nibbles"
+    takes_groups = True
 
     def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
         n_groups = shape[1] // 16
@@ -237,6 +239,9 @@ class Nibbles(QType):
     def integers(self, tensor: QuantizedTensor) -> AffineCodes:
         return AffineCodes(tensor.parts["k"].to(torch.int16), tensor.parts["d"])
 
+    def relatives(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield Scheme.parse("int4-g16-sym-sf32")
+
     def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
         have = qtypes.of(source.qtype).affine(source)
         fits = have is not None and have.zeros == "none" and have.lo >= -8 and have.hi <= 7 and divides(16, have.group_size, in_features)
@@ -253,7 +258,11 @@ def test_a_new_number_format_that_converts_is_one_class(monkeypatch: pytest.Monk
     known_of, nibbles = qtypes.of, Nibbles()
     monkeypatch.setattr(qtypes, "of", lambda name: nibbles if name == "nibbles" else known_of(name))
     monkeypatch.setattr("quantcli.tensors.options_of", lambda name: {} if name == "nibbles" else known_of(name).options)
+    names = (*qtypes.names(), "nibbles")
+    monkeypatch.setattr(qtypes, "names", lambda: names)
     made_up, int4 = Scheme.of("nibbles"), Scheme.parse("int4-g16-sym-sf32")
+    assert made_up in set(conversions.candidates(Scheme.parse("int4-g32-sym")))
+    assert int4 in set(conversions.candidates(made_up))
     tensor = nibbles.encode(weights(), made_up)
     out, is_exact = conversions.convert(tensor, int4)
     assert is_exact

@@ -50,7 +50,7 @@ class QType(ABC):
     """Those of :attr:`options` that do not say which numbers can be stored."""
 
     takes_groups: ClassVar[bool] = False
-    """Whether any symmetric integers in groups may be converted to this type (:meth:`holds` says which), so that it is worth trying."""
+    """Whether integers in groups may be converted to this type (:meth:`holds` says which), so that it is worth trying."""
 
     @property
     def no_grid(self) -> str | None:
