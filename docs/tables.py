@@ -21,7 +21,8 @@ from pathlib import Path
 import contracts
 from commands import reference, table
 
-from quantcli import errors, formats, recipe, regrid
+from quantcli import conversions as converting
+from quantcli import errors, formats, recipe
 from quantcli.registry import find, names
 from quantcli.tensors import Scheme
 
@@ -117,8 +118,8 @@ def writable() -> list[str]:
 def conversion(source: Scheme, target: str) -> tuple[Scheme | None, str]:
     """What ``export --format TARGET`` makes of a tensor: its scheme there (None: dense), and "exact", "codes" or "requantized"."""
     fmt = formats.of(target)
-    for scheme in regrid.candidates(source):
-        if fmt.supports(scheme) and (degree := regrid.exactness(source, scheme, WIDTH)):
+    for scheme in converting.candidates(source):
+        if fmt.supports(scheme) and (degree := converting.exactness(source, scheme, WIDTH)):
             return scheme, degree
     return None if fmt.usual_scheme is None else Scheme.parse(fmt.usual_scheme), "requantized"
 

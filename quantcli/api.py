@@ -42,7 +42,7 @@ from quantcli.walk import pipeline
 from quantcli.walk.evaluate import LayerWalked, Scores
 from quantcli.walk.events import Event, Finished, LayerDone, Note, Planned
 
-__all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile"]
+__all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile", "Windows"]
 __all__ += ["calibrate", "evaluate", "export", "inspect", "open", "plan", "quantize", "use_device"]
 
 Source = str | os.PathLike[str] | Checkpoint

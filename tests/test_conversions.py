@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantcli import formats, regrid
+from quantcli import conversions, formats
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import open_checkpoint
 from quantcli.planning.inspection import describe
@@ -57,7 +57,7 @@ def coded(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 def test_a_folder_holds_the_scheme_it_was_made_with(coded: Callable[[str, str], Path], format_: str, text: str) -> None:
     with open_checkpoint(str(coded(format_, text))) as source:
         assert source.kind == format_
-        assert regrid.exactness(source.schemes[DOWN], Scheme.parse(text), tables.WIDTH) == regrid.EXACT
+        assert conversions.exactness(source.schemes[DOWN], Scheme.parse(text), tables.WIDTH) == conversions.EXACT
 
 
 @pytest.mark.parametrize(("format_", "text"), ROWS)
@@ -88,7 +88,7 @@ def test_a_cell_of_the_conversions_is_so(coded: Callable[[str, str], Path], tmp_
             else:
                 if degree == "requantized":
                     expected = formats.of(target).suited(expected, source.config)
-                assert regrid.exactness(result.schemes[DOWN], expected, tables.WIDTH) == regrid.EXACT
+                assert conversions.exactness(result.schemes[DOWN], expected, tables.WIDTH) == conversions.EXACT
             same = all(torch.equal(result.read(name), source.read(name)) for name in source.schemes)
     if degree == "exact":
         assert same

@@ -31,6 +31,7 @@ from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare, perplexity
 from quantcli.walk.pipeline import LayerDone
 from support import gptq_peer
+from support.runs import run
 from support.tiny_models import write_tokenizer
 
 SMALL: dict[str, Any] = {
@@ -262,12 +263,7 @@ def gptq(model_type: str = "", **calibration: Any) -> recipes.Recipe:
 
 def quantize(folder: Path, target: Path, recipe: recipes.Recipe, stats: Path | None = None) -> dict[str, TensorReport]:
     """Each coded tensor's report."""
-
-    def data() -> Windows:
-        return Windows(IDS) if stats is None else StatsFile(stats)
-
-    with open_checkpoint(str(folder)) as source:
-        events = list(pipeline.quantize(source, target, recipe, data=data))
+    events = run(folder, target, recipe, Windows(IDS) if stats is None else StatsFile(stats))
     return {report.name: report for event in events if isinstance(event, LayerDone) for report in event.tensors}
 
 

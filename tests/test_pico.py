@@ -16,9 +16,9 @@ from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.headers import read_header
 from quantcli.forward import tokenizer
 from quantcli.text import texts
-from quantcli.walk import pipeline
 from quantcli.walk.evaluate import Scores, compare, perplexity
 from support.places import DATA, PICO
+from support.runs import run
 
 MANIFEST = DATA / "pico-q4_k_m.json"
 N_SAMPLES, SEQ_LEN = 32, 256
@@ -37,8 +37,7 @@ def calibration() -> Windows:
 
 
 def quantize(target: Path, recipe: recipes.Recipe) -> Path:
-    with open_checkpoint(str(PICO)) as source:
-        list(pipeline.quantize(source, target, recipe, data=calibration))
+    run(PICO, target, recipe, calibration())
     return target
 
 

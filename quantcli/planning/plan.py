@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli import qtypes, regrid
+from quantcli import conversions, qtypes
 from quantcli.checkpoint import views
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.views import HEAD_WEIGHT
@@ -29,7 +29,7 @@ RTN = PassSpec("rtn")
 class PlannedTensor:
     """One tensor of the source. ``scheme`` None: copied as it is. ``tap``: whose statistics its passes read, or None.
     ``outputs``: the file tensors it becomes; none means that the format has no place for it. ``have``: the scheme that the source codes it
-    with; ``kept``: its codes go over (:mod:`quantcli.regrid`)."""
+    with; ``kept``: its codes go over (:mod:`quantcli.conversions`)."""
 
     source: TensorSpec
     scheme: Scheme | None
@@ -249,8 +249,8 @@ def surprises(
     ]:
         first = coded_anew[0]
         notes.append(f"{listed(coded_anew)} decoded and coded anew, with some loss: {schemes[first]} does not hold {source.schemes[first]}")
-    exactness = {name: regrid.exactness(source.schemes[name], schemes[name], source.specs[name].shape[-1]) for name in kept}
-    if rounded := [name for name, degree in exactness.items() if degree == regrid.CODES]:
+    exactness = {name: conversions.exactness(source.schemes[name], schemes[name], source.specs[name].shape[-1]) for name in kept}
+    if rounded := [name for name, degree in exactness.items() if degree == conversions.CODES]:
         notes.append(f"{listed(rounded)} keep their codes, and a scale or minimum is rounded to what {schemes[rounded[0]]} stores")
     if decoded := [name for name in source.schemes if name not in schemes]:
         notes.append(f"{listed(decoded)} decoded to a dense type: quantized in the source, and the recipe has no scheme for it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from quantcli import formats, qtypes, regrid
+from quantcli import conversions, formats, qtypes
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.views import HEAD_WEIGHT, tied_embedding
 from quantcli.errors import RecipeError, UnsupportedError
@@ -70,7 +70,9 @@ def kept_schemes(source: Checkpoint, recipe: Recipe, wanted: Mapping[str, Scheme
     schemes = {name: scheme for name, scheme in wanted.items() if name not in source.schemes and not is_quantized(scheme)}
     for name, scheme in source.schemes.items():
         shape = source.specs[name].shape
-        held = (s for s in regrid.candidates(scheme) if fmt.supports(s) and regrid.exactness(scheme, s, shape[-1]) and fits(shape, s))
+        held = (
+            s for s in conversions.candidates(scheme) if fmt.supports(s) and conversions.exactness(scheme, s, shape[-1]) and fits(shape, s)
+        )
         fitting = (s for s in held if fmt.why_not(s, source.config) is None)
         if (chosen := next(fitting, None)) is None and fmt.usual_scheme is not None:
             chosen = Scheme.parse(fmt.usual_scheme)
@@ -93,7 +95,7 @@ def keeping_codes(source: Checkpoint, recipe: Recipe, schemes: Mapping[str, Sche
     if recipe.codes == "requantize":
         return set()
     specs, chosen = source.specs, ((name, have, schemes.get(name)) for name, have in source.schemes.items())
-    return {name for name, have, want in chosen if want is not None and regrid.exactness(have, want, specs[name].shape[-1])}
+    return {name for name, have, want in chosen if want is not None and conversions.exactness(have, want, specs[name].shape[-1])}
 
 
 def protect(

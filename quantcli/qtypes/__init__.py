@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantcli import registry
 from quantcli.errors import UnsupportedError
+from quantcli.qtypes.shared.affine import Affine, AffineCodes
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
 __all__ = ["Parts", "QType", "names", "of"]
@@ -44,6 +45,12 @@ class QType(ABC):
     engine_act: ClassVar[str] = ""
     """How the engine rounds what a linear reads (:func:`quantcli.ops.round_inputs`), whatever the scheme says; "" where the scheme says
     it, by the option ``act``."""
+
+    other_options: ClassVar[frozenset[str]] = frozenset({"act", "search"})
+    """Those of :attr:`options` that do not say which numbers can be stored."""
+
+    takes_groups: ClassVar[bool] = False
+    """Whether any symmetric integers in groups may be converted to this type (:meth:`holds` says which), so that it is worth trying."""
 
     @property
     def no_grid(self) -> str | None:
@@ -120,6 +127,32 @@ class QType(ABC):
         scaled = [W * basis for W in Ws]
         fused = self.fused(scaled, scheme)
         return [(W - self.unpack(self.encode(W, scheme, importance, fused=fused))) / basis for W in scaled]
+
+    def affine(self, scheme: Scheme) -> Affine | None:
+        """The affine integer grid that ``scheme`` describes; None, the default, where it describes none."""
+        return None
+
+    def integers(self, tensor: QuantizedTensor) -> AffineCodes:
+        """The codes of ``tensor`` on the grid of :meth:`affine`, which must give one."""
+        raise UnsupportedError(f"{tensor.scheme} has no affine integers")
+
+    def variants(self, scheme: Scheme) -> Iterator[Scheme]:
+        """``scheme`` and those like it, in the order to be tried for its codes: with zero points, other scales, finer groups, more bits."""
+        yield scheme
+
+    def relatives(self, scheme: Scheme) -> Iterator[Scheme]:
+        """Schemes of other number formats that may store the very codes of ``scheme``; none by default."""
+        yield from ()
+
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        """How well ``target``, of this number format, holds the codes of ``source`` in rows of ``in_features``: ``EXACT``, ``CODES`` or
+        (None, the default) not at all. Not asked where both describe one grid."""
+        return None
+
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        """The codes of ``tensor`` in ``target``, of this number format, which holds them (:meth:`holds`).
+        :class:`~quantcli.errors.NumericsError` for a scale that does not fit."""
+        raise UnsupportedError(f"{target} takes no codes of {tensor.scheme}")
 
 
 @cache

@@ -18,7 +18,7 @@ a second time, to the largest of the three scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +28,17 @@ from typing_extensions import override
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.ops.minifloat import FLOAT8, Float8, Tile, dequantize_fp8, quantize_fp8, tiles_of
 from quantcli.qtypes import Parts, QType
+from quantcli.qtypes.shared.affine import CODES, EXACT, WIDER, stored
 from quantcli.qtypes.shared.minifloat import check_matrix, finite_absmax, float_bits, signed_book
 from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec
 
 STRATEGIES = ("tensor", "channel", "block")
 BLOCK = (128, 128)
+
+
+COARSE_TO_FINE = ("tensor", "block", "channel")
+REPEATS = {("tensor", "block"), ("tensor", "channel")}
+"""Pairs of strategies of which the second can repeat the first one's scales."""
 
 
 class Fp8(QType):
@@ -101,6 +107,31 @@ class Fp8(QType):
         tile = _tile(tuple(W.shape), scheme)
         data = quantize_fp8(W, scale.float().view(tiles_of(W.shape, tile)), tile, scheme.option("dtype"))
         return QuantizedTensor(scheme, tuple(W.shape), {"data": data, "scale": scale})
+
+    @override
+    def variants(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield scheme
+        for strategy in COARSE_TO_FINE:
+            yield from (scheme.with_options(strategy=strategy, scale_dtype=dtype) for dtype in ("F32", "BF16"))
+
+    @override
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        """The same weights, with the scales of a coarser strategy repeated."""
+        if source.qtype != self.name or source.option("dtype") != target.option("dtype"):
+            return None
+        have, want = source.option("strategy"), target.option("strategy")
+        if have != want and (have, want) not in REPEATS:
+            return None
+        return EXACT if target.option("scale_dtype") in WIDER[source.option("scale_dtype")] else CODES
+
+    @override
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        shape = self.layout(tensor.shape, target)["scale"].shape
+        scale = stored(tensor.parts["scale"], target.option("scale_dtype")).expand(shape).contiguous()
+        parts = {"data": tensor.parts["data"], "scale": scale}
+        if target.static_activations:
+            parts["input_scale"] = tensor.parts["input_scale"]
+        return QuantizedTensor(target, tensor.shape, parts)
 
 
 QTYPE = Fp8()

@@ -7,6 +7,6 @@ differs. llama.cpp's exponent, bit for bit, is ⌊log2(largest |w|)⌋ − 2, an
 
 from __future__ import annotations
 
-from quantcli.qtypes.shared.ggml import BlockType
+from quantcli.qtypes.shared.ggml import Mxfp4Type
 
-QTYPE = BlockType("ggml_mxfp4")
+QTYPE = Mxfp4Type("ggml_mxfp4")

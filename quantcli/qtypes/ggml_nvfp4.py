@@ -19,10 +19,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from quantcli.ops.minifloat import FLOAT8, FP4_LARGEST
+from quantcli.errors import NumericsError
+from quantcli.ops.blocks import KINDS, pack_blocks
+from quantcli.ops.minifloat import FLOAT8, FP4_LARGEST, unpack_fp4
 from quantcli.qtypes import Parts
+from quantcli.qtypes.shared.affine import CODES
 from quantcli.qtypes.shared.ggml import BlockType
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
+
+LARGEST_E4M3 = 126
+"""The byte of 448; those after it are no number, or have a sign."""
 
 
 class ScaledType(BlockType):
@@ -64,6 +70,20 @@ class ScaledType(BlockType):
             return super().encode(W, scheme, importance)
         scale = _matrix_scale(W)
         return _with_scale(super().encode(W.float() / scale, scheme, importance), scale)
+
+    @override
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        """The codes and scales of ``nvfp4``, of whose scale of the matrix the reciprocal is stored."""
+        fits = source.qtype == "nvfp4" and target.option("scaled") and in_features % KINDS[self.name].block == 0
+        return CODES if fits else None
+
+    @override
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        scale = tensor.parts["scale"].view(torch.uint8)
+        if int(scale.max()) > LARGEST_E4M3:
+            raise NumericsError("a scale of the source is negative or no number, which GGUF's NVFP4 cannot hold; the file is damaged")
+        blocks = pack_blocks(unpack_fp4(tensor.parts["packed"]).to(torch.int8), {"scale": scale}, self.name)
+        return QuantizedTensor(target, tensor.shape, {"blocks": blocks, "scale": 1 / tensor.parts["global_scale"].float()})
 
 
 QTYPE = ScaledType("ggml_nvfp4")

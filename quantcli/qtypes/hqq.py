@@ -17,6 +17,7 @@ integer zero points of the qtype ``int`` instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
@@ -26,6 +27,7 @@ from typing_extensions import override
 
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.qtypes import Parts, QType
+from quantcli.qtypes.shared.affine import FLOAT_ZEROS, Affine, AffineCodes
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
 BITS = (1, 1.58, 2, 3, 4, 5, 6, 8)
@@ -70,6 +72,19 @@ class Hqq(QType):
         else:
             W = codes.view(group_size, -1).to(scale.dtype).sub_(zero).mul_(scale)
         return W.view(codes.shape).to(torch.float32)
+
+    @override
+    def affine(self, scheme: Scheme) -> Affine | None:
+        """Along the inputs, with float zero points; groups across the matrix are nobody else's."""
+        if scheme.option("axis") != 1:
+            return None
+        hi = math.ceil(2 ** scheme.option("bits")) - 1
+        return Affine(0, hi, scheme.option("group_size"), scheme.option("scale_dtype"), zeros=FLOAT_ZEROS)
+
+    @override
+    def integers(self, tensor: QuantizedTensor) -> AffineCodes:
+        scale, zero = (tensor.parts[name].view(tensor.shape[0], -1) for name in ("scale", "zero"))
+        return AffineCodes(tensor.parts["codes"].to(torch.int16), scale, zero)
 
 
 QTYPE = Hqq()

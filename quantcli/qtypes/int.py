@@ -17,7 +17,7 @@ ones are unsigned with ``offset = −scale·zero``, exact in float32 (11 bits ×
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -25,9 +25,24 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from quantcli import qtypes
 from quantcli.errors import RecipeError
 from quantcli.ops.affine import TINY, affine_errors, affine_grid, fit_affine
 from quantcli.qtypes import Parts, QType
+from quantcli.qtypes.shared.affine import (
+    CODES,
+    EXACT,
+    FLOAT_ZEROS,
+    INTEGER_ZEROS,
+    NO_ZEROS,
+    WIDER,
+    Affine,
+    AffineCodes,
+    divides,
+    middle,
+    spread,
+    stored,
+)
 from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 BITS = (2, 3, 4, 8)
@@ -124,6 +139,61 @@ class Int(QType):
             return scale.float()[:, index] * (codes.to(torch.int16) - zero[:, index]).float()
         grouped = codes.view(codes.shape[0], scale.shape[1], -1).to(torch.int16)
         return (scale.float()[:, :, None] * (grouped - zero[:, :, None]).float()).view(codes.shape)
+
+    @override
+    def affine(self, scheme: Scheme) -> Affine:
+        half, sym = 2 ** (scheme.option("bits") - 1), bool(scheme.option("sym"))
+        lo, hi = (-half, half - 1) if sym else (1 - 2 * half, 2 * half - 1)
+        zeros = NO_ZEROS if sym else INTEGER_ZEROS
+        return Affine(lo, hi, scheme.option("group_size"), scheme.option("scale_dtype"), bool(scheme.option("desc_act")), zeros)
+
+    @override
+    def integers(self, tensor: QuantizedTensor) -> AffineCodes:
+        parts = tensor.parts
+        codes, zero, groups = parts["codes"].to(torch.int16), parts["zero"].to(torch.int16), parts.get("g_idx")
+        of_each = spread(zero, codes.shape[1]) if groups is None else zero[:, groups.long()]
+        return AffineCodes(codes - of_each, parts["scale"], None if tensor.scheme.option("sym") else zero, groups)
+
+    @override
+    def variants(self, scheme: Scheme) -> Iterator[Scheme]:
+        """Finer groups are for formats that know no group of a whole row, more bits for those that know few widths."""
+        yield scheme
+        for bits in [scheme.option("bits"), *(b for b in (4, 8) if b > scheme.option("bits"))]:
+            for size in (scheme.option("group_size"), 128, 64, 32):
+                variant = scheme.with_options(bits=bits, group_size=size)
+                yield variant
+                if variant.option("sym"):
+                    yield variant.with_options(sym=False)
+                if variant.option("scale_dtype") != "F16":
+                    yield variant.with_options(scale_dtype="F16")
+
+    @override
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        have, want = qtypes.of(source.qtype).affine(source), self.affine(target)
+        if have is None or have.zeros == FLOAT_ZEROS:
+            return None
+        if want.desc_act != have.desc_act or (have.desc_act and want.group_size != have.group_size):
+            return None
+        if not divides(want.group_size, have.group_size, in_features):
+            return None
+        if want.zeros == INTEGER_ZEROS and have.zeros == NO_ZEROS:
+            half = 2 ** (target.option("bits") - 1)  # the zero point of a symmetric grid
+            want = replace(want, lo=-half, hi=half - 1)
+        if have.lo < want.lo or have.hi > want.hi:
+            return None
+        return EXACT if want.scale_dtype in WIDER[have.scale_dtype] and not have.is_rounded else CODES
+
+    @override
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        """The zero point of a symmetric source becomes the middle of the codes."""
+        have = qtypes.of(tensor.scheme.qtype).integers(tensor)
+        (rows, n_in), bits, size = have.k.shape, target.option("bits"), target.option("group_size")
+        n_groups = have.scale.shape[1] if have.g_idx is not None else n_in // (n_in if size == -1 else size)
+        scale = spread(stored(have.scale, target.option("scale_dtype")), n_groups)
+        zeros = middle(rows, n_groups, bits) if have.zero is None or target.option("sym") else spread(have.zero, n_groups)
+        of_each = spread(zeros, n_in) if have.g_idx is None else zeros[:, have.g_idx.long()]
+        parts = {"codes": (have.k + of_each).to(torch.uint8), "scale": scale, "zero": zeros.to(torch.uint8)}
+        return QuantizedTensor(target, (rows, n_in), parts if have.g_idx is None else {**parts, "g_idx": have.g_idx})
 
 
 QTYPE = Int()

@@ -12,12 +12,15 @@ decodes (code · s) · 0.007874015748698502.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.qtypes import Parts, QType
+from quantcli.qtypes.shared.affine import Affine, AffineCodes
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
 STEP = 7.874015748698502e-3
@@ -71,6 +74,20 @@ class LlmInt8(QType):
     def unpack(self, tensor: QuantizedTensor) -> Tensor:
         """The weights [out, in] float32 that an engine computes. Within an ulp of the grid's: bitsandbytes multiplies in another order."""
         return tensor.parts["codes"] * tensor.parts["scb"][:, None] * STEP
+
+    @override
+    def affine(self, scheme: Scheme) -> Affine:
+        """127 times its scale is stored."""
+        return Affine(-128, 127, -1, "F32", is_rounded=True)
+
+    @override
+    def integers(self, tensor: QuantizedTensor) -> AffineCodes:
+        return AffineCodes(tensor.parts["codes"].to(torch.int16), (tensor.parts["scb"] / 127)[:, None])
+
+    @override
+    def variants(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield scheme
+        yield Scheme.parse("int8-channel-sym-sf32")
 
 
 QTYPE = LlmInt8()

@@ -11,14 +11,17 @@ Option ``search``: "minmax" takes compressed-tensors' exponent (:func:`quantcli.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from quantcli.ops.minifloat import FP4_LEVELS, dequantize_fp4, fit_fp4, group_step, mx_scale, quantize_fp4
+from quantcli.ops.blocks import unpack_blocks
+from quantcli.ops.minifloat import FP4_LEVELS, dequantize_fp4, fit_fp4, group_step, mx_scale, pack_fp4, quantize_fp4
 from quantcli.qtypes import Parts, QType
+from quantcli.qtypes.shared.affine import EXACT
 from quantcli.qtypes.shared.minifloat import check_matrix, check_search, finite_absmax, fp4_book, fp4_packed
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
@@ -65,6 +68,20 @@ class Mxfp4(QType):
         scale = _scale(W, scheme, importance)
         packed = quantize_fp4(W, group_step(scale, "mxfp4"))
         return QuantizedTensor(scheme, tuple(W.shape), {"packed": packed, "scale": scale})
+
+    @override
+    def relatives(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield Scheme.parse("ggml_mxfp4")
+
+    @override
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        """GGUF's packing has the same 4 bits and the same exponents."""
+        return EXACT if source.qtype == "ggml_mxfp4" else None
+
+    @override
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        codes, params = unpack_blocks(tensor.parts["blocks"], tensor.scheme.qtype, tensor.shape[-1])
+        return QuantizedTensor(target, tensor.shape, {"packed": pack_fp4(codes.to(torch.uint8)), "scale": params["scale"]})
 
 
 QTYPE = Mxfp4()

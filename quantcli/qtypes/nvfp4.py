@@ -13,7 +13,7 @@ Option ``search``: "minmax" is the scale absmax / 6, compressed-tensors' bytes; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +72,10 @@ class Nvfp4(QType):
         """``W`` [out, in] in any float dtype: ties go to even, which a :class:`Grid` does not know."""
         parts, step = _scales(W, scheme, importance, fused)
         return QuantizedTensor(scheme, tuple(W.shape), {"packed": quantize_fp4(W, step), **parts})
+
+    @override
+    def relatives(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield Scheme.of("ggml_nvfp4", scaled=True)
 
 
 QTYPE = Nvfp4()

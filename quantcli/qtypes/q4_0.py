@@ -7,6 +7,6 @@ The search is llama.cpp's (ggml-quants.c), bit for bit.
 
 from __future__ import annotations
 
-from quantcli.qtypes.shared.ggml import BlockType
+from quantcli.qtypes.shared.ggml import SignedType
 
-QTYPE = BlockType("q4_0")
+QTYPE = SignedType("q4_0")

@@ -7,6 +7,6 @@ The search is llama.cpp's (ggml-quants.c), bit for bit. In its mixes it stands i
 
 from __future__ import annotations
 
-from quantcli.qtypes.shared.ggml import BlockType
+from quantcli.qtypes.shared.ggml import SignedType
 
-QTYPE = BlockType("q5_0")
+QTYPE = SignedType("q5_0")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantcli import regrid
+from quantcli import conversions
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import NumericsError, RecipeError, about
 from quantcli.experts import expert_of
@@ -110,8 +110,8 @@ class LayerEncoder:
         assert tensor.scheme is not None
         have = self.source.quantized(tensor.name)
         with about(tensor.name):
-            out, is_exact = regrid.regrid(have, tensor.scheme)
-            error = 0.0 if is_exact else added_error(regrid.decode(have), regrid.decode(out))
+            out, is_exact = conversions.convert(have, tensor.scheme)
+            error = 0.0 if is_exact else added_error(conversions.decode(have), conversions.decode(out))
         self._put(tensor.name, out)
         return TensorReport(tensor.name, error, (), is_exact)
 
@@ -178,7 +178,7 @@ class LayerEncoder:
             tensor = with_input_scale(name, tensor, stats.get(unit.taps.get(name, "")), method)
             self._put(name, tensor)
             if loaded is not None and name in loaded.tensors:  # which the format may have cut from one that the model has whole
-                loaded.set(name, regrid.decode(tensor))
+                loaded.set(name, conversions.decode(tensor))
         return list(reports.values()), stats
 
     def rebased(self, unit: Layer, stats: Mapping[str, Stats]) -> dict[str, Stats]:

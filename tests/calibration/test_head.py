@@ -26,6 +26,7 @@ from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
 from quantcli.walk.pipeline import Finished, LayerDone
+from support.runs import run
 from support.tiny_models import TinyLlama
 
 IDS = torch.randint(2, 512, (16, 40), generator=torch.Generator().manual_seed(3))
@@ -39,8 +40,7 @@ def folder(tiny_llama: TinyLlama) -> Path:
 
 
 def quantize(model: Path, target: Path, how: recipe.Recipe, **options: Any) -> list[pipeline.Event]:
-    with open_checkpoint(str(model)) as source:
-        return list(pipeline.quantize(source, target, how, **{"data": Windows(IDS), **options}))
+    return run(model, target, how, **{"data": Windows(IDS), **options})
 
 
 def with_head(format_: str, method: str = "gptq", **changes: Any) -> recipe.Recipe:

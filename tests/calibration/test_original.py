@@ -24,6 +24,7 @@ from quantcli.statistics.meter import StatsMeter
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.walk import pipeline
 from quantcli.walk.pipeline import LayerDone
+from support.runs import run
 from support.tiny_models import TinyLlama
 from support.whole_models import inputs_of, save_mixtral
 
@@ -66,8 +67,7 @@ def test_drift_equals_that_of_two_whole_models(tiny_llama: TinyLlama) -> None:
 
 
 def quantize(folder: Path, target: Path, how: recipe.Recipe, **options: object) -> list[pipeline.Event]:
-    with open_checkpoint(str(folder)) as source:
-        return list(pipeline.quantize(source, target, how, **{"data": Windows(IDS), **options}))
+    return run(folder, target, how, **{"data": Windows(IDS), **options})
 
 
 def test_asymmetric_calibration_changes_what_comes_after_the_first_layer(tiny_llama: TinyLlama, tmp_path: Path) -> None:

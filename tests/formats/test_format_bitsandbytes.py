@@ -24,6 +24,7 @@ from quantcli.tensors import Scheme
 from quantcli.walk import pipeline
 from support.mutations import wrong_answers
 from support.places import DATA
+from support.runs import run
 from support.tiny_models import TinyLlama
 
 GOLDEN = load_file(DATA / "bitsandbytes.safetensors")
@@ -35,8 +36,7 @@ Tensors = dict[str, Tensor]
 
 
 def quantize(source: Path, target: Path, how: Recipe) -> pipeline.Finished:
-    with open_checkpoint(str(source)) as checkpoint:
-        *_, last = pipeline.quantize(checkpoint, target, how)
+    *_, last = run(source, target, how)
     assert isinstance(last, pipeline.Finished)
     return last
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantcli import qtypes
-from quantcli import recipe as recipes
 from quantcli.calibration.data import Windows
 from quantcli.errors import RecipeError
 from quantcli.formats import open_checkpoint
@@ -18,7 +17,7 @@ from quantcli.passes import awq, gptq, rtn
 from quantcli.passes.shared import basis
 from quantcli.planning.arrange import open_forward
 from quantcli.tensors import Absorber, Layer, Scheme, Stats, output_error, relative_error
-from quantcli.walk import pipeline
+from support.runs import run
 from support.tiny_models import TinyLlama
 
 ASYM = Scheme.parse("int4-g32-asym")
@@ -299,8 +298,7 @@ def test_statistics_without_h_are_refused() -> None:
 
 def quantized(folder: Path, target: Path, recipe: str) -> dict[str, Tensor]:
     ids = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
-    with open_checkpoint(str(folder)) as source:
-        list(pipeline.quantize(source, target, recipes.load(recipe), data=Windows(ids)))
+    run(folder, target, recipe, Windows(ids))
     return load_file(target / "model.safetensors")
 
 

@@ -26,6 +26,7 @@ from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import KV_CACHES, KvCache, Scheme
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import perplexity
+from support.runs import run
 from support.tiny_models import TinyLlama
 
 IDS = torch.randint(2, 512, (6, 40), generator=torch.Generator().manual_seed(3))
@@ -38,8 +39,7 @@ def folder(tiny_llama: TinyLlama) -> Path:
 
 
 def quantize(model: Path, target: Path, how: recipe.Recipe, **options: Any) -> Path:
-    with open_checkpoint(str(model)) as source:
-        list(pipeline.quantize(source, target, how, **{"data": Windows(IDS), **options}))
+    run(model, target, how, **{"data": Windows(IDS), **options})
     return target
 
 

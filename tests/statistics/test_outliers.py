@@ -24,6 +24,7 @@ from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme, Stats
 from quantcli.walk import pipeline
 from quantcli.walk.events import LayerDone, Planned
+from support.runs import run
 from support.tiny_models import TinyLlama
 
 IDS = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -60,9 +61,7 @@ def loud(tiny_llama: TinyLlama) -> Path:
 
 def quantize(folder: Path, target: Path, how: Recipe, stats: Path | None = None) -> dict[str, Any]:
     """What quantcli.json says."""
-    data = Windows(IDS) if stats is None else StatsFile(stats)
-    with open_checkpoint(str(folder)) as source:
-        list(pipeline.quantize(source, target, how, data=data))
+    run(folder, target, how, Windows(IDS) if stats is None else StatsFile(stats))
     return json.loads((target / "quantcli.json").read_text())
 
 

@@ -10,7 +10,7 @@ FLOORS = [
     {"calibration"},
     {"planning"},
     {"forward", "formats", "recipe"},
-    {"statistics", "passes", "regrid"},
+    {"statistics", "passes", "conversions"},
     {"checkpoint", "text"},
     {"archs", "qtypes", "output"},
     {"ops"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantcli import ops, regrid
+from quantcli import conversions, ops
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import Request, gguf
 from quantcli.formats.gguf.types import filetypes
@@ -39,8 +39,8 @@ def export(source: Checkpoint, path: Path, file_type: str, metadata: Mapping[str
 def coded(source: Checkpoint, name: str, scheme: Scheme | None) -> torch.Tensor | QuantizedTensor:
     """The source's own codes where ``scheme`` holds them."""
     have = source.schemes.get(name)
-    if have is not None and scheme is not None and regrid.exactness(have, scheme, source.specs[name].shape[-1]) == regrid.EXACT:
-        return regrid.regrid(source.quantized(name), scheme)[0]
+    if have is not None and scheme is not None and conversions.exactness(have, scheme, source.specs[name].shape[-1]) == conversions.EXACT:
+        return conversions.convert(source.quantized(name), scheme)[0]
     return quantized(source.read(name), scheme)
 
 

@@ -24,9 +24,9 @@ from quantcli.formats.gguf.types.mixes import FileType
 from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe
 from quantcli.statistics.stats_file import StatsFile
-from quantcli.walk import pipeline
 from quantcli.walk.events import Planned
 from support.places import DATA, PICO
+from support.runs import run
 
 GOLDEN = DATA / "pico-imatrix.gguf"
 
@@ -55,8 +55,7 @@ def written(stats: StatsFile, path: Path, folder: Path = PICO) -> imatrix.Imatri
 def quantize(target: Path, recipe: str, folder: Path = PICO, imatrix: Path | None = None, **options: Any) -> tuple[str, ...]:
     """``folder`` by a recipe with GGUF's options and an importance matrix; the notes."""
     data = None if imatrix is None else importance.read(imatrix)
-    with open_checkpoint(str(folder)) as source:
-        events = list(pipeline.quantize(source, target, replace(recipes.load(recipe), format_options=options), data=data))
+    events = run(folder, target, replace(recipes.load(recipe), format_options=options), data)
     assert isinstance(events[0], Planned)
     return events[0].notes
 

@@ -19,6 +19,7 @@ from quantcli.statistics.stats_file import StatsFile
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
 from quantcli.walk.pipeline import LayerDone
+from support.runs import run
 from support.tiny_models import TinyLlama
 
 IDS = torch.randint(512, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -26,9 +27,7 @@ LAYER = "model.layers.0"
 
 
 def quantize(folder: Path, target: Path, recipe: recipes.Recipe, stats: StatsFile | None = None) -> list[pipeline.Event]:
-    calibrated = stats or Windows(IDS)
-    with open_checkpoint(str(folder)) as source:
-        return list(pipeline.quantize(source, target, recipe, data=calibrated))
+    return run(folder, target, recipe, stats or Windows(IDS))
 
 
 def divergence(target: Path, folder: Path) -> float:

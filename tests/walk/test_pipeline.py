@@ -20,11 +20,11 @@ from quantcli import ops
 from quantcli import recipe as recipes
 from quantcli.calibration import calibrate
 from quantcli.calibration.data import Windows
+from quantcli.conversions import grid_of
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.formats import open_checkpoint
 from quantcli.planning.plan import PlannedTensor
 from quantcli.planning.schemes import is_quantized
-from quantcli.regrid import grid_of
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import TensorSpec
 from quantcli.walk import pipeline

@@ -14,7 +14,7 @@ stored, so that all of these are right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from typing_extensions import override
 from quantcli.errors import RecipeError
 from quantcli.ops.float4 import Book, dequantize_float4, float4_errors, pack_float4, quantize_float4
 from quantcli.qtypes import Parts, QType
+from quantcli.qtypes.shared.affine import EXACT
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -107,6 +108,21 @@ class Float4Type(QType):
         block, _ = self._options(tensor.scheme)
         error, energy = float4_errors(W, tensor.parts["packed"], scales_of(tensor.parts), book_of(self._levels), block_size=block)
         return float(error.double().sum()), float(energy.double().sum())
+
+    @override
+    def variants(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield scheme
+        yield scheme.with_options(double_quant=False)
+
+    @override
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        """The same codes in the same blocks, their scales in float32."""
+        same_blocks = source.qtype == self.name and source.option("block_size") == target.option("block_size")
+        return EXACT if same_blocks and not target.option("double_quant") else None
+
+    @override
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        return QuantizedTensor(target, tensor.shape, {"packed": tensor.parts["packed"], "absmax": scales_of(tensor.parts)})
 
     def _options(self, scheme: Scheme) -> tuple[int, bool]:
         block, nested = scheme.get("block_size", 64), scheme.get("double_quant", False)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from quantcli import qtypes
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.ops.block_codecs import KINDS
-from quantcli.ops.blocks import Params, dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks
+from quantcli.ops.blocks import Params, dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks, unpack_blocks
+from quantcli.ops.minifloat import unpack_fp4
 from quantcli.qtypes import Parts, QType
+from quantcli.qtypes.shared.affine import CODES, EXACT, FLOAT_ZEROS, NO_ZEROS, Affine, AffineCodes, divides, spread, stored
 from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 
@@ -126,8 +130,57 @@ class BlockType(QType):
         )
 
 
+class SignedType(BlockType):
+    """A block type ``w = d·k``: a float16 scale for each block of signed integers."""
+
+    takes_groups = True
+
+    @override
+    def affine(self, scheme: Scheme) -> Affine:
+        hi = KINDS[self.name].hi
+        return Affine(-hi - 1, hi, KINDS[self.name].block, "F16")
+
+    @override
+    def integers(self, tensor: QuantizedTensor) -> AffineCodes:
+        codes, params = unpack_blocks(tensor.parts["blocks"], self.name, tensor.shape[-1])
+        return AffineCodes(codes.to(torch.int16), params["d"])
+
+    @override
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        have, want = qtypes.of(source.qtype).affine(source), self.affine(target)
+        if have is None or have.desc_act or have.zeros == FLOAT_ZEROS or not divides(want.group_size, have.group_size, in_features):
+            return None
+        if have.lo < want.lo or have.hi > want.hi:
+            return None
+        return EXACT if have.scale_dtype == "F16" else CODES
+
+    @override
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        have = qtypes.of(tensor.scheme.qtype).integers(tensor)
+        return _blocks(have.k, {"d": have.scale}, target)
+
+
 class OffsetType(BlockType):
-    """A block type that stores the scale and the offset of each block as they are."""
+    """A block type ``w = d·q + m`` that stores the scale and the offset of each block as they are."""
+
+    takes_groups = True
+
+    @override
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        have, block = qtypes.of(source.qtype).affine(source), KINDS[self.name].block
+        if have is None or have.desc_act or have.zeros == NO_ZEROS or not divides(block, have.group_size, in_features):
+            return None
+        if have.zeros == FLOAT_ZEROS and in_features % have.group_size:  # groups that run over the end of a row
+            return None
+        return CODES if have.hi <= KINDS[self.name].hi else None
+
+    @override
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        """The zero point goes into the minimum: m = −scale·zero."""
+        have = qtypes.of(tensor.scheme.qtype).integers(tensor)
+        assert have.zero is not None
+        codes = have.k if have.zero.is_floating_point() else have.k + spread(have.zero, have.k.shape[1])
+        return _blocks(codes, {"d": have.scale, "m": -(have.scale.float() * have.zero.float())}, target)
 
     @override
     def moved(self, grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
@@ -136,6 +189,32 @@ class OffsetType(BlockType):
         m = torch.zeros_like(d) if offset is None else offset.to(torch.float16)
         self._check_finite(scale, d, m)
         return Grid(d.float(), m.float(), grid.lo, grid.hi, grid.group_size, parts={"d": d, "m": m})
+
+
+def _blocks(codes: Tensor, params: Mapping[str, Tensor], target: Scheme) -> QuantizedTensor:
+    """Blocks of ``codes`` [out, in]; ``params`` [out, n_groups] are repeated in the blocks of a group."""
+    n_blocks = codes.shape[1] // KINDS[target.qtype].block
+    of_each = {name: spread(stored(param, "F16"), n_blocks) for name, param in params.items()}
+    blocks = pack_blocks(codes.to(torch.int8).contiguous(), of_each, target.qtype)
+    return QuantizedTensor(target, tuple(codes.shape), {"blocks": blocks})
+
+
+class Mxfp4Type(BlockType):
+    """The numbers of ``mxfp4`` in ggml's blocks: the same 4 bits and the same exponents."""
+
+    @override
+    def relatives(self, scheme: Scheme) -> Iterator[Scheme]:
+        yield Scheme.parse("mxfp4")
+
+    @override
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        return EXACT if source.qtype == "mxfp4" else None
+
+    @override
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        codes = unpack_fp4(tensor.parts["packed"]).to(torch.int8)
+        blocks = pack_blocks(codes, {"scale": tensor.parts["scale"]}, self.name)
+        return QuantizedTensor(target, tensor.shape, {"blocks": blocks})
 
 
 class BookType(BlockType):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantcli import ops, regrid
+from quantcli import conversions, ops
 from quantcli import recipe as recipes
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
@@ -481,7 +481,7 @@ def test_an_nvfp4_folder_keeps_its_codes_and_scales(monkeypatch: pytest.MonkeyPa
             assert back.specs.keys() == source.specs.keys()
             assert set(map(str, back.schemes.values())) == {"ggml_nvfp4-scaled"}
             for name in source.schemes:
-                kept, _ = regrid.regrid(source.quantized(name), back.schemes[name])
+                kept, _ = conversions.convert(source.quantized(name), back.schemes[name])
                 assert all(torch.equal(back.quantized(name).parts[part], kept.parts[part]) for part in ("blocks", "scale")), name
                 torch.testing.assert_close(back.read(name), source.read(name), rtol=3e-7, atol=0)
             *_, again = pipeline.quantize(back, tmp_path / "copy.gguf", that_keeps(back, "gguf"))

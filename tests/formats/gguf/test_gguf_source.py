@@ -25,6 +25,7 @@ from quantcli.walk.events import Finished, Planned
 from support.gguf_export import LLAMA3, edit_config, export
 from support.gguf_files import LAYERS, MODELS, text, write_model
 from support.gguf_rewriting import rewrite
+from support.runs import run
 
 UNKNOWN = [name for name in MODELS if name not in ("llama", "mixtral")]
 
@@ -36,8 +37,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def go(source: Path, target: Path, recipe: Recipe) -> tuple[Finished, tuple[str, ...]]:
     """(the last event, the plan's notes) of an export."""
-    with open_checkpoint(str(source)) as checkpoint:
-        events = list(pipeline.quantize(checkpoint, target, recipe))
+    events = run(source, target, recipe)
     assert isinstance(events[0], Planned)
     assert isinstance(events[-1], Finished)
     return events[-1], events[0].plan.notes

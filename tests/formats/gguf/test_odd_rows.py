@@ -13,10 +13,10 @@ from data.make_manifest import manifest
 from quantcli import recipe as recipes
 from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
-from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
 from support import odd_llama
 from support.places import DATA
+from support.runs import run
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,7 @@ def windows(seed: int) -> torch.Tensor:
 
 
 def quantize(folder: Path, target: Path, recipe: recipes.Recipe) -> Path:
-    with open_checkpoint(str(folder)) as source:
-        list(pipeline.quantize(source, target, recipe, data=Windows(windows(0))))
+    run(folder, target, recipe, Windows(windows(0)))
     return target
 
 

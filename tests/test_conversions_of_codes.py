@@ -1,4 +1,4 @@
-"""Claims of regrid: which grids hold which, on real codes, and that nothing is carried that would not decode as before."""
+"""Claims of conversions: which grids hold which, on real codes, and that no code goes over that would not decode as before."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli import qtypes, regrid
+from quantcli import conversions, qtypes
 from quantcli.errors import NumericsError, UnsupportedError
 from quantcli.ops.blocks import unpack_blocks
 from quantcli.passes import rtn
-from quantcli.tensors import QuantizedTensor, Scheme
+from quantcli.qtypes import Parts, QType
+from quantcli.qtypes.shared.affine import Affine, AffineCodes, divides
+from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
 
 IN_FEATURES = 256
 GROUPS = ("g32", "g128", "channel")
@@ -68,19 +70,19 @@ def sources() -> dict[str, QuantizedTensor]:
 @pytest.mark.parametrize("text", [text for text in SCHEMES if text != "int4-g48-sym-sf32"])
 def test_an_exact_pair_decodes_bit_for_bit_and_kept_codes_nearly_so(sources: dict[str, QuantizedTensor], text: str) -> None:
     tensor = sources[text]
-    W = regrid.decode(tensor)
+    W = conversions.decode(tensor)
     for target in map(known, SCHEMES):
-        degree = regrid.exactness(tensor.scheme, target, IN_FEATURES)
+        degree = conversions.exactness(tensor.scheme, target, IN_FEATURES)
         if degree is None:
             with pytest.raises(UnsupportedError, match="does not hold"):
-                regrid.regrid(tensor, target)
+                conversions.convert(tensor, target)
             continue
-        out, is_exact = regrid.regrid(tensor, target)
+        out, is_exact = conversions.convert(tensor, target)
         assert out.scheme == target
         assert out.shape == tensor.shape
-        W_hat = regrid.decode(out)
+        W_hat = conversions.decode(out)
         assert is_exact == torch.equal(W_hat, W)
-        assert is_exact or degree == regrid.CODES
+        assert is_exact or degree == conversions.CODES
         assert torch.allclose(W_hat, W, rtol=2e-3, atol=2e-3 * float(W.abs().max())), f"{text} as {target}"
 
 
@@ -128,13 +130,13 @@ def test_an_exact_pair_decodes_bit_for_bit_and_kept_codes_nearly_so(sources: dic
     ],
 )
 def test_the_pairs_people_ask_for(source: str, target: str, degree: str | None) -> None:
-    assert regrid.exactness(known(source), known(target), IN_FEATURES) == degree
+    assert conversions.exactness(known(source), known(target), IN_FEATURES) == degree
 
 
 def test_every_grid_holds_itself_however_it_was_searched() -> None:
     for scheme in map(known, SCHEMES):
-        assert regrid.exactness(scheme, scheme, IN_FEATURES) == regrid.EXACT
-    assert regrid.exactness(known("int4-minmax"), known("int4"), IN_FEATURES) == regrid.EXACT
+        assert conversions.exactness(scheme, scheme, IN_FEATURES) == conversions.EXACT
+    assert conversions.exactness(known("int4-minmax"), known("int4"), IN_FEATURES) == conversions.EXACT
 
 
 def test_every_number_format_of_the_house_is_among_the_pairs() -> None:
@@ -142,21 +144,21 @@ def test_every_number_format_of_the_house_is_among_the_pairs() -> None:
 
 
 def test_groups_that_do_not_cut_the_sources_evenly_are_refused() -> None:
-    assert regrid.exactness(known("int4-g48-sym-sf32"), known("q4_0"), 96) is None
-    assert regrid.exactness(known("int4-channel-sym"), known("q4_0"), 80) is None
+    assert conversions.exactness(known("int4-g48-sym-sf32"), known("q4_0"), 96) is None
+    assert conversions.exactness(known("int4-channel-sym"), known("q4_0"), 80) is None
 
 
 def test_a_scale_that_the_target_cannot_hold_is_an_error_and_no_infinity() -> None:
     huge = rtn.quantize(weights() * 1e6, known("int8-channel-sym-sf32"))
     with pytest.raises(NumericsError, match="a scale of the source does not fit F16"):
-        regrid.regrid(huge, known("q8_0"))
+        conversions.convert(huge, known("q8_0"))
 
 
 def test_candidates_begin_with_the_source_itself_and_prefer_small_types() -> None:
-    order = [str(scheme) for scheme in regrid.candidates(known("int4-g128-asym"))]
+    order = [str(scheme) for scheme in conversions.candidates(known("int4-g128-asym"))]
     assert order[0] == "int4-g128-asym"
     assert order.index("q4_1") < order.index("q5_0") < order.index("q8_0")
-    without_activations = next(s for s in regrid.candidates(known("int8-channel-sym+int8-token")) if not s.get("act"))
+    without_activations = next(s for s in conversions.candidates(known("int8-channel-sym+int8-token")) if not s.get("act"))
     assert str(without_activations) == "int8-channel-sym"
 
 
@@ -175,12 +177,12 @@ def hqq_coded(bits: float, group_size: int, axis: int = 1) -> QuantizedTensor:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_hqqs_codes_go_over_with_the_zero_point_in_the_minimum(bits: float, target: str, group_size: int) -> None:
     tensor = hqq_coded(bits, group_size)
-    out, _ = regrid.regrid(tensor, Scheme.of(target))
+    out, _ = conversions.convert(tensor, Scheme.of(target))
     codes, params = unpack_blocks(out.parts["blocks"], target, IN_FEATURES)
     assert torch.equal(codes.to(torch.uint8), tensor.parts["codes"])
     assert torch.equal(params["d"], tensor.parts["scale"].view(24, -1).repeat_interleave(group_size // 32, 1))
     exact = (tensor.parts["codes"].view(-1, group_size) - tensor.parts["zero"].float()[:, None]) * tensor.parts["scale"].float()[:, None]
-    torch.testing.assert_close(regrid.decode(out), exact.view(24, -1), rtol=0, atol=float(exact.abs().max()) * 2**-10)
+    torch.testing.assert_close(conversions.decode(out), exact.view(24, -1), rtol=0, atol=float(exact.abs().max()) * 2**-10)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_hqqs_codes_go_over_with_the_zero_point_in_the_minimum(bits: float, targ
     [(5, 64, 1, "q4_1"), (8, 64, 1, "q5_1"), (4, 16, 1, "q4_1"), (4, 64, 0, "q4_1"), (4, 64, 1, "q4_0")],
 )
 def test_hqqs_codes_stay_behind_where_there_is_no_place_for_them(bits: float, group_size: int, axis: int, target: str) -> None:
-    assert regrid.exactness(hqq_coded(bits, group_size, axis).scheme, Scheme.of(target), IN_FEATURES) is None
+    assert conversions.exactness(hqq_coded(bits, group_size, axis).scheme, Scheme.of(target), IN_FEATURES) is None
 
 
 def nvfp4_with(global_scale: float, sign: int = 0) -> QuantizedTensor:
@@ -201,11 +203,67 @@ def test_nvfp4_goes_over_exactly_where_the_reciprocal_of_its_global_scale_is_a_f
     target = known("ggml_nvfp4-scaled")
     for global_scale, is_exact in ((64.0, True), (70.7, False)):
         tensor = nvfp4_with(global_scale)
-        out, said = regrid.regrid(tensor, target)
+        out, said = conversions.convert(tensor, target)
         assert said == is_exact
-        torch.testing.assert_close(regrid.decode(out), regrid.decode(tensor), rtol=3e-7, atol=0)
+        torch.testing.assert_close(conversions.decode(out), conversions.decode(tensor), rtol=3e-7, atol=0)
 
 
 def test_nvfp4_with_a_negative_scale_is_refused() -> None:
     with pytest.raises(NumericsError, match="negative or no number"):
-        regrid.regrid(nvfp4_with(64.0, sign=128), known("ggml_nvfp4-scaled"))
+        conversions.convert(nvfp4_with(64.0, sign=128), known("ggml_nvfp4-scaled"))
+
+
+class Nibbles(QType):
+    """A made-up number format: symmetric 4 bits and a float32 scale for each 16 inputs."""
+
+    name = "nibbles"
+
+    def layout(self, shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorSpec]:
+        n_groups = shape[1] // 16
+        return {"k": TensorSpec.dense("k", "I8", shape), "d": TensorSpec.dense("d", "F32", (shape[0], n_groups))}
+
+    def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
+        return Grid(W.view(len(W), -1, 16).abs().amax(2).clamp_min(1e-9) / 7, None, -8, 7, 16)
+
+    def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
+        return QuantizedTensor(scheme, tuple(codes.shape), {"k": codes.to(torch.int8), "d": grid.scale})
+
+    def unpack(self, tensor: QuantizedTensor) -> Tensor:
+        return tensor.parts["k"].float() * tensor.parts["d"].repeat_interleave(16, 1)
+
+    def affine(self, scheme: Scheme) -> Affine:
+        return Affine(-8, 7, 16, "F32")
+
+    def integers(self, tensor: QuantizedTensor) -> AffineCodes:
+        return AffineCodes(tensor.parts["k"].to(torch.int16), tensor.parts["d"])
+
+    def holds(self, source: Scheme, target: Scheme, in_features: int) -> str | None:
+        have = qtypes.of(source.qtype).affine(source)
+        fits = have is not None and have.zeros == "none" and have.lo >= -8 and have.hi <= 7 and divides(16, have.group_size, in_features)
+        return conversions.EXACT if fits else None
+
+    def take(self, tensor: QuantizedTensor, target: Scheme) -> QuantizedTensor:
+        have = qtypes.of(tensor.scheme.qtype).integers(tensor)
+        scale = have.scale.float().repeat_interleave(have.k.shape[1] // 16 // have.scale.shape[1], 1)
+        return QuantizedTensor(target, tuple(have.k.shape), {"k": have.k.to(torch.int8), "d": scale})
+
+
+def test_a_new_number_format_that_converts_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else knows of it: not the conversions, nor the formats that it converts to and from."""
+    known_of, nibbles = qtypes.of, Nibbles()
+    monkeypatch.setattr(qtypes, "of", lambda name: nibbles if name == "nibbles" else known_of(name))
+    monkeypatch.setattr("quantcli.tensors.options_of", lambda name: {} if name == "nibbles" else known_of(name).options)
+    made_up, int4 = Scheme.of("nibbles"), Scheme.parse("int4-g16-sym-sf32")
+    tensor = nibbles.encode(weights(), made_up)
+    out, is_exact = conversions.convert(tensor, int4)
+    assert is_exact
+    assert conversions.exactness(made_up, int4, 256) == conversions.EXACT
+    rounded = rtn.quantize(weights(), Scheme.parse("int4-g32-sym"))
+    taken, is_exact = conversions.convert(rounded, made_up)
+    assert is_exact
+    assert torch.equal(conversions.decode(taken), conversions.decode(rounded))
+    again, is_exact = conversions.convert(out, made_up)
+    assert is_exact
+    assert torch.equal(again.parts["k"], tensor.parts["k"])
+    assert conversions.exactness(made_up, Scheme.parse("q4_0"), 256) is None  # whose blocks are of 32
+    assert conversions.exactness(Scheme.parse("int8-g32-sym"), made_up, 256) is None
