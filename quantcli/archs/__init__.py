@@ -110,7 +110,7 @@ class Architecture:
         """``config`` with the usual keys: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
         flat = {**config, **(config.get("text_config") or {})}
         renamed = {usual: flat[own] for own, usual in self.aliases.items() if own in flat and flat.get(usual) is None}
-        given = {word: value for word, value in (flat | renamed).items() if value is not None}
+        given = {key: value for key, value in (flat | renamed).items() if value is not None}
         return {**flat, **renamed, **self.defaults, **given}
 
     def gguf_name(self, name: str) -> str | None:
@@ -123,7 +123,7 @@ class Architecture:
 
     def hf_name(self, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> str | None:
         """The HF name of the GGUF tensor ``name``, with ``{e}`` where it holds one of each expert; None when there is no such tensor."""
-        others = {self._to_gguf[other]: other for word, other in self.renamed.items() if config.get(word)}
+        others = {self._to_gguf[other]: other for key, other in self.renamed.items() if config.get(key)}
         return _renamed(name, self._to_hf | others)
 
     def tap(self, name: str) -> str | None:

@@ -67,8 +67,8 @@ ARCH = Architecture(
         "model.layers.{i}.self_attn.o_proj": "blk.{i}.attn_output",
         "model.layers.{i}.mlp.gate": "blk.{i}.ffn_gate_inp",
         "model.layers.{i}.mlp.gate.e_score_correction_bias": "blk.{i}.exp_probs_b.bias",
-        **{f"model.layers.{{i}}.{EXPERT}.{word}_proj": f"blk.{{i}}.ffn_{word}_exps" for word in ("gate", "up", "down")},
-        **{f"model.layers.{{i}}.{SHARED}.{word}_proj": f"blk.{{i}}.ffn_{word}_shexp" for word in ("gate", "up", "down")},
+        **{f"model.layers.{{i}}.{EXPERT}.{linear}_proj": f"blk.{{i}}.ffn_{linear}_exps" for linear in ("gate", "up", "down")},
+        **{f"model.layers.{{i}}.{SHARED}.{linear}_proj": f"blk.{{i}}.ffn_{linear}_shexp" for linear in ("gate", "up", "down")},
     },
     experts={
         "mlp.experts.gate_up_proj": Cut("stacked", (f"{EXPERT}.gate_proj.weight", f"{EXPERT}.up_proj.weight")),

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of dense weights: safetensors in f32, f16 or bf16, beside config.json and the tokenizer's files.
+"""A Hugging Face folder of dense weights: safetensors in f32, f16 or bf16, next to config.json and the tokenizer's files.
 
 Written: the tensors of the source under their names on disk (a tied lm_head that the source leaves out stays out), in their stored dtype
 unless a scheme (``f32``, ``f16``, ``bf16``) gives another; config.json, with ``dtype`` adjusted then and any quantization of the source

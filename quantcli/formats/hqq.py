@@ -9,9 +9,9 @@ A linear is its codes, its grid, and its settings encoded as tensors (hqq/core/q
     <module>.packing     U8, a text: 8bit_u8 (also 5 and 6 bits), 4bit_u8, 3bit_32, 2bit_u8, 1bit_u8
     <module>.nbits, .group_size, .axis, .view_as_float, .quant_scale, .quant_zero, and more that only a trainer needs
 
-Packing is by rows of V: with k codes in a word, the rows are in k blocks, the first block in the highest bits. 3bit_32 has ten codes in
+Packing is by rows of V: with k codes in an integer, the rows are in k blocks, the first block in the highest bits. 3bit_32 has ten codes in
 an int32, V filled up with rows of zeros. ``view_as_float`` calls the same bytes floats. Scales that are quantized themselves cannot be in
-a safetensors file, by hqq's own word, and are refused. Nothing is written: no current engine loads the folder (transformers 5 does not).
+a safetensors file, as hqq itself states, and are refused. Nothing is written: no current engine loads the folder (transformers 5 does not).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MAX_SETTING_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """``bits`` of each code in a word of ``dtype`` that holds ``n_codes``; what may be stored so: ``nbits``."""
+    """``bits`` of each code in an integer of ``dtype`` that holds ``n_codes``; what may be stored so: ``nbits``."""
 
     bits: int
     n_codes: int

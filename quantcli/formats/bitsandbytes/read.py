@@ -276,12 +276,12 @@ def idle_skips(skipped: Any, quantized: Mapping[str, QuantizedWeight], specs: Ma
     if not isinstance(skipped, list):
         return [] if skipped is None else [f"llm_int8_skip_modules is {shown(skipped)}; expected a list of modules"]
     notes, joined = [], fused_groups(specs)  # as vLLM names what it runs
-    for word in (word for word in skipped if isinstance(word, str) and word):
-        named = joined.get(word) or [name for name in specs if is_under(name, word)]
-        if not named and word != "lm_head":  # which is there, tied to the embedding
-            notes.append(f"llm_int8_skip_modules names {shown(word)}, and no tensor is under it")
+    for module in (entry for entry in skipped if isinstance(entry, str) and entry):
+        named = joined.get(module) or [name for name in specs if is_under(name, module)]
+        if not named and module != "lm_head":  # which is there, tied to the embedding
+            notes.append(f"llm_int8_skip_modules names {shown(module)}, and no tensor is under it")
         elif hit := [name for name in named if name in quantized]:
-            notes.append(f"llm_int8_skip_modules names {shown(word)}, and {hit[0]} is quantized")
+            notes.append(f"llm_int8_skip_modules names {shown(module)}, and {hit[0]} is quantized")
     return notes
 
 

@@ -19,7 +19,7 @@ LEVELS = {"nf4": nf4.LEVELS, "fp4": fp4.LEVELS}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """torch's names of the dtypes that a weight had and is decoded to → safetensors' names."""
 
-NAMES = {word: name for name, word in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 KEYS = ("quant_type", "blocksize", "dtype", "shape")
 NESTED_KEYS = ("nested_blocksize", "nested_dtype", "nested_offset")

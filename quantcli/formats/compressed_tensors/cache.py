@@ -53,7 +53,7 @@ def found(path: Path, given: Any, specs: Mapping[str, TensorSpec]) -> tuple[dict
     arguments = parse_arguments(path, "kv_cache_scheme", given)
     if arguments is None:
         return {}, []
-    kv_cache = next((word for word, known in SCHEMES.items() if known == arguments), None)
+    kv_cache = next((name for name, known in SCHEMES.items() if known == arguments), None)
     if kv_cache is None:
         return {}, ["its key-value cache is quantized in a way that quantcli has no name for; keys and values are taken as they are"]
     attentions = [name.removesuffix(".k_scale") for name in specs if name.endswith(".k_scale")]

@@ -80,7 +80,7 @@ def is_evident(files: Mapping[str, TensorSpec], declared: Arguments | None) -> b
     return 0 < declared.group_size * scale[1] * declared.num_bits == 32 * packed[1]
 
 
-def in_features(where: str, n_words: int, scale: TensorSpec, weight_shape: list[int] | None, declared: Arguments | None) -> int:
+def in_features(where: str, n_int32: int, scale: TensorSpec, weight_shape: list[int] | None, declared: Arguments | None) -> int:
     """Inputs of a packed matrix: as stored, or else as many as fill its groups, or its 32-bit words."""
     if weight_shape is not None:
         if len(weight_shape) != 2:
@@ -91,16 +91,16 @@ def in_features(where: str, n_words: int, scale: TensorSpec, weight_shape: list[
     size = declared.group_size
     if declared.strategy == "group" and size and size > 0 and len(scale.shape) == 2:
         return size * scale.shape[1]
-    return 32 * n_words // max(1, declared.num_bits)
+    return 32 * n_int32 // max(1, declared.num_bits)
 
 
-def width_of_codes(where: str, n_in: int, n_words: int, declared: Arguments | None) -> tuple[int, bool]:
-    """(bits, dense) with which ``n_in`` codes fill ``n_words``: the declared number if it does, else the one that does."""
-    fits = [(bits, True) for bits in range(1, 9) if -(-n_in * bits // 32) == n_words]
-    fits += [(bits, False) for bits in range(1, 9) if 32 % bits and -(-n_in // (32 // bits)) == n_words]
+def width_of_codes(where: str, n_in: int, n_int32: int, declared: Arguments | None) -> tuple[int, bool]:
+    """(bits, dense) with which ``n_in`` codes fill ``n_int32`` 32-bit words: the declared number if it does, else the one that does."""
+    fits = [(bits, True) for bits in range(1, 9) if -(-n_in * bits // 32) == n_int32]
+    fits += [(bits, False) for bits in range(1, 9) if 32 % bits and -(-n_in // (32 // bits)) == n_int32]
     as_declared = [fit for fit in fits if declared is not None and fit[0] == declared.num_bits]
     if not fits:
-        raise CheckpointError(f"{where}: {n_words} 32-bit words a row hold {n_in} codes of no number of bits from 1 to 8")
+        raise CheckpointError(f"{where}: {n_int32} 32-bit words a row hold {n_in} codes of no number of bits from 1 to 8")
     return (as_declared or fits)[0]
 
 
@@ -124,14 +124,14 @@ def zeros_of(where: str, spec: TensorSpec | None, stored: Stored) -> str | None:
     if spec is None:
         return None
     out, shape = stored.shape[0], spec.shape
-    n_words = -(-out * stored.bits // 32) if stored.dense else -(-out // (32 // stored.bits))
-    if spec.dtype == "I32" and stored.packed and shape == (n_words, stored.n_groups):
+    n_int32 = -(-out * stored.bits // 32) if stored.dense else -(-out // (32 // stored.bits))
+    if spec.dtype == "I32" and stored.packed and shape == (n_int32, stored.n_groups):
         return "packed"
     one = stored.n_groups == 1 and shape in ((), (1,), (out,), (1, 1))
     if spec.dtype in ("I8", "I32", "I64") and (shape == (out, stored.n_groups) or one):
         return "plain"
     raise CheckpointError(
-        f"{where}.weight_zero_point is {spec.dtype} {list(shape)}; expected I32 [{n_words}, {stored.n_groups}], packed along the outputs, "
+        f"{where}.weight_zero_point is {spec.dtype} {list(shape)}; expected I32 [{n_int32}, {stored.n_groups}], packed along the outputs, "
         f"or I8 [{out}, {stored.n_groups}]"
     )
 
@@ -184,7 +184,7 @@ def decode(where: str, stored: Stored, files: Mapping[str, Tensor]) -> dict[str,
 
 
 def unpack_int32(packed: Tensor, bits: int, n: int, *, dense: bool) -> Tensor:
-    """The first ``n`` codes of ``bits`` in each row of ``packed`` [rows, n_words] int32: uint8 [rows, n].
+    """The first ``n`` codes of ``bits`` in each row of ``packed`` [rows, n_int32] int32: uint8 [rows, n].
 
     ``dense``: codes run on from one 32-bit word to the next; otherwise ⌊32/bits⌋ lie in each and the rest of it is empty.
     """
@@ -192,9 +192,9 @@ def unpack_int32(packed: Tensor, bits: int, n: int, *, dense: bool) -> Tensor:
         return unpack_bits(packed.contiguous(), bits, n)
     i = torch.arange(n)
     place = i * bits if dense else 32 * (i // (32 // bits)) + bits * (i % (32 // bits))
-    word, shift = place // 32, place % 32
-    unsigned = torch.nn.functional.pad(packed.long() & 0xFFFFFFFF, (0, 1))  # the last code has no word after it
-    codes: Tensor = (unsigned[:, word] >> shift | unsigned[:, word + 1] << (32 - shift)) & (2**bits - 1)
+    index, shift = place // 32, place % 32
+    unsigned = torch.nn.functional.pad(packed.long() & 0xFFFFFFFF, (0, 1))  # the last code has no 32-bit word after it
+    codes: Tensor = (unsigned[:, index] >> shift | unsigned[:, index + 1] << (32 - shift)) & (2**bits - 1)
     return codes.to(torch.uint8)
 
 

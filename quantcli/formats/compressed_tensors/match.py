@@ -102,4 +102,4 @@ def targets_of(members: Collection[str], others: Iterable[str]) -> list[str]:
 
 def numberless(module: str) -> str:
     r"""The pattern of ``module`` with every number in it any number: ``model\.layers\.\d+\.mlp\.down_proj``."""
-    return r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in module.split("."))
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split("."))

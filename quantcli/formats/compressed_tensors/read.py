@@ -47,7 +47,7 @@ WEIGHT_FILES = (
 ONLY_PACKED = ("weight_packed", "weight_shape", "weight_g_idx", "weight_global_scale")
 """Of these, the ones that make no sense with a dense weight."""
 
-CODED_DTYPES = ("I8", *floats.FP8_DTYPES)
+QUANTIZED_DTYPES = ("I8", *floats.FP8_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def find_modules(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, dict[
     modules = {}
     for module, files in groups.items():
         packed, weight = files.get("weight_packed"), files.get("weight")
-        if packed is None and (weight is None or weight.dtype not in CODED_DTYPES):
+        if packed is None and (weight is None or weight.dtype not in QUANTIZED_DTYPES):
             check_dense(path, module, files)
             continue
         if packed is not None and weight is not None:
@@ -197,7 +197,7 @@ def settle_integers(
 def settle_floats(where: str, files: Mapping[str, TensorSpec], declared: Arguments | None, act: str) -> Found:
     try:
         scheme, shape = floats.measure(where, files, declared, act)
-    except RecipeError as error:  # the qtype's word on a shape that the file claims
+    except RecipeError as error:  # the qtype refuses a shape that the file declares
         raise CheckpointError(f"{where}: {error}") from None
     return Found(dict(files), scheme, shape, None, tuple(float_notes(declared, scheme)))
 

@@ -81,8 +81,10 @@ def disagreements(quant_config: QuantConfig, specs: Mapping[str, TensorSpec], sc
     listed = set(quant_config.left)
     if quantized := [name for name in schemes if listed & boundaries(module_of(name))]:
         notes.append(f"{len(quantized)} weights are listed as left dense, and quantized; the first is {quantized[0]}")
-    if quant_config.left and (silent := [name for name in dense_beside(specs, schemes) if not listed & boundaries(module_of(name))]):
-        notes.append(f"{len(silent)} matrices are dense, and not listed as such, the first is {silent[0]}; readers expect them in FP8")
+    if quant_config.left and (
+        unlisted := [name for name in dense_in_quantized_blocks(specs, schemes) if not listed & boundaries(module_of(name))]
+    ):
+        notes.append(f"{len(unlisted)} matrices are dense, and not listed as such, the first is {unlisted[0]}; readers expect them in FP8")
     orphans = [name for name in specs if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") not in schemes]
     if orphans := [name for name in orphans if name.removesuffix("_scale_inv") in specs]:
         notes.append(f"{len(orphans)} scales belong to weights that are dense, the first is {orphans[0]}; they change nothing")
@@ -95,7 +97,7 @@ def boundaries(module: str) -> set[str]:
     return {".".join(parts[i:]) for i in range(len(parts))} | {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
-def dense_beside(specs: Mapping[str, TensorSpec], schemes: Mapping[str, Scheme]) -> list[str]:
+def dense_in_quantized_blocks(specs: Mapping[str, TensorSpec], schemes: Mapping[str, Scheme]) -> list[str]:
     """Dense matrices in numbered blocks that hold quantized ones too."""
     blocks = {split_block(name)[0] for name in schemes} - {""}
     dense = [name for name, spec in specs.items() if name.endswith(".weight") and name not in schemes and len(spec.shape) == 2]

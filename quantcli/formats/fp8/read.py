@@ -131,7 +131,7 @@ def scales_of(path: Path, specs: Mapping[str, TensorSpec], name: str) -> tuple[T
     for endings, names in ((SCALE_ENDINGS, SCALE_NAMES), (INPUT_ENDINGS, INPUT_NAMES)):
         candidates = [name + ending for ending in endings]
         if module != name:
-            candidates += [f"{module}.{word}" for word in names]
+            candidates += [f"{module}.{scale_name}" for scale_name in names]
         there = [specs[candidate] for candidate in candidates if candidate in specs]
         if len(there) > 1:
             raise CheckpointError(f"{path}: {name} has both {there[0].name} and {there[1].name}, and one scale is expected")

@@ -140,7 +140,7 @@ class GgufLayout(OutputLayout):
         importance: Importance | None = None,
         overwrite: bool = False,
     ) -> Writer:
-        """A declared writer of the file at ``path``, or of llama.cpp's shards beside it: tensors in llama-quantize's order, the computed
+        """A declared writer of the file at ``path``, or of llama.cpp's shards next to it: tensors in llama-quantize's order, the computed
         ones already put. A tensor of several slices has a slot for each, so that experts are written one by one as they come.
         """
         extras = [tensor_spec(name, "F32", tuple(tensor.shape)) for name, tensor in self.extras.items()]
@@ -317,4 +317,4 @@ def inherited(metadata: Mapping[str, Field], pre_tokenizer: str | None) -> dict[
 
 def extra_tensors(arch: Architecture, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors that GGUF computes from the config, such as the factors of Llama 3's rotary scaling. ``config``: with the usual keys."""
-    return {name: tensor for word in arch.computed for name, tensor in rope.COMPUTED[word](config).items()}
+    return {name: tensor for table in arch.computed for name, tensor in rope.COMPUTED[table](config).items()}

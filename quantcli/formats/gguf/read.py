@@ -49,8 +49,8 @@ class GgufCheckpoint(Checkpoint):
         self.container, self.arch, self.gguf_names = container, view.arch, view.names
         self._stored = {name: spec_of(container, view.arch, stored, name) for name, stored in view.names.items()}
         # among a file's own names such a scale is a tensor like any other
-        self.scales = {} if self.is_stored else scales_beside(container)
-        self._coded = {name: self._scheme(name, s) for name, s in self._stored.items() if qtype_of(s.dtype) in KINDS}
+        self.scales = {} if self.is_stored else scales_of_matrices(container)
+        self._quantized = {name: self._scheme(name, s) for name, s in self._stored.items() if qtype_of(s.dtype) in KINDS}
         self._joints = views.joints_of(self._stored, view.arch.cuts, view.arch, view.config)
         parts = {part for joint in self._joints.values() for part in joint.names}
         specs = {name: spec for name, spec in self._stored.items() if name not in parts}
@@ -60,7 +60,7 @@ class GgufCheckpoint(Checkpoint):
             kind="gguf",
             config=view.config,
             specs=dict(sorted(specs.items(), key=lambda item: natural(item[0]))),
-            schemes={name: scheme for name, scheme in self._coded.items() if name not in parts},
+            schemes={name: scheme for name, scheme in self._quantized.items() if name not in parts},
             quantization=summary(container),
             notes=view.notes,
         )
@@ -93,14 +93,14 @@ class GgufCheckpoint(Checkpoint):
 
     @override
     def load_quantized(self, name: str) -> QuantizedTensor:
-        scheme = self._coded.get(name, Scheme.of(qtype_of(self._stored[name].dtype)))
+        scheme = self._quantized.get(name, Scheme.of(qtype_of(self._stored[name].dtype)))
         parts = {"blocks": self._in_order(name)}
         if scheme.get("scaled"):
-            beside = self.scales[self.gguf_names[name]]
+            scale_tensor = self.scales[self.gguf_names[name]]
             number = slice_number(self.arch, name, self.gguf_names[name]) or 0
-            scales = self._raw(beside, self.container.specs[beside])
+            scales = self._raw(scale_tensor, self.container.specs[scale_tensor])
             if number >= len(scales):
-                raise CheckpointError(f"{self.path}: tensor '{beside}' has {len(scales)} scales, and {name} is number {number}")
+                raise CheckpointError(f"{self.path}: tensor '{scale_tensor}' has {len(scales)} scales, and {name} is number {number}")
             parts["scale"] = scales[number].view(1)
         return QuantizedTensor(scheme, self._stored[name].shape, parts)
 
@@ -115,7 +115,7 @@ class GgufCheckpoint(Checkpoint):
     @override
     def unnamed(self) -> dict[str, Tensor]:
         """The stored tensors that ``specs`` has no name for, because the config has what they hold: by GGUF name."""
-        named = {*self.gguf_names.values(), *apart(self.container)}
+        named = {*self.gguf_names.values(), *scale_tensors(self.container)}
         return {name: self._raw(name, spec) for name, spec in self.container.specs.items() if name not in named}
 
     def _rotary_tables(self) -> dict[str, Tensor]:
@@ -130,8 +130,8 @@ class GgufCheckpoint(Checkpoint):
 
     def _dense(self, name: str) -> Tensor:
         """A stored tensor under its HF name, decoded where it is blocks."""
-        if name in self._coded:
-            return qtypes.of(self._coded[name].qtype).unpack(self.load_quantized(name))
+        if name in self._quantized:
+            return qtypes.of(self._quantized[name].qtype).unpack(self.load_quantized(name))
         if (dtype := self._stored[name].dtype) not in DTYPES:
             raise UnsupportedError(f"{self.path}: {name} is {dtype}, which quantcli cannot decode; {WAY_OUT}")
         return self._in_order(name)
@@ -174,8 +174,8 @@ def view_of(container: Container) -> View:
     arch = archs.of_gguf(name, container.specs, container.fields)
     if arch is None:
         return stored_view(container, f"architecture '{name}' has no Hugging Face names here")
-    beside = {*rotary_tables(arch), *apart(container)}
-    named = [stored for stored in container.specs if stored not in beside]
+    nameless = {*rotary_tables(arch), *scale_tensors(container)}
+    named = [stored for stored in container.specs if stored not in nameless]
     if unknown := next((stored for stored in named if arch.hf_name(stored) is None), None):
         return stored_view(container, f"'{unknown}' has no Hugging Face name in architecture '{name}' here")
     try:
@@ -191,22 +191,22 @@ def rotary_tables(arch: Architecture) -> tuple[str, ...]:
     return (rope.TENSOR, *(rope.LONGROPE.values() if "longrope" in arch.computed else ()))
 
 
-def scales_beside(container: Container) -> dict[str, str]:
+def scales_of_matrices(container: Container) -> dict[str, str]:
     """The matrices in NVFP4 that have a scale for the whole of each, as convert_hf_to_gguf writes it → the tensor that holds it."""
     found = {name: scale_name(name) for name, spec in container.specs.items() if spec.dtype == "NVFP4" and name.endswith(".weight")}
-    found = {name: beside for name, beside in found.items() if beside in container.specs}
-    for name, beside in found.items():
-        have, shape = container.specs[beside], (math.prod(container.specs[name].shape[:-2]),)
+    found = {name: scale for name, scale in found.items() if scale in container.specs}
+    for name, scale in found.items():
+        have, shape = container.specs[scale], (math.prod(container.specs[name].shape[:-2]),)
         if (have.dtype, have.shape) != ("F32", shape):
-            raise CheckpointError(f"{container.path}: tensor '{beside}' is {have.dtype} {list(have.shape)}, expected F32 {list(shape)}")
+            raise CheckpointError(f"{container.path}: tensor '{scale}' is {have.dtype} {list(have.shape)}, expected F32 {list(shape)}")
     return found
 
 
-def apart(container: Container) -> list[str]:
+def scale_tensors(container: Container) -> list[str]:
     """The tensors of matrices in NVFP4 that Hugging Face has no names for: their scales, and those of what they read."""
     matrices = [name for name, spec in container.specs.items() if spec.dtype == "NVFP4" and name.endswith(".weight")]
-    beside = [scale for name in matrices for scale in (scale_name(name), name.replace(".weight", ".input_scale"))]
-    return [name for name in beside if name in container.specs]
+    scales = [scale for name in matrices for scale in (scale_name(name), name.replace(".weight", ".input_scale"))]
+    return [name for name in scales if name in container.specs]
 
 
 def stored_view(container: Container, reason: str | None = None) -> View:
@@ -232,12 +232,12 @@ def stored_config(container: Container, gguf_arch: str) -> dict[str, Any]:
     """The metadata, by which a mix of types goes, and Hugging Face's keys for a model's sizes: 0 where none is given, of values by layer
     the first."""
     config: dict[str, Any] = {"architectures": [gguf_arch], "gguf_architecture": gguf_arch, "gguf_metadata": container.fields}
-    for word, key in STORED_KEYS.items():
+    for name, key in STORED_KEYS.items():
         value = container.get(f"{gguf_arch}.{key}", 0)
         value = value[0].item() if isinstance(value, np.ndarray) and value.size else value
         if not isinstance(value, int) or isinstance(value, bool):
             raise CheckpointError(f"{container.path}: metadata key '{gguf_arch}.{key}' is {shown(value)}, expected an integer")
-        config[word] = value
+        config[name] = value
     if f"{gguf_arch}.attention.head_count_kv" not in container.fields:
         config["num_key_value_heads"] = config["num_attention_heads"]
     return config
@@ -268,7 +268,7 @@ def spec_of(container: Container, arch: Architecture, gguf_name: str, name: str)
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts layer 2 before layer 10."""
-    return [(int(word), "") if word.isdecimal() else (-1, word) for word in re.split(r"\.", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"\.", name)]
 
 
 def summary(container: Container) -> dict[str, Any]:

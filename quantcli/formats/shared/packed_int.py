@@ -34,7 +34,7 @@ BITS = (2, 3, 4, 8)
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 INTERLEAVE = (0, 2, 4, 6, 1, 3, 5, 7)
-"""AWQ: the column, of eight, that each nibble of a word holds."""
+"""AWQ: the column, of eight, that each nibble of a 32-bit word holds."""
 
 NATURAL = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble that holds each of eight columns."""

@@ -82,9 +82,9 @@ class _HeaderReader:
             raise UnsupportedError(f"{self.path}: GGUF version {version}; quantcli reads 2 and 3: convert the model again")
         n_tensors, n_fields = self.integer("<Q"), self.integer("<Q")
         # the smallest tensor info (an empty name, one dimension) takes 32 bytes, the smallest field 13
-        for word, n, limit, least in (("tensors", n_tensors, MAX_TENSORS, 32), ("metadata keys", n_fields, MAX_FIELDS, 13)):
+        for kind, n, limit, least in (("tensors", n_tensors, MAX_TENSORS, 32), ("metadata keys", n_fields, MAX_FIELDS, 13)):
             if n > min(limit, (self.size - self.at) // least):
-                raise CheckpointError(f"{self.path}: the header promises {n} {word}, more than {self.size} bytes can hold or a model has")
+                raise CheckpointError(f"{self.path}: the header promises {n} {kind}, more than {self.size} bytes can hold or a model has")
         return version, n_tensors, n_fields
 
     def error(self, problem: str) -> CheckpointError:

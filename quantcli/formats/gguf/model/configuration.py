@@ -34,14 +34,14 @@ def config_of(container: Container, arch: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in specs,
         "dtype": "float32",
     }
-    for word, tensor in arch.present.items():
+    for key, tensor in arch.present.items():
         layers = range(min(config["num_hidden_layers"], len(specs)))
-        config[word] = any(arch.gguf_name(f"{arch.layer}.{tensor}".replace("{i}", str(i))) in specs for i in layers)
-    for word in arch.restored:
-        config |= RESTORED[word](config)
-    ids = {word: container.get(f"tokenizer.ggml.{key}_token_id") for word, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+        config[key] = any(arch.gguf_name(f"{arch.layer}.{tensor}".replace("{i}", str(i))) in specs for i in layers)
+    for name in arch.restored:
+        config |= RESTORED[name](config)
+    ids = {role: container.get(f"tokenizer.ggml.{key}_token_id") for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
     # A family's own default may be beyond this model's vocabulary.
-    return config | {"pad_token_id": None} | {f"{word}_token_id": value for word, value in ids.items() if isinstance(value, int)}
+    return config | {"pad_token_id": None} | {f"{role}_token_id": value for role, value in ids.items() if isinstance(value, int)}
 
 
 def _value(container: Container, name: str, key: Key) -> Any:
@@ -97,20 +97,20 @@ def falcon_heads(config: Mapping[str, Any]) -> dict[str, Any]:
 def deepseek_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """V3 is the one whose routers have a correction. What the file leaves out was zero, or false."""
     rotated = config["qk_rope_head_dim"]
-    rope = {word: value for word, value in config["rope_parameters"].items() if word != "partial_rotary_factor"}
+    rope = {key: value for key, value in config["rope_parameters"].items() if key != "partial_rotary_factor"}
     if (mscale := config.get("mscale_all_dim")) is not None:
         rope["mscale"] = rope["mscale_all_dim"] = float(f"{10 * mscale:.6g}")  # llama.cpp takes both to be the same
     keys: dict[str, Any] = {"qk_nope_head_dim": config["qk_head_dim"] - rotated, "head_dim": rotated, "rope_parameters": rope}
     absent = {"q_lora_rank": None, "n_shared_experts": 0, "first_k_dense_replace": 0, "norm_topk_prob": False}
-    keys |= {word: value for word, value in absent.items() if word not in config}
+    keys |= {key: value for key, value in absent.items() if key not in config}
     if config["has_score_correction"]:
         keys |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "topk_method": "noaux_tc"}
     else:
         keys["topk_method"] = "group_limited_greedy" if config.get("n_group", 1) > 1 else "greedy"
     if (number := config.get("scoring_func")) is not None:
-        known = {number: word for word, number in GATING_FUNCTIONS.items()}
+        known = {number: name for name, number in GATING_FUNCTIONS.items()}
         if number not in known:
-            raise UnsupportedError(f"expert_gating_func {number}: quantcli knows {', '.join(f'{n} ({word})' for n, word in known.items())}")
+            raise UnsupportedError(f"expert_gating_func {number}: quantcli knows {', '.join(f'{n} ({name})' for n, name in known.items())}")
         keys["scoring_func"] = known[number]
     return keys
 
@@ -151,8 +151,8 @@ def _full_rope(container: Container, p: str) -> dict[str, Any]:
     rope |= {"rope_type": kind, "factor": _float(container, f"{p}.rope.scaling.factor", 1.0)}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = _integer(container, f"{p}.rope.scaling.original_context_length")
-        keys = {word: f"{p}.rope.scaling.yarn_{key}" for word, key in YARN_NAMES.items()}
-        rope |= {word: _float(container, key, 0.0) for word, key in keys.items() if key in container.fields}
+        keys = {name: f"{p}.rope.scaling.yarn_{key}" for name, key in YARN_NAMES.items()}
+        rope |= {name: _float(container, key, 0.0) for name, key in keys.items() if key in container.fields}
     return rope
 
 

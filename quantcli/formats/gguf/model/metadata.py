@@ -59,7 +59,7 @@ def value_of(key: Key, config: Mapping[str, Any]) -> Any:
     if key.computed is not None:
         value = COMPUTED[key.computed](config)
     else:
-        value = next((config[word] for word in key.all_config_keys if config.get(word) is not None), None)
+        value = next((config[name] for name in key.all_config_keys if config.get(name) is not None), None)
     if value is None and key.default is REQUIRED:
         raise KeyError(key.all_config_keys[0])
     return key.default if value is None else value
@@ -156,9 +156,9 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope = dict(rope.get("full_attention", rope))
     rope.setdefault("rope_type", rope.pop("type", "default"))
-    for word, default in (("rope_theta", 10000.0), ("partial_rotary_factor", None)):
-        if (value := config.get(word, default)) is not None:
-            rope.setdefault(word, value)
+    for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", None)):
+        if (value := config.get(key, default)) is not None:
+            rope.setdefault(key, value)
     return rope
 
 
@@ -181,9 +181,9 @@ def rope_keys(keys: GGUFWriter, config: Mapping[str, Any]) -> None:
         keys.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         keys.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        for word, add in YARN_KEYS.items():
-            if rope.get(word) is not None:
-                getattr(keys, add)(rope[word])
+        for key, add in YARN_KEYS.items():
+            if rope.get(key) is not None:
+                getattr(keys, add)(rope[key])
     keys.add_rope_freq_base(rope["rope_theta"])
     if (base := window_base(config)) is not None:
         keys.add_rope_freq_base_swa(base)

@@ -77,12 +77,12 @@ def _solve(factors: Tensor, theta: float, head_dim: int) -> list[tuple[float, fl
 def longrope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The two tables of a model with Phi-3's scaling, none for others. ``config``: with the usual keys."""
     rope, width = rope_parameters(config), rotary_width(config)
-    tables = {word: rope.get(f"{word}_factor") for word in LONGROPE}
+    tables = {length: rope.get(f"{length}_factor") for length in LONGROPE}
     if not tables["long"]:
         return {}
     if any(table is None or len(table) != width / 2 for table in tables.values()):
         raise CheckpointError(f"config.json: longrope's long_factor and short_factor need {width // 2} numbers each")
-    return {LONGROPE[word]: torch.tensor(table, dtype=torch.float32) for word, table in tables.items()}
+    return {LONGROPE[length]: torch.tensor(table, dtype=torch.float32) for length, table in tables.items()}
 
 
 def longrope_parameters(tables: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def longrope_parameters(tables: Mapping[str, Tensor], config: Mapping[str, Any])
             raise CheckpointError(f"tensor '{name}' is {list(table.shape)}, expected {n} finite factors, one for each rotary frequency")
     if before is None:
         raise CheckpointError("rope.scaling.original_context_length is missing in the metadata, and the file has the tables of longrope")
-    factors = {f"{word}_factor": [float(str(x)) for x in tables[name].numpy()] for word, name in LONGROPE.items()}
+    factors = {f"{length}_factor": [float(str(x)) for x in tables[name].numpy()] for length, name in LONGROPE.items()}
     return {**config["rope_parameters"], "rope_type": "longrope", **factors, "original_max_position_embeddings": before}
 
 

@@ -24,8 +24,8 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
 
-    def peek(self, word: str) -> bool:
-        return self.text.startswith(word, self.at)
+    def peek(self, expected: str) -> bool:
+        return self.text.startswith(expected, self.at)
 
     def take(self) -> str:
         self.at += 1
@@ -64,7 +64,7 @@ class _Reader:
         return (item if len(item) > 1 else literal(item, SPECIAL)), None
 
     def group(self, *, fold: bool) -> tuple[str, list[str] | None]:
-        opening = next((word for word in GROUPS if self.peek(word)), "(")
+        opening = next((group for group in GROUPS if self.peek(group)), "(")
         if opening == "(" and self.peek("(?"):
             raise ValueError(f"a group of an unknown kind at {self.at}")
         self.at += len(opening)

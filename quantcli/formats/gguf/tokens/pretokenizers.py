@@ -68,7 +68,7 @@ class Family:
 
 def _names(listing: str) -> dict[str, str]:
     """``name:arch+arch name``: names, some with the architectures they are for."""
-    return {name: archs for name, _, archs in (word.partition(":") for word in listing.split())}
+    return {name: archs for name, _, archs in (entry.partition(":") for entry in listing.split())}
 
 
 FAMILIES = (

@@ -45,19 +45,19 @@ class Roles:
     @classmethod
     def of(cls, settings: Mapping[str, Any], parsed: Mapping[str, Any]) -> Roles:
         """From tokenizer_config.json and tokenizer.json, as the gguf package's SpecialVocab reads them."""
-        roles = cls({word: text for word in ROLE_NAMES if (text := content_of(settings.get(f"{word}_token")))})
+        roles = cls({role: text for role in ROLE_NAMES if (text := content_of(settings.get(f"{role}_token")))})
         if parsed:
             roles.read_post_processor(parsed.get("post_processor"))
-        for word in ("bos", "eos", "sep"):
-            if isinstance(adds := settings.get(f"add_{word}_token"), bool):
-                roles.adds.setdefault(word, adds)
+        for role in ("bos", "eos", "sep"):
+            if isinstance(adds := settings.get(f"add_{role}_token"), bool):
+                roles.adds.setdefault(role, adds)
         return roles
 
     def read_post_processor(self, post_processor: Mapping[str, Any] | None) -> None:
         """What tokenizer.json puts around a text; BERT's tokens serve where there are no others."""
-        for word, stand_in in (("bos", "cls"), ("eos", "sep")):
-            if word not in self.tokens and stand_in in self.tokens:
-                self.tokens[word] = self.tokens[stand_in]
+        for role, stand_in in (("bos", "cls"), ("eos", "sep")):
+            if role not in self.tokens and stand_in in self.tokens:
+                self.tokens[role] = self.tokens[stand_in]
         given = post_processor or {}
         for step in given.get("processors", [given]):
             kind = step.get("type")

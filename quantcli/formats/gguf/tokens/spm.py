@@ -38,7 +38,7 @@ def read_sentencepiece(path: Path, *, required: bool) -> SentencePiece | None:
     except (RuntimeError, OSError) as error:
         if required:
             raise CheckpointError(f"{path}: not a SentencePiece model, and there is no tokenizer.json") from error
-        return None  # Llama 3 ships a tiktoken file under this name, beside tokenizer.json
+        return None  # Llama 3 ships a tiktoken file under this name, next to tokenizer.json
     _, messages = protobuf(model.serialized_model_proto())
     trainer, _ = protobuf(messages.get(TRAINER, [b""])[-1])
     flags, tables = protobuf(messages.get(NORMALIZER, [b""])[-1])

@@ -222,7 +222,7 @@ def write_normalizer(keys: GGUFWriter, files: Files) -> None:
 
 
 def add_sentencepiece(keys: GGUFWriter, model: SentencePiece, files: Files, vocab_size: int) -> Vocabulary:
-    """Pieces, scores and types from tokenizer.model; added tokens from the files beside it."""
+    """Pieces, scores and types from tokenizer.model; added tokens from the files next to it."""
     vocabulary = Vocabulary.empty(vocab_size)
     for id, (piece, score, kind) in enumerate(model.pieces):
         vocabulary.set(id, piece, kind, score)

@@ -58,7 +58,7 @@ class Vocabulary:
 
     def name_specials(self, settings: Mapping[str, Any]) -> None:
         """Tokens that tokenizer_config.json gives a role are control tokens, added or not."""
-        contents = {content_of(settings.get(f"{word}_token")) for word in ROLE_NAMES}
+        contents = {content_of(settings.get(f"{role}_token")) for role in ROLE_NAMES}
         for key in ("extra_special_tokens", "additional_special_tokens"):
             extra = settings.get(key) or []
             contents |= {content_of(token) for token in (extra.values() if isinstance(extra, dict) else extra)}

@@ -43,7 +43,7 @@ NEVER = (
     *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
     *("ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight"),
     # RWKV
-    *(f"time_mix_{word}.weight" for word in ("first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
+    *(f"time_mix_{name}.weight" for name in ("first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
     *("time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight"),
     # positions, pictures and sounds
     *("attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger"),
@@ -108,7 +108,7 @@ class Chooser:
         at = self.place(name, role, n_matrices)
         if role in self.n_before:
             self.n_before[role] += 1
-        rules = () if self.kind.is_apart else SHARED.get(role, ())
+        rules = () if self.kind.ignores_shared else SHARED.get(role, ())
         for ggml_type, *conditions in (*rules, *self.kind.rules.get(role, ()), *self.kind.rules.get("any", ())):
             if all(holds(at) for holds in conditions):
                 return self.settled(ggml_type, role)
@@ -116,7 +116,7 @@ class Chooser:
 
     def settled(self, ggml_type: str, role: str) -> str:
         """``ggml_type``, but more bits for the small value matrices of a 70B."""
-        if role == "attn_v" and self.model.is_70b and not self.kind.is_apart and ggml_type in ("Q3_K", "Q4_K"):
+        if role == "attn_v" and self.model.is_70b and not self.kind.ignores_shared and ggml_type in ("Q3_K", "Q4_K"):
             return "Q5_K"
         return ggml_type
 

@@ -141,13 +141,13 @@ Rules = Mapping[str, tuple[Rule, ...]]
 @dataclass(frozen=True)
 class FileType:
     """``number``: of general.file_type; ``default``: the type of most tensors; ``head``: of the output matrix, or of the
-    embedding that serves as one. ``is_apart``: none of :data:`SHARED` holds. ``rules``: under "any" for every role but the head."""
+    embedding that serves as one. ``ignores_shared``: none of :data:`SHARED` holds. ``rules``: under "any" for every role but the head."""
 
     number: LlamaFileType
     default: str
     head: str = "Q6_K"
     rules: Rules = field(default_factory=dict)
-    is_apart: bool = False
+    ignores_shared: bool = False
 
     @property
     def types(self) -> set[str]:
@@ -158,7 +158,7 @@ class FileType:
 SHARED: Rules = {"attn_v": (("Q8_0", eight_experts),), "attn_k": (("Q8_0", eight_experts),)}
 """What goes before the rules of a file type."""
 
-BESIDE_Q2_K: Rules = {
+WITH_Q2_K: Rules = {
     "embedding": (("Q2_K",),),
     "attn_v": (("Q4_K", grouped), ("Q4_K", four_experts), ("Q2_K",)),
     "attn_k": (("Q4_K", eight_experts),),
@@ -167,7 +167,7 @@ BESIDE_Q2_K: Rules = {
 }
 """Of the file types of two bits whose other tensors are Q2_K."""
 
-BESIDE_IQ3_S: Rules = {
+WITH_IQ3_S: Rules = {
     "embedding": (("IQ3_S",),),
     "attn_v": (("Q4_K", grouped), ("Q4_K", four_experts), ("IQ3_S",)),
     "attn_k": (("Q4_K", eight_experts),),
@@ -176,7 +176,7 @@ BESIDE_IQ3_S: Rules = {
 }
 """Of those a little larger, whose other tensors are IQ3_S."""
 
-BESIDE_Q5_K: Rules = {
+WITH_Q5_K: Rules = {
     "attn_v": (("Q5_K", grouped),),
     "attn_output": (("Q5_K", eight_experts, not_falcon),),
     "ffn_down": (("Q5_K", unweighed, first_eighth),),
@@ -192,7 +192,7 @@ TABLE: dict[str, FileType] = {
     "Q4_1": FileType(LlamaFileType.MOSTLY_Q4_1, "Q4_1"),
     "Q5_0": FileType(LlamaFileType.MOSTLY_Q5_0, "Q5_0", rules={"ffn_down": (("Q5_1", weighed, first_eighth),)}),
     "Q5_1": FileType(LlamaFileType.MOSTLY_Q5_1, "Q5_1"),
-    "MXFP4_MOE": FileType(LlamaFileType.MOSTLY_MXFP4_MOE, "MXFP4", "Q8_0", {"any": (("MXFP4", experts), ("Q8_0",))}, is_apart=True),
+    "MXFP4_MOE": FileType(LlamaFileType.MOSTLY_MXFP4_MOE, "MXFP4", "Q8_0", {"any": (("MXFP4", experts), ("Q8_0",))}, ignores_shared=True),
     "Q2_K": FileType(
         LlamaFileType.MOSTLY_Q2_K,
         "Q2_K",
@@ -245,10 +245,10 @@ TABLE: dict[str, FileType] = {
     "Q6_K": FileType(LlamaFileType.MOSTLY_Q6_K, "Q6_K"),
     "TQ1_0": FileType(LlamaFileType.MOSTLY_TQ1_0, "TQ1_0", rules={"embedding": (("Q4_K",),)}),
     "TQ2_0": FileType(LlamaFileType.MOSTLY_TQ2_0, "TQ2_0", rules={"embedding": (("Q4_K",),)}),
-    "IQ2_XXS": FileType(LlamaFileType.MOSTLY_IQ2_XXS, "IQ2_XXS", "Q5_K", BESIDE_Q2_K, is_apart=True),
-    "IQ2_XS": FileType(LlamaFileType.MOSTLY_IQ2_XS, "IQ2_XS", "Q5_K", BESIDE_Q2_K, is_apart=True),
-    "IQ2_S": FileType(LlamaFileType.MOSTLY_IQ2_S, "IQ2_XS", "Q5_K", BESIDE_IQ3_S, is_apart=True),
-    "IQ2_M": FileType(LlamaFileType.MOSTLY_IQ2_M, "IQ2_S", "Q5_K", BESIDE_IQ3_S, is_apart=True),
+    "IQ2_XXS": FileType(LlamaFileType.MOSTLY_IQ2_XXS, "IQ2_XXS", "Q5_K", WITH_Q2_K, ignores_shared=True),
+    "IQ2_XS": FileType(LlamaFileType.MOSTLY_IQ2_XS, "IQ2_XS", "Q5_K", WITH_Q2_K, ignores_shared=True),
+    "IQ2_S": FileType(LlamaFileType.MOSTLY_IQ2_S, "IQ2_XS", "Q5_K", WITH_IQ3_S, ignores_shared=True),
+    "IQ2_M": FileType(LlamaFileType.MOSTLY_IQ2_M, "IQ2_S", "Q5_K", WITH_IQ3_S, ignores_shared=True),
     "IQ3_XXS": FileType(
         LlamaFileType.MOSTLY_IQ3_XXS,
         "IQ3_XXS",
@@ -288,8 +288,8 @@ TABLE: dict[str, FileType] = {
             "ffn_down": (("Q4_K", first_eighth), ("Q4_K", eight_experts, more_bits)),
         },
     ),
-    "IQ4_NL": FileType(LlamaFileType.MOSTLY_IQ4_NL, "IQ4_NL", rules=BESIDE_Q5_K),
-    "IQ4_XS": FileType(LlamaFileType.MOSTLY_IQ4_XS, "IQ4_XS", rules=BESIDE_Q5_K),
+    "IQ4_NL": FileType(LlamaFileType.MOSTLY_IQ4_NL, "IQ4_NL", rules=WITH_Q5_K),
+    "IQ4_XS": FileType(LlamaFileType.MOSTLY_IQ4_XS, "IQ4_XS", rules=WITH_Q5_K),
 }
 """Every file type that llama-quantize names, but Q1_0, Q2_0 and IQ1_*."""
 
