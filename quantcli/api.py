@@ -32,7 +32,7 @@ from quantcli.forward import tokenizer
 from quantcli.output.disk import check_replaceable
 from quantcli.planning import inspection, selection
 from quantcli.planning.arrange import arrange
-from quantcli.planning.plan import Plan, PlannedLayer
+from quantcli.planning.plan import Plan
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme
@@ -40,7 +40,7 @@ from quantcli.text import texts
 from quantcli.walk import evaluate as evaluation
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import LayerWalked, Scores
-from quantcli.walk.events import Event, Finished, LayerDone, Note, Planned
+from quantcli.walk.events import Finished, LayerDone, Note, Planned
 from quantcli.walk.notices import OnEvent, announce, note_to, tell_activations, warn_of_context, warn_of_overlap, warn_of_text
 
 __all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile", "Windows"]
@@ -75,7 +75,7 @@ class Result:
         plan, finished = self.plan, self.finished
         known = finished.text_check if finished is not None else None
         walked = [{"name": e.name, "relative_error": e.relative_error, "bpw": e.bpw, "seconds": e.seconds} for e in self.layers]
-        planned = [{"name": layer.name, "relative_error": None, "bpw": planned_bpw(layer), "seconds": None} for layer in plan.layers]
+        planned = [{"name": layer.name, "relative_error": None, "bpw": layer.bpw, "seconds": None} for layer in plan.layers]
         return {
             "output": str(self.path),
             "format": plan.recipe.format,
@@ -427,13 +427,3 @@ def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets
         own_fields=importance.text_fields(importance.dataset_of(stats)),
         overwrite=overwrite,
     )
-
-
-def planned_bpw(layer: PlannedLayer) -> float:
-    """Bits for each weight of ``layer``, every part counted."""
-    n_bytes = sum(spec.nbytes for tensor in layer.tensors for spec in tensor.outputs)
-    return 8 * n_bytes / max(1, sum(tensor.source.n_elements for tensor in layer.tensors))
-
-
-Events = Event | Note | LayerWalked
-"""What ``on_event`` may be called with."""

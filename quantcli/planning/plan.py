@@ -61,6 +61,12 @@ class PlannedLayer:
     tensors: tuple[PlannedTensor, ...]
     caches: tuple[PlannedCache, ...] = ()
 
+    @property
+    def bpw(self) -> float:
+        """Bits for each parameter of its tensors, every part counted; scales of caches are not."""
+        n_bytes = sum(spec.nbytes for tensor in self.tensors for spec in tensor.outputs)
+        return 8 * n_bytes / max(1, sum(tensor.source.n_elements for tensor in self.tensors))
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

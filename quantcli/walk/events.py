@@ -75,13 +75,12 @@ class Timed:
     def done(self) -> LayerDone:
         coded = [t for t in self.planned.tensors if is_quantized(t.scheme)]
         errors = [r.relative_error for r in self.reports if any(t.name == r.name for t in coded)]
-        n_bytes = sum(spec.nbytes for t in self.planned.tensors for spec in t.outputs)
         return LayerDone(
             name=self.planned.name,
             index=self.index,
             n_layers=self.n_layers,
             relative_error=sum(errors) / len(errors) if errors else None,
-            bpw=8 * n_bytes / max(1, sum(t.source.n_elements for t in self.planned.tensors)),
+            bpw=self.planned.bpw,
             seconds=time.perf_counter() - self.started,
             tensors=tuple(self.reports),
         )

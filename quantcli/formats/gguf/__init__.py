@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +164,6 @@ class Gguf(Format):
     usual_scheme = "q8_0"
     has_own_names = True
     has_mixes = True
-    option_names = tuple(f.name for f in dataclasses.fields(filetypes.Options))
 
     @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:
