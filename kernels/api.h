@@ -21,7 +21,7 @@ enum class Float : int { f32 = 0, bf16 = 1, f16 = 2 };
     X(ggml_mxfp4, MXFP4) X(ggml_nvfp4, NVFP4) X(tq1_0, TQ1_0) X(tq2_0, TQ2_0)
 // clang-format on
 
-#define QC_NAME(kind, text) kind,
+#define QC_NAME(kind, codec) kind,
 enum class Kind : int { QC_KINDS(QC_NAME) };
 #undef QC_NAME
 

@@ -10,7 +10,7 @@
 namespace quantcli::QC_ISA {
 
 template <int kBits>
-struct Affine32 : Text {
+struct Affine32 : Codec {
     static constexpr int kBlock = 32, kSub = 32, kBytes = 4 + 4 * kBits;
     static constexpr int kMax = (1 << kBits) - 1, kAbreast = kLinesAbreast;
     static constexpr bool kHasOffset = true, kRowPower = true;

@@ -57,7 +57,7 @@ struct FourBitScales {
 
 /// kMax is the largest code; plain and weighted searches have their own spacing (first, step, count).
 template <int kMax, int kPlainSteps, class Scales>
-struct AffineK : Text {
+struct AffineK : Codec {
     static constexpr int kBlock = 256, kSubs = Scales::kSubs, kSub = kBlock / kSubs, kTop = Scales::kTop;
     static constexpr bool kHasScales = true, kHasMin = true;
     static constexpr bool kTwoBits = kMax == 3;

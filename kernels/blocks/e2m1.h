@@ -34,7 +34,7 @@ QC_FN I e2m1_code(F x, F scale) {
     return code;
 }
 
-struct MXFP4 : Text {
+struct MXFP4 : Codec {
     static constexpr int kBlock = 32, kSub = 32, kBytes = 17;
     static constexpr int kHead = 1;
     static constexpr bool kHasD = false, kHasScales = true, kWeighted = false;
@@ -79,7 +79,7 @@ struct MXFP4 : Text {
     }
 };
 
-struct NVFP4 : Text {
+struct NVFP4 : Codec {
     static constexpr int kBlock = 64, kSub = 16, kSubs = 4, kBytes = 36;
     static constexpr bool kHasD = false, kHasScales = true, kWeighted = false;
 

@@ -14,12 +14,12 @@
 //        | d f16 | low 8 bits of 32 indices (32)   | 256 signs (32) | their ninth and tenth bits (8) | scales (8) |
 #pragma once
 
-#include "grid_text.h"
+#include "grid_codec.h"
 
 namespace quantcli::QC_ISA {
 
 template <class T>
-struct IQ2 : GridText<T>, Lattice<8, 3> {
+struct IQ2 : GridCodec<T>, Lattice<8, 3> {
     static constexpr int kWidth = 5;
     static constexpr float kStep = 0.1f, kFudge = 1.0f;
 

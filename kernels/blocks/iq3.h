@@ -9,12 +9,12 @@
 //        | d f16 | 64 indices (64) | per sub-block: 4 × 7 signs | scale << 28 (8 × 4)       |
 #pragma once
 
-#include "grid_text.h"
+#include "grid_codec.h"
 
 namespace quantcli::QC_ISA {
 
 template <class T>
-struct IQ3 : GridText<T>, Lattice<4, 8> {
+struct IQ3 : GridCodec<T>, Lattice<4, 8> {
     static constexpr int kSub = 32, kWidth = 15;
     static constexpr float kStep = 0.2f;
 

@@ -104,7 +104,7 @@ QC_FN void level_weights(const F* x, const F* importance, F* w) {
 
 QC_FN F inverse_of(F scale) { return select(scale == 0.0f, splat(0.0f), 1.0f / scale); }
 
-struct IQ4_NL : Text {
+struct IQ4_NL : Codec {
     static constexpr int kBlock = 32, kSub = 32, kBytes = 18;
     static constexpr int kHead = 2;
 
@@ -129,7 +129,7 @@ struct IQ4_NL : Text {
     }
 };
 
-struct IQ4_XS : Text {
+struct IQ4_XS : Codec {
     static constexpr int kBlock = 256, kSub = 32, kSubs = 8, kBytes = 136;
     static constexpr bool kHasScales = true, kSignedScales = true;
 

@@ -23,17 +23,17 @@ constexpr KindInfo info_of(const char* name) {
     return {name, T::kBlock, T::kBytes, T::kSub, T::kHasD, T::kHasScales, T::kSignedScales, T::kHasMin, T::kHasOffset, T::kNeedsImportance};
 }
 
-#define QC_INFO(kind, text) info_of<text>(#kind),
+#define QC_INFO(kind, codec) info_of<codec>(#kind),
 constexpr KindInfo kKindInfo[] = {QC_KINDS(QC_INFO)};
 #undef QC_INFO
 
 /// body(T{}) for the codec of `kind`.
 template <class Body>
-Status with_text(Kind kind, const Body& body) {
+Status with_codec(Kind kind, const Body& body) {
     switch (kind) {
-#define QC_CASE(kind, text) \
-    case Kind::kind:        \
-        return body(text{});
+#define QC_CASE(kind, codec) \
+    case Kind::kind:         \
+        return body(codec{});
         QC_KINDS(QC_CASE)
 #undef QC_CASE
     }

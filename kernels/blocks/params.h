@@ -27,7 +27,7 @@ struct Found {
 /// What most codecs are; one that differs says so. A codec also has: kBlock and kSub (weights of a block, of a sub-block), kBytes,
 /// search, encode, pack, unpack, decode. `search` takes kAbreast blocks, one after another in x, importance (null without), power (the mean
 /// square of each one's whole row, if the codec asks for it) and found; the others one block.
-struct Text {
+struct Codec {
     static constexpr int kHead = 0, kTail = 0;       // bytes of the outermost scale before and after the block's 32-bit words
     static constexpr bool kHasD = true;              // d; without it the first sub-block's scale is the outermost
     static constexpr bool kHasScales = false;        // a scale for each sub-block

@@ -13,7 +13,7 @@
 
 namespace quantcli::QC_ISA {
 
-struct Q3_K : Text {
+struct Q3_K : Codec {
     static constexpr int kBlock = 256, kSub = 16, kSubs = 16, kBytes = 110;
     static constexpr int kTail = 2, kMax = 4;
     static constexpr bool kHasScales = true, kSignedScales = true;

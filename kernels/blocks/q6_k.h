@@ -9,7 +9,7 @@
 
 namespace quantcli::QC_ISA {
 
-struct Q6_K : Text {
+struct Q6_K : Codec {
     static constexpr int kBlock = 256, kSub = 16, kSubs = 16, kBytes = 210;
     static constexpr int kTail = 2;
     static constexpr bool kHasScales = true, kSignedScales = true;

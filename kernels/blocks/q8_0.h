@@ -8,7 +8,7 @@
 
 namespace quantcli::QC_ISA {
 
-struct Q8_0 : Text {
+struct Q8_0 : Codec {
     static constexpr int kBlock = 32, kSub = 32, kBytes = 34;
     static constexpr int kHead = 2;
     static constexpr bool kWeighted = false;

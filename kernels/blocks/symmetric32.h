@@ -10,7 +10,7 @@
 namespace quantcli::QC_ISA {
 
 template <int kBits>
-struct Symmetric32 : Text {
+struct Symmetric32 : Codec {
     static constexpr int kBlock = 32, kSub = 32, kBytes = 2 + 4 * kBits;
     static constexpr int kHead = 2, kMax = 1 << (kBits - 1);
     static constexpr bool kRowPower = true;

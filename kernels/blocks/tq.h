@@ -14,7 +14,7 @@
 
 namespace quantcli::QC_ISA {
 
-struct Ternary : Text {
+struct Ternary : Codec {
     static constexpr int kBlock = 256, kSub = 256, kTail = 2;
     static constexpr bool kWeighted = false;
 

@@ -273,18 +273,18 @@ const BlockOps block_ops = {
     .kinds = kKindInfo,
     .n_kinds = sizeof kKindInfo / sizeof *kKindInfo,
     .quantize = [](Kind kind, Weights W, const float* importance, uint8_t* blocks,
-                   void*) { return with_text(kind, [&](auto text) { return quantize_blocks<decltype(text)>(W, importance, blocks); }); },
+                   void*) { return with_codec(kind, [&](auto codec) { return quantize_blocks<decltype(codec)>(W, importance, blocks); }); },
     .dequantize =
         [](Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, float* W, void*) {
-            return with_text(kind, [&](auto text) { return dequantize_blocks<decltype(text)>(blocks, rows, cols, W); });
+            return with_codec(kind, [&](auto codec) { return dequantize_blocks<decltype(codec)>(blocks, rows, cols, W); });
         },
     .fit = [](Kind kind, Weights W, const float* importance, BlockParams out,
-              void*) { return with_text(kind, [&](auto text) { return fit_blocks<decltype(text)>(W, importance, out); }); },
+              void*) { return with_codec(kind, [&](auto codec) { return fit_blocks<decltype(codec)>(W, importance, out); }); },
     .pack = [](Kind kind, const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks,
-               void*) { return with_text(kind, [&](auto text) { return pack_blocks<decltype(text)>(codes, in, rows, cols, blocks); }); },
+               void*) { return with_codec(kind, [&](auto codec) { return pack_blocks<decltype(codec)>(codes, in, rows, cols, blocks); }); },
     .unpack =
         [](Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out, void*) {
-            return with_text(kind, [&](auto text) { return unpack_blocks<decltype(text)>(blocks, rows, cols, codes, out); });
+            return with_codec(kind, [&](auto codec) { return unpack_blocks<decltype(codec)>(blocks, rows, cols, codes, out); });
         },
 };
 

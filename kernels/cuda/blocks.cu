@@ -190,11 +190,11 @@ Status provide_grid(Grid grid) {
 /// body(T{}) for the codec of `kind`, with the tables it needs on the device.
 template <class Body>
 Status with_tables(Kind kind, const Body& body) {
-    return with_text(kind, [&](auto text) -> Status {
-        if constexpr (decltype(text)::kHasGrid) {
-            if (const Status status = provide_grid(decltype(text)::kGrid); status != kOk) return status;
+    return with_codec(kind, [&](auto codec) -> Status {
+        if constexpr (decltype(codec)::kHasGrid) {
+            if (const Status status = provide_grid(decltype(codec)::kGrid); status != kOk) return status;
         }
-        return body(text);
+        return body(codec);
     });
 }
 
@@ -219,19 +219,19 @@ Status search_all(Weights W, const float* importance, uint8_t* blocks, BlockPara
 }
 
 Status quantize(Kind kind, Weights W, const float* importance, uint8_t* blocks, void* stream) {
-    return with_tables(kind, [&](auto text) {
-        return search_all<decltype(text)>(W, importance, blocks, BlockParams{}, static_cast<cudaStream_t>(stream));
+    return with_tables(kind, [&](auto codec) {
+        return search_all<decltype(codec)>(W, importance, blocks, BlockParams{}, static_cast<cudaStream_t>(stream));
     });
 }
 
 Status fit(Kind kind, Weights W, const float* importance, BlockParams out, void* stream) {
     return with_tables(
-        kind, [&](auto text) { return search_all<decltype(text)>(W, importance, nullptr, out, static_cast<cudaStream_t>(stream)); });
+        kind, [&](auto codec) { return search_all<decltype(codec)>(W, importance, nullptr, out, static_cast<cudaStream_t>(stream)); });
 }
 
 Status dequantize(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, float* W, void* handle) {
-    return with_tables(kind, [&](auto text) -> Status {
-        using T = decltype(text);
+    return with_tables(kind, [&](auto codec) -> Status {
+        using T = decltype(codec);
         const int64_t n = rows * (cols / T::kBlock);
         if (n) dequantize_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(blocks, n, W);
         return cudaGetLastError();
@@ -239,8 +239,8 @@ Status dequantize(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, 
 }
 
 Status pack(Kind kind, const int8_t* codes, BlockParams in, int64_t rows, int64_t cols, uint8_t* blocks, void* handle) {
-    return with_tables(kind, [&](auto text) -> Status {
-        using T = decltype(text);
+    return with_tables(kind, [&](auto codec) -> Status {
+        using T = decltype(codec);
         const int64_t n = rows * (cols / T::kBlock);
         if (n) pack_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(codes, in, n, blocks);
         return cudaGetLastError();
@@ -248,8 +248,8 @@ Status pack(Kind kind, const int8_t* codes, BlockParams in, int64_t rows, int64_
 }
 
 Status unpack(Kind kind, const uint8_t* blocks, int64_t rows, int64_t cols, int8_t* codes, BlockParams out, void* handle) {
-    return with_tables(kind, [&](auto text) -> Status {
-        using T = decltype(text);
+    return with_tables(kind, [&](auto codec) -> Status {
+        using T = decltype(codec);
         const int64_t n = rows * (cols / T::kBlock);
         if (n) unpack_kernel<T><<<grid_for(n), kThreads, 0, static_cast<cudaStream_t>(handle)>>>(blocks, n, codes, out);
         return cudaGetLastError();

@@ -8,7 +8,7 @@ namespace quantcli::QC_ISA {
 
 /// T is the type, a Lattice with kGrid and kSub, the constants of its search, `weigh`, `magnitude` and `level`, `step` and its own packing.
 template <class T>
-struct GridText : Text {
+struct GridCodec : Codec {
     static constexpr int kBlock = 256, kHead = 2;
     static constexpr bool kHasScales = true, kSignedScales = true, kHasGrid = true;
 
