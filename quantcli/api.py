@@ -19,6 +19,7 @@ from typing_extensions import TypeIs
 from quantcli import formats, heap, ops
 from quantcli import recipe as recipes
 from quantcli.calibration import calibrate as calibration
+from quantcli.calibration.calibrate import LayerMeasured
 from quantcli.calibration.data import Data, Windows
 from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -161,6 +162,7 @@ def quantize(
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
+    fresh: bool = False,
     dry_run: bool = False,
     on_event: OnEvent | None = None,
 ) -> Result:
@@ -169,6 +171,9 @@ def quantize(
     ``output``: a folder, or a file for GGUF; ``<model>-<recipe>`` in the current folder when left out. ``data``: text to calibrate on, or
     a :class:`StatsFile`, or an :class:`ImportanceMatrix`; the default text where the recipe needs some and nothing is given. ``device``:
     auto, cpu, cuda or cuda:N. ``overwrite`` replaces a finished output. ``on_event`` is called with the events of the run as they come.
+
+    A run that was stopped leaves ``<output>.part``; the same call goes on behind its last finished layer, and ends with the same bytes.
+    ``fresh`` drops that work.
 
     Raises the errors of :mod:`quantcli.errors`; nothing stands at ``output`` unless the run ends well.
     """
@@ -184,7 +189,9 @@ def quantize(
         target = selection.default_output(checkpoint, chosen) if output is None else Path(output)
         is_split = "split_max_size" in chosen.format_options  # whose files the writer alone knows
         learned = learn(checkpoint, chosen, data, tell)
-        walk = pipeline.quantize(checkpoint, target, chosen, data=learned, device=torch_device, overwrite=overwrite, dry_run=dry_run)
+        walk = pipeline.quantize(
+            checkpoint, target, chosen, data=learned, device=torch_device, overwrite=overwrite, fresh=fresh, dry_run=dry_run
+        )
         with closing(walk):
             for event in walk:
                 tell(event)
@@ -195,7 +202,7 @@ def quantize(
                         check_target(target, overwrite=overwrite, folder=chosen.format != "gguf")
                 elif isinstance(event, LayerDone):
                     layers.append(event)
-                else:
+                elif isinstance(event, Finished):
                     finished = event
         if finished is not None and finished.text_check is not None:
             warn_of_text(finished.text_check, tell)
@@ -217,6 +224,7 @@ def export(
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
+    fresh: bool = False,
     dry_run: bool = False,
     on_event: OnEvent | None = None,
 ) -> Result:
@@ -232,7 +240,16 @@ def export(
         return replace(given or selection.that_keeps(checkpoint, format), format_options=dict(options or {}))
 
     return quantize(
-        source, output, choose, data=data, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run, on_event=on_event
+        source,
+        output,
+        choose,
+        data=data,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        fresh=fresh,
+        dry_run=dry_run,
+        on_event=on_event,
     )
 
 
@@ -251,6 +268,7 @@ def calibrate(
     threads: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    fresh: bool = False,
     on_event: OnEvent | None = None,
 ) -> Calibration:
     """Run text through ``source`` and write what its linears read to ``output``, a file of statistics that serves every method.
@@ -281,12 +299,13 @@ def calibrate(
             moe=moe,
             device=torch_device,
             overwrite=overwrite,
+            fresh=fresh,
         )
         for event in walk:
             tell(event)
             if isinstance(event, TextCheck):
                 known = event
-            else:
+            elif isinstance(event, LayerMeasured):
                 n_taps += event.n_taps
         if matrix is not None:
             write_imatrix(matrix, StatsFile(target), checkpoint, named(data), overwrite=overwrite, tell=tell)

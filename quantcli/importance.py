@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -40,6 +41,13 @@ class Importance(Mapping[str, Tensor]):
     n_chunks: int = 0
     dataset: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """sha256 of every name and mean square."""
+        digest = hashlib.sha256()
+        for name in sorted(self):
+            digest.update(name.encode() + self[name].numpy().tobytes())
+        return digest.hexdigest()
 
     @override
     def __getitem__(self, name: str) -> Tensor:

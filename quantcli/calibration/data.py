@@ -61,6 +61,15 @@ class Learned:
         known = self.stats or self.windows
         return None if known is None else known.dataset_sha256
 
+    @property
+    def fingerprint(self) -> str | None:
+        """sha256 of all that the run learns from; None where that is nothing."""
+        if self.windows is not None:
+            return self.windows.dataset_sha256
+        if self.stats is not None:
+            return self.stats.fingerprint()
+        return None if self.importance is None else self.importance.fingerprint()
+
     def provenance(self) -> dict[str, str]:
         """What an output says of the text: ``dataset_sha256``, ``dataset_sketch`` by which another text is compared with
         it, and ``calibrated_by``: :attr:`kind`."""

@@ -18,31 +18,31 @@ class Original:
     Memory: one more layer, and the hidden states of all windows once more.
     """
 
-    def __init__(self, like: Forward, ids: Tensor) -> None:
-        """Of the checkpoint of ``like``, run as that runs it; ``ids``: [n, T] int64."""
+    def __init__(self, like: Forward, ids: Tensor, kept: Tensor | None = None) -> None:
+        """Of the checkpoint of ``like``, run as that runs it; ``ids``: [n, T] int64; ``kept``: where a walk left off, [n, T, hidden]."""
         self._forward = like.another()
         self._layer: LoadedLayer | None = None
-        self._states = HiddenStates.embed(self._forward, ids)
+        self.states = HiddenStates.enter(self._forward, ids, kept)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
         """Layer ``index`` is in memory, and at the end the windows have gone through it."""
         with self._forward.layer(index) as self._layer:
             yield
-            self._states.advance(self._layer)
+            self.states.advance(self._layer)
         self._layer = None
 
     def inputs(self, taps: Collection[str]) -> Iterator[dict[str, list[Tensor]]]:
         """What ``taps`` of the layer in memory read, a batch of windows at a time: tap → X₀ [n_tokens, in] of each time it is read."""
         assert self._layer is not None
-        for hidden, ids in self._states.batches():
+        for hidden, ids in self.states.batches():
             seen: dict[str, list[Tensor]] = {tap: [] for tap in taps}
             self._layer.inputs(hidden, ids, partial(_keep, seen), taps)
             yield seen
 
     def head_inputs(self) -> Iterator[dict[str, list[Tensor]]]:
         """What the output embedding reads, the same way; for windows that have gone through all layers."""
-        for hidden, _ in self._states.batches():
+        for hidden, _ in self.states.batches():
             seen: dict[str, list[Tensor]] = {HEAD: []}
             self._forward.observe_head(hidden, partial(_keep, seen, HEAD))
             yield seen

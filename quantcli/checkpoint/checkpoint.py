@@ -142,12 +142,7 @@ class Checkpoint(ABC):
         Of every stored tensor's name, dtype, shape and first KiB: about a megabyte, where a checksum of a large model would take minutes.
         A copy has the same one, even in other shards or with another config.json; weights in another dtype have another.
         """
-        digest = hashlib.sha256()
-        for location in sorted(self.locations(), key=lambda location: location.spec.name):
-            spec = location.spec
-            digest.update(json.dumps([spec.name, spec.dtype, spec.shape]).encode())
-            digest.update(first_bytes(location, FINGERPRINT_BYTES))
-        return digest.hexdigest()
+        return fingerprint(self.locations())
 
     def sidecars(self) -> dict[str, Path]:
         """The small files beside the weights that any copy of the model needs: tokenizer, templates, generation config, code, licence.
@@ -175,6 +170,16 @@ class Checkpoint(ABC):
     def _check(self, name: str) -> None:
         if name not in self.specs:
             raise CheckpointError(f"{self.source}: no tensor {name} among its {len(self.specs)}")
+
+
+def fingerprint(locations: Iterable[Location]) -> str:
+    """sha256 of the name, dtype, shape and first KiB of each tensor."""
+    digest = hashlib.sha256()
+    for location in sorted(locations, key=lambda location: location.spec.name):
+        spec = location.spec
+        digest.update(json.dumps([spec.name, spec.dtype, spec.shape]).encode())
+        digest.update(first_bytes(location, FINGERPRINT_BYTES))
+    return digest.hexdigest()
 
 
 def locate(source: str) -> Path:

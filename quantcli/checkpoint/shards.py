@@ -24,7 +24,7 @@ from quantcli.checkpoint.json_files import fail, parse_json, read_json, shown
 from quantcli.checkpoint.locations import Location, read_tensor
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.output import disk
-from quantcli.output.writer import FileLayout, Slot
+from quantcli.output.layouts import FileLayout, Slot
 from quantcli.tensors import DTYPES, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000

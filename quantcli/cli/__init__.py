@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -14,6 +16,8 @@ from quantcli.cli.console import Console
 from quantcli.errors import CheckpointError, KernelError, OptionError, QuantcliError, ResourceError
 
 INTERRUPTED = 130
+STOPS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a run as Ctrl-C does; the exit code is 128 and the signal's number, as a shell counts."""
 VERBS = ("inspect", "calibrate", "quantize", "export", "eval")
 
 app = typer.Typer(
@@ -48,6 +52,7 @@ def _root(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of what happened (see errors.py and cli.md)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    received = _stop_on_signals()
     console = Console(verbose="-v" in argv or "--verbose" in argv)
     try:
         code = app(argv, standalone_mode=False, prog_name="quantcli")
@@ -57,7 +62,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = _failed(console, error)
     if code == INTERRUPTED:  # typer returns it for a Ctrl-C that it caught itself
         console.interrupted()
+        code = 128 + received[0] if received else INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop_on_signals() -> list[int]:
+    """From now on a signal of :data:`STOPS` interrupts as Ctrl-C does; the list gets its number. What is ignored (nohup) stays ignored."""
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, stop)
+    return received
 
 
 def _failed(console: Console, error: Exception) -> int:

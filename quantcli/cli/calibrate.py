@@ -28,6 +28,7 @@ def command(
     threads: options.Threads = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
+    fresh: options.Fresh = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -50,6 +51,7 @@ def command(
             device=options.device_of(console, device, threads),
             seed=seed,
             overwrite=overwrite,
+            fresh=fresh,
             on_event=progress,
         )
     files = [str(path) for path in (result.stats, result.imatrix) if path is not None]

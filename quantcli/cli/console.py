@@ -104,7 +104,9 @@ class Console:
         return 2
 
     def interrupted(self) -> None:
-        sys.stderr.write("interrupted: nothing was written under a final name; run the same command again to start over\n")
+        sys.stderr.write(
+            "interrupted: nothing was written under a final name; run the same command again to go on behind the last finished layer\n"
+        )
 
     def bug(self, error: Exception) -> int:
         traceback.print_exception(error)

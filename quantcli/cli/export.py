@@ -34,6 +34,7 @@ def command(
     device: options.Device = "auto",
     threads: options.Threads = None,
     overwrite: options.Overwrite = False,
+    fresh: options.Fresh = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -76,6 +77,7 @@ def command(
             options=format_options,
             device=options.device_of(console, device, threads),
             overwrite=overwrite,
+            fresh=fresh,
             dry_run=dry_run,
             on_event=progress,
         )

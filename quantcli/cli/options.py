@@ -23,6 +23,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores when left out.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Drop the work of an interrupted run instead of going on with it.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Dataset = Annotated[
     list[str] | None,

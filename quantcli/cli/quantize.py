@@ -47,6 +47,7 @@ def command(
     threads: options.Threads = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
+    fresh: options.Fresh = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -78,6 +79,7 @@ def command(
             data=options.read_data(stats, imatrix),
             device=options.device_of(console, device, threads),
             overwrite=overwrite,
+            fresh=fresh,
             dry_run=dry_run,
             on_event=progress,
         )

@@ -31,12 +31,15 @@ class Progress:
 
     def __call__(self, event: Any) -> None:
         from quantcli.calibration.calibrate import LayerMeasured
+        from quantcli.calibration.resume import Resumed
         from quantcli.walk.evaluate import LayerWalked
         from quantcli.walk.events import LayerDone, Note
 
         assert self._steps is not None
         if isinstance(event, Note):
             (self._console.warn if event.is_warning else self._console.note)(event.text)
+        elif isinstance(event, Resumed):
+            self._console.note(str(event))
         elif isinstance(event, LayerDone):
             self._steps.step(event.index, event.n_layers, layer_line(event))
             report_layer(self._console, event)

@@ -16,6 +16,7 @@ from quantcli.archs import Cut
 from quantcli.checkpoint.checkpoint import Checkpoint, locate, read_config, unread
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.importance import Importance, ImportanceSource
+from quantcli.output.journal import Run
 from quantcli.output.writer import Writer
 from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec
 
@@ -71,11 +72,13 @@ class OutputLayout(ABC):
         *,
         importance: Importance | None = None,
         overwrite: bool = False,
+        run: Run | None = None,
     ) -> Writer:
         """A writer of the files at ``path``, declared, with space for ``outputs``, all of them.
 
         ``record``: how the output came to be (:meth:`quantcli.walk.provenance.Provenance.to_dict`), for formats that have a place for it;
-        ``importance``: what weighed plain rounding, for formats that record where it came from.
+        ``importance``: what weighed plain rounding, for formats that record where it came from; ``run``: by which unfinished work of an
+        earlier process is known and taken over.
         """
 
     def cache_outputs(self, cache: KvCache) -> list[TensorSpec]:

@@ -51,6 +51,13 @@ class HiddenStates:
         assert hidden is not None
         return cls(ids, hidden)
 
+    @classmethod
+    def enter(cls, forward: Forward, ids: Tensor, kept: Tensor | None) -> HiddenStates:
+        """The input of the first layer for ``ids`` [n, T], or where a walk left off: ``kept`` [n, T, hidden]."""
+        if kept is None:
+            return cls.embed(forward, ids)
+        return cls(ids, kept.to(kept_on(forward.device, kept.nbytes)))
+
     def of(self, windows: Tensor) -> HiddenStates:
         """A copy of some ``windows`` only, given by their numbers [k] int64."""
         return HiddenStates(self.ids[windows], self.hidden[windows])

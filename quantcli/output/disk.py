@@ -19,7 +19,9 @@ PIECE_BYTES = 8 << 20
 """What a checksum reads at once."""
 
 SYNC_FILE_RANGE_WRITE = 2
-"""From Linux's fs.h."""
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+AT_FDCWD = -100
+"""From Linux's fs.h and fcntl.h."""
 
 
 def check_space(target: Path, n_bytes: int) -> None:
@@ -62,6 +64,8 @@ def wording_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise ResourceError(f"{target}: {error.strerror} while writing; the disk may be failing, choose another -o") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"{target}: {error.strerror or error} while writing; free space there or choose another -o") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
@@ -108,9 +112,13 @@ def start_flushing(fd: int, offset: int, size: int) -> None:
 
 
 def fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk; some file systems refuse that for folders, which then need none."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(fd)
 
@@ -132,25 +140,49 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace(part: Path, target: Path, old: Path) -> None:
-    """Move ``part`` to ``target``. A folder cannot replace a non-empty one, so the old one is renamed first, and back on failure."""
-    if not target.is_dir() or not any(target.iterdir()):
-        os.replace(part, target)
-        return
-    os.rename(target, old)
+def inode(path: Path) -> tuple[int, int]:
+    """(device, inode) of ``path``, which stay the same when it is renamed."""
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
+def move_new(path: Path, target: Path) -> None:
+    """Rename ``path`` to ``target``, where nothing stands, or an empty folder; :class:`RecipeError` when something else appeared there."""
     try:
-        os.rename(part, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    remove(old)
+        if not renameat2(path, target, RENAME_NOREPLACE):
+            os.rename(path, target)  # a file system without the call: the caller looked a moment ago
+    except FileExistsError:
+        if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+            os.rename(path, target)
+            return
+        raise RecipeError(f"{target}: appeared while the output was made; move it away and run the same command again") from None
 
 
-def restore_interrupted_commit(target: Path, old: Path) -> None:
-    """Undo or finish a :func:`replace` that was killed between its two renames: restore the old output, or remove it if replaced."""
-    if not old.exists():
+def replace(path: Path, target: Path, aside: Path) -> None:
+    """Move ``path`` to ``target``, and what stood there to ``path`` or ``aside``.
+
+    At every moment a whole output has the name, but on a file system that cannot exchange folders."""
+    if renameat2(path, target, RENAME_EXCHANGE):
         return
-    if target.exists():
-        remove(old)
-    else:
-        os.rename(old, target)
+    if not target.is_dir():
+        os.replace(path, target)
+        return
+    os.rename(target, aside)
+    try:
+        os.rename(path, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+
+
+def renameat2(old: Path, new: Path, flags: int) -> bool:
+    """Linux' call of that name; False where the system or the file system does not have it. Raises OSError as os.rename does."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), ctypes.c_uint(flags)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(new))

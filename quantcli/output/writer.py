@@ -1,10 +1,13 @@
 """Writes output files: declared up front, filled in any order, verified by reading back, and only then renamed to their target.
 
-Everything is written under ``<target>.part`` (a folder or a file, like the target; for several files side by side a folder). ``commit``
-flushes it to the disk, reads every byte back and compares it with the checksum taken while it was put, and moves it to the target with one
-rename. A failure before that rename leaves the target unchanged; an exception also removes the ``.part``. A killed process leaves its
-``.part`` behind, which the next run replaces; the ``.part`` of a running process is locked, and a second run refuses to touch it. Files
-side by side are moved one by one, and the first, which an engine is given, last.
+Everything is made in a work folder, ``<target>.part``: ``output`` (a folder, a file, or a folder of files that will lie side by side), the
+journal of finished steps, and what the run keeps between them. ``commit`` flushes it to the disk, reads every byte back and compares it
+with the checksum taken while it was put, and moves the output to its name with one rename, or one exchange where it replaces an older one.
+A failure before leaves the target unchanged. Files side by side are moved one by one, and the first, which an engine is given, last.
+
+A run that has an identity can be continued: :meth:`Writer.finish_step` flushes what was put and tells the journal, an interruption leaves
+the work folder, and the next writer of the same target and identity takes it over with all finished steps, their bytes checked. Otherwise
+the folder goes when the run fails. That of a running process is locked; one without a journal is not quantcli's, and is never touched.
 
 Memory: one tensor at a time, and 16 MiB while checking.
 """
@@ -16,64 +19,51 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcli.errors import CheckpointError
+from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
 from quantcli.output import disk
+from quantcli.output.journal import Run, Step
+from quantcli.output.layouts import FileLayout, check_layouts, has_header, relative, write_header
+from quantcli.output.work_folder import WorkFolder
 from quantcli.tensors import DTYPE_NAMES, DTYPES, TensorSpec
 
 N_CHECKERS = 2
 """Threads that read an output back."""
 
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one tensor lies: ``offset`` counts from the start of its file."""
-
-    spec: TensorSpec
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileLayout:
-    """The layout of a file before any weight is read: its header, its size and the place of each tensor (padding is zeros)."""
-
-    name: str
-    header: bytes
-    size: int
-    slots: Mapping[str, Slot]
+HOPELESS = (NumericsError, RecipeError, UnsupportedError)
+"""Errors of a run that the same command would meet again: its work is not kept."""
 
 
 class Writer:
     """Writes a folder of files (``folder=True``: several layouts and sidecars), a single file, or files side by side to ``target``.
 
-    A context manager: leaving it without ``commit`` removes what was written. Raises :class:`RecipeError` at once when ``target`` exists
-    and ``overwrite`` is not given (with it the old output is replaced at ``commit``), and also when ``target`` is nothing that
-    ``overwrite`` may replace: another kind of file, or a folder that holds no model.
+    A context manager: leaving it without ``commit`` removes what was written, unless ``run`` is given and a step is finished. Raises
+    :class:`RecipeError` at once when ``target`` exists and ``overwrite`` is not given (with it the old output is replaced at ``commit``),
+    and also when ``target`` is nothing that ``overwrite`` may replace: another kind of file, or a folder that holds no model.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False, folder: bool = True) -> None:
+    def __init__(self, target: Path, *, overwrite: bool = False, folder: bool = True, run: Run | None = None) -> None:
         # Links are resolved, so that the rename happens in the real folder and never crosses a file system.
         self.target = Path(os.path.realpath(target))
         self.folder = folder
         self._overwrite = overwrite
         self._beside: tuple[Path, ...] = ()  # the other files of a target that is several
-        self.part = self.target.with_name(self.target.name + ".part")
-        self._old = self.target.with_name(self.target.name + ".part-old")
+        self.work = WorkFolder(self.target, run)
         self._layouts: dict[str, FileLayout] = {}
         self._files: dict[str, str] = {}  # tensor → its file
         self._sums: dict[str, int] = {}  # tensor → crc32, once it is put
         self._claimed: set[str] = set()
+        self._recorded: set[str] = set()  # in the journal
         self._sidecars: dict[str, tuple[int, int]] = {}  # name → (size, crc32)
         self._claim_lock = threading.Lock()
-        self._part_lock: int | None = None
-        self._done = False
-        disk.restore_interrupted_commit(self.target, self._old)
+        self._is_committing = self._done = False
+        self.work.clear_interrupted_commit()
         disk.check_replaceable(self.target, overwrite=overwrite, folder=folder)
 
     @property
@@ -82,9 +72,11 @@ class Writer:
         return () if self.folder else (self.target, *self._beside)
 
     def declare(self, files: Sequence[FileLayout], sidecars: Mapping[str, bytes | Path] | None = None) -> None:
-        """Create ``files`` with their headers, and ``sidecars`` (small files: their bytes, or a path to copy). Once.
+        """Create ``files`` with their headers, and ``sidecars`` (small files: their bytes, or a path to copy), or take over those of an
+        unfinished run. Once.
 
-        Raises :class:`ResourceError` when the disk cannot hold it all, before anything is written.
+        Raises :class:`ResourceError` when the disk cannot hold it all, before anything is written, :class:`RecipeError` when a work folder
+        is in use, belongs to another run, or is not quantcli's.
         """
         if self._layouts or self._done:
             raise ValueError("declare may be called once")
@@ -95,17 +87,41 @@ class Writer:
         for path in self._beside:
             disk.check_replaceable(path, overwrite=self._overwrite, folder=False)
         sidecars = sidecars or {}
-        self._replace_stale_part()
-        n_bytes = sum(f.size for f in files) + sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars.values())
-        disk.check_space(self.target, n_bytes)
         try:
             with disk.wording_errors(self.target):
-                self._create(files)
+                if not self._take_over(files):
+                    n_bytes = sum(f.size for f in files)
+                    n_bytes += sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars.values())
+                    disk.check_space(self.target, n_bytes)
+                    self._create(files)
             for name, data in sidecars.items():
                 self.add_sidecar(name, data)
         except BaseException:
-            self.abort()  # the context may not have been entered yet
+            self.abort(keep=bool(self.steps))  # the context may not have been entered yet
             raise
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The finished steps, those of an earlier process first."""
+        return self.work.steps
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether finished steps serve a later process."""
+        return self.work.run is not None
+
+    def finish_step(self, name: str, told: Mapping[str, Any]) -> None:
+        """Flush what was put since the last step and add the step to the journal; ``told``: JSON values that a later process is given in
+        :attr:`steps`. Does nothing for a run without an identity."""
+        if not self.is_resumable:
+            return
+        with self._claim_lock:
+            sums = {tensor: self._sums[tensor] for tensor in self._sums.keys() - self._recorded}
+        with disk.wording_errors(self.target):
+            for file in sorted({self._files[tensor] for tensor in sums}):
+                disk.fsync(self._path(file))
+            self.work.journal.append(Step(name, sums, told))
+        self._recorded |= sums.keys()
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor. ``tensor``: dtype and shape of its spec; uint8 of the same byte count where the spec has a ggml type.
@@ -125,7 +141,12 @@ class Writer:
             file.seek(slot.offset)
             disk.write_all(file.fileno(), data)
             disk.start_flushing(file.fileno(), slot.offset, len(data))
-        self._sums[name] = zlib.crc32(data)
+        with self._claim_lock:
+            self._sums[name] = zlib.crc32(data)
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor ``name`` was put, by this process or by the one whose work it goes on with."""
+        return name in self._sums
 
     def add_sidecar(self, name: str, data: bytes | Path) -> None:
         """Add a small file to a folder target: its bytes, or a path to copy. A later one of the same name replaces the earlier."""
@@ -133,7 +154,7 @@ class Writer:
             raise ValueError(f"{name}: sidecars go into a declared folder, before commit")
         if name in self._layouts:
             raise ValueError(f"{name}: a file of tensors has this name")
-        path = self.part / relative(name)
+        path = self.work.output / relative(name)
         content = data if isinstance(data, bytes) else data.read_bytes()
         with disk.wording_errors(self.target):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,73 +171,98 @@ class Writer:
             raise ValueError(f"{self.target}: commit needs a declared, open writer")
         if missing := sorted(self._files.keys() - self._sums.keys()):
             raise ValueError(f"{self.target}: {len(missing)} tensors were declared and never put, the first is {missing[0]}")
+        self._is_committing = True
         with disk.wording_errors(self.target):
             self._flush()
             self._verify()
-            if self._beside:
-                self._move_beside()
-            else:
-                disk.replace(self.part, self.target, self._old)
+            self.work.journal.begin_commit(self.work.output / self.target.name if self._beside else self.work.output)
+            self._move_beside() if self._beside else self._move()
             disk.fsync(self.target.parent)
-        self._done = True
-        self._unlock()
+            self._done = True
+            self.work.close(keep=False)
 
-    def abort(self) -> None:
-        """Remove everything that was written; the target stays as it was. Harmless when called twice or after commit."""
+    def abort(self, *, keep: bool = False) -> None:
+        """Remove everything that was written, or (``keep``) leave it to a later process; the target stays as it was. Harmless when called
+        twice or after commit."""
         if self._done:
             return
         self._done = True
-        if self._part_lock is not None:
-            disk.remove(self.part)
-        self._unlock()
+        self.work.close(keep=keep)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.abort()
+        is_hopeless = isinstance(error, HOPELESS) and not self._is_committing
+        self.abort(keep=bool(self.steps) and error is not None and not is_hopeless)
 
     def _path(self, file: str) -> Path:
-        return self.part / file if self.folder or self._beside else self.part
+        return self.work.output / file if self.folder or self._beside else self.work.output
+
+    def _move(self) -> None:
+        """Move the output to its name."""
+        disk.check_replaceable(self.target, overwrite=self._overwrite, folder=self.folder)
+        is_free = not os.path.lexists(self.target) or (self.folder and not any(self.target.iterdir()))
+        if is_free:
+            disk.move_new(self.work.output, self.target)
+        else:
+            disk.replace(self.work.output, self.target, self.work.replaced)
 
     def _move_beside(self) -> None:
         """Move several files to their names. An earlier output's first file goes at the start, so that no mixture of both has one."""
         self.target.unlink(missing_ok=True)
         for path in (*self._beside, self.target):
-            os.rename(self.part / path.name, path)
-        self.part.rmdir()
+            disk.check_replaceable(path, overwrite=self._overwrite, folder=False)
+            os.rename(self.work.output / path.name, path)
 
-    def _replace_stale_part(self) -> None:
-        """Remove the ``.part`` of a killed process, whose lock is gone; that of a running process is locked, which is an error."""
-        if not os.path.lexists(self.part):
-            return
-        fd = os.open(self.part, os.O_RDONLY)
-        try:
-            disk.lock(fd, self.part)
-            disk.remove(self.part)
-        finally:
-            os.close(fd)
+    def _good_steps(self) -> list[Step]:
+        """The steps whose bytes are on the disk, up to the first that is damaged. A file without its header or size has none."""
+        for layout in self._layouts.values():
+            if not has_header(self._path(layout.name), layout):
+                write_header(self._path(layout.name), layout)
+        for i, step in enumerate(self.steps):
+            parts = [self._slot(name) for name in step.sums]
+            if any(disk.checksum(*part) != crc for part, crc in zip(parts, step.sums.values(), strict=True)):
+                return list(self.steps[:i])
+        return list(self.steps)
+
+    def _slot(self, name: str) -> tuple[Path, int, int]:
+        """File, offset and size of a tensor."""
+        slot = self._layouts[self._files[name]].slots[name]
+        return self._path(self._files[name]), slot.offset, slot.spec.nbytes
 
     def _create(self, files: Sequence[FileLayout]) -> None:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.work.create(files)
         if self.folder or self._beside:
-            self.part.mkdir()
-        else:
-            self.part.touch(exist_ok=False)
-        self._part_lock = os.open(self.part, os.O_RDONLY)
-        disk.lock(self._part_lock, self.part)
+            self.work.output.mkdir()
+        self._know(files)
         for layout in files:
-            path = self._path(layout.name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb", buffering=0) as file:
-                disk.write_all(file.fileno(), memoryview(layout.header))
-                file.truncate(layout.size)
+            self._path(layout.name).parent.mkdir(parents=True, exist_ok=True)
+            write_header(self._path(layout.name), layout)
+        if self.is_resumable:
+            disk.fsync(self.work.output if self.folder or self._beside else self.work.path)
+            disk.fsync(self.work.path)
+
+    def _take_over(self, files: Sequence[FileLayout]) -> bool:
+        """Go on with the work of an earlier process, as far as its bytes are what it wrote; False where there is none."""
+        if not self.work.take_over(files):
+            return False
+        self._know(files)
+        self.work.keep_only(self._good_steps())
+        for step in self.steps:
+            self._sums.update(step.sums)
+            self._claimed.update(step.sums)
+            self._recorded.update(step.sums)
+        return True
+
+    def _know(self, files: Sequence[FileLayout]) -> None:
+        for layout in files:
             self._layouts[layout.name] = layout
             self._files.update(dict.fromkeys(layout.slots, layout.name))
 
     def _flush(self) -> None:
-        paths = [self._path(name) for name in self._layouts] + [self.part / name for name in self._sidecars]
-        folders = {parent for path in paths for parent in path.parents if parent == self.part or self.part in parent.parents}
+        paths = [self._path(name) for name in self._layouts] + [self.work.output / name for name in self._sidecars]
+        folders = {parent for path in paths for parent in path.parents if parent == self.work.path or self.work.path in parent.parents}
         for path in [*paths, *folders]:
             disk.fsync(path)
 
@@ -224,11 +270,10 @@ class Writer:
         """Read every byte back and compare: headers as they are, tensors and sidecars by the checksum taken while writing."""
         parts: list[tuple[str, str, int, int, int]] = []  # file, name, offset, size, checksum
         for layout in self._layouts.values():
-            with self._path(layout.name).open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size != layout.size or file.read(len(layout.header)) != layout.header:
-                    raise CheckpointError(
-                        f"{self._path(layout.name)}: the header or size read back differs from what was written; the disk may be failing"
-                    )
+            if not has_header(self._path(layout.name), layout):
+                raise CheckpointError(
+                    f"{self._path(layout.name)}: the header or size read back differs from what was written; the disk may be failing"
+                )
             slots = sorted(layout.slots.values(), key=lambda s: s.offset)
             parts += [(layout.name, s.spec.name, s.offset, s.spec.nbytes, self._sums[s.spec.name]) for s in slots]
         parts += [(name, name, 0, size, crc) for name, (size, crc) in self._sidecars.items()]
@@ -241,30 +286,6 @@ class Writer:
         if got != expected:
             raise CheckpointError(f"{self._path(file)}: {name} reads back differently from what was written; the disk may be failing")
 
-    def _unlock(self) -> None:
-        if self._part_lock is not None:
-            os.close(self._part_lock)
-            self._part_lock = None
-
-
-def check_layouts(files: Sequence[FileLayout]) -> None:
-    """Raise ValueError for inconsistent layouts: a duplicate name, tensors that overlap or exceed their file."""
-    seen: set[str] = set()
-    for layout in files:
-        relative(layout.name)
-        end = len(layout.header)
-        for name, slot in sorted(layout.slots.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
-            if name != slot.spec.name or name in seen:
-                raise ValueError(f"{layout.name}: {name} is declared twice or under another name")
-            if slot.offset < end:
-                raise ValueError(f"{layout.name}: {name} at {slot.offset} overlaps what ends at {end}")
-            end = slot.offset + slot.spec.nbytes
-            seen.add(name)
-        if end > layout.size:
-            raise ValueError(f"{layout.name}: tensors end at {end}, the file at {layout.size}")
-    if len({layout.name for layout in files}) != len(files):
-        raise ValueError("two files have one name")
-
 
 def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
     """Raise ValueError unless ``tensor`` has the dtype and shape of ``spec``."""
@@ -275,14 +296,6 @@ def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
     if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
         got = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
         raise ValueError(f"{spec.name}: expected {spec.dtype} {list(spec.shape)}, got {got} {list(tensor.shape)}")
-
-
-def relative(name: str) -> PurePosixPath:
-    """``name`` as a path inside the output; ValueError when it leaves it."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError(f"'{name}' is not a path inside the output")
-    return path
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

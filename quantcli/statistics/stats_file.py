@@ -8,6 +8,8 @@ user named), ``source_fingerprint`` (:meth:`Checkpoint.fingerprint`, which diffe
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.checkpoint import Checkpoint, fingerprint
 from quantcli.checkpoint.json_files import parse_json, shown
 from quantcli.checkpoint.locations import Location, read_tensor
 from quantcli.checkpoint.shards import read_header, read_header_text
@@ -100,6 +102,10 @@ class StatsFile(Mapping[str, Stats]):
     def locations(self) -> Iterable[Location]:
         """Where the tensors of the file lie."""
         return self._locations.values()
+
+    def fingerprint(self) -> str:
+        """sha256 that differs between files of different content; reads a KiB of each tensor."""
+        return hashlib.sha256(json.dumps([self.metadata, fingerprint(self.locations())], sort_keys=True).encode()).hexdigest()
 
     def has_hessian(self, tap: str) -> bool:
         """Whether H of ``tap`` was gathered."""

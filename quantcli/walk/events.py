@@ -1,4 +1,4 @@
-"""Events of a run: the plan, each finished layer with its time and error, notes, and the end."""
+"""Events of a run: the plan, work taken over, each finished layer with its time and error, notes, and the end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli import heap
+from quantcli.calibration.resume import Resumed
 from quantcli.planning.plan import Plan, PlannedLayer
 from quantcli.planning.schemes import is_quantized
 from quantcli.tensors import TensorReport
@@ -59,7 +60,7 @@ class Note:
     is_warning: bool = False
 
 
-Event = Planned | LayerDone | Finished
+Event = Planned | Resumed | LayerDone | Finished
 
 
 @dataclass(slots=True)
@@ -86,8 +87,8 @@ class Timed:
         )
 
 
-def timed(plan: Plan) -> Iterator[Timed]:
-    """The layers of ``plan`` in turn; what each leaves behind goes back to the system."""
-    for index, planned in enumerate(plan.layers):
+def timed(plan: Plan, start: int = 0) -> Iterator[Timed]:
+    """The layers of ``plan`` in turn, from number ``start`` on; what each leaves behind goes back to the system."""
+    for index, planned in enumerate(plan.layers[start:], start):
         yield Timed(planned, index, len(plan.layers), time.perf_counter())
         heap.trim()

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from quantcli import ops, qtypes
-from quantcli.calibration import measuring, text_check
+from quantcli.calibration import measuring, resume, text_check
 from quantcli.calibration.data import Data, Learned, checked, is_importance, protected_by, weighed
 from quantcli.calibration.original import Original
+from quantcli.calibration.resume import Resume
 from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.readahead import reading_ahead
 from quantcli.errors import RecipeError
 from quantcli.forward import Forward, HiddenStates, LoadedLayer
 from quantcli.forward.absorb import Absorbers
+from quantcli.output.journal import Run
 from quantcli.output.writer import Writer
 from quantcli.planning import kv_caches
 from quantcli.planning import plan as planning
@@ -36,6 +38,7 @@ from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import DTYPES, HEAD, Absorber, Stats, TensorReport
 from quantcli.walk.encoder import LayerEncoder
 from quantcli.walk.events import Event, Finished, LayerDone, Planned, timed
+from quantcli.walk.progress import Progress
 from quantcli.walk.provenance import Provenance
 
 MAX_TENSORS_AT_ONCE = 4
@@ -50,6 +53,7 @@ def quantize(
     data: Data | Callable[[], Data] | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    fresh: bool = False,
     dry_run: bool = False,
 ) -> Generator[Event, None, None]:
     """Write ``source`` to ``target`` as ``recipe`` says.
@@ -57,7 +61,8 @@ def quantize(
     ``data``: what the recipe learns from; a function that gives it is called once the plan stands, or for it (``protect_outliers``). With
     token windows each layer is measured on what the layers before it, already quantized, hand it; with statistics gathered before no layer
     runs; an importance matrix weighs plain rounding. Nothing stands at ``target`` until the last event; ``overwrite`` replaces what stood
-    there only then. Close the walk (``contextlib.closing``) where you may leave it half way: that removes the unfinished output.
+    there only then. Close the walk (``contextlib.closing``) where you may leave it half way. The same call goes on behind the last finished
+    layer of a walk that was left or killed, with the same bytes in the end; ``fresh`` starts over.
     """
     _check_apart(source, target)
     arranged = arrange(source, recipe, device)
@@ -82,16 +87,19 @@ def quantize(
     )
     text_check = None
     layout, record = plan.layout, provenance.to_dict()
-    with layout.writer(target, plan.outputs, record, importance=learned.importance, overwrite=overwrite) as writer:
+    again = Run(resume.identity(source, device, recipe=recipe.to_dict(), data=learned.fingerprint), fresh)
+    with layout.writer(target, plan.outputs, record, importance=learned.importance, overwrite=overwrite, run=again) as writer:
         _check_files_apart(source, writer)
         run = LayerEncoder(plan.source, plan, writer, torch.device(device), learned.importance or {})
+        progress = Progress(run, Resume(writer))
+        yield from progress.earlier()
         if learned.stats is not None:
-            yield from _each_layer(run, learned.stats, arranged.forward)
+            yield from _each_layer(progress, learned.stats, arranged.forward)
         elif learned.windows is not None:
             assert arranged.forward is not None
-            text_check = yield from _propagate(run, arranged.forward, learned.windows.ids)
+            text_check = yield from _propagate(progress, arranged.forward, learned.windows.ids)
         else:
-            yield from _each_tensor(run)
+            yield from _each_tensor(progress)
         if writer.folder:
             told = {"dataset_sha256": None, **record, "tensors": run.record()}
             writer.add_sidecar("quantcli.json", (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
@@ -126,20 +134,22 @@ def _is_exact(source: Checkpoint, tensor: PlannedTensor) -> bool:
     return read == stored or (read is not None and stored is not None and torch.promote_types(read, stored) == stored)
 
 
-def _each_tensor(run: LayerEncoder) -> Iterator[LayerDone]:
+def _each_tensor(progress: Progress) -> Iterator[LayerDone]:
     """No statistics: every tensor for itself, a few at a time, written as they come."""
-    layers = [[(layer.name, unit) for unit in units(layer)] for layer in run.plan.layers]
+    run = progress.run
+    left = run.plan.layers[progress.n_done :]
+    layers = {layer.name: [(layer.name, unit) for unit in units(layer)] for layer in left}
     n_threads = torch.get_num_threads()
     n_at_once = min(n_threads + 1, MAX_TENSORS_AT_ONCE)  # one more than there are threads: it waits for the disk
     with ThreadPoolExecutor(n_at_once) as pool:
         futures: dict[str, Future[list[TensorReport]]] = {}
         try:
             ops.set_threads(max(1, n_threads // n_at_once))
-            futures = {unit[0].name: pool.submit(run.encode, layer, unit, {}) for layer, unit in spread(layers)}
-            for layer in timed(run.plan):
-                for _, unit in layers[layer.index]:
+            futures = {unit[0].name: pool.submit(run.encode, layer, unit, {}) for layer, unit in spread(list(layers.values()))}
+            for layer in timed(run.plan, progress.n_done):
+                for _, unit in layers[layer.planned.name]:
                     layer.reports += futures.pop(unit[0].name).result()
-                yield layer.done()
+                yield progress.done(layer)
         finally:
             ops.set_threads(n_threads)
             for future in futures.values():
@@ -170,33 +180,38 @@ def units(layer: PlannedLayer) -> list[list[PlannedTensor]]:
     return list(groups.values())
 
 
-def _each_layer(run: LayerEncoder, stats: StatsFile, forward: Forward | None) -> Iterator[LayerDone]:
+def _each_layer(progress: Progress, stats: StatsFile, forward: Forward | None) -> Iterator[LayerDone]:
     """Statistics from a file: layer by layer, no error propagation, no forward pass but the trials of a change of basis."""
-    names = [layer.name for layer in run.plan.layers]
+    run = progress.run
+    names = [layer.name for layer in run.plan.layers[progress.n_done :]]
     absorbers_of = _absorbers(run, forward)
-    for layer in reading_ahead(timed(run.plan), names, (*run.source.locations(), *stats.locations())):
+    for layer in reading_ahead(timed(run.plan, progress.n_done), names, (*run.source.locations(), *stats.locations())):
         name = layer.planned.name
         absorbers = absorbers_of(name) if absorbers_of else None
         layer.reports += run.encode(name, layer.planned.tensors, stats, None, absorbers)
         for one in layer.planned.caches:
             run.put_caches([one], kv_caches.rebased(one.cache, stats, run.folds))
-        yield layer.done()
+        yield progress.done(layer)
 
 
-def _propagate(run: LayerEncoder, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, TextCheck]:
+def _propagate(progress: Progress, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, TextCheck]:
     """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next.
 
     A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares.
     """
-    states = HiddenStates.embed(forward, windows)
-    original = Original(forward, windows) if "dXXT" in run.plan.recipe.needs else None
-    untouched = HiddenStates.embed(forward, windows[text_check.sampled(windows)])
+    run, kept = progress.run, progress.states()
+    states = HiddenStates.enter(forward, windows, kept.get("states"))
+    original = Original(forward, windows, kept.get("original")) if "dXXT" in run.plan.recipe.needs else None
+    untouched = HiddenStates.enter(forward, windows[text_check.sampled(windows)], kept.get("untouched"))
+    del kept
     absorbers_of = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
     has_head = bool(run.plan.recipe.needs) and any(tensor.tap == HEAD and tensor.is_solved for tensor in run.plan.tensors)
-    for layer in reading_ahead(timed(run.plan), [layer.name for layer in run.plan.layers], run.source.locations()):
+    names = [layer.name for layer in run.plan.layers[progress.n_done :]]
+    for layer in reading_ahead(timed(run.plan, progress.n_done), names, run.source.locations()):
         name = layer.planned.name
+        walked: dict[str, HiddenStates] = {}
         if name not in index:
             is_head = has_head and any(tensor.tap == HEAD for tensor in layer.planned.tensors)  # which comes after all layers
             stats = measuring.measure_head(forward, states, needs=run.plan.recipe.needs, original=original) if is_head else {}
@@ -208,7 +223,8 @@ def _propagate(run: LayerEncoder, forward: Forward, windows: Tensor) -> Generato
                 layer.reports += _measure_and_code(run, layer.planned, loaded, states, original, taps, absorbers)
                 is_last = index[name] + 1 == len(forward.layers) and not has_head
                 run.put_caches(layer.planned.caches, _leave(run, states, loaded, layer.planned, is_last=is_last))
-        yield layer.done()
+            walked = {"states": states, "untouched": untouched} | ({"original": original.states} if original else {})
+        yield progress.done(layer, walked)
     return text_check.measure(forward, untouched, windows)
 
 

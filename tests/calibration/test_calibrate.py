@@ -109,13 +109,19 @@ def test_the_same_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_an_interrupted_run_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_no_file_and_is_continued(folder: Path, tmp_path: Path) -> None:
     with open_checkpoint(str(folder)) as checkpoint:
         events = calibrate(checkpoint, IDS, tmp_path / "stats.safetensors")
         next(events)
         assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors.part"]
         events.close()
-    assert list(tmp_path.iterdir()) == []
+        assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors.part"]
+        resumed, *again = list(calibrate(checkpoint, IDS, tmp_path / "stats.safetensors"))
+        assert isinstance(resumed, Resumed)
+        assert (resumed.n_done, len([event for event in again if isinstance(event, LayerMeasured)])) == (1, resumed.n_layers)
+        list(calibrate(checkpoint, IDS, tmp_path / "whole"))
+    assert (tmp_path / "stats.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_finished_file_is_not_replaced_unless_asked(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -404,16 +405,18 @@ def test_overwrite_replaces_models_and_nothing_else(cli: Callable[..., Run], mod
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_an_interrupted_run_leaves_nothing_and_says_how_to_go_on(
+def test_an_interrupted_run_leaves_no_output_and_says_how_to_go_on(
     cli: Callable[..., Run], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Steps, "step", lambda *args: signal.raise_signal(signal.SIGINT))
     for args in (["quantize", model, "--method", "rtn"], ["export", model, "Q4_K_M"], ["calibrate", model, "-o", "s", *SHORT]):
         run = cli(*args)
         assert (run.code, run.out) == (130, "")
-        assert run.err.endswith("run the same command again to start over\n")
+        assert run.err.endswith("run the same command again to go on behind the last finished layer\n")
         assert "Traceback" not in run.err
-        assert os.listdir(tmp_path) == []
+        (work,) = tmp_path.iterdir()
+        assert work.suffix == ".part"
+        shutil.rmtree(work)
 
 
 def test_progress_is_a_line_for_each_layer_unless_quiet(cli: Callable[..., Run], model: Path) -> None:

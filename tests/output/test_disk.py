@@ -51,8 +51,9 @@ def test_a_lock_keeps_another_holder_out_until_it_is_let_go(tmp_path: Path) -> N
     os.close(two)
 
 
-def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part, target, old = a_folder(tmp_path / "part", "new"), a_folder(tmp_path / "out", "old"), tmp_path / "aside"
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_failing_exchange_leaves_the_old_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    part, target, aside = a_folder(tmp_path / "part", "new"), a_folder(tmp_path / "out", "old"), tmp_path / "aside"
     real = os.rename
 
     def rename(source: Path, to: Path) -> None:
@@ -60,21 +61,41 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
             raise OSError(errno.EIO, "failing")
         real(source, to)
 
+    def renameat2(*args: object) -> bool:
+        if can_exchange:
+            raise OSError(errno.EIO, "failing")
+        return False
+
     monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(disk, "renameat2", renameat2)
     with pytest.raises(OSError, match="failing"):
-        disk.replace(part, target, old)
+        disk.replace(part, target, aside)
     assert (target / "x").read_text() == "old"
-    assert not old.exists()
+    assert not aside.exists()
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-def test_what_an_interrupted_rename_left_aside_comes_back_or_goes(tmp_path: Path, replaced: bool) -> None:
-    target, old = tmp_path / "out", a_folder(tmp_path / "aside", "old")
-    if replaced:
-        a_folder(target, "new")
-    disk.restore_interrupted_commit(target, old)
-    assert (target / "x").read_text() == ("new" if replaced else "old")
-    assert not old.exists()
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_output_takes_the_place_of_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(disk, "renameat2", lambda *args: False)
+    part, target, aside = a_folder(tmp_path / "part", "new"), a_folder(tmp_path / "out", "old"), tmp_path / "aside"
+    disk.replace(part, target, aside)
+    assert (target / "x").read_text() == "new"
+    assert ((part if can_exchange else aside) / "x").read_text() == "old"
+    (tmp_path / "new.gguf").write_text("new")
+    (tmp_path / "m.gguf").write_text("old")
+    disk.replace(tmp_path / "new.gguf", tmp_path / "m.gguf", aside)
+    assert (tmp_path / "m.gguf").read_text() == "new"
+
+
+def test_what_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    part, target = a_folder(tmp_path / "part", "new"), a_folder(tmp_path / "out", "somebody's")
+    with pytest.raises(RecipeError, match="appeared while the output was made; move it away and run the same command again"):
+        disk.move_new(part, target)
+    assert (target / "x").read_text() == "somebody's"
+    (target / "x").unlink()
+    disk.move_new(part, target)
+    assert (target / "x").read_text() == "new"
 
 
 def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
@@ -91,6 +112,7 @@ def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
         (errno.ENOSPC, ResourceError),
         (errno.EDQUOT, ResourceError),
         (errno.EFBIG, ResourceError),
+        (errno.EIO, ResourceError),
         (errno.EROFS, RecipeError),
         (errno.EACCES, RecipeError),
         (errno.ENAMETOOLONG, RecipeError),
@@ -102,5 +124,5 @@ def test_what_a_user_can_mend_is_said_with_a_way_out(code: int, error: type[Quan
 
 
 def test_any_other_failure_stays_what_it_is() -> None:
-    with pytest.raises(OSError, match="Input/output"), disk.wording_errors(Path("/out")):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(OSError, match="Bad file descriptor"), disk.wording_errors(Path("/out")):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))

@@ -19,7 +19,8 @@ import torch
 from quantcli.errors import CheckpointError, RecipeError, ResourceError
 from quantcli.output import disk
 from quantcli.output import writer as module
-from quantcli.output.writer import FileLayout, Slot, Writer
+from quantcli.output.layouts import FileLayout, Slot
+from quantcli.output.writer import Writer
 from quantcli.tensors import TensorSpec
 
 HEADER = b"HEAD"
@@ -242,19 +243,11 @@ def test_an_interrupted_commit_leaves_the_old_output(tmp_path: Path, monkeypatch
     target = tmp_path / "out"
     write(target, k=5)
     old = (target / "x.bin").read_bytes()
-    real_rename = os.rename
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    def rename(source: Path, to: Path) -> None:
-        if Path(source).suffix == ".part":  # the second of the two renames
-            raise KeyboardInterrupt
-        real_rename(source, to)
-
-    monkeypatch.setattr(
-        *{"fsync": (disk, "fsync", interrupt), "checksum": (disk, "checksum", interrupt), "rename": (os, "rename", rename)}[step]
-    )
+    monkeypatch.setattr(disk, {"rename": "renameat2"}.get(step, step), interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(target, k=6, overwrite=True)
     assert (target / "x.bin").read_bytes() == old
@@ -271,9 +264,10 @@ def die_writing(target: Path, moment: str) -> None:
         module.zlib = SimpleNamespace(crc32=die)
     elif moment == "between renames":
         real = os.rename
-        os.rename = lambda source, to: die() if Path(source).suffix == ".part" else real(source, to)
+        disk.renameat2 = lambda *args: False  # as on a file system that cannot exchange
+        os.rename = lambda source, to: die() if Path(source).name == "output" else real(source, to)
     else:
-        disk.remove = lambda path: die() if path.name.endswith("-old") else None
+        disk.remove = lambda path: die() if path.suffix == ".part" else None
     write(target, k=6, overwrite=True)
 
 
@@ -331,7 +325,7 @@ def test_bytes_that_changed_on_the_disk_are_found_at_commit(tmp_path: Path, file
         out.declare([a_layout()], {"config.json": b"{}"})
         out.put("a", value(1))
         out.put("b", value(1))
-        with (tmp_path / "out.part" / file).open("r+b") as damaged:
+        with (tmp_path / "out.part" / "output" / file).open("r+b") as damaged:
             damaged.seek(at)
             damaged.write(b"\xff")
         out.commit()
@@ -343,7 +337,7 @@ def test_a_truncated_file_is_found_at_commit(tmp_path: Path) -> None:
         out.declare([a_layout()])
         out.put("a", value(1))
         out.put("b", value(1))
-        os.truncate(tmp_path / "out.part" / "x.bin", 20)
+        os.truncate(tmp_path / "out.part" / "output" / "x.bin", 20)
         out.commit()
 
 

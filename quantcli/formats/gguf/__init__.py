@@ -29,6 +29,7 @@ from quantcli.formats.gguf.types import filetypes
 from quantcli.formats.gguf.types.chooser import DENSE, is_quantizable
 from quantcli.importance import Importance, ImportanceSource
 from quantcli.ops.blocks import KINDS
+from quantcli.output.journal import Run
 from quantcli.output.writer import Writer
 from quantcli.tensors import DTYPE_NAMES, DTYPES, QuantizedTensor, Scheme, TensorSpec
 
@@ -138,6 +139,7 @@ class GgufLayout(OutputLayout):
         *,
         importance: Importance | None = None,
         overwrite: bool = False,
+        run: Run | None = None,
     ) -> Writer:
         """A declared writer of the file at ``path``, or of llama.cpp's shards next to it: tensors in llama-quantize's order, the computed
         ones already put. A tensor of several slices has a slot for each, so that experts are written one by one as they come.
@@ -147,13 +149,14 @@ class GgufLayout(OutputLayout):
         slices = {spec.name: parts_of for spec, parts_of in tensors}
         fields = self.metadata(record, importance)
         files = splits.layouts(path, fields, [spec for spec, _ in tensors], self.split_bytes, slices=slices)
-        out = Writer(path.with_name(files[0].name), overwrite=overwrite, folder=False)
+        out = Writer(path.with_name(files[0].name), overwrite=overwrite, folder=False, run=run)
         try:
             out.declare(files)
             for name, tensor in self.extras.items():
-                out.put(name, tensor)
+                if not out.has(name):
+                    out.put(name, tensor)
         except BaseException:
-            out.abort()
+            out.abort(keep=bool(out.steps))
             raise
         return out
 

@@ -18,6 +18,7 @@ from quantcli.checkpoint.shards import MAX_SHARD_BYTES, Shards, layout, stored_a
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import OutputLayout, Request
 from quantcli.importance import Importance
+from quantcli.output.journal import Run
 from quantcli.output.writer import Writer
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
@@ -146,9 +147,10 @@ class FolderLayout(OutputLayout):
         *,
         importance: Importance | None = None,
         overwrite: bool = False,
+        run: Run | None = None,
     ) -> Writer:
         files, index = layout(outputs, max_shard_bytes=self.max_shard_bytes)
-        out = Writer(path, overwrite=overwrite)
+        out = Writer(path, overwrite=overwrite, run=run)
         out.declare(files, {**self.config_files(record), **self.sidecars, **index})
         return out
 

@@ -19,7 +19,7 @@ from quantcli.checkpoint.json_files import shown
 from quantcli.errors import CheckpointError, RecipeError
 from quantcli.formats.gguf.file.container import Container, Field
 from quantcli.formats.gguf.file.headers import aligned, header, read_header
-from quantcli.output.writer import FileLayout, Slot
+from quantcli.output.layouts import FileLayout, Slot
 from quantcli.tensors import TensorSpec
 
 NO, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"

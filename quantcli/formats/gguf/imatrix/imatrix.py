@@ -28,7 +28,8 @@ from quantcli.checkpoint.locations import Location, read_tensor
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.formats.gguf.file.container import MAGIC, Field, tensor_spec
 from quantcli.formats.gguf.file.headers import header, read_header
-from quantcli.output.writer import FileLayout, Slot, Writer
+from quantcli.output.layouts import FileLayout, Slot
+from quantcli.output.writer import Writer
 from quantcli.tensors import TensorSpec
 
 SUMS, COUNTS = ".in_sum2", ".counts"
