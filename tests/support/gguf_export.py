@@ -52,7 +52,7 @@ def quantized(tensor: torch.Tensor, scheme: Scheme | None, *, is_weighed: bool =
 
 
 def measured(recipe: Recipe) -> Recipe:
-    """``recipe`` as one that runs the model, for which a file is read under Hugging Face's names: looking for outliers that no model has."""
+    """``recipe`` as one that runs the model, for which a file is read under Hugging Face's names: it looks for outliers that none has."""
     return replace(recipe, protect_outliers=Protection(None, {"kurtosis": 1e9}))
 
 
