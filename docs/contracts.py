@@ -23,7 +23,7 @@ class Section:
 SECTIONS = (
     Section(
         "The library",
-        ("api.py",),
+        ("walk/inputs.py", "api.py"),
         ("Source", "Text", "quantize", "export", "calibrate", "evaluate", "inspect", "plan", "open", "use_device"),
     ),
     Section("Nouns", ("tensors.py",), ("DTYPES", "KEEP", "ACTIVATIONS", "HEAD", "KV_CACHES")),

@@ -5,36 +5,30 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from typing_extensions import TypeIs
 
-from quantcli import formats, heap, ops
+from quantcli import heap, ops
 from quantcli import recipe as recipes
 from quantcli.calibration import calibrate as calibration
 from quantcli.calibration.calibrate import LayerMeasured
 from quantcli.calibration.data import Data, Windows
 from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.errors import KernelError, OptionError, RecipeError
+from quantcli.errors import KernelError, OptionError
 from quantcli.formats import open_checkpoint
-from quantcli.formats.gguf.imatrix import imatrix as imatrix_file
-from quantcli.formats.gguf.imatrix import importance
 from quantcli.formats.gguf.imatrix.imatrix import Imatrix as ImportanceMatrix
-from quantcli.formats.gguf.model.naming import architecture, gguf_names
+from quantcli.formats.gguf.model.naming import architecture
 from quantcli.forward import tokenizer
-from quantcli.output.disk import check_replaceable
 from quantcli.planning import inspection, selection
-from quantcli.planning.arrange import arrange
 from quantcli.planning.plan import Plan
-from quantcli.recipe import PassSpec, Recipe
+from quantcli.recipe import Recipe
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme
 from quantcli.text import texts
@@ -42,16 +36,12 @@ from quantcli.walk import evaluate as evaluation
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import LayerWalked, Scores
 from quantcli.walk.events import Finished, LayerDone, Note, Planned
+from quantcli.walk.inputs import Source, Text, eval_windows, is_text, learn, named, opened
 from quantcli.walk.notices import OnEvent, announce, note_to, tell_activations, warn_of_context, warn_of_overlap, warn_of_text
+from quantcli.walk.targets import check_statistics_target, check_target, write_imatrix
 
 __all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile", "Windows"]
 __all__ += ["calibrate", "evaluate", "export", "inspect", "open", "plan", "quantize", "use_device"]
-
-Source = str | os.PathLike[str] | Checkpoint
-"""A folder, a file, a Hub id ``org/name[@revision]``, or a checkpoint that is open already."""
-
-Text = str | os.PathLike[str] | Sequence[str]
-"""A dataset as the command line names it (``mine.txt``, ``NAME=WEIGHT``), or several; () for the default text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,83 +356,3 @@ def use_device(device: str = "auto", threads: int | None = None) -> str:
         if index >= torch.cuda.device_count():
             raise KernelError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
-
-
-# -- what the verbs share ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def opened(source: Source) -> Iterator[Checkpoint]:
-    """``source`` opened, and closed at the end; one that was open already stays so."""
-    if isinstance(source, Checkpoint):
-        yield source
-        return
-    with open_checkpoint(os.fspath(source)) as checkpoint:
-        yield checkpoint
-
-
-def named(data: Text) -> list[str]:
-    """The datasets that ``data`` names."""
-    return [os.fspath(data)] if isinstance(data, (str, os.PathLike)) else [os.fspath(word) for word in data]
-
-
-def is_text(data: Text | Data) -> TypeIs[Text]:
-    """Whether ``data`` names datasets, rather than being what a run learns from."""
-    return isinstance(data, (str, os.PathLike, list, tuple))
-
-
-def learn(checkpoint: Checkpoint, recipe: Recipe, data: Data | None, tell: OnEvent) -> Data | Callable[[], Data]:
-    """What a run of ``recipe`` learns from; text is read and cut when it is first asked for."""
-    if data is None:
-        return partial(calibration_windows, checkpoint, recipe, tell)
-    if isinstance(data, StatsFile) and recipe.is_calibrated:
-        data.check_source(checkpoint, warn=partial(note_to, tell, is_warning=True))
-    return data
-
-
-def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, tell: OnEvent) -> Windows:
-    """Token windows of the texts that ``recipe`` is calibrated on."""
-    wanted = recipe.calibration
-    warn_of_context(checkpoint, wanted.seq_len, tell)
-    note = partial(note_to, tell)
-    return Windows(texts.windows_of(wanted.datasets, tokenizer(checkpoint), wanted.samples, wanted.seq_len, recipe.seed, note=note))
-
-
-def eval_windows(checkpoint: Checkpoint, data: Text, samples: int, seq_len: int, tell: OnEvent) -> Tensor:
-    """The first windows [n, seq_len] of the texts, in order; by default of a text that calibration does not use."""
-    warn_of_context(checkpoint, seq_len, tell)
-    return texts.eval_windows_of(named(data), tokenizer(checkpoint), samples, seq_len, note=partial(note_to, tell))
-
-
-def check_target(target: Path, *, overwrite: bool, folder: bool) -> None:
-    """Raise before hours of work what the writer would raise after them, and keep ``overwrite`` from other people's files."""
-    check_replaceable(Path(os.path.realpath(target)), overwrite=overwrite, folder=folder)
-    if target.is_file() and not formats.of("gguf").detect(target, None):
-        raise RecipeError(f"{target}: is no GGUF file, so --overwrite will not replace it; choose another -o")
-
-
-def check_statistics_target(output: Path, imatrix: Path | None, *, overwrite: bool) -> None:
-    """Raise before the work where a file cannot be put. ``overwrite`` replaces statistics, never another file such as a model's shard."""
-    for path in (output, imatrix):
-        if path is not None:
-            check_replaceable(Path(os.path.realpath(path)), overwrite=overwrite, folder=False)
-    if output.is_file():
-        StatsFile(output)
-
-
-def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets: Sequence[str], *, overwrite: bool, tell: OnEvent) -> None:
-    """The statistics as llama-imatrix would have written them. ``datasets``: the names by which the user gave the text."""
-    arranged = arrange(checkpoint, Recipe("imatrix", "gguf", (PassSpec("rtn"),)), run=True)
-    names = gguf_names(arranged.source.specs, checkpoint.config)
-    measured = importance.measured(stats, arranged.taps, names)
-    for target in importance.unmeasured(measured, names, arranged.source.specs):
-        tell(Note(f"{path}: no entry for {target}, whose input was not measured", is_warning=True))
-    imatrix_file.write(
-        path,
-        measured,
-        datasets=datasets,
-        n_chunks=int(stats.metadata["n_samples"]),
-        chunk_size=int(stats.metadata["seq_len"]),
-        own_fields=importance.text_fields(importance.dataset_of(stats)),
-        overwrite=overwrite,
-    )

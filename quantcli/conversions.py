@@ -26,6 +26,9 @@ from quantcli.tensors import QuantizedTensor, Scheme
 
 __all__ = ["CODES", "EXACT", "candidates", "convert", "decode", "exactness"]
 
+ROW = 256
+"""Inputs of a row by which sizes are compared: a whole number of blocks of every type."""
+
 
 def exactness(source: Scheme, target: Scheme, in_features: int) -> str | None:
     """How well ``target`` holds what ``source`` stores in rows of ``in_features``: :data:`EXACT`, :data:`CODES` or None for not at all."""
@@ -37,13 +40,23 @@ def exactness(source: Scheme, target: Scheme, in_features: int) -> str | None:
 
 
 def candidates(source: Scheme) -> Iterator[Scheme]:
-    """Schemes that may hold the codes of ``source``, in the order in which a format that supports them should take one."""
+    """Schemes that may hold the codes of ``source``, in the order in which a format that supports them should take one.
+
+    First those that ``source`` names itself; then other types that take groups of integers, those of the fewest bits first and of as many
+    bits by name: a scale that is rounded (:data:`CODES`) costs less than a longer type that would hold it exactly.
+    """
     own = qtypes.of(source.qtype)
     yield from own.variants(source)
     if source.get("act"):
         yield from own.variants(source.with_options(act=""))
     yield from own.relatives(source)
-    yield from (Scheme.of(name) for name in qtypes.names() if qtypes.of(name).takes_groups)
+    taking = (Scheme.of(name) for name in qtypes.names() if qtypes.of(name).takes_groups)
+    yield from sorted(taking, key=lambda scheme: (n_bytes_of_row(scheme), scheme.qtype))
+
+
+def n_bytes_of_row(scheme: Scheme) -> int:
+    """What :data:`ROW` weights take in ``scheme``, every part counted."""
+    return sum(part.nbytes for part in qtypes.of(scheme.qtype).layout((1, ROW), scheme).values())
 
 
 def convert(tensor: QuantizedTensor, target: Scheme) -> tuple[QuantizedTensor, bool]:

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+import quantcli as qc
 from quantcli import recipe as recipes
-from quantcli.calibration.data import Windows
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.text import texts
-from quantcli.walk import evaluate, pipeline
+from quantcli.walk import evaluate
 from support.places import PICO, TESTS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
@@ -73,9 +73,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
     def make(name: str) -> Path:
         folder = root / name
         if name not in ours:
-            calibrated = Windows(learned)
-            with open_checkpoint(str(PICO)) as model:
-                list(pipeline.quantize(model, folder, recipes.load(name), data=calibrated))
+            qc.quantize(PICO, folder, name, data=qc.Windows(learned), device="cpu")
             with open_checkpoint(str(folder)) as back:
                 assert back.notes == ()
                 ours[name] = evaluate.perplexity(back, measured).perplexity

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ def folder(tiny_llama: TinyLlama) -> Path:
     return tiny_llama(hidden=64, intermediate=128, layers=2)
 
 
-def quantize(model: Path, target: Path, how: recipe.Recipe, **options: Any) -> list[pipeline.Event]:
-    return run(model, target, how, **{"data": Windows(IDS), **options})
+quantize = partial(run, data=Windows(IDS))
 
 
 def with_head(format_: str, method: str = "gptq", **changes: Any) -> recipe.Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from quantcli.passes.shared import basis
 from quantcli.planning.arrange import open_forward
 from quantcli.statistics.meter import StatsMeter
 from quantcli.statistics.stats_file import StatsFile
-from quantcli.walk import pipeline
 from quantcli.walk.pipeline import LayerDone
 from support.runs import run
 from support.tiny_models import TinyLlama
@@ -66,8 +66,7 @@ def test_drift_equals_that_of_two_whole_models(tiny_llama: TinyLlama) -> None:
         torch.testing.assert_close(stats[tap].dXXT.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def quantize(folder: Path, target: Path, how: recipe.Recipe, **options: object) -> list[pipeline.Event]:
-    return run(folder, target, how, **{"data": Windows(IDS), **options})
+quantize = partial(run, data=Windows(IDS))
 
 
 def test_asymmetric_calibration_changes_what_comes_after_the_first_layer(tiny_llama: TinyLlama, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_what_the_system_refuses_is_told_apart_from_a_bug(
     def fail(source: str) -> None:
         raise error
 
-    monkeypatch.setattr("quantcli.api.open_checkpoint", fail)
+    monkeypatch.setattr("quantcli.walk.inputs.open_checkpoint", fail)
     run = cli("inspect", model)
     assert (run.code, run.out) == (code, "")
     assert told in run.err

@@ -23,9 +23,10 @@ from quantcli.formats.compressed_tensors import config as config_module
 from quantcli.formats.compressed_tensors.match import Patterns, is_tame, targets_of
 from quantcli.passes import rtn
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-from quantcli.walk import pipeline
+from quantcli.walk.events import Planned
 from support.mutations import wrong_answers
 from support.places import DATA
+from support.runs import run
 
 TinyLlama = Callable[..., Path]
 GOLDEN = DATA / "compressed_tensors.safetensors"
@@ -620,15 +621,11 @@ RECIPES = [name for name in recipe.shipped() if recipe.load(name).format == "com
 KEEPING_THE_BASIS = [name for name in RECIPES if {p.name for p in recipe.load(name).passes} <= {"rtn", "gptq", "hqq"}]
 
 
-def made_by(name: str, folder: Path, target: Path) -> pipeline.Planned:
+def made_by(name: str, folder: Path, target: Path) -> Planned:
     """What the recipe ``name`` planned for ``folder``, written to ``target``."""
-
-    def calibrate() -> Windows:
-        return Windows(torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(0)))
-
-    with opened(folder) as source:
-        planned, *_ = pipeline.quantize(source, target, recipe.load(name), data=calibrate)
-    assert isinstance(planned, pipeline.Planned)
+    data = Windows(torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(0)))
+    planned, *_ = run(folder, target, recipe.load(name), data)
+    assert isinstance(planned, Planned)
     return planned
 
 

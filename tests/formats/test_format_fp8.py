@@ -14,17 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import quantcli as qc
 from quantcli import recipe
-from quantcli.calibration.data import Windows
 from quantcli.errors import CheckpointError, RecipeError, UnsupportedError
 from quantcli.formats import open_checkpoint
-from quantcli.forward import tokenizer
+from quantcli.planning.selection import with_text
 from quantcli.qtypes.fp8 import QTYPE as fp8
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
-from quantcli.text import texts
-from quantcli.walk import pipeline
 from support.mutations import wrong_answers
+from support.runs import run
 from support.tiny_models import TinyLlama
 
 RECIPES = ("fp8-block", "fp8-tensor", "fp8-tensor-static")
@@ -35,13 +34,7 @@ Tensors = dict[str, Tensor]
 
 
 def quantize(source: Path, target: Path, how: recipe.Recipe) -> list[Any]:
-    with open_checkpoint(str(source)) as checkpoint:
-
-        def calibrate() -> Windows:
-            windows = texts.windows([texts.default_text()], tokenizer(checkpoint), n_samples=2, seq_len=64)
-            return Windows(windows)
-
-        return list(pipeline.quantize(checkpoint, target, how, data=calibrate))
+    return run(source, target, with_text(how, samples=2, seq_len=64))
 
 
 def words_of(folder: Path) -> dict[str, Any]:
@@ -109,18 +102,15 @@ def test_what_is_written_reads_back_as_the_codes_that_were_chosen(name: str, fol
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_dry_run_knows_every_byte(name: str, folders: dict[str, Path], source: Path) -> None:
-    with open_checkpoint(str(source)) as dense:
-        planned, *_ = pipeline.quantize(dense, Path("nowhere"), recipe.load(name), dry_run=True)
+    plan = qc.plan(source, name)
     written = load_file(folders[name] / "model.safetensors")
-    assert planned.plan.n_bytes == sum(tensor.numel() * tensor.element_size() for tensor in written.values())
-    assert {spec.name: spec.shape for spec in planned.plan.outputs} == {key: tuple(tensor.shape) for key, tensor in written.items()}
+    assert plan.n_bytes == sum(tensor.numel() * tensor.element_size() for tensor in written.values())
+    assert {spec.name: spec.shape for spec in plan.outputs} == {key: tuple(tensor.shape) for key, tensor in written.items()}
 
 
 def test_the_plan_says_which_blocks_are_cut(source: Path, tiny_llama: TinyLlama) -> None:
     def notes(model: Path, name: str) -> str:
-        with open_checkpoint(str(model)) as dense:
-            planned, *_ = pipeline.quantize(dense, Path("nowhere"), recipe.load(name), dry_run=True)
-        return " ".join(planned.plan.notes)
+        return " ".join(qc.plan(model, name).notes)
 
     assert "7 matrices such as model.layers.0.mlp.down_proj.weight [192, 320] have sides that are no multiples of 128" in notes(
         source, "fp8-block"

@@ -17,17 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import quantcli as qc
 from quantcli import recipe
-from quantcli.calibration.data import Windows
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.formats import compressed_tensors as ct
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.planning.arrange import experts_apart
 from quantcli.recipe import Rule
 from quantcli.tensors import Scheme
 from quantcli.text import texts
-from quantcli.walk import evaluate, pipeline
+from quantcli.walk import evaluate
 from support import families, gptq_peer
 from support.places import PICO, TESTS
 
@@ -93,14 +92,10 @@ ASYMMETRIC = [Case(scheme) for scheme in ("int4-g128-asym", "int8-g32-asym", "in
 
 def quantized(model: Checkpoint, target: Path, case: Case, windows: torch.Tensor) -> None:
     """Write ``case`` of the model to ``target``."""
-
-    def calibrate() -> Windows:
-        return Windows(windows)
-
     base = recipe.load("gptq-w4a16" if case.passes == "gptq" else "fp8-dynamic")
     rules = tuple(Rule.parse(*rule) for rule in case.rules)
     how = replace(base, scheme=Scheme.parse(case.scheme), rules=rules, kv_cache=case.kv_cache)
-    list(pipeline.quantize(model, target, how, data=calibrate))
+    qc.quantize(model, target, how, data=qc.Windows(windows), device="cpu")
 
 
 def ask(python: str | None, script: str, *words: str) -> None:
@@ -213,8 +208,7 @@ def test_scales_of_caches_are_those_that_llm_compressor_computes_on_the_same_win
         ask(LLMCOMPRESSOR, "support/llmcompressor_client.py", str(PICO), str(root), *(f"KV-{how}" for how in CACHES.values()))
     windows = torch.randint(10, 500, (4, 64), generator=torch.Generator().manual_seed(0))
     how = replace(recipe.load("fp8-dynamic-kv"), scheme=Scheme.parse("bf16"), kv_cache=word)
-    with open_checkpoint(str(PICO)) as model:
-        list(pipeline.quantize(model, tmp_path / "ours", how, data=Windows(windows)))
+    qc.quantize(PICO, tmp_path / "ours", how, data=qc.Windows(windows), device="cpu")
     with open_checkpoint(str(root / f"KV-{CACHES[word]}")) as theirs, open_checkpoint(str(tmp_path / "ours")) as ours:
         assert theirs.notes == ours.notes == ()
         assert theirs.kv_cache == ours.kv_cache
@@ -251,15 +245,7 @@ def test_a_folder_of_llm_compressor_is_read_bit_for_bit(theirs: Path, preset: st
 
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "W3A16"])
 def test_a_folder_of_llm_compressor_is_written_again_as_it_was(theirs: Path, tmp_path: Path, preset: str) -> None:
-    with open_checkpoint(str(theirs / preset)) as source:
-        context = ct.context(source, source.schemes, {})
-        outputs = [out for spec in source.specs.values() for out in ct.outputs(spec, source.schemes.get(spec.name), context)]
-        with ct.writer(tmp_path / "out", outputs, context, overwrite=False) as writer:
-            for name in source.specs:
-                tensor = source.quantized(name) if name in source.schemes else source.read(name)
-                for part, data in ct.parts(name, tensor, context).items():
-                    writer.put(part, data)
-            writer.commit()
+    qc.export(theirs / preset, tmp_path / "out", format="compressed-tensors", device="cpu")
     first, second = (load_file(folder / "model.safetensors") for folder in (theirs / preset, tmp_path / "out"))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -276,7 +262,7 @@ def test_gpt_oss_is_written_as_llm_compressor_writes_it(tmp_path: Path) -> None:
     ask(LLMCOMPRESSOR, "support/llmcompressor_client.py", str(folder), str(tmp_path), "W8A8")
     how = recipe.parse({"format": "compressed-tensors", "passes": ["rtn"], "scheme": "int8-channel-sym+int8-token"}, "w8a8")
     with open_checkpoint(str(folder)) as source:
-        list(pipeline.quantize(source, tmp_path / "ours", how))
+        qc.quantize(source, tmp_path / "ours", how, device="cpu")
         dense = experts_apart(source)
         with open_checkpoint(str(tmp_path / "ours")) as ours, open_checkpoint(str(tmp_path / "W8A8")) as theirs:
             assert ours.specs.keys() == theirs.specs.keys()

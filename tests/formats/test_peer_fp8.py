@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantcli import qtypes, recipe
-from quantcli.calibration.data import Windows
+import quantcli as qc
+from quantcli import qtypes
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.tensors import Scheme
 from quantcli.text import texts
-from quantcli.walk import evaluate, pipeline
+from quantcli.walk import evaluate
 from support.places import PICO, TESTS
 
 pytestmark = pytest.mark.peer
@@ -62,12 +62,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
         words = tokenizer(model)
         learned = texts.windows([texts.default_text()], words, n_samples=8, seq_len=128, seed=0)
         measured = texts.eval_windows(texts.default_eval_text(), words, n_samples=8, seq_len=256)
-
-        def calibrate() -> Windows:
-            return Windows(learned)
-
         for name in RECIPES:
-            list(pipeline.quantize(model, root / name, recipe.load(name), data=calibrate))
+            qc.quantize(model, root / name, name, data=qc.Windows(learned), device="cpu")
             folders[name] = root / name if name == "fp8-block" else renamed(root / name, root / f"{name}-renamed")
     for name, folder in folders.items():
         ours[name] = seen(root / name, measured)

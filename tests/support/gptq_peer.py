@@ -13,13 +13,13 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantcli.calibration.data import Windows
+import quantcli as qc
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe
 from quantcli.text import texts
-from quantcli.walk import evaluate, pipeline
+from quantcli.walk import evaluate
 from support.places import PICO, SUPPORT
 
 PYTHON = os.environ.get("QUANTCLI_GPTQMODEL_PYTHON")
@@ -40,13 +40,7 @@ def windows_of_pico(model: Checkpoint) -> tuple[Tensor, Tensor]:
 
 def quantized(model: Checkpoint, target: Path, how: Recipe, windows: Tensor) -> int:
     """Write ``target``; how many tensors were coded."""
-
-    def calibrate() -> Windows:
-        return Windows(windows)
-
-    events = list(pipeline.quantize(model, target, how, data=calibrate))
-    assert isinstance(events[0], pipeline.Planned)
-    return events[0].plan.census()["quantized"]
+    return qc.quantize(model, target, how, data=qc.Windows(windows), device="cpu").plan.census()["quantized"]
 
 
 def run(script: str, *words: str | Path, where: Path) -> None:

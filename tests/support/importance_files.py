@@ -14,7 +14,6 @@ from torch import Tensor
 
 from data.make_imatrix import N_CTX, TEXT
 from quantcli import recipe as recipes
-from quantcli.api import write_imatrix
 from quantcli.calibration import calibrate
 from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.imatrix import imatrix, importance
@@ -25,6 +24,7 @@ from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.walk.events import Planned
+from quantcli.walk.targets import write_imatrix
 from support.places import DATA, PICO
 from support.runs import run
 

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import quantcli as qc
 from quantcli import ops
 from quantcli import recipe as recipes
 from quantcli.calibration import calibrate
@@ -31,6 +33,7 @@ from quantcli.walk import pipeline
 from quantcli.walk.evaluate import compare
 from quantcli.walk.pipeline import Finished, LayerDone, Planned
 from support.importance_files import weighed
+from support.runs import run
 
 TinyLlama = Callable[..., Path]
 
@@ -43,10 +46,7 @@ def calibrated(n: int = 8) -> Windows:
     return Windows(windows(n))
 
 
-def quantize(folder: Path, target: Path, recipe: str | recipes.Recipe, **options: object) -> list[pipeline.Event]:
-    chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
-    with open_checkpoint(str(folder)) as source:
-        return list(pipeline.quantize(source, target, chosen, **{"data": calibrated, **options}))
+quantize = partial(run, data=calibrated())
 
 
 @pytest.mark.parametrize("recipe", recipes.shipped())
@@ -54,7 +54,7 @@ def quantize(folder: Path, target: Path, recipe: str | recipes.Recipe, **options
 def test_what_is_written_is_what_was_planned(tiny_llama: TinyLlama, tmp_path: Path, recipe: str, options: dict) -> None:
     folder = tiny_llama(**options)
     chosen, matrix = weighed(recipe, folder, tmp_path)
-    planned, *layers, finished = quantize(folder, tmp_path / "out", chosen, data=matrix or calibrated)
+    planned, *layers, finished = quantize(folder, tmp_path / "out", chosen, data=matrix or calibrated())
     assert isinstance(planned, Planned)
     assert isinstance(finished, Finished)
     assert [e.name for e in layers] == [layer.name for layer in planned.plan.layers]
@@ -181,7 +181,7 @@ def test_statistics_of_another_model_are_refused_before_any_work(tiny_llama: Tin
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors"))
     stats = StatsFile(tmp_path / "stats.safetensors")
     with open_checkpoint(str(tiny_llama(layers=2))) as source:
-        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=stats)
+        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=stats)  # the library refuses the file before
         assert isinstance(next(walk), Planned)
         with pytest.raises(RecipeError, match=r"no tap 'model.layers.1.mlp.down_proj'"):
             next(walk)
@@ -193,7 +193,7 @@ def test_statistics_that_do_not_fit_are_refused_before_any_work(tiny_llama: Tiny
         list(calibrate.calibrate(source, windows(), tmp_path / "stats.safetensors", hessian=change != "hessian"))
     stats = StatsFile(tmp_path / "stats.safetensors")
     with open_checkpoint(str(tiny_llama(intermediate=512 if change == "width" else 768))) as source:
-        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=stats)
+        walk = pipeline.quantize(source, tmp_path / "out", recipes.load("gptq-int4"), data=stats)  # as above: the weights are others
         assert isinstance(next(walk), Planned)
         with pytest.raises(RecipeError, match=rf"^model.layers.0.*_proj.weight: .*{words}"):
             next(walk)
@@ -236,31 +236,31 @@ def test_lossless_is_what_loses_no_bit(tiny_llama: TinyLlama, tmp_path: Path, dt
 @pytest.mark.parametrize("recipe", ["gptq-int4", "q4_k_m"])
 @pytest.mark.parametrize("after", range(0, 5, 2))
 def test_stopping_at_any_layer_leaves_nothing_behind(tiny_llama: TinyLlama, tmp_path: Path, recipe: str, after: int) -> None:
-    with open_checkpoint(str(tiny_llama())) as source:
-        walk = pipeline.quantize(source, tmp_path / "out", recipes.load(recipe), data=calibrated)
-        for _ in range(after + 1):
-            next(walk)
-        walk.close()
+    seen: list[object] = []
+
+    def stop(event: object) -> None:
+        seen.append(event)
+        if sum(not isinstance(one, qc.Note) for one in seen) == after + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qc.quantize(tiny_llama(), tmp_path / "out", recipe, data=calibrated(), device="cpu", on_event=stop)
+    assert after == 0 or isinstance(seen[-1], LayerDone)
     assert not list(tmp_path.iterdir())
 
 
 CHILD = """
-import contextlib, pathlib, signal, sys, torch
-from quantcli import heap, recipe as recipes
-from quantcli.walk import pipeline
-from quantcli.calibration.data import Windows
-from quantcli.formats import open_checkpoint
-from quantcli.walk.pipeline import LayerDone
-torch.set_num_threads(1)
+import signal, sys, torch
+import quantcli as qc
+
+def tell(event):
+    if isinstance(event, qc.LayerDone):
+        print(event.name, flush=True)
+        if event.name in sys.argv[4:]: signal.pause()
+
 ids = torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(0))
-with open_checkpoint(sys.argv[1]) as source:
-    walk = pipeline.quantize(source, pathlib.Path(sys.argv[2]), recipes.load(sys.argv[3]), data=Windows(ids))
-    with contextlib.closing(walk):
-        for event in walk:
-            if not isinstance(event, LayerDone): continue
-            print(event.name, flush=True)
-            if event.name in sys.argv[4:]: signal.pause()
-print(heap.peak_bytes())
+source, target, recipe = sys.argv[1:4]
+print(qc.quantize(source, target, recipe, data=qc.Windows(ids), device="cpu", threads=1, on_event=tell).peak_ram_bytes)
 """
 
 

@@ -18,6 +18,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.formats import Request, gguf, open_checkpoint
 from quantcli.formats.gguf.file import container, headers
+from quantcli.formats.gguf.imatrix.importance import NEEDY
 from quantcli.formats.gguf.model import rope
 from quantcli.formats.gguf.types import filetypes
 from quantcli.formats.gguf.types.filetypes import FILE_TYPES
@@ -32,6 +33,7 @@ from support import families
 from support.gguf_export import LLAMA3, edit_config, export, quantized
 from support.gguf_files import u32
 from support.gguf_rewriting import rewrite
+from support.importance_files import needs_matrix
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True, "shards": 3}, {"bias": True, "kv_heads": 4}, {"dtype": "float16"}])
@@ -49,10 +51,11 @@ def test_a_dense_file_gives_back_every_tensor(tiny_llama: Any, tmp_path: Path, o
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_every_file_type_comes_back_as_the_blocks_that_went_out(tiny_llama: Any, tmp_path: Path, file_type: str) -> None:
     with open_checkpoint(str(tiny_llama())) as source:
-        schemes = filetypes.mix(file_type, source.specs, source.config)
-        with open_checkpoint(str(export(source, tmp_path / "m.gguf", file_type))) as back:
+        is_weighed = needs_matrix(FILE_TYPES[file_type])
+        schemes = filetypes.mix(file_type, source.specs, source.config, is_weighed=is_weighed)
+        with open_checkpoint(str(export(source, tmp_path / "m.gguf", file_type, is_weighed=is_weighed))) as back:
             for name, scheme in schemes.items():
-                sent = quantized(source.read(name), scheme)
+                sent = quantized(source.read(name), scheme, is_weighed=is_weighed)
                 if isinstance(sent, QuantizedTensor):
                     assert back.schemes[name] == scheme
                     assert torch.equal(back.quantized(name).parts["blocks"], sent.parts["blocks"]), name
@@ -82,7 +85,7 @@ def test_every_block_type_is_written_under_ggmls_name_and_decodes_in_the_gguf_pa
     ggml_type = container.ggml_type_of(kind)
     assert container.qtype_of(ggml_type) == kind
     with open_checkpoint(str(tiny_llama())) as source:
-        path = export(source, tmp_path / "m.gguf", "Q8_0", tensor_type=[f"ffn_up={ggml_type}"])
+        path = export(source, tmp_path / "m.gguf", "Q8_0", is_weighed=kind in NEEDY, tensor_type=[f"ffn_up={ggml_type}"])
     with open_checkpoint(str(path)) as back:
         name = "model.layers.0.mlp.up_proj.weight"
         assert (back.specs[name].dtype, back.schemes[name]) == (ggml_type, Scheme.of(kind))
@@ -145,7 +148,10 @@ def test_factors_by_another_rule_are_refused() -> None:
 def test_metadata_names_the_file_type_and_carries_ours(tiny_llama: Any, tmp_path: Path) -> None:
     ours = {"version": "0.1", "seed": 3, "error": 0.25, "lossless": False, "schemes": {"b": 1, "a": [2]}}
     with open_checkpoint(str(tiny_llama())) as source:
-        fields = headers.read_header(export(source, tmp_path / "m.gguf", "Q4_K_S", ours)).fields
+        layout = gguf.FORMAT.layout(source, filetypes.mix("Q4_K_S", source.specs, source.config), Request(mix="Q4_K_S"))
+        with layout.writer(tmp_path / "m.gguf", [], ours) as writer:  # below the library, whose own record has fewer kinds of values
+            writer.commit()
+        fields = headers.read_header(tmp_path / "m.gguf").fields
     assert fields["general.file_type"].value == peer.LlamaFileType.MOSTLY_Q4_K_S
     assert fields["general.quantization_version"].value == peer.GGML_QUANT_VERSION
     assert {key: fields[f"quantcli.{key}"].value for key in ("version", "seed", "error", "lossless")} == {
@@ -156,12 +162,13 @@ def test_metadata_names_the_file_type_and_carries_ours(tiny_llama: Any, tmp_path
 
 def test_a_gguf_goes_to_another_type_with_its_metadata(tiny_llama: Any, tmp_path: Path) -> None:
     with open_checkpoint(str(tiny_llama())) as source:
-        first = export(source, tmp_path / "a.gguf", "BF16", {"seed": 1})
+        first = export(source, tmp_path / "a.gguf", "BF16")
         direct = export(source, tmp_path / "b.gguf", "Q4_K_M")
     with open_checkpoint(str(first)) as source:
         second = export(source, tmp_path / "c.gguf", "Q4_K_M")
     a, b, c = (headers.read_header(path) for path in (first, direct, second))
-    assert c.fields.keys() == a.fields.keys() - {"quantcli.seed"}
+    assert c.fields.keys() == a.fields.keys()
+    assert c.fields["quantcli.source"].value == str(first)  # what the first file said of its own source is not handed on
     assert direct.read_bytes()[b.offsets["output.weight"] :] == second.read_bytes()[c.offsets["output.weight"] :]
 
 
@@ -372,7 +379,7 @@ def test_a_type_nobody_here_decodes_goes_over_byte_for_byte_where_it_is_kept(tin
 
 def test_a_file_of_types_that_need_importance_is_copied_without_any(tiny_llama: Any, tmp_path: Path) -> None:
     with open_checkpoint(str(tiny_llama())) as source:
-        path = export(source, tmp_path / "small.gguf", "IQ2_XXS")
+        path = export(source, tmp_path / "small.gguf", "IQ2_XXS", is_weighed=True)
     with open_checkpoint(str(path)) as source:
         *_, finished = pipeline.quantize(source, tmp_path / "copy.gguf", that_keeps(source, "gguf"))
         assert isinstance(finished, Finished)

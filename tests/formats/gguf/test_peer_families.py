@@ -44,7 +44,7 @@ def test_our_file_is_llama_cpps_own(models: dict[str, Path], case: str, tmp_path
     folder = models[case]
     run("llama-quantize", converted(models[CASES[case].converted_as or case]), tmp_path / "theirs.gguf", CASES[case].file_type, "1")
     with open_checkpoint(str(folder)) as source:
-        ours = export(source, tmp_path / f"{folder.name}.gguf", CASES[case].file_type, {"seed": 0}, **families.options(case))
+        ours = export(source, tmp_path / f"{folder.name}.gguf", CASES[case].file_type, **families.options(case))
     assert_same(ours, tmp_path / "theirs.gguf", but=tuple(CASES[case].differing), elsewhere=CASES[case].elsewhere)
 
 

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import quantcli as qc
 from quantcli.cli import app
-from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.file.container import Container
 from quantcli.formats.gguf.file.headers import read_header
-from support.gguf_export import export
+from quantcli.planning.selection import of_type
+from support.gguf_export import measured
 from support.gguf_files import write_model
 
 pytestmark = pytest.mark.peer
@@ -128,7 +130,7 @@ def test_llama_cpps_shards_are_a_source(shards: Callable[[], tuple[Path, Path]],
 def test_a_calibrated_walk_from_a_gguf_source_keeps_its_metadata(tmp_path: Path) -> None:
     """Through Hugging Face's names, which a calibrated pass needs, the untouched tensors are the source's own too."""
     whole = write_model(tmp_path / "m.gguf", "llama")
-    with open_checkpoint(str(whole)) as source:
-        export(source, tmp_path / "ours.gguf", "Q6_K")
-    run("llama-quantize", whole, tmp_path / "theirs.gguf", "Q6_K", "2")
+    windows = qc.Windows(torch.zeros(1, 32, dtype=torch.int64))
+    qc.quantize(whole, tmp_path / "ours.gguf", measured(of_type("gguf", "BF16")), data=windows, device="cpu")
+    run("llama-quantize", whole, tmp_path / "theirs.gguf", "BF16", "2")
     assert_same(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")

@@ -1,0 +1,69 @@
+"""What the verbs take: a source opened and closed, datasets by name, windows of text, and what a run learns from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor
+from typing_extensions import TypeIs
+
+from quantcli.calibration.data import Data, Windows
+from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.formats import open_checkpoint
+from quantcli.forward import tokenizer
+from quantcli.recipe import Recipe
+from quantcli.statistics.stats_file import StatsFile
+from quantcli.text import texts
+from quantcli.walk.notices import OnEvent, note_to, warn_of_context
+
+Source = str | os.PathLike[str] | Checkpoint
+"""A folder, a file, a Hub id ``org/name[@revision]``, or a checkpoint that is open already."""
+
+Text = str | os.PathLike[str] | Sequence[str]
+"""A dataset as the command line names it (``mine.txt``, ``NAME=WEIGHT``), or several; () for the default text."""
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[Checkpoint]:
+    """``source`` opened, and closed at the end; one that was open already stays so."""
+    if isinstance(source, Checkpoint):
+        yield source
+        return
+    with open_checkpoint(os.fspath(source)) as checkpoint:
+        yield checkpoint
+
+
+def named(data: Text) -> list[str]:
+    """The datasets that ``data`` names."""
+    return [os.fspath(data)] if isinstance(data, (str, os.PathLike)) else [os.fspath(word) for word in data]
+
+
+def is_text(data: Text | Data) -> TypeIs[Text]:
+    """Whether ``data`` names datasets, rather than being what a run learns from."""
+    return isinstance(data, (str, os.PathLike, list, tuple))
+
+
+def learn(checkpoint: Checkpoint, recipe: Recipe, data: Data | None, tell: OnEvent) -> Data | Callable[[], Data]:
+    """What a run of ``recipe`` learns from; text is read and cut when it is first asked for."""
+    if data is None:
+        return partial(calibration_windows, checkpoint, recipe, tell)
+    if isinstance(data, StatsFile) and recipe.is_calibrated:
+        data.check_source(checkpoint, warn=partial(note_to, tell, is_warning=True))
+    return data
+
+
+def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, tell: OnEvent) -> Windows:
+    """Token windows of the texts that ``recipe`` is calibrated on."""
+    wanted = recipe.calibration
+    warn_of_context(checkpoint, wanted.seq_len, tell)
+    note = partial(note_to, tell)
+    return Windows(texts.windows_of(wanted.datasets, tokenizer(checkpoint), wanted.samples, wanted.seq_len, recipe.seed, note=note))
+
+
+def eval_windows(checkpoint: Checkpoint, data: Text, samples: int, seq_len: int, tell: OnEvent) -> Tensor:
+    """The first windows [n, seq_len] of the texts, in order; by default of a text that calibration does not use."""
+    warn_of_context(checkpoint, seq_len, tell)
+    return texts.eval_windows_of(named(data), tokenizer(checkpoint), samples, seq_len, note=partial(note_to, tell))
