@@ -64,7 +64,9 @@ OTHER_EXITS = {
     0: "done",
     1: "a bug in quantcli: a traceback, and a line asking for a report",
     2: "wrong usage of the command line",
-    130: "interrupted (Ctrl-C)",
+    129: "stopped by SIGHUP; the same command goes on behind the last finished layer",
+    130: "interrupted (Ctrl-C), likewise",
+    143: "stopped by SIGTERM, likewise",
 }
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         ResourceError,
         UnsupportedError,
     )
-    from quantcli.walk.events import Finished, LayerDone, Note, Planned
+    from quantcli.walk.events import Finished, LayerDone, Note, Planned, Resumed
 
 __version__ = "0.1.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "Result",
+    "Resumed",
     "Scheme",
     "Scores",
     "StatsFile",
@@ -84,7 +85,7 @@ __all__ = [
 
 _HOME = {
     "Checkpoint": "checkpoint.checkpoint",
-    **dict.fromkeys(("Finished", "LayerDone", "Note", "Planned"), "walk.events"),
+    **dict.fromkeys(("Finished", "LayerDone", "Note", "Planned", "Resumed"), "walk.events"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
 }
 """Name → the module that has it, where that is not ``api``."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli import heap
-from quantcli.calibration.resume import Resumed
+from quantcli.calibration.resume import Resumed as Resumed
 from quantcli.planning.plan import Plan, PlannedLayer
 from quantcli.planning.schemes import is_quantized
 from quantcli.tensors import TensorReport

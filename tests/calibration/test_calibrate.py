@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from quantcli.calibration.calibrate import calibrate
+from quantcli.calibration.calibrate import LayerMeasured, calibrate
 from quantcli.calibration.measuring import measure
+from quantcli.calibration.resume import Resumed
 from quantcli.calibration.text_check import TextCheck
 from quantcli.errors import NumericsError, RecipeError
 from quantcli.formats import open_checkpoint
