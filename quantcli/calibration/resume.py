@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,11 @@ class Resume:
         files = [step.told[STATES] for step in self.steps if step.told.get(STATES)]
         return load_file(self.writer.work.path / files[-1]) if files else {}
 
-    def finish(self, layer: str, told: Mapping[str, Any], states: Mapping[str, Tensor] | None = None) -> None:
-        """Put ``layer`` on the record, with the ``states`` that the layers after it start from. An interruption from here on costs no more
-        than the next layer."""
+    def finish(
+        self, layer: str, told: Mapping[str, Any], states: Mapping[str, Tensor] | None = None, tensors: Collection[str] | None = None
+    ) -> None:
+        """Put ``layer`` on the record, with the ``states`` that the layers after it start from; ``tensors``: its own in the output, where
+        later layers may have put theirs already. An interruption from here on costs no more than the next layer."""
         if not self.writer.is_resumable:
             return
         name = f"states-{len(self.steps)}.safetensors" if states else None
@@ -73,7 +75,7 @@ class Resume:
             with disk.wording_errors(self.writer.target):
                 save_file({key: tensor.contiguous().cpu() for key, tensor in states.items()}, self.writer.work.path / name)
                 disk.fsync(self.writer.work.path / name)
-        self.writer.finish_step(layer, {**told, STATES: name})
+        self.writer.finish_step(layer, {**told, STATES: name}, tensors=tensors)
         if name:
             self._forget_all_but(self.writer.work.path / name)
 

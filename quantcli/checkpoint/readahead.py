@@ -25,7 +25,7 @@ PIECE_BYTES = 1 << 20
 def reading_ahead(layers: Iterable[T], names: Sequence[str], locations: Iterable[Location]) -> Iterator[T]:
     """Yields ``layers``, whose names are ``names``; while one is worked on, the next one's tensors at ``locations`` are read."""
     with ReadAhead(locations) as ahead:
-        for layer, following in zip(layers, (*names[1:], None), strict=True):
+        for layer, following in zip(layers, [*names[1:], None][: len(names)], strict=True):
             if following is not None:
                 ahead.begin(following)
             yield layer

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -110,13 +110,14 @@ class Writer:
         """Whether finished steps serve a later process."""
         return self.work.run is not None
 
-    def finish_step(self, name: str, told: Mapping[str, Any]) -> None:
-        """Flush what was put since the last step and add the step to the journal; ``told``: JSON values that a later process is given in
-        :attr:`steps`. Does nothing for a run without an identity."""
+    def finish_step(self, name: str, told: Mapping[str, Any], *, tensors: Collection[str] | None = None) -> None:
+        """Flush what was put since the last step, or of that only ``tensors``, and add the step to the journal. ``told``: JSON values that
+        a later process is given in :attr:`steps`. Does nothing for a run without an identity."""
         if not self.is_resumable:
             return
         with self._claim_lock:
-            sums = {tensor: self._sums[tensor] for tensor in self._sums.keys() - self._recorded}
+            new = self._sums.keys() - self._recorded
+            sums = {tensor: self._sums[tensor] for tensor in (new if tensors is None else new & set(tensors))}
         with disk.wording_errors(self.target):
             for file in sorted({self._files[tensor] for tensor in sums}):
                 disk.fsync(self._path(file))

@@ -39,12 +39,14 @@ class Progress:
         return self.resume.states()
 
     def done(self, layer: Timed, states: Mapping[str, HiddenStates] | None = None) -> LayerDone:
-        """``layer`` is finished, and put on the record; ``states``: what the next layers start from."""
+        """``layer`` is finished, and put on the record; ``states``: what the next layers start from. Only the layer's own tensors
+        are recorded: later ones may be on their way already."""
         done = layer.done()
         told = {
             "seconds": done.seconds,
             "relative_error": done.relative_error,
             "reports": [asdict(report) for report in done.tensors],
         }
-        self.resume.finish(done.name, told, {name: one.hidden for name, one in (states or {}).items()})
+        outputs = [spec for planned in (*layer.planned.tensors, *layer.planned.caches) for spec in planned.outputs]
+        self.resume.finish(done.name, told, {name: one.hidden for name, one in (states or {}).items()}, [s.name for s in outputs])
         return done

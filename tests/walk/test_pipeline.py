@@ -273,9 +273,10 @@ def test_a_killed_run_leaves_no_file_under_a_final_name(tiny_llama: TinyLlama, t
     assert any(line.strip() == waits_after for line in child.stdout)
     os.kill(child.pid, kind)
     child.wait()
-    assert not (tmp_path / "out").exists()
-    if kind == signal.SIGINT:
-        assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
+    done = subprocess.run(command[:-1], stdout=subprocess.PIPE, check=True, text=True)
+    assert waits_after in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
