@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import override
 
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ class Resumed:
     n_done: int
     n_layers: int
 
+    @override
     def __str__(self) -> str:
         return f"goes on with unfinished work in {self.work}: {self.n_done} of {self.n_layers} layers are done; --fresh starts over"
 

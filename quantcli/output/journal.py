@@ -84,8 +84,9 @@ class Journal:
     def rewrite(self, steps: Sequence[Step]) -> None:
         """Leave nothing but ``steps``."""
         path, new = self.folder / NAME, self.folder / (NAME + ".new")
-        entries = [{"identity": dict(self.identity)}, *({"step": s.name, "sums": dict(s.sums), "told": dict(s.told)} for s in steps)]
-        new.write_bytes(b"".join(map(line, entries)))
+        lines = [line({"identity": dict(self.identity)})]
+        lines += [line({"step": s.name, "sums": dict(s.sums), "told": dict(s.told)}) for s in steps]
+        new.write_bytes(b"".join(lines))
         disk.fsync(new)
         os.replace(new, path)
         disk.fsync(self.folder)

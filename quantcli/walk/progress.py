@@ -47,6 +47,7 @@ class Progress:
             "relative_error": done.relative_error,
             "reports": [asdict(report) for report in done.tensors],
         }
-        outputs = [spec for planned in (*layer.planned.tensors, *layer.planned.caches) for spec in planned.outputs]
+        outputs = [spec for tensor in layer.planned.tensors for spec in tensor.outputs]
+        outputs += [spec for cache in layer.planned.caches for spec in cache.outputs]
         self.resume.finish(done.name, told, {name: one.hidden for name, one in (states or {}).items()}, [s.name for s in outputs])
         return done
