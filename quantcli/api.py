@@ -41,7 +41,7 @@ from quantcli.walk import evaluate as evaluation
 from quantcli.walk import pipeline
 from quantcli.walk.evaluate import LayerWalked, Scores
 from quantcli.walk.events import Finished, LayerDone, Note, Planned
-from quantcli.walk.notices import OnEvent, announce, note_to, tell_activations, warn_of_context, warn_of_overlap, warn_of_text
+from quantcli.walk.notices import OnEvent, announce, note_to, tell_activations, tell_head, warn_of_context, warn_of_overlap, warn_of_text
 
 __all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile", "Windows"]
 __all__ += ["calibrate", "evaluate", "export", "inspect", "open", "plan", "quantize", "use_device"]
@@ -267,6 +267,7 @@ def calibrate(
     n_taps, known = 0, None
     with opened(source) as checkpoint:
         warn_of_context(checkpoint, seq_len, tell)
+        tell_head(checkpoint, tell)
         if matrix is not None:
             architecture(checkpoint.config)  # names are GGUF's: what has none fails before the work
         note = partial(note_to, tell)
@@ -318,6 +319,8 @@ def evaluate(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(opened(source))
         original = None if baseline is None else stack.enter_context(opened(baseline))
+        for model in (checkpoint, *([original] if original is not None else [])):
+            tell_head(model, tell)
         tell_activations(checkpoint, activations, tell)
         ids = eval_windows(original or checkpoint, data, samples, seq_len, tell)
         warn_of_overlap(checkpoint, ids, tell)
@@ -414,7 +417,7 @@ def check_statistics_target(output: Path, imatrix: Path | None, *, overwrite: bo
 def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets: Sequence[str], *, overwrite: bool, tell: OnEvent) -> None:
     """The statistics as llama-imatrix would have written them. ``datasets``: the names by which the user gave the text."""
     arranged = arrange(checkpoint, Recipe("imatrix", "gguf", (PassSpec("rtn"),)), run=True)
-    names = gguf_names(arranged.source.specs, checkpoint.config)
+    names = gguf_names(arranged.source.specs, arranged.source.config)
     measured = importance.measured(stats, arranged.taps, names)
     for target in importance.unmeasured(measured, names, arranged.source.specs):
         tell(Note(f"{path}: no entry for {target}, whose input was not measured", is_warning=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,10 +131,6 @@ class View(Checkpoint):
     @override
     def fingerprint(self) -> str:
         return self.inner.fingerprint()
-
-    @override
-    def sidecars(self) -> dict[str, Path]:
-        return self.inner.sidecars()
 
     @override
     def close(self) -> None:
