@@ -26,7 +26,7 @@ CACHES = ("__pycache__", ".pyc", ".part", ".lock", ".incomplete")
 SHOWN_HIDDEN = (".gitattributes",)
 """What is copied of the files whose name begins with a dot."""
 
-MAX_FILE_BYTES, MAX_TOTAL_BYTES, MAX_FILES, MAX_DEPTH = 200_000_000, 1_000_000_000, 2_000, 4
+MAX_FILE_BYTES, MAX_TOTAL_BYTES, MAX_FILES = 200_000_000, 500_000_000, 2_000
 
 MODULES = "modules.json"
 """sentence-transformers' list of the steps of an embedding model, each in a subfolder that may have weights of its own."""
@@ -77,7 +77,7 @@ def side_files(folder: Path, written: Collection[str], own: Collection[Path] = (
     for entry in entries:
         if not entry.is_dir() or entry.name.startswith(".") or entry.name in CACHES:
             continue
-        below = [] if entry.is_symlink() else list(files_below(folder, entry.name))
+        below = [] if entry.is_symlink() else [file for file in files_below(folder, entry.name) if folder / file not in own]
         if entry.is_symlink():
             found.left[f"{entry.name}/"] = "a link"
         elif entry.name not in modules and (weights := next((file for file in below if why_left(file.name)), None)) is not None:
@@ -93,8 +93,7 @@ def files_below(folder: Path, name: str) -> Iterator[PurePosixPath]:
     n_files = 0
     for parent, folders, files in os.walk(folder / name):
         place = PurePosixPath(Path(parent).relative_to(folder).as_posix())
-        is_deep = len(place.parts) >= MAX_DEPTH
-        folders[:] = [] if is_deep else sorted(f for f in folders if not f.startswith(".") and f not in CACHES)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in CACHES)
         for file in sorted(files):
             yield place / file
             if (n_files := n_files + 1) > MAX_FILES:

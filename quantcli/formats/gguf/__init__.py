@@ -21,8 +21,8 @@ from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
 from quantcli.formats.gguf.file import splits
 from quantcli.formats.gguf.file.container import MAGIC, Field, ggml_type_of, qtype_of, tensor_spec
 from quantcli.formats.gguf.imatrix import importance as weighing
-from quantcli.formats.gguf.model import metadata as keyed
 from quantcli.formats.gguf.model import losses, naming, rope
+from quantcli.formats.gguf.model import metadata as keyed
 from quantcli.formats.gguf.model.naming import architecture
 from quantcli.formats.gguf.model.pooling import add_pooling
 from quantcli.formats.gguf.read import GgufCheckpoint

@@ -71,7 +71,7 @@ def test_the_note_is_part_of_the_plan(tmp_path: Path) -> None:
 def test_experts_whose_weights_do_not_add_up_to_one_are_refused(tmp_path: Path, value: bool | None) -> None:
     folder = families.make("qwen3_moe", tmp_path / "m")
     families.publish(folder / "config.json", {"norm_topk_prob": value})
-    with open_checkpoint(str(folder)) as source, pytest.raises(UnsupportedError, match="norm_topk_prob is .*choose another --format"):
+    with open_checkpoint(str(folder)) as source, pytest.raises(UnsupportedError, match=r"norm_topk_prob is .*choose another --format"):
         export(source, tmp_path / "m.gguf", "F16", pre_tokenizer="gpt-2")
 
 

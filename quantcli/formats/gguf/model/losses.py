@@ -23,7 +23,7 @@ def window(arch: Architecture, config: Mapping[str, Any]) -> str | None:
     if not isinstance(width, int) or (isinstance(context, int) and width >= context):
         return None
     return (
-        f"the window of {width} tokens (sliding_window) has no key in GGUF's {arch.gguf_arch}: llama.cpp attends to the whole text, so that "
+        f"the window of {width} tokens (sliding_window) has no key in GGUF's {arch.gguf_arch}: llama.cpp attends to the whole text, and "
         f"its results differ from transformers' on texts of more than {width} tokens"
     )
 
@@ -44,8 +44,9 @@ def unnormed_experts(arch: Architecture, config: Mapping[str, Any]) -> None:
     """Weights of the chosen experts that do not add up to one: llama.cpp makes them do so in this family, whatever a file says."""
     if not config.get("norm_topk_prob"):
         raise UnsupportedError(
-            f"config.json: norm_topk_prob is {config.get('norm_topk_prob', 'not set, which means false')}, and llama.cpp's {arch.gguf_arch} "
-            "always makes the weights of a token's experts add up to one, which is another model; choose another --format"
+            f"config.json: norm_topk_prob is {'false' if 'norm_topk_prob' in config else 'not set, which means false'}, and llama.cpp's "
+            f"{arch.gguf_arch} makes the weights of a token's experts add up to one all the same: a file would be another model; choose "
+            "another --format"
         )
 
 
