@@ -68,6 +68,7 @@ class Checkpoint(ABC):
         self.quantization = quantization
         self.notes = tuple(notes)
         self.kv_cache = dict(kv_cache or {})
+        self._side_files: SideFiles | None = None
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``: its stored dtype when dense, float32 as its engine decodes it when quantized."""
@@ -141,7 +142,9 @@ class Checkpoint(ABC):
             raise UnsupportedError(
                 f"{self.source}: a single file lacks the tokenizer's files of a Hugging Face folder; start from the folder"
             )
-        return side_files(self.path, FORMAT_FILES, {location.path for location in self.locations()})
+        if self._side_files is None:
+            self._side_files = side_files(self.path, FORMAT_FILES, {location.path for location in self.locations()})
+        return self._side_files
 
     def close(self) -> None:
         """Release what the reader holds open."""

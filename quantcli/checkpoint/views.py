@@ -16,6 +16,7 @@ from quantcli.archs import Architecture, Cut
 from quantcli.archs.shared.transformations import CUTS, JOINS
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.locations import Location
+from quantcli.checkpoint.side_files import SideFiles
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.tensors import DTYPES, QuantizedTensor, TensorSpec
 
@@ -131,6 +132,10 @@ class View(Checkpoint):
     @override
     def fingerprint(self) -> str:
         return self.inner.fingerprint()
+
+    @override
+    def sidecars(self) -> SideFiles:
+        return self.inner.sidecars()
 
     @override
     def close(self) -> None:
