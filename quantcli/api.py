@@ -37,7 +37,7 @@ from quantcli.walk import pipeline
 from quantcli.walk.evaluate import LayerWalked, Scores
 from quantcli.walk.events import Finished, LayerDone, Note, Planned
 from quantcli.walk.inputs import Source, Text, eval_windows, is_text, learn, named, opened
-from quantcli.walk.notices import OnEvent, announce, note_to, tell_activations, warn_of_context, warn_of_overlap, warn_of_text
+from quantcli.walk.notices import OnEvent, announce, note_to, tell_activations, tell_head, warn_of_context, warn_of_overlap, warn_of_text
 from quantcli.walk.targets import check_statistics_target, check_target, write_imatrix
 
 __all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile", "Windows"]
@@ -275,6 +275,7 @@ def calibrate(
     n_taps, known = 0, None
     with opened(source) as checkpoint:
         warn_of_context(checkpoint, seq_len, tell)
+        tell_head(checkpoint, tell)
         if matrix is not None:
             architecture(checkpoint.config)  # names are GGUF's: what has none fails before the work
         note = partial(note_to, tell)
@@ -327,6 +328,8 @@ def evaluate(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(opened(source))
         original = None if baseline is None else stack.enter_context(opened(baseline))
+        for model in (checkpoint, *([original] if original is not None else [])):
+            tell_head(model, tell)
         tell_activations(checkpoint, activations, tell)
         ids = eval_windows(original or checkpoint, data, samples, seq_len, tell)
         warn_of_overlap(checkpoint, ids, tell)

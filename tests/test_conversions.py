@@ -124,7 +124,7 @@ def hqq_folder(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPat
         for name in source.specs:
             W = source.read(name)
             tensors |= as_hqq(name.removesuffix(".weight"), W) if "_proj" in name else {name: W}
-        for file, path in source.sidecars().items():
+        for file, path in source.sidecars().files.items():
             (folder / file).write_bytes(path.read_bytes())
         words = {"quant_method": "hqq", "quant_config": {}, "skip_modules": []}
         (folder / "config.json").write_text(json.dumps(source.config | {"quantization_config": words}))

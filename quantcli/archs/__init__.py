@@ -77,7 +77,7 @@ class Architecture:
     ``archs.shared.transformations.ROW_ORDERS``; ``norm_offset``: what it adds to norm weights (Gemma stores w − 1); ``keys``: its
     metadata, in the file's order, where a string is a group of keys in ``formats.gguf.model.metadata.GROUPS``; ``computed``: tensors that
     no checkpoint stores, names in ``formats.gguf.model.rope.COMPUTED``; ``dropped``: patterns of tensors that have no place there → the
-    reason.
+    reason; ``losses``: names in ``formats.gguf.model.losses.LOSSES``, of what llama.cpp does not compute.
 
     For reading GGUF files: ``present``: config key → the tensor of some layer that is there when it is true; ``renamed``: config key →
     the one of ``also`` that the disk has when it is true; ``fixed``: keys that no metadata gives; ``restored``: names in
@@ -101,6 +101,7 @@ class Architecture:
     norm_offset: float = 0.0
     computed: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
+    losses: tuple[str, ...] = ()
     present: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)

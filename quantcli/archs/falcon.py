@@ -30,7 +30,7 @@ ARCH = Architecture(
         Key("context_length", default=2048),
         Key("tensor_data_layout", kind="str", default="jploski"),
         Key("embedding_length", "hidden_size", default=REQUIRED),
-        Key("feed_forward_length", computed="four times the width"),
+        Key("feed_forward_length", "ffn_hidden_size", computed="falcon's width"),
         Key("block_count", "num_hidden_layers", default=REQUIRED),
         Key("attention.head_count", "num_attention_heads", default=REQUIRED),
         Key("attention.head_count_kv", "num_key_value_heads", computed="falcon's key heads", default=REQUIRED),

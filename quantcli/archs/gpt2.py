@@ -25,7 +25,7 @@ ARCH = Architecture(
         Key("block_count", "num_hidden_layers", default=REQUIRED),
         Key("context_length", "max_position_embeddings", default=REQUIRED),
         Key("embedding_length", "hidden_size", default=REQUIRED),
-        Key("feed_forward_length", "intermediate_size", computed="four times the width"),
+        Key("feed_forward_length", "n_inner", computed="gpt2's width"),
         Key("attention.head_count", "num_attention_heads", default=REQUIRED),
         Key("attention.layer_norm_epsilon", "layer_norm_epsilon", "f32", default=REQUIRED),
     ),
@@ -38,4 +38,5 @@ ARCH = Architecture(
     defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     dropped={r"\.attn\.(masked_)?bias$": "the causal mask, which every engine knows"},
     fixed={"activation_function": "gelu_new"},
+    restored=("gpt2's width",),
 )

@@ -4,4 +4,11 @@ from dataclasses import replace
 
 from quantcli.archs import llama
 
-ARCH = replace(llama.ARCH, model_types=("mistral",), hf_class="MistralForCausalLM", present={})
+ARCH = replace(
+    llama.ARCH,
+    model_types=("mistral",),
+    hf_class="MistralForCausalLM",
+    defaults={"sliding_window": 4096},
+    losses=("window",),
+    present={},
+)

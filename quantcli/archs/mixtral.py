@@ -35,5 +35,6 @@ ARCH = Architecture(
     defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5},
     computed=("llama3",),
     dropped=DROPPED,
+    losses=("window",),
     fixed={"hidden_act": "silu"},
 )

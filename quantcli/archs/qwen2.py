@@ -12,5 +12,6 @@ ARCH = Architecture(
     gguf_names={**ENDS, **ATTENTION_NAMES, **NORM_NAMES, **MLP_NAMES},
     keys=USUAL,
     dropped=DROPPED,
+    losses=("window of the last layers",),
     fixed={"hidden_act": "silu", "use_sliding_window": False},
 )

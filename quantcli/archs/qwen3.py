@@ -13,6 +13,7 @@ ARCH = Architecture(
     keys=USUAL,
     defaults={"head_dim": 128},
     dropped=DROPPED,
+    losses=("window of the last layers",),
     present={"attention_bias": "self_attn.q_proj.bias"},
     fixed={"hidden_act": "silu", "use_sliding_window": False},
 )

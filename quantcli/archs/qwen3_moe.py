@@ -35,6 +35,7 @@ ARCH = Architecture(
     aliases={"num_experts": "num_local_experts"},
     defaults={"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     dropped=DROPPED,
+    losses=("unnormed experts", "window on request"),
     present={"attention_bias": "self_attn.q_proj.bias"},
     fixed={"hidden_act": "silu", "use_sliding_window": False, "norm_topk_prob": True},
 )

@@ -18,5 +18,6 @@ ARCH = replace(
         Key("vocab_size", "vocab_size"),
         Key("rope.dimension_count", computed="head_dim"),
     ),
+    losses=("window of the last layers",),
     defaults={"tie_word_embeddings": True, "rope_theta": 2000000.0},
 )

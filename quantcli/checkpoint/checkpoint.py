@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,34 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from quantcli import qtypes
+from quantcli.checkpoint.hub import HUB_ID, download
 from quantcli.checkpoint.json_files import read_json, shown
 from quantcli.checkpoint.locations import Location, first_bytes
 from quantcli.checkpoint.shards import open_folder
+from quantcli.checkpoint.side_files import SideFiles, side_files
 from quantcli.errors import CheckpointError, QuantcliError, UnsupportedError
 from quantcli.tensors import DTYPES, QuantizedTensor, Scheme, TensorSpec
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?")
-
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
-"""Weights, config, tokenizer files and chat templates: all that is read or copied, and no pickle."""
-
-SIDECAR_PATTERNS = (
-    "*.json",
-    "*.model",
-    "*.model.v*",
-    "*.tiktoken",
-    "*.jinja",
-    "*.txt",
-    "*.py",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "additional_chat_templates/*.jinja",
-)
-MAX_SIDECAR_BYTES = 200_000_000
 RECORD = "quantcli.json"
 """The file in an output folder that records how quantcli made it."""
 
-FORMAT_FILES = ("config.json", "quantize_config.json", "quant_config.json", RECORD, "trainer_state.json")
+FORMAT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", RECORD, "trainer_state.json")
 """Written by the output's own format, or a record of how *this* folder was made: not copied to another."""
 
 FINGERPRINT_BYTES = 1024
@@ -85,6 +68,7 @@ class Checkpoint(ABC):
         self.quantization = quantization
         self.notes = tuple(notes)
         self.kv_cache = dict(kv_cache or {})
+        self._side_files: SideFiles | None = None
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``: its stored dtype when dense, float32 as its engine decodes it when quantized."""
@@ -144,8 +128,8 @@ class Checkpoint(ABC):
         """
         return fingerprint(self.locations())
 
-    def sidecars(self) -> dict[str, Path]:
-        """The small files beside the weights that any copy of the model needs: tokenizer, templates, generation config, code, licence.
+    def sidecars(self) -> SideFiles:
+        """The small files beside the weights that any copy of the model needs: tokenizer, templates, modules, code, licence, model card.
 
         Raises :class:`UnsupportedError` for a source that is a single file.
         """
@@ -153,9 +137,9 @@ class Checkpoint(ABC):
             raise UnsupportedError(
                 f"{self.source}: a single file lacks the tokenizer's files of a Hugging Face folder; start from the folder"
             )
-        files = sorted({path for pattern in SIDECAR_PATTERNS for path in self.path.glob(pattern) if path.is_file()})
-        named = {path.relative_to(self.path).as_posix(): path for path in files if path.stat().st_size <= MAX_SIDECAR_BYTES}
-        return {name: path for name, path in named.items() if name not in FORMAT_FILES and not name.endswith(".index.json")}
+        if self._side_files is None:
+            self._side_files = side_files(self.path, FORMAT_FILES, {location.path for location in self.locations()})
+        return self._side_files
 
     def close(self) -> None:
         """Release what the reader holds open."""
@@ -227,33 +211,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
     return config
-
-
-def download(repo: str, revision: str | None) -> Path:
-    """The snapshot of a Hub repository in the local cache. ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are huggingface_hub's to read."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # the library's transport, and with it the class of its network errors, changes between versions
-        name = repo if revision is None else f"{repo}@{revision}"
-        raise CheckpointError(f"{name}: {hub_way_out(error)}") from error
-
-
-def hub_way_out(error: Exception) -> str:
-    """What the user can do about an error of huggingface_hub."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return "access is gated; accept its terms on the Hub and set HF_TOKEN"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "no such repository on the Hub, or a private one (set HF_TOKEN), and no such local folder"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "the repository has no such revision"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return "no such local folder, not in the local cache, and the Hub cannot be reached; connect, or check HF_ENDPOINT"
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return f"the download failed ({reason}); try again, or give a local folder"
 
 
 def unread(path: Path, config: dict[str, Any] | None, formats: Sequence[str]) -> QuantcliError:

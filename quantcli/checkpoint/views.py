@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from quantcli.archs import Architecture, Cut
 from quantcli.archs.shared.transformations import CUTS, JOINS
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.locations import Location
+from quantcli.checkpoint.side_files import SideFiles
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.tensors import DTYPES, QuantizedTensor, TensorSpec
 
@@ -134,7 +134,7 @@ class View(Checkpoint):
         return self.inner.fingerprint()
 
     @override
-    def sidecars(self) -> dict[str, Path]:
+    def sidecars(self) -> SideFiles:
         return self.inner.sidecars()
 
     @override

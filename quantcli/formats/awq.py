@@ -203,7 +203,7 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
         config=source.config,
         quantization=quant_config,
         dtypes=dense_dtypes(source),
-        sidecars=source.sidecars(),
+        sidecars=source.sidecars().files,
         max_shard_bytes=shard_bytes(request),
     )
 

@@ -61,7 +61,7 @@ class Hf(Format):
         dtypes = dense_dtypes(source) | {name: dtype_of(name, scheme) for name, scheme in schemes.items()}
         return DenseLayout(
             dtypes=dtypes,
-            sidecars=source.sidecars(),
+            sidecars=source.sidecars().files,
             max_shard_bytes=shard_bytes(request),
             config=config_file(source, dtypes if schemes else {}),
         )
@@ -99,4 +99,4 @@ def config_file(source: Checkpoint, new_dtypes: Mapping[str, str]) -> bytes | Pa
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(keys, CONFIG_DTYPES.get(commonest))
     file = source.path / "config.json"
-    return file if config == source.config and file.is_file() else as_json(config)
+    return file if file.is_file() and config == read_config(source.path) else as_json(config)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantcli import archs, formats
-from quantcli.checkpoint import views
+from quantcli.checkpoint import heads, views
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.views import HEAD_WEIGHT, Joint, Piece, View
 from quantcli.errors import CheckpointError
@@ -31,7 +31,8 @@ class Arranged:
     """``source``: the checkpoint as it is read from here on; ``format``: of the output; ``taps``: disk name of each linear's weight → tap;
     ``head``: the output embedding's weight, where what it reads can be measured, else None; ``caches``: where the layers keep keys and
     values, None where that was not traced; ``untied``: the input embedding's weight, where the model had both as one tensor; ``forward``:
-    the model to run, where the recipe learns from text or nothing else knows its taps."""
+    the model to run, where the recipe learns from text or nothing else knows its taps; ``notes``: what of the source is read otherwise
+    than its config.json says."""
 
     source: Checkpoint
     format: Format
@@ -40,6 +41,7 @@ class Arranged:
     caches: tuple[KvCache, ...] | None = None
     untied: str | None = None
     forward: Forward | None = None
+    notes: tuple[str, ...] = ()
 
 
 def arrange(
@@ -51,6 +53,8 @@ def arrange(
     Raises :class:`UnsupportedError` where the format has no names for the model, or the model must be run and cannot be.
     """
     fmt = formats.of(recipe.format)
+    notes = tuple(f"{note}; the output is untied" for note in notes_on_head(source))
+    source = with_own_head(source)
     if not recipe.is_calibrated:
         source = fmt.as_stored(source)
     if (embedding := untied_head(source, recipe)) is not None:
@@ -77,6 +81,7 @@ def arrange(
         caches,
         embedding,
         forward,
+        notes,
     )
 
 
@@ -93,6 +98,7 @@ def open_forward(
     from quantcli.forward import Forward, build
 
     dtype = dtype or torch.float32
+    checkpoint = with_own_head(checkpoint)
     n_layers, n_tensors = checkpoint.config.get("num_hidden_layers", 0), len(checkpoint.specs)
     if isinstance(n_layers, int) and n_layers > n_tensors:
         raise CheckpointError(f"{checkpoint.source}: config.json tells of {n_layers} layers, the checkpoint has {n_tensors} tensors in all")
@@ -130,12 +136,33 @@ def cut_for(source: Checkpoint, fmt: Format) -> Checkpoint:
     return view(source, views.pieces_of(source, cut))
 
 
+def with_own_head(source: Checkpoint) -> Checkpoint:
+    """``source`` untied, where config.json ties its embeddings and the file has both, with different numbers: as transformers 5 reads it
+    and convert_hf_to_gguf converts it; itself otherwise."""
+    if heads.own_head(source) is None:
+        return source
+    return View(source, {name: Piece(name) for name in source.specs}, untied_config(source))
+
+
+def notes_on_head(source: Checkpoint) -> tuple[str, ...]:
+    """What a user should know where :func:`with_own_head` unties."""
+    if (ends := heads.own_head(source)) is None:
+        return ()
+    head, embedding = ends
+    return (f"{head} holds other numbers than {embedding}, to which config.json ties it: the stored head counts, as in transformers 5",)
+
+
 def untied(source: Checkpoint, embedding: str) -> Checkpoint:
     """``source`` with an output embedding of its own, the same numbers as ``embedding``, which the model tied it to."""
+    pieces = {name: Piece(name) for name in source.specs} | {HEAD_WEIGHT: Piece(embedding)}
+    return View(source, pieces, untied_config(source))
+
+
+def untied_config(source: Checkpoint) -> dict[str, Any]:
+    """The config of ``source``, of a model whose embeddings are two tensors."""
     apart = {"tie_word_embeddings": False}
     text = {"text_config": source.config["text_config"] | apart} if source.config.get("text_config") else {}
-    pieces = {name: Piece(name) for name in source.specs} | {HEAD_WEIGHT: Piece(embedding)}
-    return View(source, pieces, source.config | text | apart)
+    return source.config | text | apart
 
 
 def view(source: Checkpoint, pieces: Mapping[str, Piece | Joint]) -> Checkpoint:

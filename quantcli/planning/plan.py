@@ -154,9 +154,11 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
             with about(name):
                 check_grid(recipe, scheme)
     layers = planned_layers(source, recipe, schemes, taps, kept, arranged.caches or (), layout)
-    notes = (*protected_notes, *engines, *surprises(source, recipe, schemes, taps, left, kept), *layout.notes)
+    notes = (*arranged.notes, *protected_notes, *engines, *surprises(source, recipe, schemes, taps, left, kept), *layout.notes)
     if arranged.untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
+    if not fmt.has_own_names and (behind := source.sidecars().note()) is not None:
+        notes += (behind,)
     if dense:
         notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
     return Plan(source, recipe, layers, layout, is_weighed, notes)

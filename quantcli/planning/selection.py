@@ -10,6 +10,7 @@ from pathlib import Path
 from quantcli import formats
 from quantcli import recipe as recipes
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.hub import model_name
 from quantcli.errors import OptionError
 from quantcli.formats.gguf.file.container import ggml_type_of
 from quantcli.formats.gguf.types.filetypes import ALIASES
@@ -142,8 +143,7 @@ def with_text(
 
 def default_output(source: Checkpoint, recipe: Recipe) -> Path:
     """``<model>-<recipe>`` in the current folder; ``<model>-Q4_K_M.gguf`` for GGUF."""
-    path = Path(source.source).expanduser()
-    model = path.resolve().name if path.exists() else source.source.partition("@")[0].rpartition("/")[2]
+    model = model_name(source.source)
     if recipe.format == "gguf":
         kind = recipe.name if recipe.codes == "keep" else recipe.mix or recipe.name
         return Path(f"{model.removesuffix('.gguf')}-{kind}.gguf")

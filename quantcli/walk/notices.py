@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.planning.arrange import notes_on_head
 from quantcli.text import overlap
 from quantcli.walk import evaluate as evaluation
 from quantcli.walk.events import Note, Planned
@@ -34,6 +35,12 @@ def announce(checkpoint: Checkpoint, event: Planned, tell: OnEvent) -> None:
     for tensor in event.plan.tensors:
         if not tensor.outputs:
             tell(Note(f"{tensor.name}: dropped: {event.plan.why_dropped(tensor)}", is_warning=True))
+
+
+def tell_head(checkpoint: Checkpoint, tell: OnEvent) -> None:
+    """A note where a head is stored that config.json ties to the embedding, and it differs."""
+    for note in notes_on_head(checkpoint):
+        tell(Note(f"{checkpoint.source}: {note}"))
 
 
 def tell_activations(checkpoint: Checkpoint, simulated: bool, tell: OnEvent) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
@@ -14,7 +15,7 @@ from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint import locations
-from quantcli.checkpoint.checkpoint import hub_way_out
+from quantcli.checkpoint.hub import hub_way_out
 from quantcli.checkpoint.shards import layout
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import open_checkpoint
@@ -224,7 +225,12 @@ def test_only_what_is_read_is_downloaded(monkeypatch: pytest.MonkeyPatch, tiny_l
     open_checkpoint("acme/tiny@refs/pr/3")
     assert (asked["repo"], asked["revision"]) == ("acme/tiny", "refs/pr/3")
     assert "*.safetensors" in asked["allow_patterns"]
-    assert not any(pattern.endswith(("bin", "pt", "pth", "*")) for pattern in asked["allow_patterns"])
+    pickles = [
+        f"{name}{ending}" for name in ("pytorch_model", "LICENSE", "1_Pooling/model") for ending in (".bin", ".pt", ".pth", ".pkl", ".npy")
+    ]
+    assert not any(fnmatch(name, pattern) for name in pickles for pattern in asked["allow_patterns"])
+    needed = ["LICENSE", "USE_POLICY.md", "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "tekken.json", "README.md"]
+    assert all(any(fnmatch(name, pattern) for pattern in asked["allow_patterns"]) for name in needed)
 
 
 @pytest.mark.parametrize(

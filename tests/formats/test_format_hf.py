@@ -67,7 +67,8 @@ def test_weights_and_their_indexes_and_pickles_are_not_copied_as_sidecars(tiny_l
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text("x")
     with open_checkpoint(str(folder)) as source:
-        assert set(source.sidecars()) == {
+        assert set(source.sidecars().files) == {
+            "README.md",
             "generation_config.json",
             "tokenizer.json",
             "tokenizer_config.json",

@@ -108,7 +108,7 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
         config=source.config,
         quantization=quantization_config(source, quantized, dtypes),
         dtypes=dtypes,
-        sidecars=source.sidecars(),
+        sidecars=source.sidecars().files,
         max_shard_bytes=shard_bytes(request),
         state_sizes={name: state_size(source, name, scheme, dtypes[name]) for name, scheme in quantized.items() if scheme.qtype in LEVELS},
     )

@@ -91,7 +91,7 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
         quantization=quant_config,
         scheme=scheme,
         dtypes=dense_dtypes(source),
-        sidecars=source.sidecars(),
+        sidecars=source.sidecars().files,
         max_shard_bytes=shard_bytes(request),
         notes=notes,
     )

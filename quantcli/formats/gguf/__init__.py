@@ -15,16 +15,19 @@ from typing_extensions import override
 
 from quantcli.archs import Architecture, Cut, StoredNames
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.json_files import shown
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.formats import DEFAULTS, Format, OutputLayout, Request
 from quantcli.formats.gguf.file import splits
 from quantcli.formats.gguf.file.container import MAGIC, Field, ggml_type_of, qtype_of, tensor_spec
 from quantcli.formats.gguf.imatrix import importance as weighing
+from quantcli.formats.gguf.model import losses, naming, rope
 from quantcli.formats.gguf.model import metadata as keyed
-from quantcli.formats.gguf.model import naming, rope
 from quantcli.formats.gguf.model.naming import architecture
+from quantcli.formats.gguf.model.pooling import add_pooling
 from quantcli.formats.gguf.read import GgufCheckpoint
 from quantcli.formats.gguf.tokens.tokenizer import add_tokenizer
+from quantcli.formats.gguf.tokens.vocabulary import twice
 from quantcli.formats.gguf.types import filetypes
 from quantcli.formats.gguf.types.chooser import DENSE, is_quantizable
 from quantcli.importance import Importance, ImportanceSource
@@ -233,6 +236,7 @@ class Gguf(Format):
         notes: tuple[str, ...] = ()
         if source.kind == "gguf":
             fields, extras = inherited(source.file_metadata, chosen.pre_tokenizer), source.unnamed()
+            notes = notes_on_tokens(fields)
         else:
             check_complete(source, config, table.names.values())
             extras = extra_tensors(arch, config)
@@ -298,8 +302,9 @@ def describe(
         keys.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), spec.nbytes)
     keyed.general(keys, source.path, name=hub_id)
     keyed.hyperparameters(keys, arch, config)
-    notes = add_tokenizer(keys, source.path, config["vocab_size"], pre_tokenizer)
-    return keyed.fields_of(keys), notes
+    notes = add_pooling(keys, source.path)
+    notes += add_tokenizer(keys, source.path, config["vocab_size"], pre_tokenizer)
+    return keyed.fields_of(keys), (*losses.told(arch, source.config), *notes)
 
 
 def slot(arch: Architecture, hf_name: str, gguf_name: str) -> str:
@@ -314,6 +319,17 @@ def inherited(metadata: Mapping[str, Field], pre_tokenizer: str | None) -> dict[
     if pre_tokenizer is not None:
         fields["tokenizer.ggml.pre"] = Field(GGUFValueType.STRING, pre_tokenizer)
     return fields
+
+
+def notes_on_tokens(fields: Mapping[str, Field]) -> tuple[str, ...]:
+    """A note where a vocabulary that is handed on has a token twice."""
+    tokens = fields["tokenizer.ggml.tokens"].value if "tokenizer.ggml.tokens" in fields else ()
+    if (found := twice(list(tokens))) is None:
+        return ()
+    token, one, other = found
+    return (
+        f"the source's vocabulary has {shown(token)} twice, as {one} and {other}, and goes over as it is: llama.cpp loads no such file",
+    )
 
 
 def extra_tensors(arch: Architecture, config: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
         config=source.config,
         quantization=quantization_config(source, quantized, version),
         dtypes=dense_dtypes(source),
-        sidecars=source.sidecars(),
+        sidecars=source.sidecars().files,
         max_shard_bytes=shard_bytes(request),
         notes=surprises(quantized),
     )

@@ -18,6 +18,7 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.tokens.merges import merge_text
 from quantcli.formats.gguf.tokens.spm import read_sentencepiece
 from quantcli.formats.gguf.tokens.tokenizer import add_tokenizer
+from quantcli.formats.gguf.tokens.vocabulary import Vocabulary
 from support.converted_tokenizers import CONVERTED, GOLDEN, OTHERWISE, VOCAB_SIZE, family_named, folder_of, manifest, write
 from support.gguf_tokenizers import byte_level, tokenizer_keys
 
@@ -211,10 +212,29 @@ def test_added_tokens_beyond_the_embedding_are_left_out_with_a_note(spm: Callabl
     assert "[PAD], <more>" in notes[0]
 
 
-def test_a_token_that_stands_twice_is_a_checkpoint_error(tmp_path: Path) -> None:
-    byte_level(tmp_path, added_tokens_decoder={"259": {"content": "<tool>"}})
-    with pytest.raises(CheckpointError, match=r"'<tool>' twice, as 258 and 259"):
-        tokenizer_keys(tmp_path, 260)
+def test_an_added_token_whose_text_the_vocabulary_has_leaves_its_own_id_unused(tmp_path: Path) -> None:
+    """As in transformers, whose tokenizer gives that text the vocabulary's id and the other to nothing."""
+    byte_level(tmp_path, added_tokens_decoder={"261": {"content": "he"}, "259": {"content": "<tool>"}, "260": {"content": "<tool>"}})
+    keys = GGUFWriter(None, "llama")
+    notes = add_tokenizer(keys, tmp_path, 262)
+    fields = {key.removeprefix("tokenizer.ggml."): entry.value for key, entry in keys.kv_data[0].items()}
+    assert fields["tokens"][256:] == ["he", "<|end|>", "<tool>", "<|im_start|>", "[PAD260]", "[PAD261]"]
+    assert fields["token_type"][256] == fields["token_type"][258] == TokenType.USER_DEFINED
+    assert fields["token_type"][260] == fields["token_type"][261] == TokenType.UNUSED
+    assert [note for note in notes if "'he' twice, as 256 and 261: it is 256" in note]
+
+
+def test_two_marks_of_spaces_beside_two_spaces_keep_their_own_text(tmp_path: Path) -> None:
+    byte_level(tmp_path, added_tokens_decoder={"260": {"content": "\u2581\u2581"}, "261": {"content": "  "}})
+    assert tokenizer_keys(tmp_path, 262)["tokens"][260:] == ["\u2581\u2581", "  "]
+
+
+def test_a_piece_that_stands_twice_in_the_model_itself_is_a_checkpoint_error() -> None:
+    vocabulary = Vocabulary.empty(3)
+    for id in (0, 2):
+        vocabulary.set(id, "ab", TokenType.NORMAL, 0.0)
+    with pytest.raises(CheckpointError, match="'ab' twice, as 0 and 2"):
+        vocabulary.ids()
 
 
 def wordpiece(folder: Path, **normalizer: object) -> Path:

@@ -94,6 +94,11 @@ def falcon_heads(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_kv_heads": n_kv, "multi_query": n_kv == 1 or is_new, "num_ln_in_parallel_attn": 2 if is_new else None}
 
 
+def gpt2_width(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every published GPT-2 leaves the usual width of its MLP unsaid."""
+    return {"n_inner": None} if config.get("n_inner") == 4 * config["hidden_size"] else {}
+
+
 def deepseek_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """V3 is the one whose routers have a correction. What the file leaves out was zero, or false."""
     rotated = config["qk_rope_head_dim"]
@@ -120,6 +125,7 @@ RESTORED: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gemma 3's query scale": gemma3_scale,
     "gpt-oss's untruncated yarn": untruncated_yarn,
     "falcon's heads": falcon_heads,
+    "gpt2's width": gpt2_width,
     "deepseek's keys": deepseek_keys,
 }
 """Keys of a config whose values llama.cpp knows without metadata: name in an architecture's literal → config so far → keys and values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from gguf import GGUFValueType, GGUFWriter, RopeScalingType
 
 from quantcli.archs import REQUIRED, Architecture, Key
+from quantcli.checkpoint.hub import repository_of
 from quantcli.checkpoint.json_files import read_json
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats.gguf.file.container import Field
@@ -29,6 +31,9 @@ def general(keys: GGUFWriter, folder: Path, *, name: str | None) -> None:
     counts = keys.get_total_parameter_count()
     try:
         card = gguf.Metadata.load(None, folder, name, counts[0])
+        if (repository := repository_of(folder)) is not None:
+            card = named_after(card, folder, repository, counts[0])
+            card.name = name or card.name
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError) as error:
         hint = "correct or remove README.md or generation_config.json"
         raise CheckpointError(f"{folder}: the model card cannot be read ({str(error)[:100]}); {hint}") from error
@@ -39,6 +44,21 @@ def general(keys: GGUFWriter, folder: Path, *, name: str | None) -> None:
     card.size_label = card.size_label or gguf.size_label(*counts)
     keys.add_type(gguf.GGUFType.MODEL)
     card.set_gguf_meta_model(keys)
+
+
+def named_after(card: gguf.Metadata, folder: Path, repository: str, n_parameters: int) -> gguf.Metadata:
+    """``card`` of a snapshot in the Hub's cache, with what is guessed from a folder's name guessed from the repository's."""
+    files = gguf.Metadata.load_model_card(folder), gguf.Metadata.load_hf_parameters(folder)
+    guessed = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), *files, Path(repository), n_parameters)
+    return replace(
+        card,
+        name=guessed.name,
+        organization=guessed.organization,
+        basename=guessed.basename,
+        finetune=guessed.finetune,
+        version=guessed.version,
+        size_label=guessed.size_label,
+    )
 
 
 def hyperparameters(keys: GGUFWriter, arch: Architecture, config: Mapping[str, Any]) -> None:
@@ -136,7 +156,8 @@ COMPUTED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "head_dim": head_dim,
     "rotary width of equal heads": rotary_width,
     "rotated share of a head": lambda config: int(head_dim(config) * rope_parameters(config).get("partial_rotary_factor", 1.0)),
-    "four times the width": lambda config: 4 * config["hidden_size"],
+    "gpt2's width": lambda config: config.get("n_inner") or 4 * config["hidden_size"],
+    "falcon's width": lambda config: config.get("ffn_hidden_size") or 4 * config["hidden_size"],
     "falcon's key heads": falcon_key_heads,
     "gating function": gating_function,
     "MLA's key width": lambda config: config["kv_lora_rank"] + config["qk_rope_head_dim"],

@@ -65,6 +65,10 @@ def _add(keys: GGUFWriter, files: Files, vocab_size: int, pre_tokenizer: str | N
         )
     if vocabulary.left_out:
         notes.append(f"added tokens beyond the embedding's {vocab_size} rows are left out: {', '.join(vocabulary.left_out[:5])}")
+    for id, other in sorted(vocabulary.doubled.items())[:3]:
+        notes.append(
+            f"the tokenizer has {vocabulary.tokens[other]!r} twice, as {other} and {id}: it is {other}, as in transformers, and {id} unused"
+        )
     write_templates(keys, chat_templates(files.folder, files.settings))
     for entry in keys.kv_data[0].values():
         check_text(entry.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,15 @@ SPECIAL_LOOKS = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
 class Vocabulary:
     """Pieces by id, as llama.cpp wants them. Ids that the tokenizer leaves out are unused ``[PAD<id>]`` pieces.
 
-    ``left_out``: added tokens whose id is beyond the model's embedding.
+    ``left_out``: added tokens whose id is beyond the model's embedding; ``doubled``: id of an added token whose text another id has → that.
     """
 
     tokens: list[str]
     types: list[int]
     scores: list[float]
     left_out: list[str] = field(default_factory=list)
+    doubled: dict[int, int] = field(default_factory=dict)
+    _first: dict[str, int] = field(default_factory=dict, repr=False)  # text → the first id that was given it
 
     @classmethod
     def empty(cls, size: int) -> Vocabulary:
@@ -38,17 +40,29 @@ class Vocabulary:
                 f"the tokenizer's {token!r} has id {id}, but config.json's vocab_size is {len(self.tokens)}; they do not match"
             )
         self.tokens[id], self.types[id], self.scores[id] = token, kind, score
+        self._first.setdefault(token, id)
 
     def add(self, id: int, token: str, *, special: bool) -> None:
-        """An added token: matched as it is before anything else, and never printed when ``special``."""
-        if special or looks_special(token):
-            self.set(id, token, TokenType.CONTROL, ADDED_SCORE)
-        else:
-            self.set(id, token.replace(SPACE, " "), TokenType.USER_DEFINED, ADDED_SCORE)
+        """An added token: matched as it is before anything else, and never printed when ``special``.
+
+        One whose text another id has is that id's, as in the tokenizers library, and its own id stays unused.
+        """
+        is_control = special or looks_special(token)
+        text = token if is_control else token.replace(SPACE, " ")
+        if self.other(text, id) is not None:
+            text = token  # beside two spaces, two ▁ are matched as such
+        if (other := self.other(text, id)) is not None:
+            self.doubled[id] = other
+        self.set(id if other is None else other, text, TokenType.CONTROL if is_control else TokenType.USER_DEFINED, ADDED_SCORE)
+
+    def other(self, text: str, id: int) -> int | None:
+        """The id other than ``id`` that has ``text``; None where there is none."""
+        first = self._first.get(text)
+        return first if first not in (None, id) and self.tokens[first] == text else None
 
     def add_all(self, tokens: Mapping[int, Mapping[str, Any]]) -> None:
-        """Added tokens by id, as tokenizer_config.json's added_tokens_decoder has them."""
-        for id, token in tokens.items():
+        """Added tokens by id, as tokenizer_config.json's added_tokens_decoder has them; last those that are written with ▁ for a space."""
+        for id, token in sorted(tokens.items(), key=lambda item: SPACE in item[1]["content"]):
             self.add(id, token["content"], special=bool(token.get("special")))
 
     def add_within(self, tokens: Mapping[int, Mapping[str, Any]]) -> None:
@@ -69,11 +83,19 @@ class Vocabulary:
 
     def ids(self) -> dict[str, int]:
         """Token → id; :class:`CheckpointError` for a token that is there twice, which llama.cpp does not survive."""
-        ids: dict[str, int] = {}
-        for id, token in enumerate(self.tokens):
-            if (other := ids.setdefault(token, id)) != id:
-                raise CheckpointError(f"the tokenizer has {token!r} twice, as {other} and {id}; llama.cpp loads no such vocabulary")
-        return ids
+        if (found := twice(self.tokens)) is not None:
+            token, other, id = found
+            raise CheckpointError(f"the tokenizer has {token!r} twice, as {other} and {id}; llama.cpp loads no such vocabulary")
+        return {token: id for id, token in enumerate(self.tokens)}
+
+
+def twice(tokens: Sequence[str]) -> tuple[str, int, int] | None:
+    """The first token that is there twice, and both ids; None where there is none."""
+    ids: dict[str, int] = {}
+    for id, token in enumerate(tokens):
+        if (other := ids.setdefault(token, id)) != id:
+            return token, other, id
+    return None
 
 
 def looks_special(token: str) -> bool:
