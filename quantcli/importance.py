@@ -10,6 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 
+def counted(importance: Tensor | None) -> Tensor | None:
+    """``importance`` [in] or [n, in], with ones in place of rows of zeros: where nothing counts, a search would choose a scale of zero."""
+    if importance is None:
+        return None
+    is_silent = (importance == 0).all(-1, keepdim=True)
+    return importance.masked_fill(is_silent, 1.0) if bool(is_silent.any()) else importance
+
+
 class Row(Protocol):
     """The importance of one weight, wherever it lies."""
 

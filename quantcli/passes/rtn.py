@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from quantcli import qtypes
 from quantcli.errors import NumericsError, about
+from quantcli.importance import counted
 from quantcli.passes import Pass
 from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
@@ -59,7 +60,7 @@ class Rtn(Pass[Options]):
         for name, scheme in layer.schemes.items():
             W = layer.tensors[name]
             tap = stats.get(layer.taps.get(name, ""))
-            importance = layer.importance.get(name, None if tap is None else tap.importance)
+            importance = counted(layer.importance.get(name, None if tap is None else tap.importance))
             with about(name):
                 layer.quantized[name] = quantize(W, scheme, importance, fused=shared.get(name))
                 reports.append(TensorReport(name, weight_error(W, layer.quantized[name])))

@@ -102,6 +102,20 @@ class Plan:
         """Bits for each parameter of the source, with every scale, zero point and uncoded tensor counted."""
         return 8 * self.n_bytes / sum(t.source.n_elements for t in self.tensors)
 
+    @property
+    def coverage(self) -> float:
+        """The share of the decoder layers' weights that is coded; 1 where the layers have none."""
+        weights = [t for t in self.tensors if len(t.source.shape) > 1 and layer_of(t.name) != t.name and t.outputs]
+        coded = sum(t.source.n_elements for t in weights if is_quantized(t.scheme))
+        return coded / total if (total := sum(t.source.n_elements for t in weights)) else 1.0
+
+    @property
+    def out_of_reach(self) -> list[PlannedTensor]:
+        """The decoder layers' matrices that stay dense for being no linears of their own (experts fused in a file, convolutions), largest
+        first."""
+        dense = [t for t in self.tensors if t.tap is None and t.outputs and not is_quantized(t.scheme) and len(t.source.shape) > 1]
+        return sorted((t for t in dense if layer_of(t.name) != t.name), key=lambda t: -t.source.n_elements)
+
     def why_dropped(self, tensor: PlannedTensor) -> str:
         """Why ``tensor`` has no outputs."""
         return self.layout.dropped.get(tensor.name, f"the {self.recipe.format} format has no place for it")
