@@ -176,6 +176,18 @@ def check_shape(model: str, hidden: Tensor) -> None:
         )
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies its input by a weight, whichever way that is stored."""
+    return isinstance(module, nn.Linear) or is_turned(module)
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear whose weight is stored [in, out] (GPT-2)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def _routers(layer: nn.Module, parameters: Collection[str]) -> list[str]:
     """The linears in the experts' module whose few outputs choose or weigh the experts, by module name; these stay dense.
 
@@ -264,7 +276,7 @@ def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
     def watch_slice(parameter: str, expert: int, X: Tensor) -> None:
         sliced.setdefault((parameter, expert), []).append(key(X))
 
-    handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layer.named_modules() if is_linear(m)]
     n_tensors = len(call.tensors())
     try:
         with Products(dict(layer.named_parameters()), watch_slice):

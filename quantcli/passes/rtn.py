@@ -20,6 +20,8 @@ from quantcli.passes import Pass
 from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
 
+SILENT = "the importance of all its inputs is zero, as of an expert that no token reached: they all count alike"
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -61,9 +63,10 @@ class Rtn(Pass[Options]):
             W = layer.tensors[name]
             tap = stats.get(layer.taps.get(name, ""))
             importance = counted(layer.importance.get(name, None if tap is None else tap.importance))
+            notes = (SILENT,) if name in layer.importance and importance is not layer.importance[name] else ()
             with about(name):
                 layer.quantized[name] = quantize(W, scheme, importance, fused=shared.get(name))
-                reports.append(TensorReport(name, weight_error(W, layer.quantized[name])))
+                reports.append(TensorReport(name, weight_error(W, layer.quantized[name]), notes))
         return Report(tuple(reports))
 
 

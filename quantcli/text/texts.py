@@ -246,7 +246,9 @@ def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[
 def _stack(cut: Sequence[list[int]], bos: list[int]) -> Tensor:
     """Windows [n, T] of ``cut``, each behind ``bos``; :class:`RecipeError` where they are too short for anything to be predicted."""
     if (n_tokens := len(bos) + len(cut[0])) < LEAST_TOKENS:
-        raise RecipeError(f"the text gives windows of {n_tokens} token, and {LEAST_TOKENS} or more are needed; give more text, or raise --seq-len")
+        raise RecipeError(
+            f"the text gives windows of {n_tokens} token, and {LEAST_TOKENS} or more are needed; give more text, or raise --seq-len"
+        )
     return torch.tensor([bos + tokens for tokens in cut], dtype=torch.int64)
 
 

@@ -266,7 +266,7 @@ def with_loss(report: TensorReport) -> TensorReport:
     """``report`` with a note where little is left of the tensor."""
     if report.relative_error < LOST or report.is_exact:
         return report
-    lost = f"lost: its relative error is {report.relative_error:.2f}, that of zeros is 1; keep it dense (--skip), or take another number format"
+    lost = f"lost: its relative error is {report.relative_error:.2f}, where zeros have 1; keep it dense (--skip), or take another scheme"
     return replace(report, notes=(*report.notes, lost))
 
 

@@ -20,7 +20,9 @@ def with_input_scale(name: str, tensor: QuantizedTensor, tap: str, stats: Mappin
     if not tensor.scheme.static_activations:
         return tensor, ""
     if tap not in stats:
-        raise RecipeError(f"{name}: {tensor.scheme} needs the range of its inputs, and there are no statistics of them; calibrate this model again")
+        raise RecipeError(
+            f"{name}: {tensor.scheme} needs the range of its inputs, and there are no statistics of them; calibrate this model again"
+        )
     act = str(tensor.scheme.get("act"))
 
     def range_of(tap: str) -> float:

@@ -252,7 +252,8 @@ def _measure_and_code(
     absorbers: Mapping[str, Absorber] | None,
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
-    ``held_out``: states of the windows that errors alone are measured on; ``order``: the model's taps as it runs them; ``absorbers``: given where a pass changes the basis, which ties all taps together."""
+    ``held_out``: states of the windows that errors alone are measured on; ``order``: the model's taps as it runs them; ``absorbers``:
+    given where a pass changes the basis, which ties all taps together."""
     needs = run.plan.recipe.needs
     measure = partial(measuring.measure, loaded, states, needs=needs, original=original)
     solved = [t for t in planned.tensors if t.is_solved]
