@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -36,11 +36,8 @@ def _embedded(model: Any) -> list[int]:
     seen: list[tuple[Tensor, int]] = []
     config = model.config.get_text_config()
     ids = torch.full((1, PROBED_TOKENS), int(getattr(config, "pad_token_id", None) == 0))  # padding has no position of its own
-    with _zeros(model, outside), _entered(layers), torch.no_grad(), _Lookups(seen):
-        try:
-            model(input_ids=ids, use_cache=False)
-        except _Entered:
-            pass
+    with _zeros(model, outside), _entered(layers), torch.no_grad(), _Lookups(seen), suppress(_Entered):
+        model(input_ids=ids, use_cache=False)
     steps = [(index.flatten()[-PROBED_TOKENS:], rows) for index, rows in seen if index.numel() >= PROBED_TOKENS]
     return [rows - int(index[0]) for index, rows in steps if bool((index.diff() == 1).all())]
 
