@@ -187,7 +187,7 @@ def _drawn_windows(
     body = seq_len - len(bos)
     if body < 1:
         raise RecipeError(f"--seq-len {seq_len} leaves no tokens for text besides BOS")
-    render.begin(dataset.name)
+    render.begin(dataset.name, dataset.source.documents if isinstance(dataset.source, Held) else None)
     texts = map(render, dataset.source.drawn(draw))
     tokens = _stream(texts, render.tokenizer, n_samples * body)
     if not tokens:
@@ -271,7 +271,7 @@ def _in_order(datasets: Sequence[Dataset], render: Renderer) -> Iterator[str]:
     """The datasets' documents with their separators, to be joined to one text."""
     for i, dataset in enumerate(datasets):
         in_pieces = isinstance(dataset.source, LargeText)
-        render.begin(dataset.name)
+        render.begin(dataset.name, dataset.source.documents if isinstance(dataset.source, Held) else None)
         for j, document in enumerate(dataset.source.in_order()):
             separator = "" if i == j == 0 or (in_pieces and j > 0) else "\n\n"
             yield separator + render(document)

@@ -121,7 +121,7 @@ def warn_of_few_tokens(stats: StatsFile, tell: OnEvent) -> dict[str, float]:
 def warn_of_coverage(plan: Plan, tell: OnEvent) -> None:
     """Warn where much of a model's layers stays dense because nothing here can code it."""
     left, coverage = plan.out_of_reach, plan.coverage
-    if not left or coverage >= LOW_COVERAGE or not plan.census()["quantized"]:
+    if not left or plan.share_of(left) < 1 - LOW_COVERAGE or not plan.census()["quantized"]:
         return
     names = left[0].name + (f" and {len(left) - 1} more" if len(left) > 1 else "")
     text = (

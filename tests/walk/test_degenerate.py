@@ -48,7 +48,8 @@ def silent(tiny_llama: TinyLlama) -> Path:
 
 
 def recipe(passes: list[str], scheme: str, **words: Any) -> qc.Recipe:
-    return recipes.parse({"format": "compressed-tensors", "passes": passes, "scheme": scheme, **words}, "small")
+    kind = "gptq" if scheme.endswith("desc") else "compressed-tensors"
+    return recipes.parse({"format": kind, "passes": passes, "scheme": scheme, **words}, "small")
 
 
 @pytest.mark.parametrize("by_file", [False, True])
@@ -132,7 +133,7 @@ def test_errors_are_measured_on_text_that_nothing_was_fitted_to(tiny_llama: Tiny
     assert all(layer["held_out_error"] is None for layer in plain.to_dict()["layers"])
     for layer in held.layers[1:3]:
         assert layer.held_out_error is not None
-        assert layer.held_out_error > 3 * layer.relative_error > 0
+        assert layer.held_out_error > (3 if passes == ["gptq"] else 1.5) * layer.relative_error > 0
     assert any("8 calibration tokens are fewer than the 128 inputs of model.layers.0.mlp.down_proj" in w for w in held.warnings)
     enough = qc.quantize(folder, tmp_path / "enough", how, data=qc.Windows(IDS), device="cpu")
     assert not any("fewer than" in warning for warning in enough.warnings)

@@ -119,10 +119,14 @@ class Renderer:
     note: Callable[[str], None] = lambda _: None
     rows: list[Rows] = field(default_factory=list)
     _noted: set[str] = field(default_factory=set)
+    _is_counted: bool = False
 
-    def begin(self, dataset: str) -> None:
-        """Count from here on for ``dataset``."""
+    def begin(self, dataset: str, held: Sequence[Document] | None = None) -> None:
+        """Count from here on for ``dataset``: all documents at once where they are ``held`` in memory, else as they are read."""
         self.rows.append(Rows(dataset))
+        self._is_counted = held is not None
+        for document in held or ():
+            self._count(document)
 
     def check_read(self) -> None:
         """Raise :class:`CheckpointError`, with the first reason, when no row of the dataset could be read."""
@@ -130,10 +134,9 @@ class Renderer:
             raise CheckpointError(f"{self.rows[-1].first_skipped} (and none of the {self.rows[-1].n_read} rows read has a text)")
 
     def __call__(self, document: Document) -> str:
-        if self.rows:
-            self.rows[-1].n_read += 1
+        if self.rows and not self._is_counted:
+            self._count(document)
         if isinstance(document, Unreadable):
-            self._skip(document)
             return ""
         if isinstance(document, str):
             return document
@@ -151,10 +154,11 @@ class Renderer:
             )
             return document.plain
 
-    def _skip(self, document: Unreadable) -> None:
-        if not self.rows:
-            return
+    def _count(self, document: Document) -> None:
         rows = self.rows[-1]
+        rows.n_read += 1
+        if not isinstance(document, Unreadable):
+            return
         rows.n_skipped += 1
         rows.first_skipped = rows.first_skipped or document.reason
         if rows.n_skipped == MAX_UNREADABLE:
