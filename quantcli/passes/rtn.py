@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from quantcli import qtypes
 from quantcli.errors import NumericsError, about
-from quantcli.importance import counted
+from quantcli.importance import counted, is_silent
 from quantcli.passes import Pass
 from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
@@ -63,7 +63,7 @@ class Rtn(Pass[Options]):
             W = layer.tensors[name]
             tap = stats.get(layer.taps.get(name, ""))
             importance = counted(layer.importance.get(name, None if tap is None else tap.importance))
-            notes = (SILENT,) if name in layer.importance and importance is not layer.importance[name] else ()
+            notes = (SILENT,) if name in layer.importance and is_silent(layer.importance[name]) else ()
             with about(name):
                 layer.quantized[name] = quantize(W, scheme, importance, fused=shared.get(name))
                 reports.append(TensorReport(name, weight_error(W, layer.quantized[name]), notes))

@@ -111,6 +111,21 @@ def test_an_importance_of_zeros_counts_as_none_and_is_named(scheme: str) -> None
     assert not ones.notes
 
 
+@pytest.mark.parametrize("scheme", ["q4_k", "q6_k", "q4_0", "iq4_nl", "iq4_xs", "iq3_xxs"])
+def test_a_block_of_which_nothing_counts_is_not_lost_and_the_others_stay(scheme: str) -> None:
+    W = torch.randn(8, 512, generator=torch.Generator().manual_seed(1))
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(2)) + 0.1
+    whole = Layer("l", {"a": W}, {"a": Scheme.parse(scheme)}, importance={"a": importance.clone()})
+    importance[256:] = 0
+    part = Layer("l", {"a": W}, {"a": Scheme.parse(scheme)}, importance={"a": importance})
+    (report,) = rtn.PASS.run(part, {}).tensors
+    rtn.PASS.run(whole, {})
+    after, before = (qtype_of(layer.quantized["a"].scheme.qtype).unpack(layer.quantized["a"]) for layer in (part, whole))
+    assert torch.equal(after[:, :256], before[:, :256])
+    assert (after - W)[:, 256:].square().sum() < 0.1 * W[:, 256:].square().sum()
+    assert not report.notes
+
+
 def test_a_matrix_that_rounds_to_zero_under_a_shared_scale_is_named(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     folder = changed(tiny_llama(hidden=64, intermediate=128, layers=1), up_proj=1e-6)
     result = qc.quantize(folder, tmp_path / "out", "nvfp4", device="cpu")
