@@ -430,7 +430,7 @@ def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, tell: Witness) -
     ids, held_out = texts.windows_and_held_out(
         wanted.datasets, tokenizer(checkpoint), wanted.samples, seq_len, recipe.seed, hold_out=True, note=note, read=tell.read
     )
-    return Windows(ids, held_out)
+    return Windows(ids, held_out, tuple(tell.rows))
 
 
 def eval_windows(checkpoint: Checkpoint, data: Text, samples: int, seq_len: int, tell: Witness) -> Tensor:

@@ -18,6 +18,7 @@ from quantcli.statistics import outliers
 from quantcli.statistics.outliers import Protected
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.text import overlap, texts
+from quantcli.text.documents import Rows
 
 if TYPE_CHECKING:
     from quantcli.forward import Forward
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Windows:
     """Token windows, ``ids``: [n, seq_len] int64, that are run through the model behind the layers already quantized; ``held_out``:
-    [k, T] int64, others that follow them only to measure errors on, None where there are none."""
+    [k, T] int64, others that follow them only to measure errors on, None where there are none; ``rows``: of the datasets that they were
+    cut from."""
 
     ids: Tensor
     held_out: Tensor | None = None
+    rows: tuple[Rows, ...] = ()
 
     @property
     def dataset_sha256(self) -> str:

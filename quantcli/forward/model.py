@@ -206,7 +206,8 @@ class Forward:
     def _call(self, index: int, ids: Tensor) -> Call:
         """The arguments of layer ``index`` for ``ids`` [B, T].
 
-        They are kept for the last two shapes (a full batch and a last one), unless they depend on the tokens.
+        They are kept for the last four shapes (a full batch and a last one, the text's check, windows held out), unless they depend on
+        the tokens.
         """
         ids = ids.to(self.device)
         if self._by_tokens:
@@ -214,7 +215,7 @@ class Forward:
             return self._stack.calls(ids, None)[index]
         shape = tuple(ids.shape)
         if shape not in self._calls:
-            while len(self._calls) > 1:
+            while len(self._calls) > 3:
                 self._calls.pop(next(iter(self._calls)))
             self._calls[shape] = self._stack.calls(ids, 0.0)
         return self._calls[shape][index]

@@ -75,7 +75,8 @@ def quantize(
         return
     if recipe.is_calibrated and learned.kind is None:
         learned = checked(plan, data)
-    if warning := too_little(plan, learned):
+    warning = too_little(plan, learned)
+    if warning:
         yield Note(warning, is_warning=True)
     provenance = replace(
         Provenance.of(arranged.source, recipe, untied=arranged.untied),
@@ -95,7 +96,9 @@ def quantize(
         else:
             yield from _each_tensor(run)
         if writer.folder:
-            told = {"dataset_sha256": None, **record, "coverage": plan.coverage, "tensors": run.record()}
+            rows = [one.to_dict() for one in learned.windows.rows] if learned.windows is not None else []
+            told = {"dataset_sha256": None, **record, "coverage": plan.coverage, "rows": rows, "tensors": run.record()}
+            told |= {"warnings": [warning]} if warning else {}
             writer.add_sidecar("quantcli.json", (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
         writer.commit()
     exact = {report.name for report in run.reports if report.is_exact}

@@ -150,6 +150,10 @@ def test_errors_are_measured_on_text_that_nothing_was_fitted_to(tiny_llama: Tiny
         assert layer.held_out_error is not None
         assert layer.held_out_error > (3 if passes == ["gptq"] else 1.5) * layer.relative_error > 0
     assert any("8 calibration tokens are fewer than the 128 inputs of model.layers.0.mlp.down_proj" in w for w in held.warnings)
+    told = json.loads((tmp_path / "held" / "quantcli.json").read_text())
+    assert "8 calibration tokens are fewer" in told["warnings"][0]
+    assert told["coverage"] == 1
+    assert told["tensors"]["model.layers.0.mlp.up_proj.weight"]["held_out_error"] > 0
     enough = qc.quantize(folder, tmp_path / "enough", how, data=qc.Windows(IDS), device="cpu")
     assert not any("fewer than" in warning for warning in enough.warnings)
 
