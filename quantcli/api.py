@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,25 @@ from quantcli.recipe import Recipe
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import Scheme
 from quantcli.text import texts
+from quantcli.text.documents import Rows
 from quantcli.walk import evaluate as evaluation
 from quantcli.walk import pipeline
+from quantcli.walk.encoder import LOST
 from quantcli.walk.evaluate import LayerWalked, Scores
 from quantcli.walk.events import Finished, LayerDone, Note, Planned
 from quantcli.walk.inputs import Source, Text, eval_windows, is_text, learn, named, opened
-from quantcli.walk.notices import OnEvent, announce, note_to, tell_activations, tell_head, warn_of_context, warn_of_overlap, warn_of_text
+from quantcli.walk.notices import (
+    OnEvent,
+    Witness,
+    announce,
+    note_to,
+    tell_activations,
+    tell_head,
+    warn_of_few_tokens,
+    warn_of_overlap,
+    warn_of_text,
+    windows_within,
+)
 from quantcli.walk.targets import check_statistics_target, check_target, write_imatrix
 
 __all__ = ["Calibration", "ImportanceMatrix", "Plan", "Recipe", "Result", "Scheme", "Scores", "StatsFile", "Windows"]
@@ -50,7 +63,7 @@ class Result:
 
     ``path``: the output, of several files the first; ``plan``: what was to be written; ``layers``: each with its error and time;
     ``lossless``: whether every value of the source is kept; ``seconds``, ``peak_ram_bytes``: of the run; ``finished``: how the text
-    calibrated it. ``lossless`` and ``finished`` are None after a dry run.
+    calibrated it. ``lossless`` and ``finished`` are None after a dry run. ``warnings``: all that were told; ``rows``: of the datasets read.
     """
 
     path: Path
@@ -60,13 +73,29 @@ class Result:
     seconds: float
     peak_ram_bytes: int
     finished: Finished | None = None
+    warnings: tuple[str, ...] = ()
+    rows: tuple[Rows, ...] = ()
+
+    @property
+    def noted(self) -> dict[str, list[str]]:
+        """What happened to single tensors that a user should know: fall-backs, what was lost."""
+        return {report.name: list(report.notes) for layer in self.layers for report in layer.tensors if report.notes}
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """Tensors of which little is left → their relative error."""
+        return {r.name: r.relative_error for layer in self.layers for r in layer.tensors if r.relative_error >= LOST and not r.is_exact}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON keys of ``quantize`` and ``export``; of a dry run those that a plan can know, the others null."""
         plan, finished = self.plan, self.finished
         known = finished.text_check if finished is not None else None
-        walked = [{"name": e.name, "relative_error": e.relative_error, "bpw": e.bpw, "seconds": e.seconds} for e in self.layers]
-        planned = [{"name": layer.name, "relative_error": None, "bpw": layer.bpw, "seconds": None} for layer in plan.layers]
+        errors = ("relative_error", "held_out_error")
+        walked = [
+            {"name": e.name, "relative_error": e.relative_error, "held_out_error": e.held_out_error, "bpw": e.bpw, "seconds": e.seconds}
+            for e in self.layers
+        ]
+        planned = [{"name": layer.name, **dict.fromkeys(errors), "bpw": layer.bpw, "seconds": None} for layer in plan.layers]
         return {
             "output": str(self.path),
             "format": plan.recipe.format,
@@ -74,6 +103,11 @@ class Result:
             "n_bytes": plan.n_bytes,
             "bpw": plan.bpw,
             "tensors": plan.census(),
+            "coverage": plan.coverage,
+            "warnings": list(self.warnings),
+            "notes": self.noted,
+            "lost": self.lost,
+            "rows": [rows.to_dict() for rows in self.rows],
             "dry_run": finished is None,
             "seconds": self.seconds,
             "peak_ram_bytes": self.peak_ram_bytes,
@@ -88,7 +122,8 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """What came of :func:`calibrate`. ``stats``: the file; ``imatrix``: llama.cpp's, where one was asked for; ``taps``: how many inputs
-    were measured; ``text_check``: how well the model knows the text."""
+    were measured; ``text_check``: how well the model knows the text; ``tokens_per_input``: of each tap; ``warnings``: all that were
+    told; ``rows``: of the datasets read."""
 
     stats: Path
     imatrix: Path | None
@@ -98,6 +133,9 @@ class Calibration:
     dataset_sha256: str
     text_check: TextCheck
     seconds: float
+    tokens_per_input: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    rows: tuple[Rows, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON keys of ``calibrate``."""
@@ -109,6 +147,9 @@ class Calibration:
             "taps": self.taps,
             "dataset_sha256": self.dataset_sha256,
             "calibration_perplexity": self.text_check.perplexity,
+            "tokens_per_input": dict(self.tokens_per_input),
+            "warnings": list(self.warnings),
+            "rows": [rows.to_dict() for rows in self.rows],
             "seconds": self.seconds,
         }
 
@@ -167,7 +208,7 @@ def quantize(
 
     Raises the errors of :mod:`quantcli.errors`; nothing stands at ``output`` unless the run ends well.
     """
-    tell, started = on_event or (lambda event: None), time.perf_counter()
+    tell, started = Witness(on_event), time.perf_counter()
     torch_device = use_device(device, threads)
     layers: list[LayerDone] = []
     made: Plan | None = None
@@ -200,7 +241,8 @@ def quantize(
     if finished is not None and is_split:
         target = target.with_name(finished.output.name)  # the first of several files
     lossless = None if finished is None else finished.lossless
-    return Result(target, made, tuple(layers), lossless, time.perf_counter() - started, heap.peak_bytes(), finished)
+    seconds, told = time.perf_counter() - started, (tuple(tell.warnings), tuple(tell.rows))
+    return Result(target, made, tuple(layers), lossless, seconds, heap.peak_bytes(), finished, *told)
 
 
 def export(
@@ -266,7 +308,7 @@ def calibrate(
     ``hessian``: gather H, which gptq and awq need; ``histograms``: count magnitudes, which a recipe's ``input_range`` may need;
     ``imatrix``: also write llama.cpp's importance matrix there; ``moe``: "routed" or "all" tokens for each expert.
     """
-    tell, started = on_event or (lambda event: None), time.perf_counter()
+    tell, started = Witness(on_event), time.perf_counter()
     if moe not in recipes.MOE:
         raise OptionError("moe", f"expected {' or '.join(recipes.MOE)}, not '{moe}'")
     torch_device, target = use_device(device, threads), Path(output)
@@ -274,12 +316,12 @@ def calibrate(
     check_statistics_target(target, matrix, overwrite=overwrite)
     n_taps, known = 0, None
     with opened(source) as checkpoint:
-        warn_of_context(checkpoint, seq_len, tell)
+        seq_len = windows_within(checkpoint, seq_len, tell)
         tell_head(checkpoint, tell)
         if matrix is not None:
             architecture(checkpoint.config)  # names are GGUF's: what has none fails before the work
         note = partial(note_to, tell)
-        ids = texts.windows_of(named(data), tokenizer(checkpoint), samples, seq_len, seed, note=note)
+        ids = texts.windows_of(named(data), tokenizer(checkpoint), samples, seq_len, seed, note=note, read=tell.read)
         walk = calibration.calibrate(
             checkpoint,
             ids,
@@ -302,8 +344,9 @@ def calibrate(
             write_imatrix(matrix, StatsFile(target), checkpoint, named(data), overwrite=overwrite, tell=tell)
     assert known is not None
     warn_of_text(known, tell)
-    seconds = time.perf_counter() - started
-    return Calibration(target, matrix, ids.shape[0], ids.numel(), n_taps, texts.sha256(ids), known, seconds)
+    per_input = warn_of_few_tokens(StatsFile(target), tell)
+    seconds, told = time.perf_counter() - started, (tuple(tell.warnings), tuple(tell.rows))
+    return Calibration(target, matrix, ids.shape[0], ids.numel(), n_taps, texts.sha256(ids), known, seconds, per_input, *told)
 
 
 def evaluate(
@@ -322,7 +365,7 @@ def evaluate(
 
     ``activations``: round the inputs of quantized linears as their engine does. The scores have ``n_bytes`` and ``bpw``, too.
     """
-    tell = on_event or (lambda event: None)
+    tell = Witness(on_event)
     torch_device = use_device(device, threads)
     scores: Scores | None = None
     with ExitStack() as stack:

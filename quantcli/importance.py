@@ -7,8 +7,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from typing_extensions import override
+
+LEAST_SHARE = 2.0**-30
+"""Of the largest importance of a matrix: what an input of none counts, too little to move a scale that others have a say in."""
+
+
+def counted(importance: Tensor | None) -> Tensor | None:
+    """``importance`` [in] or [n, in] without zeros: ones for a matrix of which nothing counts, else :data:`LEAST_SHARE` for its inputs that
+    do not. Where nothing of a block counts, ggml's searches would choose a scale of zero, and the block would be lost on other text."""
+    if importance is None or bool((importance > 0).all()):
+        return importance
+    largest = importance.amax(-1, keepdim=True)
+    return torch.where(largest > 0, importance.maximum(largest * LEAST_SHARE), 1.0)
+
+
+def is_silent(importance: Tensor) -> bool:
+    """Whether nothing of a matrix counts, or of one of a stack of them."""
+    return bool((importance == 0).all(-1).any())
 
 
 class Row(Protocol):

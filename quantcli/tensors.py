@@ -328,13 +328,15 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class TensorReport:
     """The result for one tensor. ``relative_error``: ‖(W−Ŵ)X‖² / ‖WX‖² by H, or ‖W−Ŵ‖² / ‖W‖² without one; ``is_exact``: Ŵ is W;
-    ``settings``: what a pass chose for it, for the record."""
+    ``settings``: what a pass chose for it, for the record; ``held_out_error``: ‖(W−Ŵ)X‖² / ‖WX‖² of inputs X on text that nothing was
+    fitted to, None where none was run."""
 
     name: str
     relative_error: float
     notes: tuple[str, ...] = ()
     is_exact: bool = False
     settings: Mapping[str, float] = field(default_factory=dict)
+    held_out_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

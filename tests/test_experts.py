@@ -326,6 +326,7 @@ def test_experts_of_few_tokens_fall_back_as_the_recipe_says(save_model: SaveMode
     for name, report in reports.items():
         if (key := expert_of(name.removesuffix(".weight"))) and key[0] == 0:  # what the second layer is given is another thing by then
             few = f"{n_tokens[key[:2]]} calibration tokens reached it, fewer than min_tokens {limit}: rtn in place of gptq"
+            few += "; --moe all measures every expert on all tokens"
             assert (few in report.notes) == (n_tokens[key[:2]] < limit)
 
 
@@ -333,6 +334,38 @@ def test_all_tokens_reach_every_expert_where_the_recipe_says_so(save_model: Save
     folder = save_model("mixtral", unreached=2, num_experts_per_tok=1)
     reports = quantize(folder, tmp_path / "out", gptq(moe="all", min_tokens=IDS.numel()))
     assert not any("tokens" in note for report in reports.values() for note in report.notes)
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize(
+    ("passes", "scheme"),
+    [
+        (["rtn"], "fp8-tensor+fp8-tensor"),
+        (["gptq"], "nvfp4+nvfp4-g16"),
+        (["gptq"], "int8-channel-sym+int8-tensor"),
+        (["smoothquant", "rtn"], "int8-channel-sym+int8-tensor"),
+    ],
+)
+def test_an_expert_without_tokens_has_the_widest_range_of_the_others(
+    save_model: SaveModel, tmp_path: Path, passes: list[str], scheme: str, by_file: bool
+) -> None:
+    folder = save_model("qwen3_moe", unreached=2, num_experts_per_tok=1)
+    words = {"format": "compressed-tensors", "passes": passes, "scheme": scheme, "calibration": {"min_tokens": 1}}
+    with open_checkpoint(str(folder)) as checkpoint:
+        list(calibrate.calibrate(checkpoint, IDS, tmp_path / "stats.safetensors"))
+    stats = tmp_path / "stats.safetensors" if by_file else None
+    reports = quantize(folder, tmp_path / "out", recipes.parse(words, "static"), stats)
+    scales = {name: float(parts["input_scale"]) for name, parts in codes(tmp_path / "out").items()}
+    assert all(0 < scale < float("inf") for scale in scales.values())
+    widest = min if "nvfp4" in scheme else max  # whose scale divides
+    for linear in ("gate_proj", "down_proj"):
+        of = {e: scales[f"model.layers.0.mlp.experts.{e}.{linear}.weight"] for e in range(8)}
+        assert of[2] == widest(of.values())
+        assert sorted(of.values()).count(of[2]) >= 2
+    assert scales["model.layers.0.mlp.experts.2.gate_proj.weight"] == scales["model.layers.0.mlp.experts.2.up_proj.weight"]
+    named = reports["model.layers.0.mlp.experts.2.down_proj.weight"].notes
+    assert any("no calibration token reached it: its input scale is that of model.layers.0.mlp.experts." in note for note in named)
+    assert any("--moe all" in note for note in named)
 
 
 def test_experts_take_turns_together_in_a_sequential_recipe(save_model: SaveModel, tmp_path: Path) -> None:

@@ -111,5 +111,6 @@ def done(finished: Resume, event: LayerMeasured, states: HiddenStates | None = N
 
 def tap_widths(forward: Forward, *, head: bool) -> dict[str, int]:
     """Tap → in_features."""
-    widths = {tap: forward.checkpoint.specs[name].shape[-1] for name, tap in forward.taps.items()}
+    specs = forward.checkpoint.specs
+    widths = {tap: specs[name].shape[0 if name in forward.turned else -1] for name, tap in forward.taps.items()}
     return widths | {HEAD: forward.head_in_features} if head else widths

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantcli import formats
 from quantcli.errors import RecipeError, about
+from quantcli.experts import expert_of
 from quantcli.importance import Importance, ImportanceSource
 from quantcli.planning.plan import Plan
 from quantcli.recipe import Recipe
@@ -17,6 +18,7 @@ from quantcli.statistics import outliers
 from quantcli.statistics.outliers import Protected
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.text import overlap, texts
+from quantcli.text.documents import Rows
 
 if TYPE_CHECKING:
     from quantcli.forward import Forward
@@ -24,9 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Token windows, ``ids``: [n, seq_len] int64, that are run through the model behind the layers already quantized."""
+    """Token windows, ``ids``: [n, seq_len] int64, that are run through the model behind the layers already quantized; ``held_out``:
+    [k, T] int64, others that follow them only to measure errors on, None where there are none; ``rows``: of the datasets that they were
+    cut from."""
 
     ids: Tensor
+    held_out: Tensor | None = None
+    rows: tuple[Rows, ...] = ()
 
     @property
     def dataset_sha256(self) -> str:
@@ -141,6 +147,31 @@ def checked(plan: Plan, data: Data | Callable[[], Data] | None) -> Learned:
     check_stats(plan, data)
     check_moe(plan.recipe, data)
     return Learned(stats=data)
+
+
+def too_little(plan: Plan, learned: Learned) -> str:
+    """A warning where a tap of ``plan`` has more inputs than it was given tokens; empty otherwise.
+
+    Experts are not looked at: how many tokens reach them is the router's choice, and told of each (``min_tokens``).
+    """
+    widths = {t.tap: t.source.shape[-1] for t in plan.tensors if t.is_solved and t.tap and not expert_of(t.tap)}
+    known = learned.stats
+    n_tokens = {tap: known.n_tokens(tap) if known is not None and tap in known else 0 for tap in widths}
+    if learned.windows is not None:
+        n_tokens = dict.fromkeys(widths, learned.windows.ids.numel())
+    return few_tokens(widths, n_tokens)
+
+
+def few_tokens(widths: Mapping[str, int], n_tokens: Mapping[str, int]) -> str:
+    """The same of taps by their ``widths`` and by how many tokens each was given."""
+    short = [tap for tap, width in widths.items() if 0 < n_tokens[tap] < width]
+    if not short:
+        return ""
+    worst = min(short, key=lambda tap: n_tokens[tap] / widths[tap])
+    return (
+        f"{n_tokens[worst]} calibration tokens are fewer than the {widths[worst]} inputs of {worst}: what is learned of them holds for "
+        "this text alone, and may be worse than plain rounding on other text; raise --samples or --seq-len, or give more text"
+    )
 
 
 def protected_by(plan: Plan, data: Learned, forward: Forward | None) -> list[Protected]:

@@ -57,6 +57,14 @@ def measure_and_advance(
     return _finished(meters)
 
 
+def kept_inputs(layer: LoadedLayer, states: HiddenStates, taps: Sequence[str]) -> dict[str, Tensor]:
+    """What ``taps`` read of ``states``, all of it: tap → X [n_tokens, in] float32. Of few windows, or it takes much memory."""
+    seen: dict[str, list[Tensor]] = {tap: [] for tap in taps}
+    for hidden, ids in states.batches():
+        layer.inputs(hidden, ids, lambda tap, X: seen[tap].append(X.float().clone()), taps)
+    return {tap: torch.cat(parts) for tap, parts in seen.items() if parts}
+
+
 def measure_head(
     forward: Forward, states: HiddenStates, *, needs: frozenset[str] = EVERYTHING, original: Original | None = None
 ) -> dict[str, Stats]:

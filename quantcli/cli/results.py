@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from quantcli.walk.events import LayerDone
 
 
+ALL = 0.995
+"""The share of the layers' weights from which on all are said to be coded: routers and the like stay dense."""
+
+
 class Progress:
     """A context manager to be called with each event of a run: a bar or lines for the layers, notes and warnings as they come."""
 
@@ -85,12 +89,17 @@ def render_plan(console: Console, plan: Plan) -> list[str]:
 
 def render_data(data: dict[str, Any]) -> list[str]:
     census = ", ".join(f"{n} {word}" for word, n in data["tensors"].items() if n)
+    is_partial = data["tensors"]["quantized"] and data["coverage"] < ALL
+    coverage = f" ({data['coverage']:.0%} of the layers' weights)" if is_partial else ""
     errors = [layer["relative_error"] for layer in data["layers"] if layer["relative_error"] is not None]
+    held_out = [layer["held_out_error"] for layer in data["layers"] if layer["held_out_error"] is not None]
     error = f", mean relative error {sum(errors) / len(errors):.2e}" if errors else ""
+    if held_out:
+        error = f", mean relative error {sum(held_out) / len(held_out):.2e} on text held out ({sum(errors) / len(errors):.2e} on its own)"
     return [
         f"{data['output']}",
         f"{size(data['n_bytes'])}, {data['bpw']:.3f}bpw{error}",
-        f"tensors: {census}{', lossless' if data['lossless'] else ''}",
+        f"tensors: {census}{coverage}{', lossless' if data['lossless'] else ''}",
         f"{data['seconds']:.1f} s, peak memory {size(data['peak_ram_bytes'])}",
         *([f"calibrated by {how} of text {data['dataset_sha256'][:12]}"] if (how := data["calibrated_by"]) else []),
         *([f"perplexity of the calibration text {perplexity:.1f}"] if (perplexity := data["calibration_perplexity"]) else []),

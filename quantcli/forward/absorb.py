@@ -71,7 +71,7 @@ class _Trial:
         self.shapes = {name: forward.checkpoint.specs[name].shape for name in forward.layer_tensors(index)}
         self.readers: dict[str, list[str]] = {}
         for name, tap in forward.taps.items():
-            if name in self.shapes:
+            if name in self.shapes and name not in forward.turned:
                 self.readers.setdefault(tap, []).append(name)
         self.random = torch.Generator().manual_seed(0)
         self.hidden = torch.randn(1, N_TOKENS, forward.hidden_size, generator=self.random)

@@ -63,8 +63,9 @@ class LoadedLayer:
     @property
     def tap_widths(self) -> dict[str, int]:
         """Every tap of the layer → its in_features."""
-        specs = self._weights.checkpoint.specs
-        return {tap: specs[f"{tap}.weight"].shape[-1] for tap in self._readers.taps.values()}
+        specs, turned = self._weights.checkpoint.specs, self._readers.turned
+        shapes = {tap: (f"{tap}.weight" in turned, specs[f"{tap}.weight"].shape) for tap in self._readers.taps.values()}
+        return {tap: shape[0 if is_turned else -1] for tap, (is_turned, shape) in shapes.items()}
 
     @property
     def cache_widths(self) -> dict[str, int]:

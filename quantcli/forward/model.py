@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from quantcli import heap
 from quantcli.checkpoint import views
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.errors import UnsupportedError
+from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.forward.cache import OnUpdate
 from quantcli.forward.layer import LoadedLayer, OnRead
 from quantcli.forward.names import NameMap
+from quantcli.forward.positions import rows_of
 from quantcli.forward.readers import Readers
 from quantcli.forward.skeleton import build
 from quantcli.forward.stack import Call, Stack
@@ -37,9 +38,10 @@ class Forward:
     """One causal LM, layer by layer, with the same results as the whole model in the same dtype.
 
     ``layers``: the layers' names on disk; ``taps``: disk name of a linear's weight → tap, which is the name of the first linear that
-    reads the same input, each expert's linears having taps of their own; ``untapped``: the layers' other matrices (routers, convolutions,
+    reads the same input, each expert's linears having taps of their own; ``turned``: those of them that are stored [in, out];
+    ``untapped``: the layers' other matrices (routers, convolutions,
     experts of an unknown layout), which have no tap; ``unused``: disk tensors that the model does not use; ``caches``: the key-value
-    caches, whose taps are not among ``taps``.
+    caches, whose taps are not among ``taps``; ``positions``: the most tokens of a window, None where no table of positions limits it.
 
     ``checkpoint``: with a tensor for each expert's linear where its family has names for them (:mod:`quantcli.planning.arrange`).
     Experts run one after the other, transformers' implementation "eager". ``all_tokens``: observed experts run on every token, not only
@@ -50,6 +52,7 @@ class Forward:
 
     layers: tuple[str, ...]
     taps: dict[str, str]
+    turned: frozenset[str]
     untapped: tuple[str, ...]
     unused: tuple[str, ...]
     caches: tuple[KvCache, ...]
@@ -69,6 +72,7 @@ class Forward:
         self.device = torch.device(device)
         self._model = model
         self.checkpoint = checkpoint
+        self.positions = rows_of(model)
         names = NameMap(model, checkpoint.specs, checkpoint.source, views.experts_apart(checkpoint))
         self._stack = Stack(self._model)
         self._weights = Weights(self._stack, names, checkpoint, dtype, self.device)
@@ -82,6 +86,7 @@ class Forward:
         self.caches = tuple(cache for readers in self._readers for cache in readers.caches.values())
         self._cache_changes: dict[str, OnUpdate] = {}
         self.taps = {name: tap for readers in self._readers for name, tap in readers.taps.items()}
+        self.turned = frozenset[str]().union(*(readers.turned for readers in self._readers))
         self.unused = names.unused
         matrices = (name for i in range(len(self.layers)) for name in self.layer_tensors(i) if len(checkpoint.specs[name].shape) > 1)
         self.untapped = tuple(name for name in matrices if name not in self.taps)
@@ -98,6 +103,8 @@ class Forward:
 
     def embed(self, ids: Tensor) -> Tensor:
         """The input of the first layer for ``ids``: [B, T] int64. Returns [B, T, hidden] in the run's dtype."""
+        if self.positions is not None and ids.shape[1] > self.positions:
+            raise RecipeError(f"windows of {ids.shape[1]} tokens are longer than the {self.positions} positions that this model has")
         self._weights.need(EMBEDDING)
         return self._stack.embed(ids.to(self.device))
 
@@ -199,7 +206,8 @@ class Forward:
     def _call(self, index: int, ids: Tensor) -> Call:
         """The arguments of layer ``index`` for ``ids`` [B, T].
 
-        They are kept for the last two shapes (a full batch and a last one), unless they depend on the tokens.
+        They are kept for the last four shapes (a full batch and a last one, the text's check, windows held out), unless they depend on
+        the tokens.
         """
         ids = ids.to(self.device)
         if self._by_tokens:
@@ -207,7 +215,7 @@ class Forward:
             return self._stack.calls(ids, None)[index]
         shape = tuple(ids.shape)
         if shape not in self._calls:
-            while len(self._calls) > 1:
+            while len(self._calls) > 3:
                 self._calls.pop(next(iter(self._calls)))
             self._calls[shape] = self._stack.calls(ids, 0.0)
         return self._calls[shape][index]

@@ -10,7 +10,7 @@ from torch import nn
 
 from quantcli.forward.experts import Experts, Rows, rows_of
 from quantcli.forward.names import NameMap
-from quantcli.forward.stack import Trace
+from quantcli.forward.stack import Trace, is_turned
 from quantcli.tensors import KvCache, TensorSpec
 
 
@@ -55,6 +55,12 @@ class Readers:
     def cache_modules(self) -> dict[nn.Module, KvCache]:
         """The modules that keep keys and values."""
         return {self._submodule(name): cache for name, cache in self.caches.items()}
+
+    @cached_property
+    def turned(self) -> frozenset[str]:
+        """Disk names of the linears' weights that are stored [in, out]."""
+        modules = {disk: name.removesuffix(".weight") for name, disk in self._disk.items() if disk in self.linears}
+        return frozenset(disk for disk, name in modules.items() if is_turned(self._submodule(name)))
 
     def expert_modules(self) -> dict[nn.Module, int]:
         """The modules that hold experts, and how many each holds."""

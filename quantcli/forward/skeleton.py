@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,3 +103,9 @@ def drop(model: nn.Module, name: str, device: torch.device) -> None:
     parameters = model.get_submodule(path)._parameters
     if (param := parameters.get(leaf)) is not None:
         parameters[leaf] = nn.Parameter(torch.zeros((), dtype=param.dtype, device=device).expand(param.shape), requires_grad=False)
+
+
+def zero_pages(like: Tensor) -> Tensor:
+    """Zeros on the CPU that take no memory while they are only read: untouched pages of the system, which torch.zeros would write."""
+    pages = mmap.mmap(-1, max(1, like.numel()) * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype)[: like.numel()].view(like.shape)

@@ -6,7 +6,6 @@ share an input (a *tap*) are found in one forward of two tokens, each layer with
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from quantcli.errors import UnsupportedError
 from quantcli.forward.cache import found_in
 from quantcli.forward.experts import Products
-from quantcli.forward.skeleton import decoder_layers, drop, put
+from quantcli.forward.skeleton import decoder_layers, drop, put, zero_pages
 
 Run = Callable[..., Any]
 
@@ -97,6 +96,7 @@ class Stack:
                 hidden, call = Call.split(args, kwargs)
                 if passed and hidden is not passed[-1]:
                     raise UnsupportedError(f"{type(self.model).__name__} changes the hidden states between its layers; {_TOGETHER}")
+                check_shape(type(self.model).__name__, hidden)
                 key = _signature(layer)
                 if key not in seen:
                     with _zeros(layer, device):
@@ -166,6 +166,28 @@ class Stack:
         return torch.full((*ids.shape, weight.shape[1]), value, dtype=weight.dtype, device=ids.device)
 
 
+def check_shape(model: str, hidden: Tensor) -> None:
+    """Raise :class:`UnsupportedError` unless the hidden states between layers are one vector for each token."""
+    if hidden.ndim != 3:
+        raise UnsupportedError(
+            f"{model} has hidden states of {hidden.ndim} dimensions, {list(hidden.shape)} for two tokens, where one vector a token is "
+            "expected (several residual streams); quantcli cannot run this architecture layer by layer yet: use a recipe without "
+            "calibration (nf4, fp8-dynamic, rtn-int4)"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies its input by a weight, whichever way that is stored."""
+    return isinstance(module, nn.Linear) or is_turned(module)
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear whose weight is stored [in, out] (GPT-2)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def _routers(layer: nn.Module, parameters: Collection[str]) -> list[str]:
     """The linears in the experts' module whose few outputs choose or weigh the experts, by module name; these stay dense.
 
@@ -216,18 +238,12 @@ def _zeros(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the context, the parameters of ``layer`` are zeros."""
     names = [name for name, _ in layer.named_parameters()]
     for name, param in list(layer.named_parameters()):
-        put(layer, name, _zero_pages(param).to(device))
+        put(layer, name, zero_pages(param).to(device))
     try:
         yield
     finally:
         for name in names:
             drop(layer, name, torch.device("meta"))
-
-
-def _zero_pages(like: Tensor) -> Tensor:
-    """Zeros on the CPU that take no memory while they are only read: untouched pages of the system, which torch.zeros would write."""
-    pages = mmap.mmap(-1, max(1, like.numel()) * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype)[: like.numel()].view(like.shape)
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:
@@ -260,7 +276,7 @@ def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
     def watch_slice(parameter: str, expert: int, X: Tensor) -> None:
         sliced.setdefault((parameter, expert), []).append(key(X))
 
-    handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layer.named_modules() if is_linear(m)]
     n_tensors = len(call.tensors())
     try:
         with Products(dict(layer.named_parameters()), watch_slice):

@@ -107,6 +107,8 @@ def left_by_gptq(H: Tensor) -> Tensor:
     In GPTQ's usual order and damping. An input whose errors others can compensate has a small d_j, however large H_jj is.
     """
     backwards = torch.argsort(H.diagonal(), descending=True, stable=True).flip(0)
+    if not bool(H.any()):
+        return torch.zeros_like(H.diagonal())  # inputs that were always zero leave no error
     A = H.double()[backwards][:, backwards]
     A.diagonal().add_(0.01 * A.diagonal().mean())
     d = torch.empty_like(H.diagonal())

@@ -17,7 +17,7 @@ Where we differ:
   order of falling H_jj while groups stay contiguous, and the engine needs no ``g_idx``. Any qtype will do: affine integers, k-quants.
 - A scheme with ``desc_act`` forms its groups along the solving order instead and stores each input's group (``g_idx``).
 - An input that was always zero in calibration has a zero row in H: it takes no part in the compensation, and its weights are rounded to
-  nearest rather than set to zero, because they may matter on other text.
+  nearest rather than set to zero, because they may matter on other text. A tap that read nothing but zeros is rounded to nearest whole.
 
 Asymmetric calibration (``gptaq_alpha`` above 0): Li, Yin, Lee, Xiao, Panda, "GPTAQ: Efficient Finetuning-Free Quantization for
 Asymmetric Calibration", arXiv 2504.02692. The layers before have been quantized, so a tap reads x where the original model read x₀, and
@@ -136,7 +136,7 @@ def factorize(H: Tensor, *, damp_ratio: float, act_order: bool = True) -> Factor
         raise NumericsError("the Hessian has NaN or Inf; the calibration text drives this model's activations out of range")
     mean = float(diagonal.double().mean())
     if mean == 0:
-        raise NumericsError("the Hessian is zero; no calibration token reached this tap")
+        raise NumericsError("the Hessian is zero: the inputs of this tap were zero on every token of the calibration text")
     order = torch.arange(len(H), device=H.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
@@ -206,6 +206,11 @@ def quantize(
     return qtype.pack(codes, replace(grid, parts={**grid.parts, "g_idx": g_idx}), scheme)
 
 
+def nearest(W: Tensor, scheme: Scheme, *, fused: Mapping[str, Tensor] | None = None) -> QuantizedTensor:
+    """One weight matrix ``W``: [out, in] float32 whose inputs tell nothing, rounded to nearest by its weights alone."""
+    return qtypes.of(scheme.qtype).encode(W, scheme, fused=fused)
+
+
 class Gptq(Pass[Options]):
     """Rounds column by column, with feedback."""
 
@@ -232,6 +237,9 @@ PASS = Gptq()
 
 def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, options: Options) -> list[TensorReport]:
     H = runs.hessian(tap, stats, layer.tensors[members[0]].device, "gptq")
+    shared = fused_parts(layer)
+    if not bool(H.any()):
+        return [runs.code(layer, name, partial(nearest, fused=shared.get(name)), notes=(runs.silent(stats),)) for name in members]
     with about(tap):
         factor = factorize(H, damp_ratio=options.damp_ratio, act_order=options.act_order)
     notes = []
@@ -242,7 +250,6 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
     if options.gptaq_alpha:
         factor, note = _asymmetric(tap, factor, stats, options)
         notes += note
-    shared = fused_parts(layer)
     solve = partial(quantize, H=H, factor=factor, options=options)
     return [runs.code(layer, name, partial(solve, fused=shared.get(name)), H, notes=tuple(notes)) for name in members]
 

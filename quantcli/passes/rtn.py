@@ -15,9 +15,12 @@ from typing_extensions import override
 
 from quantcli import qtypes
 from quantcli.errors import NumericsError, about
+from quantcli.importance import counted, is_silent
 from quantcli.passes import Pass
 from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
+
+SILENT = "the importance of all its inputs is zero, as of an expert that no token reached: they all count alike"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,11 @@ class Rtn(Pass[Options]):
         for name, scheme in layer.schemes.items():
             W = layer.tensors[name]
             tap = stats.get(layer.taps.get(name, ""))
-            importance = layer.importance.get(name, None if tap is None else tap.importance)
+            importance = counted(layer.importance.get(name, None if tap is None else tap.importance))
+            notes = (SILENT,) if name in layer.importance and is_silent(layer.importance[name]) else ()
             with about(name):
                 layer.quantized[name] = quantize(W, scheme, importance, fused=shared.get(name))
-                reports.append(TensorReport(name, weight_error(W, layer.quantized[name])))
+                reports.append(TensorReport(name, weight_error(W, layer.quantized[name]), notes))
         return Report(tuple(reports))
 
 

@@ -70,13 +70,14 @@ def arrange(
     source = experts_apart(source) if forward is None else forward.checkpoint
     if fmt.has_own_names:
         source = cut_for(source, fmt)
+    turned = forward.turned if forward is not None and not run else frozenset[str]()  # no pass takes a weight [in, out]
     taps = declared_taps(source) if forward is None else forward.taps  # where the model is built, it knows best
     assert taps is not None
     head, caches = (declared_head(source), None) if forward is None else (forward.head_weight, forward.caches)
     return Arranged(
         source,
         fmt,
-        {name: tap for name, tap in taps.items() if name in source.specs},
+        {name: tap for name, tap in taps.items() if name in source.specs and name not in turned},
         head if head in source.specs else None,
         caches,
         embedding,

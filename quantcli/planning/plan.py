@@ -102,6 +102,28 @@ class Plan:
         """Bits for each parameter of the source, with every scale, zero point and uncoded tensor counted."""
         return 8 * self.n_bytes / sum(t.source.n_elements for t in self.tensors)
 
+    @property
+    def coverage(self) -> float:
+        """The share of the decoder layers' weights that is coded; 1 where the layers have none."""
+        return self.share_of([tensor for tensor in self.matrices if is_quantized(tensor.scheme)])
+
+    @property
+    def matrices(self) -> list[PlannedTensor]:
+        """What of the decoder layers is written and has more than one dimension."""
+        return [t for t in self.tensors if len(t.source.shape) > 1 and layer_of(t.name) != t.name and t.outputs]
+
+    @property
+    def out_of_reach(self) -> list[PlannedTensor]:
+        """The decoder layers' matrices that stay dense for being no linears of their own (experts fused in a file, convolutions), and not
+        because a rule says so; largest first."""
+        dense = [t for t in self.matrices if t.tap is None and not is_quantized(t.scheme)]
+        return sorted((t for t in dense if not any(r.matches(t.name) for r in self.recipe.rules)), key=lambda t: -t.source.n_elements)
+
+    def share_of(self, tensors: Sequence[PlannedTensor]) -> float:
+        """The share of the decoder layers' weights that ``tensors`` are; 1 where the layers have none."""
+        total = sum(t.source.n_elements for t in self.matrices)
+        return sum(t.source.n_elements for t in tensors) / total if total else 1.0
+
     def why_dropped(self, tensor: PlannedTensor) -> str:
         """Why ``tensor`` has no outputs."""
         return self.layout.dropped.get(tensor.name, f"the {self.recipe.format} format has no place for it")

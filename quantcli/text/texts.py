@@ -17,10 +17,19 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import RecipeError
-from quantcli.text.documents import Dataset, Held, Renderer
+from quantcli.text.documents import Dataset, Held, Renderer, Rows
 from quantcli.text.documents.files import LargeText
 
 EVAL_TEXT_CHARS = 400_000
+
+LEAST_TOKENS = 2
+"""Of a window: the last of one predicts nothing."""
+
+MIN_HELD_OUT = 64
+"""Fewer tokens are no window of their own to measure errors on."""
+
+HELD_OUT_TOKENS = 1024
+"""Tokens on which errors are measured beside those that are calibrated on: enough for a mean, few to what calibration runs."""
 
 CHARS_A_TOKEN = 6
 """Characters read at first for each token wanted: a little more than English has."""
@@ -51,35 +60,75 @@ def windows(texts: Sequence[str], tokenizer: Any, *, n_samples: int, seq_len: in
     Returns [n, seq_len] int64 with n ≤ ``n_samples``: as many as a short text gives, and one shorter window when it does not fill one.
     Each window begins with BOS where the tokenizer puts one before a text, as in inference.
     """
-    return _drawn_windows(Dataset("", Held(texts)), Renderer(tokenizer), n_samples, seq_len, seed)
+    return _drawn_windows(Dataset("", Held(texts)), Renderer(tokenizer), n_samples, seq_len, seed)[0]
 
 
 def windows_of(
-    names: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int, seed: int = 0, *, note: Callable[[str], None] = lambda _: None
+    names: Sequence[str],
+    tokenizer: Any,
+    n_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    read: Callable[[Rows], None] = lambda _: None,
 ) -> Tensor:
     """Windows [n, seq_len] of the datasets ``names``, each with its weight's share; without any, of :func:`default_text`.
 
     Conversations go through the tokenizer's chat template. ``note`` receives messages for the user: that the default text was used, that
-    there is no template, that there were fewer windows than asked for.
+    there is no template, that there were fewer windows than asked for; ``read``: how many rows of each dataset were read.
+    """
+    return windows_and_held_out(names, tokenizer, n_samples, seq_len, seed, note=note, read=read)[0]
+
+
+def windows_and_held_out(
+    names: Sequence[str],
+    tokenizer: Any,
+    n_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    *,
+    hold_out: bool = False,
+    note: Callable[[str], None] = lambda _: None,
+    read: Callable[[Rows], None] = lambda _: None,
+) -> tuple[Tensor, Tensor | None]:
+    """The windows of :func:`windows_of`, and with ``hold_out`` about :data:`HELD_OUT_TOKENS` others to measure errors on, [k, T].
+
+    These come from what the datasets have beyond the windows, or where that is nothing from Python's docstrings: errors on the
+    windows that a method was fitted to say little of others.
     """
     if not names:
         note("calibrating on CPython's language reference; for best results give --dataset with text of your own domain")
     datasets = [Dataset.open(name) for name in names] or [Dataset("default", Held([default_text()]))]
     render = Renderer(tokenizer, note)
+    n_spare = max(1, HELD_OUT_TOKENS // seq_len) if hold_out else 0
     if len(datasets) == 1:
-        ids = _drawn_windows(datasets[0], render, n_samples, seq_len, seed)
+        ids, spare = _drawn_windows(datasets[0], render, n_samples, seq_len, seed, n_spare)
     else:
-        ids = _mixed(datasets, render, n_samples, seq_len, seed)
+        ids, spare = _mixed(datasets, render, n_samples, seq_len, seed, n_spare)
     _note_fewer(ids, n_samples, seq_len, note)
-    return ids
+    for rows in render.rows:
+        read(rows)
+    if not hold_out:
+        return ids, None
+    if not spare:
+        text = _joined(_docstrings(), 2 * CHARS_A_TOKEN * HELD_OUT_TOKENS)[0]
+        return ids, eval_windows(text, tokenizer, n_samples=n_spare, seq_len=min(seq_len, HELD_OUT_TOKENS))
+    return ids, _stack(spare[:n_spare], bos_added(tokenizer))[:, :HELD_OUT_TOKENS]
 
 
 def eval_windows_of(
-    names: Sequence[str], tokenizer: Any, n_samples: int, seq_len: int, *, note: Callable[[str], None] = lambda _: None
+    names: Sequence[str],
+    tokenizer: Any,
+    n_samples: int,
+    seq_len: int,
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    read: Callable[[Rows], None] = lambda _: None,
 ) -> Tensor:
     """The first windows [n, seq_len] of the datasets ``names``, one after the other; without any, of Python's docstrings.
 
-    Only as much is read and tokenized as the windows need.
+    Only as much is read and tokenized as the windows need. ``note``, ``read``: as for :func:`windows_of`.
     """
     if not names:
         note("measuring on docstrings of CPython's standard library; give --dataset with text of your own domain")
@@ -87,6 +136,7 @@ def eval_windows_of(
     render = Renderer(tokenizer, note)
     n_chars = CHARS_A_TOKEN * n_samples * seq_len
     while True:
+        render.rows.clear()
         text, is_whole = _joined(_in_order(datasets, render) if names else _docstrings(), n_chars)
         # One window more than needed, so that the end of the text read so far affects none of those that are.
         ids = eval_windows(text, tokenizer, n_samples=n_samples + 1, seq_len=seq_len)
@@ -94,6 +144,8 @@ def eval_windows_of(
             break
         n_chars *= 2
     _note_fewer(ids[:n_samples], n_samples, seq_len, note)
+    for rows in render.rows:
+        read(rows)
     return ids[:n_samples]
 
 
@@ -108,8 +160,9 @@ def eval_windows(text: str, tokenizer: Any, *, n_samples: int | None, seq_len: i
     if body < 2 - len(bos):
         raise RecipeError(f"--seq-len {seq_len} leaves nothing to predict")
     tokens = _stream([text], tokenizer, None)
-    cut = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)] or [tokens]
-    return _stack(cut[:n_samples], bos)
+    if not tokens:
+        raise RecipeError("the text to calibrate or measure on is empty")
+    return _stack((_cut(tokens, body) or [tokens])[:n_samples], bos)
 
 
 def bos_added(tokenizer: Any) -> list[int]:
@@ -125,28 +178,51 @@ def sha256(ids: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _drawn_windows(dataset: Dataset, render: Renderer, n_samples: int, seq_len: int, seed: int) -> Tensor:
+def _drawn_windows(
+    dataset: Dataset, render: Renderer, n_samples: int, seq_len: int, seed: int, n_spare: int = 0
+) -> tuple[Tensor, list[list[int]]]:
+    """Windows [n, seq_len], and without BOS up to ``n_spare`` others that are not among them."""
     draw = random.Random(seed)
     bos = bos_added(render.tokenizer)
     body = seq_len - len(bos)
     if body < 1:
         raise RecipeError(f"--seq-len {seq_len} leaves no tokens for text besides BOS")
-    tokens = _stream(map(render, dataset.source.drawn(draw)), render.tokenizer, n_samples * body)
-    cut = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)] or [tokens]
-    return _stack(draw.sample(cut, min(n_samples, len(cut))), bos)
+    render.begin(dataset.name, dataset.source.documents if isinstance(dataset.source, Held) else None)
+    texts = map(render, dataset.source.drawn(draw))
+    tokens = _stream(texts, render.tokenizer, n_samples * body)
+    if not tokens:
+        render.check_read()
+        raise RecipeError("the text to calibrate or measure on is empty")
+    cut = _cut(tokens, body) or [tokens]
+    chosen = draw.sample(range(len(cut)), min(n_samples, len(cut)))
+    spare = [cut[i] for i in sorted(set(range(len(cut))) - set(chosen))][:n_spare]
+    if len(spare) < n_spare:
+        rest = tokens[len(cut) * body :] + _stream(texts, render.tokenizer, (n_spare - len(spare)) * body)
+        more = _cut(rest, body) or ([rest] if len(rest) >= MIN_HELD_OUT and not spare else [])
+        spare += more[: n_spare - len(spare)]
+    return _stack([cut[i] for i in chosen], bos), spare
 
 
-def _mixed(datasets: Sequence[Dataset], render: Renderer, n_samples: int, seq_len: int, seed: int) -> Tensor:
+def _cut(tokens: list[int], body: int) -> list[list[int]]:
+    """Consecutive windows of ``body`` tokens; a shorter rest is left out."""
+    return [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)]
+
+
+def _mixed(
+    datasets: Sequence[Dataset], render: Renderer, n_samples: int, seq_len: int, seed: int, n_spare: int = 0
+) -> tuple[Tensor, list[list[int]]]:
     parts: list[Tensor] = []
+    spares: list[list[int]] = []
     for dataset, share in zip(datasets, _shares([d.weight for d in datasets], n_samples), strict=True):
         if share == 0:
             raise RecipeError(f"--dataset {dataset.name}: its weight gives it none of the {n_samples} windows; raise one of the two")
-        part = _drawn_windows(dataset, render, share, seq_len, seed)
+        part, spare = _drawn_windows(dataset, render, share, seq_len, seed, n_spare)
         if part.shape[1] < seq_len:
             raise RecipeError(f"--dataset {dataset.name} has {part.shape[1]} tokens, less than one window of {seq_len}; lower --seq-len")
         parts.append(part)
+        spares += [window for window in spare if len(window) == len(spare[0]) == seq_len - len(bos_added(render.tokenizer))]
     ids = torch.cat(parts)
-    return ids[random.Random(seed).sample(range(len(ids)), len(ids))]
+    return ids[random.Random(seed).sample(range(len(ids)), len(ids))], spares[:: max(1, len(spares) // max(1, n_spare))]
 
 
 def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[int]:
@@ -164,12 +240,15 @@ def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[
         tokens += ids[1:] if bos and ids[:1] == bos else ids
         if at_least is not None and len(tokens) >= at_least:
             break
-    if not tokens:
-        raise RecipeError("the text to calibrate or measure on is empty")
     return tokens
 
 
 def _stack(cut: Sequence[list[int]], bos: list[int]) -> Tensor:
+    """Windows [n, T] of ``cut``, each behind ``bos``; :class:`RecipeError` where they are too short for anything to be predicted."""
+    if (n_tokens := len(bos) + len(cut[0])) < LEAST_TOKENS:
+        raise RecipeError(
+            f"the text gives windows of {n_tokens} token, and {LEAST_TOKENS} or more are needed; give more text, or raise --seq-len"
+        )
     return torch.tensor([bos + tokens for tokens in cut], dtype=torch.int64)
 
 
@@ -192,9 +271,11 @@ def _in_order(datasets: Sequence[Dataset], render: Renderer) -> Iterator[str]:
     """The datasets' documents with their separators, to be joined to one text."""
     for i, dataset in enumerate(datasets):
         in_pieces = isinstance(dataset.source, LargeText)
+        render.begin(dataset.name, dataset.source.documents if isinstance(dataset.source, Held) else None)
         for j, document in enumerate(dataset.source.in_order()):
             separator = "" if i == j == 0 or (in_pieces and j > 0) else "\n\n"
             yield separator + render(document)
+        render.check_read()
 
 
 def _docstrings() -> Iterator[str]:

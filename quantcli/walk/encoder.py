@@ -11,23 +11,26 @@ from torch import Tensor
 
 from quantcli import conversions
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.errors import NumericsError, RecipeError, about
+from quantcli.errors import NumericsError, about
 from quantcli.experts import expert_of
 from quantcli.output.writer import Writer
 from quantcli.passes import of as pass_of
-from quantcli.passes.shared import activations, basis
+from quantcli.passes.shared import basis
 from quantcli.planning import kv_caches
 from quantcli.planning import plan as planning
 from quantcli.planning.kv_caches import Fold, PlannedCache
 from quantcli.planning.plan import Plan, PlannedTensor
 from quantcli.recipe import PassSpec
-from quantcli.statistics.ranges import find_range
 from quantcli.tensors import Absorber, Layer, QuantizedTensor, Stats, TensorReport
+from quantcli.walk.input_scales import with_input_scale
 
 if TYPE_CHECKING:
     from quantcli.forward import LoadedLayer
 
 PIECE_ELEMENTS = 1 << 22
+
+LOST = 0.5
+"""The relative error from which on a tensor is said to be lost: more than half of it is error."""
 
 
 Recount = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -59,12 +62,14 @@ class LayerEncoder:
         loaded: LoadedLayer | None = None,
         absorbers: Mapping[str, Absorber] | None = None,
         recount: Recount | None = None,
+        held_out: Mapping[str, Tensor] | None = None,
     ) -> list[TensorReport]:
         """Run the passes over what is to be solved, round to nearest what else has a scheme, carry over and copy the rest.
 
         ``stats``: tap → Stats. ``loaded`` has the solved weights in memory already, and receives each one as the engine will see it.
         ``absorbers``: tap → what can absorb a scale of its inputs, for a recipe that changes the basis; the layer is whole then.
-        ``recount`` counts inputs anew in the basis found, where their range is told by a histogram.
+        ``recount`` counts inputs anew in the basis found, where their range is told by a histogram. ``held_out``: tap → inputs [n, in] of
+        text that nothing is fitted to, on which errors are measured too.
         """
         tensors = list(tensors)
         few = [t for t in tensors if self.has_few_tokens(t, stats)]
@@ -77,18 +82,20 @@ class LayerEncoder:
             unit = self.unit(layer, solved, loaded)
             if absorbers is not None:
                 self.add_readers(unit, tensors, absorbers, few)
-            solved_reports, now = self.solve(unit, self.plan.recipe.passes, stats, loaded, recount)
+            solved_reports, now = self.solve(unit, self.plan.recipe.passes, stats, loaded, recount, held_out=held_out)
             reports += solved_reports
             changed = {name: tensor for name, tensor in unit.tensors.items() if name not in unit.schemes}
         if few:
             left = self.unit(layer, few, loaded)
             left.tensors |= {t.name: changed[t.name] for t in few if t.name in changed}
-            reports += self.fall_back(left, {t.tap: now[t.tap] if t.tap in now else stats[t.tap] for t in few if t.tap}, loaded)
+            theirs = {t.tap: now[t.tap] if t.tap in now else stats[t.tap] for t in few if t.tap}
+            reports += self.fall_back(left, theirs, now, loaded)
         if rounded:
             reports += self.solve(self.unit(layer, rounded, None), (planning.RTN,), stats, loaded)[0]
         for t in tensors:
             if not t.kept and (t.scheme is None or not t.outputs):
                 self.copy(t, changed.get(t.name), loaded)
+        reports = [with_loss(report) for report in reports]
         self.reports += reports
         return reports
 
@@ -156,10 +163,13 @@ class LayerEncoder:
         stats: Mapping[str, Stats],
         loaded: LoadedLayer | None = None,
         recount: Recount | None = None,
+        others: Mapping[str, Stats] | None = None,
+        held_out: Mapping[str, Tensor] | None = None,
     ) -> tuple[list[TensorReport], Mapping[str, Stats]]:
         """All ``passes`` over one unit of work, then its codes to the file, and decoded to ``loaded`` for the runs that follow.
 
-        Returns the reports, and the statistics of what its taps read now.
+        ``others``: statistics of the layer's taps, those of the unit's included, among which a tap without a range finds one. Returns the
+        reports, and the statistics of what its taps read now.
         """
         reports: dict[str, TensorReport] = {}
         scaled: dict[str, Tensor] = {}
@@ -174,11 +184,20 @@ class LayerEncoder:
             stats = {**stats, **{tap: replace(stats[tap], histogram=histogram) for tap, histogram in recount(scaled).items()}}
         for name in list(unit.quantized):
             tensor = unit.quantized.pop(name)
-            method = self.plan.recipe.calibration.input_range
-            tensor = with_input_scale(name, tensor, stats.get(unit.taps.get(name, "")), method)
+            tap, method = unit.taps.get(name, ""), self.plan.recipe.calibration.input_range
+            tensor, note = with_input_scale(name, tensor, tap, {**(others or {}), **stats}, method)
+            if note:
+                reports[name] = replace(reports[name], notes=(*reports[name].notes, note + self.advice(tap)))
             self._put(name, tensor)
+            X = (held_out or {}).get(tap)
+            if X is None and loaded is None:
+                continue
+            W_hat = conversions.decode(tensor)
+            if X is not None:
+                error = error_on(X / scaled[tap].to(X) if tap in scaled else X, unit.tensors[name], W_hat)
+                reports[name] = replace(reports[name], held_out_error=error)
             if loaded is not None and name in loaded.tensors:  # which the format may have cut from one that the model has whole
-                loaded.set(name, conversions.decode(tensor))
+                loaded.set(name, W_hat)
         return list(reports.values()), stats
 
     def rebased(self, unit: Layer, stats: Mapping[str, Stats]) -> dict[str, Stats]:
@@ -205,14 +224,22 @@ class LayerEncoder:
             return False
         return tensor.tap in stats and stats[tensor.tap].n_tokens < recipe.calibration.min_tokens
 
-    def fall_back(self, unit: Layer, stats: Mapping[str, Stats], loaded: LoadedLayer | None) -> list[TensorReport]:
-        """Code starved tensors by the recipe's fallback, with what their few tokens tell, and say so in their reports."""
+    def advice(self, tap: str) -> str:
+        """What helps an expert that the router sends few tokens, as the end of a sentence."""
+        is_routed = expert_of(tap) is not None and self.plan.recipe.calibration.moe == "routed"
+        return "; --moe all measures every expert on all tokens" if is_routed else ""
+
+    def fall_back(
+        self, unit: Layer, stats: Mapping[str, Stats], others: Mapping[str, Stats], loaded: LoadedLayer | None
+    ) -> list[TensorReport]:
+        """Code starved tensors by the recipe's fallback, with what their few tokens tell, and say so in their reports. ``others``:
+        statistics of the layer's other taps."""
         calibration, passes = self.plan.recipe.calibration, ", ".join(spec.name for spec in self.plan.recipe.passes)
         n_tokens = {name: stats[tap].n_tokens for name, tap in unit.taps.items()}
         reached = {tap: stats[tap] for tap in stats if stats[tap].n_tokens}
-        reports, _ = self.solve(unit, (PassSpec(calibration.fallback),), reached, loaded)
+        reports, _ = self.solve(unit, (PassSpec(calibration.fallback),), reached, loaded, others={**others, **stats})
         few = f"calibration tokens reached it, fewer than min_tokens {calibration.min_tokens}: {calibration.fallback} in place of {passes}"
-        return [replace(r, notes=(f"{n_tokens[r.name]} {few}", *r.notes)) for r in reports]
+        return [replace(r, notes=(f"{n_tokens[r.name]} {few}{self.advice(unit.taps[r.name])}", *r.notes)) for r in reports]
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Each coded tensor's scheme, error and notes, for quantcli.json."""
@@ -222,6 +249,7 @@ class LayerEncoder:
             if tensor.name in reports:
                 report = reports[tensor.name]
                 record[tensor.name] = {"scheme": str(tensor.scheme), "relative_error": report.relative_error, "notes": list(report.notes)}
+                record[tensor.name] |= {} if report.held_out_error is None else {"held_out_error": report.held_out_error}
                 record[tensor.name] |= report.settings
                 if tensor.kept:
                     record[tensor.name]["codes_of"] = str(self.source.schemes[tensor.name])
@@ -234,21 +262,19 @@ class LayerEncoder:
             self.writer.put(part, data)
 
 
-def with_input_scale(name: str, tensor: QuantizedTensor, stats: Stats | None, method: str) -> QuantizedTensor:
-    """``tensor`` with the part ``input_scale``, where its scheme has the engine quantize inputs by a scale found beforehand.
+def with_loss(report: TensorReport) -> TensorReport:
+    """``report`` with a note where little is left of the tensor."""
+    if report.relative_error < LOST or report.is_exact:
+        return report
+    lost = f"lost: its relative error is {report.relative_error:.2f}, where zeros have 1; keep it dense (--skip), or take another scheme"
+    return replace(report, notes=(*report.notes, lost))
 
-    ``method``: how the range is found that the scale spans (:data:`quantcli.statistics.ranges.METHODS`).
-    """
-    if not tensor.scheme.static_activations:
-        return tensor
-    if stats is None or not stats.n_tokens:
-        reason = "there are no statistics of them" if stats is None else "no calibration token reached it"
-        raise RecipeError(
-            f"{name}: {tensor.scheme} needs the range of its inputs, and {reason}; exclude it with --skip, or calibrate on other text"
-        )
-    act = str(tensor.scheme.get("act"))
-    scale = activations.static_scale(act, find_range(method, act, stats.absmax, stats.histogram))
-    return QuantizedTensor(tensor.scheme, tensor.shape, {**tensor.parts, "input_scale": scale})
+
+def error_on(X: Tensor, W: Tensor, W_hat: Tensor) -> float | None:
+    """‖(W−Ŵ)X‖² / ‖WX‖² of inputs ``X`` [n, in] for weights [out, in]; None where W makes nothing of them."""
+    W = W.float()
+    error, total = (float((X @ M.to(X).T).square().sum(dtype=torch.float64)) for M in (W - W_hat, W))
+    return error / total if total > 0 else None
 
 
 def added_error(W: Tensor, W_hat: Tensor) -> float:

@@ -28,7 +28,8 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class LayerDone:
-    """One layer is on disk. ``relative_error``: mean over its coded tensors, None when it has none; ``bpw`` of its weights."""
+    """One layer is on disk. ``relative_error``: mean over its coded tensors, None when it has none; ``bpw`` of its weights;
+    ``held_out_error``: mean over those whose error was measured on text that nothing was fitted to."""
 
     name: str
     index: int
@@ -37,6 +38,7 @@ class LayerDone:
     bpw: float
     seconds: float
     tensors: tuple[TensorReport, ...]
+    held_out_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Note:
     is_warning: bool = False
 
 
-Event = Planned | Resumed | LayerDone | Finished
+Event = Planned | Resumed | LayerDone | Note | Finished
 
 
 @dataclass(slots=True)
@@ -75,7 +77,9 @@ class Timed:
 
     def done(self) -> LayerDone:
         coded = [t for t in self.planned.tensors if is_quantized(t.scheme)]
-        errors = [r.relative_error for r in self.reports if any(t.name == r.name for t in coded)]
+        names = {t.name for t in coded}
+        errors = [r.relative_error for r in self.reports if r.name in names]
+        held_out = [r.held_out_error for r in self.reports if r.name in names and r.held_out_error is not None]
         return LayerDone(
             name=self.planned.name,
             index=self.index,
@@ -84,6 +88,7 @@ class Timed:
             bpw=self.planned.bpw,
             seconds=time.perf_counter() - self.started,
             tensors=tuple(self.reports),
+            held_out_error=sum(held_out) / len(held_out) if held_out else None,
         )
 
 

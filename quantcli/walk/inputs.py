@@ -17,7 +17,7 @@ from quantcli.forward import tokenizer
 from quantcli.recipe import Recipe
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.text import texts
-from quantcli.walk.notices import OnEvent, note_to, warn_of_context
+from quantcli.walk.notices import Witness, note_to, windows_within
 
 Source = str | os.PathLike[str] | Checkpoint
 """A folder, a file, a Hub id ``org/name[@revision]``, or a checkpoint that is open already."""
@@ -46,7 +46,7 @@ def is_text(data: Text | Data) -> TypeIs[Text]:
     return isinstance(data, (str, os.PathLike, list, tuple))
 
 
-def learn(checkpoint: Checkpoint, recipe: Recipe, data: Data | None, tell: OnEvent) -> Data | Callable[[], Data]:
+def learn(checkpoint: Checkpoint, recipe: Recipe, data: Data | None, tell: Witness) -> Data | Callable[[], Data]:
     """What a run of ``recipe`` learns from; text is read and cut when it is first asked for."""
     if data is None:
         return partial(calibration_windows, checkpoint, recipe, tell)
@@ -55,15 +55,18 @@ def learn(checkpoint: Checkpoint, recipe: Recipe, data: Data | None, tell: OnEve
     return data
 
 
-def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, tell: OnEvent) -> Windows:
-    """Token windows of the texts that ``recipe`` is calibrated on."""
-    wanted = recipe.calibration
-    warn_of_context(checkpoint, wanted.seq_len, tell)
-    note = partial(note_to, tell)
-    return Windows(texts.windows_of(wanted.datasets, tokenizer(checkpoint), wanted.samples, wanted.seq_len, recipe.seed, note=note))
+def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, tell: Witness) -> Windows:
+    """Token windows of the texts that ``recipe`` is calibrated on, and some that are held out."""
+    wanted, note = recipe.calibration, partial(note_to, tell)
+    seq_len = windows_within(checkpoint, wanted.seq_len, tell)
+    ids, held_out = texts.windows_and_held_out(
+        wanted.datasets, tokenizer(checkpoint), wanted.samples, seq_len, recipe.seed, hold_out=True, note=note, read=tell.read
+    )
+    return Windows(ids, held_out, tuple(tell.rows))
 
 
-def eval_windows(checkpoint: Checkpoint, data: Text, samples: int, seq_len: int, tell: OnEvent) -> Tensor:
+def eval_windows(checkpoint: Checkpoint, data: Text, samples: int, seq_len: int, tell: Witness) -> Tensor:
     """The first windows [n, seq_len] of the texts, in order; by default of a text that calibration does not use."""
-    warn_of_context(checkpoint, seq_len, tell)
-    return texts.eval_windows_of(named(data), tokenizer(checkpoint), samples, seq_len, note=partial(note_to, tell))
+    seq_len = windows_within(checkpoint, seq_len, tell)
+    note = partial(note_to, tell)
+    return texts.eval_windows_of(named(data), tokenizer(checkpoint), samples, seq_len, note=note, read=tell.read)

@@ -8,17 +8,48 @@ from typing import Any
 
 from torch import Tensor
 
+from quantcli.calibration.data import few_tokens
 from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.experts import expert_of
 from quantcli.planning.arrange import notes_on_head
+from quantcli.planning.plan import Plan
+from quantcli.statistics.stats_file import StatsFile
 from quantcli.text import overlap
+from quantcli.text.documents import Rows
 from quantcli.walk import evaluate as evaluation
 from quantcli.walk.events import Note, Planned
 
 OnEvent = Callable[[Any], object]
 """Called with each event of a run: :class:`Planned`, :class:`LayerDone`, :class:`Note` and the like (:mod:`quantcli.walk.events`)."""
 
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_target_positions", "seq_length")
+"""The words of config.json for the tokens that a model was made for."""
+
+LOW_COVERAGE = 0.9
+"""The share of the layers' weights below which a user is told that the rest stays dense."""
+
 HEX_SKETCH = re.compile("([0-9a-f]{8})+")
+
+
+class Witness:
+    """Passes events on to ``tell``, and keeps what a result says of them: warnings, and the rows of the datasets that were read."""
+
+    def __init__(self, tell: OnEvent | None) -> None:
+        self.warnings: list[str] = []
+        self.rows: list[Rows] = []
+        self._tell = tell
+
+    def __call__(self, event: Any) -> None:
+        if isinstance(event, Note) and event.is_warning:
+            self.warnings.append(event.text)
+        if self._tell is not None:
+            self._tell(event)
+
+    def read(self, rows: Rows) -> None:
+        """A dataset was read."""
+        self.rows.append(rows)
+        warn_of_rows(rows, self)
 
 
 def note_to(tell: OnEvent, text: str, *, is_warning: bool = False) -> None:
@@ -35,6 +66,7 @@ def announce(checkpoint: Checkpoint, event: Planned, tell: OnEvent) -> None:
     for tensor in event.plan.tensors:
         if not tensor.outputs:
             tell(Note(f"{tensor.name}: dropped: {event.plan.why_dropped(tensor)}", is_warning=True))
+    warn_of_coverage(event.plan, tell)
 
 
 def tell_head(checkpoint: Checkpoint, tell: OnEvent) -> None:
@@ -55,12 +87,55 @@ def tell_activations(checkpoint: Checkpoint, simulated: bool, tell: OnEvent) -> 
         tell(Note(f"inputs are taken as they are, where the engine rounds them: {kinds}"))
 
 
-def warn_of_context(checkpoint: Checkpoint, seq_len: int, tell: OnEvent) -> None:
-    """Warn of windows longer than the model was made for."""
-    limit = checkpoint.config.get("max_position_embeddings")
-    if isinstance(limit, int) and seq_len > limit:
+def windows_within(checkpoint: Checkpoint, seq_len: int, tell: OnEvent) -> int:
+    """``seq_len``, or the most tokens that the model takes at once, with a warning, where its positions are a table of fewer.
+
+    Of a model that goes on beyond what it was made for, as rotary ones do, a warning alone.
+    """
+    inner = checkpoint.config.get("text_config")
+    config = {**checkpoint.config, **(inner if isinstance(inner, dict) else {})}
+    limit = next((config[key] for key in POSITIONS if isinstance(config.get(key), int)), None)
+    if limit is not None and seq_len <= limit:
+        return seq_len
+    from quantcli.forward import table_rows  # transformers takes seconds to import
+
+    rows = table_rows(checkpoint)
+    if rows is not None and seq_len > rows:
+        tell(Note(f"windows are cut to {rows} tokens, as many positions as this model has; {seq_len} were asked for", is_warning=True))
+        return rows
+    if limit is not None:
         text = f"windows of {seq_len} tokens are longer than the {limit} this model was made for; lower --seq-len"
         tell(Note(text, is_warning=True))
+    return seq_len
+
+
+def warn_of_rows(rows: Rows, tell: OnEvent) -> None:
+    """Warn of a dataset's rows that have no text."""
+    if rows.n_skipped:
+        what = f"{rows.n_skipped} of the {rows.n_read} rows read of {rows.dataset} were skipped; the first is {rows.first_skipped}"
+        tell(Note(what, is_warning=True))
+
+
+def warn_of_few_tokens(stats: StatsFile, tell: OnEvent) -> dict[str, float]:
+    """Warn where a tap has more inputs than it was given tokens. Tap → tokens for each of its inputs."""
+    widths = {tap: stats.in_features(tap) for tap in stats}
+    n_tokens = {tap: stats.n_tokens(tap) for tap in stats}
+    if warning := few_tokens({tap: width for tap, width in widths.items() if not expert_of(tap)}, n_tokens):
+        tell(Note(warning, is_warning=True))
+    return {tap: n_tokens[tap] / widths[tap] for tap in stats}
+
+
+def warn_of_coverage(plan: Plan, tell: OnEvent) -> None:
+    """Warn where much of a model's layers stays dense because nothing here can code it."""
+    left, coverage = plan.out_of_reach, plan.coverage
+    if not left or plan.share_of(left) < 1 - LOW_COVERAGE or not plan.census()["quantized"]:
+        return
+    names = left[0].name + (f" and {len(left) - 1} more" if len(left) > 1 else "")
+    text = (
+        f"only {coverage:.0%} of the weights in the decoder layers are coded: {names} stay dense, as they are no linears of their own "
+        "(experts fused in the file)"
+    )
+    tell(Note(text, is_warning=True))
 
 
 def warn_of_text(known: TextCheck, tell: OnEvent) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantcli import ops, qtypes
 from quantcli.calibration import measuring, resume, text_check
-from quantcli.calibration.data import Data, Learned, checked, is_importance, protected_by, weighed
+from quantcli.calibration.data import Data, Learned, Windows, checked, is_importance, protected_by, too_little, weighed
 from quantcli.calibration.original import Original
 from quantcli.calibration.resume import Resume
 from quantcli.calibration.text_check import TextCheck
@@ -37,7 +37,7 @@ from quantcli.statistics.outliers import Protected
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import DTYPES, HEAD, Absorber, Stats, TensorReport
 from quantcli.walk.encoder import LayerEncoder
-from quantcli.walk.events import Event, Finished, LayerDone, Planned, timed
+from quantcli.walk.events import Event, Finished, LayerDone, Note, Planned, timed
 from quantcli.walk.progress import Progress
 from quantcli.walk.provenance import Provenance
 
@@ -80,6 +80,9 @@ def quantize(
         return
     if recipe.is_calibrated and learned.kind is None:
         learned = checked(plan, data)
+    warning = too_little(plan, learned)
+    if warning:
+        yield Note(warning, is_warning=True)
     provenance = replace(
         Provenance.of(arranged.source, recipe, untied=arranged.untied),
         data=learned.provenance(),
@@ -97,11 +100,13 @@ def quantize(
             yield from _each_layer(progress, learned.stats, arranged.forward)
         elif learned.windows is not None:
             assert arranged.forward is not None
-            text_check = yield from _propagate(progress, arranged.forward, learned.windows.ids)
+            text_check = yield from _propagate(progress, arranged.forward, learned.windows)
         else:
             yield from _each_tensor(progress)
         if writer.folder:
-            told = {"dataset_sha256": None, **record, "tensors": run.record()}
+            rows = [one.to_dict() for one in learned.windows.rows] if learned.windows is not None else []
+            told = {"dataset_sha256": None, **record, "coverage": plan.coverage, "rows": rows, "tensors": run.record()}
+            told |= {"warnings": [warning]} if warning else {}
             writer.add_sidecar("quantcli.json", (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
         writer.commit()
     exact = {report.name for report in run.reports if report.is_exact}
@@ -194,13 +199,16 @@ def _each_layer(progress: Progress, stats: StatsFile, forward: Forward | None) -
         yield progress.done(layer)
 
 
-def _propagate(progress: Progress, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, TextCheck]:
+def _propagate(progress: Progress, forward: Forward, data: Windows) -> Generator[LayerDone, None, TextCheck]:
     """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next.
 
-    A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares.
+    A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares. The
+    windows that are held out go behind the quantized layers too, and nothing but errors is measured on them.
     """
-    run, kept = progress.run, progress.states()
+    run, kept, windows = progress.run, progress.states(), data.ids
     states = HiddenStates.enter(forward, windows, kept.get("states"))
+    wants_held_out = data.held_out is not None and bool(run.plan.recipe.needs)
+    held_out = HiddenStates.enter(forward, data.held_out, kept.get("held_out")) if wants_held_out else None
     original = Original(forward, windows, kept.get("original")) if "dXXT" in run.plan.recipe.needs else None
     untouched = HiddenStates.enter(forward, windows[text_check.sampled(windows)], kept.get("untouched"))
     del kept
@@ -220,10 +228,14 @@ def _propagate(progress: Progress, forward: Forward, windows: Tensor) -> Generat
             absorbers = absorbers_of(name) if absorbers_of else None
             with forward.layer(index[name]) as loaded, original.layer(index[name]) if original else nullcontext():
                 untouched.advance(loaded)
-                layer.reports += _measure_and_code(run, layer.planned, loaded, states, original, taps, absorbers)
+                layer.reports += _measure_and_code(run, layer.planned, loaded, states, held_out, original, taps, absorbers)
                 is_last = index[name] + 1 == len(forward.layers) and not has_head
                 run.put_caches(layer.planned.caches, _leave(run, states, loaded, layer.planned, is_last=is_last))
-            walked = {"states": states, "untouched": untouched} | ({"original": original.states} if original else {})
+                if held_out is not None and not is_last:
+                    held_out.advance(loaded)
+            walked = {"states": states, "untouched": untouched}
+            walked |= {"original": original.states} if original else {}
+            walked |= {"held_out": held_out} if held_out else {}
         yield progress.done(layer, walked)
     return text_check.measure(forward, untouched, windows)
 
@@ -255,24 +267,30 @@ def _measure_and_code(
     planned: PlannedLayer,
     loaded: LoadedLayer,
     states: HiddenStates,
+    held_out: HiddenStates | None,
     original: Original | None,
     order: Sequence[str],
     absorbers: Mapping[str, Absorber] | None,
 ) -> list[TensorReport]:
     """Measure and code all taps of a layer at once, or with ``true_sequential`` one tap after the other, each seeing the ones before coded.
-    ``order``: the model's taps as it runs them; ``absorbers``: given where a pass changes the basis, which ties all taps together."""
+    ``held_out``: states of the windows that errors alone are measured on; ``order``: the model's taps as it runs them; ``absorbers``:
+    given where a pass changes the basis, which ties all taps together."""
     needs = run.plan.recipe.needs
     measure = partial(measuring.measure, loaded, states, needs=needs, original=original)
     solved = [t for t in planned.tensors if t.is_solved]
     wanted = {t.tap for t in solved}
     taps = [tap for tap in order if tap in wanted]
+
+    def held_inputs(taps: Sequence[str]) -> dict[str, Tensor]:
+        return {} if held_out is None else measuring.kept_inputs(loaded, held_out, taps)
+
     if absorbers is not None:
         recount = partial(measuring.histograms, loaded, states) if "histogram" in needs else None
-        return run.encode(planned.name, planned.tensors, measure(taps=taps), loaded, absorbers, recount)
+        return run.encode(planned.name, planned.tensors, measure(taps=taps), loaded, absorbers, recount, held_inputs(taps))
     stages = measuring.in_turn(taps) if run.plan.recipe.true_sequential else [taps]
     stages = [share for stage in stages for share in measuring.shares(stage, loaded.tap_widths, needs)]
     reports: list[TensorReport] = []
     for stage in stages:
         stats = measure(taps=stage) if needs else {}
-        reports += run.encode(planned.name, [t for t in solved if t.tap in stage], stats, loaded)
+        reports += run.encode(planned.name, [t for t in solved if t.tap in stage], stats, loaded, held_out=held_inputs(stage))
     return reports + run.encode(planned.name, [t for t in planned.tensors if not t.is_solved], {}, loaded)

@@ -28,6 +28,7 @@ SHORT = ["--samples", "2", "--seq-len", "16"]
 
 INSPECT_KEYS = {"source", "kind", "architecture", "n_params", "n_bytes", "bpw", "quantization"}
 CALIBRATE_KEYS = {"stats", "imatrix", "n_samples", "n_tokens", "taps", "dataset_sha256", "calibration_perplexity", "seconds"}
+CALIBRATE_KEYS |= {"tokens_per_input", "warnings", "rows"}
 WRITER_KEYS = {"output", "format", "recipe", "n_bytes", "bpw", "seconds", "peak_ram_bytes", "tensors", "lossless", "layers"}
 EVAL_KEYS = {"perplexity", "perplexity_stderr", "n_tokens", "seq_len", "activations", "bpw", "n_bytes"}
 BASELINE_KEYS = {"baseline_perplexity", "kld_mean", "kld_p99", "kld_max", "top1_agreement"}

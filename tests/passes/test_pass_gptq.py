@@ -245,7 +245,6 @@ def test_damping_is_raised_and_reported_when_h_is_not_positive_definite() -> Non
     ("spoil", "words"),
     [
         (lambda H: H.fill_(float("nan")), "NaN or Inf"),
-        (lambda H: H.zero_(), "no calibration token"),
         (lambda H: H.copy_(-torch.eye(len(H)) * 1e3 + torch.diag(torch.full((len(H),), 1001.0))).sub_(50.0), "not positive definite"),
     ],
 )
@@ -256,6 +255,16 @@ def test_a_hopeless_hessian_is_an_error_that_names_the_tap(spoil: object, words:
     with pytest.raises(NumericsError, match=words) as error:
         gptq.PASS.run(layer, {"layers.3.mlp.down_proj": stats_of(H)})
     assert "layers.3.mlp.down_proj" in str(error.value)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32-sym", "int4-g32-sym-desc", "q4_0"])
+def test_a_tap_of_zeros_is_rounded_to_nearest_and_says_why(scheme: str) -> None:
+    W, H = problem()
+    layer = Layer("l", {"a": W}, {"a": Scheme.parse(scheme)}, {"a": "tap"})
+    (report,) = gptq.PASS.run(layer, {"tap": replace(stats_of(H.zero_()), n_tokens=7)}).tensors
+    assert torch.equal(decode(layer.quantized["a"]), decode(rtn.quantize(W, Scheme.parse(scheme))))
+    assert report.notes == ("its inputs were zero on every calibration token: rounded to nearest by its weights alone",)
+    assert report.relative_error == pytest.approx(rtn.weight_error(W, layer.quantized["a"]), rel=1e-4)
 
 
 def test_missing_statistics_are_an_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import time
 import tracemalloc
@@ -16,6 +17,7 @@ import pytest
 
 from quantcli.errors import CheckpointError, RecipeError
 from quantcli.text.documents import Conversation, Dataset, Document, files, tables
+from quantcli.text.documents.records import Unreadable
 
 MIB = 1 << 20
 
@@ -72,8 +74,6 @@ def test_a_record_is_a_text_or_a_conversation(tmp_path: Path, row: dict[str, Any
     ("line", "words"),
     [
         ("{broken", "not a line of JSON"),
-        ('{"id": 3}', "its fields are id, expected text"),
-        ("[1]", "not a record but list"),
         ('{"text": 3}', "text is 3, expected text"),
         ('{"messages": "hello"}', r"messages is 'hello', expected a list of \{role, content\}"),
         ('{"messages": [{"role": "user", "content": "a"}, {"text": "b"}]}', r"messages\[1\] is an object with text, expected"),
@@ -92,6 +92,26 @@ def test_a_bad_record_is_an_error_with_file_line_and_what_was_expected(
         documents(tmp_path / "a.jsonl")
     with pytest.raises(CheckpointError, match=r"a\.jsonl, byte 17: " if large else r"a\.jsonl:2: "):
         drawn(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"id": 3}, "no text; its fields are id, expected text"),
+        ([1], "it is not a record but list"),
+        (None, "it is not a record but NoneType"),
+        ({"text": None, "id": 1}, r"its fields are text \(null\), id, expected text"),
+        ({"prompt": "q"}, "its fields are prompt, expected text"),
+        ({"input": "q", "output": "a"}, "its fields are input, output, expected text"),
+        ({"prompt": "q", "response": None}, r"its fields are prompt, response \(null\), expected text"),
+    ],
+)
+def test_a_record_without_a_text_says_where_it_is_and_what_it_has(row: Any, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + json.dumps(row))
+    fine, bad = documents(tmp_path / "a.jsonl")
+    assert fine == "fine"
+    assert isinstance(bad, Unreadable)
+    assert re.search(rf"a\.jsonl:2: .*{reason}", bad.reason)
 
 
 def test_a_json_file_may_be_lines_but_not_some_other_object(tmp_path: Path) -> None:

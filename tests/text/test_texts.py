@@ -14,8 +14,18 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from quantcli.errors import RecipeError
-from quantcli.text.texts import default_eval_text, default_text, eval_windows, eval_windows_of, sha256, windows, windows_of
+from quantcli.errors import CheckpointError, RecipeError
+from quantcli.text.documents import Rows
+from quantcli.text.texts import (
+    default_eval_text,
+    default_text,
+    eval_windows,
+    eval_windows_of,
+    sha256,
+    windows,
+    windows_and_held_out,
+    windows_of,
+)
 from support.tiny_models import BOS, EOS
 
 DOCUMENTS = [f"document number {i} speaks of {'many ' * i}things" for i in range(30)]
@@ -235,3 +245,63 @@ def test_a_conversation_that_the_template_refuses_is_plain_text_and_is_noted_onc
     (note,) = notes
     assert "a.jsonl:" in note
     assert "users are not served" in note
+
+
+def rows_file(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "eval"])
+def test_rows_without_a_text_are_skipped_counted_and_the_first_reason_is_told(plain: Any, tmp_path: Path, verb: str) -> None:
+    good, bad = [{"text": text} for text in DOCUMENTS[:5]], [{"input": "a", "output": "b"}] * 35
+    name, told = rows_file(tmp_path / "mixed.jsonl", *good, *bad), list[Rows]()
+    if verb == "calibrate":
+        ids = windows_of([name], plain, 100, 8, read=told.append)
+        only = windows_of([rows_file(tmp_path / "good.jsonl", *good)], plain, 100, 8)
+        assert ids.shape == only.shape
+    else:
+        eval_windows_of([name], plain, 100, 8, read=told.append)
+    (rows,) = told
+    assert (rows.dataset, rows.n_read, rows.n_skipped) == (name, 40, 35)
+    assert "no text; its fields are input, output, expected text" in rows.first_skipped
+    assert verb == "calibrate" or rows.first_skipped.startswith(f"{name}:6: ")
+
+
+@pytest.mark.parametrize("read", [windows_of, eval_windows_of])
+def test_a_dataset_without_any_text_is_an_error_with_the_first_reason(plain: Any, tmp_path: Path, read: Any) -> None:
+    name = rows_file(tmp_path / "a.jsonl", *[{"prompt": "q"}] * 3)
+    with pytest.raises(CheckpointError, match=r"a\.jsonl:\d: no text; its fields are prompt, expected text.*none of the 3 rows read"):
+        read([name], plain, 4, 8)
+    empty = rows_file(tmp_path / "b.jsonl", {"text": ""})
+    with pytest.raises(RecipeError, match="the text to calibrate or measure on is empty"):
+        read([empty], plain, 4, 8)
+
+
+@pytest.mark.parametrize("read", [windows_of, eval_windows_of])
+def test_a_text_of_one_token_is_too_little(plain: Any, tmp_path: Path, read: Any) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(RecipeError, match="windows of 1 token, and 2 or more are needed"):
+        read([str(tmp_path / "a.txt")], plain, 4, 8)
+
+
+@pytest.mark.parametrize("names", [1, 2])
+def test_windows_held_out_are_others_and_leave_the_windows_as_they_are(with_bos: Any, tmp_path: Path, names: int) -> None:
+    pieces = [{"text": default_text()[k : k + 300]} for k in range(0, 60_000, 300)]
+    files = [rows_file(tmp_path / f"{i}.jsonl", *pieces[i::2]) for i in range(names)]
+    ids, held_out = windows_and_held_out(files, with_bos, 6, 32, hold_out=True)
+    assert torch.equal(ids, windows_of(files, with_bos, 6, 32))
+    assert held_out is not None
+    assert held_out.shape[1] == 32
+    assert 1 <= len(held_out) <= 32
+    assert (held_out[:, 0] == with_bos.bos_token_id).all()
+    assert not {tuple(window) for window in ids.tolist()} & {tuple(window) for window in held_out.tolist()}
+
+
+def test_where_a_text_has_no_more_windows_others_are_held_out(plain: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Hi")
+    ids, held_out = windows_and_held_out([str(tmp_path / "a.txt")], plain, 4, 16, hold_out=True)
+    assert ids.shape[1] < 16
+    assert held_out is not None
+    assert held_out.shape == (64, 16)
+    assert windows_and_held_out([str(tmp_path / "a.txt")], plain, 4, 16)[1] is None

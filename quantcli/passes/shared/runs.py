@@ -34,6 +34,12 @@ def by_tap(layer: Layer, stats: Mapping[str, Stats]) -> dict[str, list[str]]:
     return groups
 
 
+def silent(stats: Stats) -> str:
+    """The note on a tensor of a tap whose H is zero, and which is therefore rounded by its weights alone."""
+    why = "its inputs were zero on every calibration token" if stats.n_tokens else "no calibration token reached it"
+    return f"{why}: rounded to nearest by its weights alone"
+
+
 def hessian(tap: str, stats: Stats, device: torch.device, method: str) -> Tensor:
     """H [in, in] float32 of ``tap`` on ``device``; :class:`RecipeError` where ``method`` has none to work with."""
     if stats.H is None:

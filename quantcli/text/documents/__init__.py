@@ -18,9 +18,9 @@ from typing import Protocol
 from quantcli.errors import CheckpointError, RecipeError
 from quantcli.text.documents import files, tables
 from quantcli.text.documents.files import Held
-from quantcli.text.documents.records import Conversation, Document, Renderer
+from quantcli.text.documents.records import Conversation, Document, Renderer, Rows
 
-__all__ = ["Conversation", "Dataset", "Document", "Held", "Renderer", "Source"]
+__all__ = ["Conversation", "Dataset", "Document", "Held", "Renderer", "Rows", "Source"]
 
 
 class Source(Protocol):

@@ -47,16 +47,24 @@ class Conversation:
         return "\n".join(_content(message.get("content")) for message in self.messages)
 
 
-Document = str | Conversation
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A record without a text, and why: file and line, the fields found and those expected."""
+
+    reason: str
+
+
+Document = str | Conversation | Unreadable
 
 
 def document_of(row: Any, where: str) -> Document:
     """The text or conversation of one record. A conversation is preferred to a ``text`` field, rendered in another model's template.
 
-    ``where``: file and line, for the :class:`CheckpointError` of a record that is neither. An empty one is an empty text.
+    ``where``: file and line, for the reason of a record that is neither, and for the :class:`CheckpointError` of one whose text is no
+    text. An empty one is an empty text.
     """
     if not isinstance(row, Mapping):
-        raise CheckpointError(f"{where}: it is not a record but {type(row).__name__}; expected an object with {EXPECTED}")
+        return Unreadable(f"{where}: it is not a record but {type(row).__name__}; expected an object with {EXPECTED}")
     if row.get("messages"):
         return Conversation(tuple(_messages(row["messages"], f"{where}: messages")), where)
     if row.get("conversations"):
@@ -72,14 +80,36 @@ def document_of(row: Any, where: str) -> Document:
             answer = _text(row[answered], f"{where}: {answered}")
             pair = ({"role": "user", "content": "\n\n".join(question)}, {"role": "assistant", "content": answer})
             return Conversation(pair, where)
-    if any(row.get(name) is not None for name in FIELDS):
+    known = [row[name] for name in FIELDS if row.get(name) is not None]
+    if known and not any(known):
         return ""  # as the empty lines of wikitext
-    raise CheckpointError(f"{where}: no text; its fields are {', '.join(map(str, row)) or 'none'}, expected {EXPECTED}")
+    fields = ", ".join(f"{name} (null)" if row[name] is None else str(name) for name in row)
+    return Unreadable(f"{where}: no text; its fields are {fields or 'none'}, expected {EXPECTED}")
+
+
+@dataclass(slots=True)
+class Rows:
+    """How many rows of a dataset were read, how many of them had no text that can be read, and why the first of these had none."""
+
+    dataset: str = ""
+    n_read: int = 0
+    n_skipped: int = 0
+    first_skipped: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON keys of a dataset's rows."""
+        first = self.first_skipped or None
+        return {"dataset": self.dataset, "read": self.n_read, "skipped": self.n_skipped, "first_skipped": first}
+
+
+MAX_UNREADABLE = 10_000
+"""Rows without a text with which a dataset may begin: one that has no other would be read to its end, however large it is."""
 
 
 @dataclass(slots=True)
 class Renderer:
-    """Documents as the model reads them: a conversation through the tokenizer's chat template, a text as it is.
+    """Documents as the model reads them: a conversation through the tokenizer's chat template, a text as it is, nothing of one that is
+    unreadable. ``rows`` counts those of each dataset that was begun.
 
     ``note`` receives a message once when there is no template, and for the first conversation that the template refuses (roles that do
     not alternate, a system message that it does not support); such conversations are joined as plain text.
@@ -87,9 +117,27 @@ class Renderer:
 
     tokenizer: Any
     note: Callable[[str], None] = lambda _: None
+    rows: list[Rows] = field(default_factory=list)
     _noted: set[str] = field(default_factory=set)
+    _is_counted: bool = False
+
+    def begin(self, dataset: str, held: Sequence[Document] | None = None) -> None:
+        """Count from here on for ``dataset``: all documents at once where they are ``held`` in memory, else as they are read."""
+        self.rows.append(Rows(dataset))
+        self._is_counted = held is not None
+        for document in held or ():
+            self._count(document)
+
+    def check_read(self) -> None:
+        """Raise :class:`CheckpointError`, with the first reason, when no row of the dataset could be read."""
+        if self.rows and 0 < self.rows[-1].n_skipped == self.rows[-1].n_read:
+            raise CheckpointError(f"{self.rows[-1].first_skipped} (and none of the {self.rows[-1].n_read} rows read has a text)")
 
     def __call__(self, document: Document) -> str:
+        if self.rows and not self._is_counted:
+            self._count(document)
+        if isinstance(document, Unreadable):
+            return ""
         if isinstance(document, str):
             return document
         if not getattr(self.tokenizer, "chat_template", None):
@@ -105,6 +153,16 @@ class Renderer:
                 "refused", f"{document.where}: the chat template refuses this conversation ({reason}); it and others like it are plain text"
             )
             return document.plain
+
+    def _count(self, document: Document) -> None:
+        rows = self.rows[-1]
+        rows.n_read += 1
+        if not isinstance(document, Unreadable):
+            return
+        rows.n_skipped += 1
+        rows.first_skipped = rows.first_skipped or document.reason
+        if rows.n_skipped == MAX_UNREADABLE:
+            self.check_read()
 
     def _once(self, key: str, text: str) -> None:
         if key not in self._noted:
