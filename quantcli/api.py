@@ -97,7 +97,7 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """What came of :func:`calibrate`. ``stats``: the file; ``imatrix``: llama.cpp's, where one was asked for; ``taps``: how many inputs
-    were measured; ``text_check``: how well the model knows the text."""
+    were measured; ``text_check``: how well the model knows the text, None of one that predicts no text."""
 
     stats: Path
     imatrix: Path | None
@@ -105,7 +105,7 @@ class Calibration:
     n_tokens: int
     taps: int
     dataset_sha256: str
-    text_check: TextCheck
+    text_check: TextCheck | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Calibration:
             "n_tokens": self.n_tokens,
             "taps": self.taps,
             "dataset_sha256": self.dataset_sha256,
-            "calibration_perplexity": self.text_check.perplexity,
+            "calibration_perplexity": None if self.text_check is None else self.text_check.perplexity,
             "seconds": self.seconds,
         }
 
@@ -290,8 +290,8 @@ def calibrate(
                 n_taps += event.n_taps
         if matrix is not None:
             write_imatrix(matrix, StatsFile(target), checkpoint, named(data), overwrite=overwrite, tell=tell)
-    assert known is not None
-    warn_of_text(known, tell)
+    if known is not None:
+        warn_of_text(known, tell)
     seconds = time.perf_counter() - started
     return Calibration(target, matrix, ids.shape[0], ids.numel(), n_taps, texts.sha256(ids), known, seconds)
 

@@ -183,14 +183,15 @@ def _each_layer(run: LayerEncoder, stats: StatsFile, forward: Forward | None) ->
         yield layer.done()
 
 
-def _propagate(run: LayerEncoder, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, TextCheck]:
+def _propagate(run: LayerEncoder, forward: Forward, windows: Tensor) -> Generator[LayerDone, None, TextCheck | None]:
     """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next.
 
-    A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares.
+    A few windows go through the layers as they came, to tell how well the source knows the text, which a model that predicts no text
+    does not tell; all of them where a pass compares.
     """
     states = HiddenStates.embed(forward, windows)
     original = Original(forward, windows) if "dXXT" in run.plan.recipe.needs else None
-    untouched = HiddenStates.embed(forward, windows[text_check.sampled(windows)])
+    untouched = HiddenStates.embed(forward, windows[text_check.sampled(windows)]) if forward.predicts else None
     absorbers_of = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
     index = {name: i for i, name in enumerate(forward.layers)}
@@ -204,12 +205,13 @@ def _propagate(run: LayerEncoder, forward: Forward, windows: Tensor) -> Generato
         else:
             absorbers = absorbers_of(name) if absorbers_of else None
             with forward.layer(index[name]) as loaded, original.layer(index[name]) if original else nullcontext():
-                untouched.advance(loaded)
+                if untouched is not None:
+                    untouched.advance(loaded)
                 layer.reports += _measure_and_code(run, layer.planned, loaded, states, original, taps, absorbers)
                 is_last = index[name] + 1 == len(forward.layers) and not has_head
                 run.put_caches(layer.planned.caches, _leave(run, states, loaded, layer.planned, is_last=is_last))
         yield layer.done()
-    return text_check.measure(forward, untouched, windows)
+    return None if untouched is None else text_check.measure(forward, untouched, windows)
 
 
 def _leave(run: LayerEncoder, states: HiddenStates, loaded: LoadedLayer, planned: PlannedLayer, *, is_last: bool) -> Mapping[str, Stats]:
