@@ -133,6 +133,11 @@ class Forward:
         return self._stack.head is not None
 
     @property
+    def model_class(self) -> str:
+        """transformers' name for the class of the model."""
+        return type(self._model).__name__
+
+    @property
     def head_weight(self) -> str | None:
         """Disk name of the output embedding's weight; None where it is the input embedding's."""
         if self._stack.head is None or self._model.config.get_text_config().tie_word_embeddings:

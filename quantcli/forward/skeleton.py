@@ -72,11 +72,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the decoder stack: the outermost ModuleList as long as the config's number of layers."""
+    """Name and modules of the decoder or encoder stack: the outermost ModuleList as long as the config's number of layers."""
     n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not stacks:
-        raise UnsupportedError(f"{type(model).__name__} has no list of {n_layers} decoder layers; it cannot be run layer by layer")
+        raise UnsupportedError(f"{type(model).__name__} has no list of {n_layers} layers; it cannot be run layer by layer")
     return min(stacks, key=lambda item: item[0].count("."))
 
 

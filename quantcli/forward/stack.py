@@ -98,12 +98,12 @@ class Stack:
         if self._runner.config.is_encoder_decoder:
             raise UnsupportedError(
                 f"{type(self.model).__name__} has an encoder and a decoder that reads the encoder's output; quantcli cannot run their layers "
-                "one at a time, so it cannot calibrate this architecture; recipes without calibration (nf4, fp8-dynamic, hqq-int4) work"
+                "one at a time: it can neither calibrate nor evaluate this architecture; recipes without calibration (nf4, fp8-dynamic) work"
             )
         if self._runner.main_input_name != "input_ids":
             raise UnsupportedError(
-                f"{type(self.model).__name__} reads {self._runner.main_input_name}, not tokens; quantcli calibrates on text only; "
-                "recipes without calibration (nf4, fp8-dynamic, hqq-int4) work"
+                f"{type(self.model).__name__} reads {self._runner.main_input_name}, not tokens; quantcli calibrates and evaluates "
+                "on text only; recipes without calibration (nf4, fp8-dynamic) work"
             )
 
     def module_name(self, module: nn.Module) -> str:
@@ -303,7 +303,7 @@ def _trace(layer: nn.Module, call: Call, hidden: Tensor, *, returns_more: bool) 
             handle.remove()
     caches = found_in(layer, lambda: call.run(partial(type(layer).forward, layer), hidden))
     others = () if isinstance(output, Tensor) else output[1:]
-    if len(call.tensors()) != n_tensors or (not returns_more and any(_tensors(others))):
+    if len(call.tensors()) != n_tensors or (not returns_more and next(_tensors(others), None) is not None):
         raise UnsupportedError(f"{type(layer).__name__} passes more than hidden states to the layers after it; {_TOGETHER}")
     for name in _routers(layer, {parameter for parameter, _ in sliced}):
         fed.pop(name, None)
