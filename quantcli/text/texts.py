@@ -49,7 +49,7 @@ def windows(texts: Sequence[str], tokenizer: Any, *, n_samples: int, seq_len: in
     """Token windows to calibrate on: documents in an order drawn by ``seed``, joined by the tokenizer's separator, cut, and drawn again.
 
     Returns [n, seq_len] int64 with n ≤ ``n_samples``: as many as a short text gives, and one shorter window when it does not fill one.
-    Each window begins with BOS where the tokenizer puts one before a text, as in inference.
+    Each window begins with BOS or CLS, and ends with SEP, where the tokenizer puts these around a text, as in inference.
     """
     return _drawn_windows(Dataset("", Held(texts)), Renderer(tokenizer), n_samples, seq_len, seed)
 
@@ -100,22 +100,23 @@ def eval_windows_of(
 def eval_windows(text: str, tokenizer: Any, *, n_samples: int | None, seq_len: int) -> Tensor:
     """The first ``n_samples`` (None: all) consecutive windows of ``text``, which do not overlap: [n, seq_len] int64.
 
-    Each begins with BOS where the tokenizer puts one before a text. A text shorter than one window is one shorter window; a shorter
+    Each begins with BOS or CLS, and ends with SEP, where the tokenizer puts these around a text. A text shorter than one window is one shorter window; a shorter
     rest at the end is left out.
     """
-    bos = bos_added(tokenizer)
-    body = seq_len - len(bos)
-    if body < 2 - len(bos):
+    before, after = put_around(tokenizer)
+    body = seq_len - len(before) - len(after)
+    if body < max(1, 2 - len(before) - len(after)):
         raise RecipeError(f"--seq-len {seq_len} leaves nothing to predict")
     tokens = _stream([text], tokenizer, None)
     cut = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)] or [tokens]
-    return _stack(cut[:n_samples], bos)
+    return _stack(cut[:n_samples], before, after)
 
 
-def bos_added(tokenizer: Any) -> list[int]:
-    """[BOS] when the tokenizer puts it before a text by itself, else []."""
+def put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts around a text by itself: [BOS], or an encoder's [CLS], before and [SEP] after it, or []."""
     ids = list(tokenizer("a")["input_ids"])
-    return ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
+    first, last = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}, {tokenizer.sep_token_id} - {None}
+    return [x for x in ids[:1] if x in first], [x for x in ids[1:][-1:] if x in last]
 
 
 def sha256(ids: Tensor) -> str:
@@ -127,13 +128,13 @@ def sha256(ids: Tensor) -> str:
 
 def _drawn_windows(dataset: Dataset, render: Renderer, n_samples: int, seq_len: int, seed: int) -> Tensor:
     draw = random.Random(seed)
-    bos = bos_added(render.tokenizer)
-    body = seq_len - len(bos)
+    before, after = put_around(render.tokenizer)
+    body = seq_len - len(before) - len(after)
     if body < 1:
-        raise RecipeError(f"--seq-len {seq_len} leaves no tokens for text besides BOS")
+        raise RecipeError(f"--seq-len {seq_len} leaves no tokens for text besides {'BOS' if not after else 'CLS and SEP'}")
     tokens = _stream(map(render, dataset.source.drawn(draw)), render.tokenizer, n_samples * body)
     cut = [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)] or [tokens]
-    return _stack(draw.sample(cut, min(n_samples, len(cut))), bos)
+    return _stack(draw.sample(cut, min(n_samples, len(cut))), before, after)
 
 
 def _mixed(datasets: Sequence[Dataset], render: Renderer, n_samples: int, seq_len: int, seed: int) -> Tensor:
@@ -154,8 +155,9 @@ def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[
 
     Special tokens with which a document begins or ends, as a chat template writes them, are not added again.
     """
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    bos = bos_added(tokenizer)
+    separators = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
+    separator = next((token for token in separators if token is not None), None)
+    bos, _ = put_around(tokenizer)
     tokens: list[int] = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -169,8 +171,8 @@ def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[
     return tokens
 
 
-def _stack(cut: Sequence[list[int]], bos: list[int]) -> Tensor:
-    return torch.tensor([bos + tokens for tokens in cut], dtype=torch.int64)
+def _stack(cut: Sequence[list[int]], before: list[int], after: list[int]) -> Tensor:
+    return torch.tensor([before + tokens + after for tokens in cut], dtype=torch.int64)
 
 
 def _shares(weights: Sequence[float], n: int) -> list[int]:
