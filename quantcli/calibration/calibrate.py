@@ -53,8 +53,9 @@ def calibrate(
 ) -> Iterator[LayerMeasured | TextCheck]:
     """Measure every tap of ``checkpoint``, its caches' too, on token windows ``ids`` [n, T] and write the statistics to ``target``.
 
-    With ``head`` also what the output embedding reads, where the model predicts tokens by one. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every
-    token. The last event of a model that predicts text tells how well it knows this one. The file stands under its name only after it.
+    With ``head`` also what the output embedding reads, where the model predicts tokens by one. ``moe`` "routed": an expert is measured on
+    the tokens routed to it; "all": on every token. The last event of a model that predicts text tells how well it knows this one. The
+    file stands under its name only after it.
     """
     needs = (EVERYTHING if hessian else DIAGONALS) | ({"histogram"} if histograms else set())
     dtype = run_dtype(checkpoint.specs.values(), device)

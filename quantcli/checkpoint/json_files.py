@@ -47,7 +47,7 @@ SPECIAL_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def with_special_floats(value: Any) -> Any:
-    """``value`` with the numbers that ``{"__float__": "Infinity"}`` and its like stand for. What is read stays as it is: so it is written."""
+    """``value`` with the numbers that ``{"__float__": "Infinity"}`` and its like stand for: for use, where a config is written as read."""
     if isinstance(value, Mapping):
         tag = value.get(FLOAT_TAG) if value.keys() == {FLOAT_TAG} else None
         if isinstance(tag, str) and tag in SPECIAL_FLOATS:

@@ -76,7 +76,7 @@ def read(data: dict[str, Any]) -> str:
     if data["perplexity"] is not None:
         return f"perplexity      {data['perplexity']:.4f} +- {data['perplexity_stderr']:.4f} over {data['n_tokens']} tokens"
     error = data["layers"][-1]["relative_error"]
-    return f"hidden states   relative error {error:.2e} after the last layer over {data['n_tokens']} tokens; it predicts none: no perplexity"
+    return f"hidden states   relative error {error:.2e} after the last layer over {data['n_tokens']} tokens (no perplexity)"
 
 
 def check_gates(scores: Scores, max_perplexity: float | None, max_kld: float | None) -> None:

@@ -25,6 +25,7 @@ from quantcli.forward.skeleton import decoder_layers, drop, put
 
 Run = Callable[..., Any]
 
+_DATA_FREE = "recipes without calibration (nf4, fp8-dynamic) work"
 _TOGETHER = "they cannot be run one at a time; quantcli cannot calibrate this architecture yet"
 
 
@@ -97,13 +98,13 @@ class Stack:
             return
         if self._runner.config.is_encoder_decoder:
             raise UnsupportedError(
-                f"{type(self.model).__name__} has an encoder and a decoder that reads the encoder's output; quantcli cannot run their layers "
-                "one at a time: it can neither calibrate nor evaluate this architecture; recipes without calibration (nf4, fp8-dynamic) work"
+                f"{type(self.model).__name__} has an encoder and a decoder that reads the encoder's output; quantcli cannot run their "
+                f"layers one at a time, so it neither calibrates nor evaluates this model; {_DATA_FREE}"
             )
         if self._runner.main_input_name != "input_ids":
             raise UnsupportedError(
                 f"{type(self.model).__name__} reads {self._runner.main_input_name}, not tokens; quantcli calibrates and evaluates "
-                "on text only; recipes without calibration (nf4, fp8-dynamic) work"
+                f"on text only; {_DATA_FREE}"
             )
 
     def module_name(self, module: nn.Module) -> str:

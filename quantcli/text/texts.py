@@ -100,8 +100,8 @@ def eval_windows_of(
 def eval_windows(text: str, tokenizer: Any, *, n_samples: int | None, seq_len: int) -> Tensor:
     """The first ``n_samples`` (None: all) consecutive windows of ``text``, which do not overlap: [n, seq_len] int64.
 
-    Each begins with BOS or CLS, and ends with SEP, where the tokenizer puts these around a text. A text shorter than one window is one shorter window; a shorter
-    rest at the end is left out.
+    Each begins with BOS or CLS, and ends with SEP, where the tokenizer puts these around a text. A text shorter than one window is one
+    shorter window; a shorter rest at the end is left out.
     """
     before, after = put_around(tokenizer)
     body = seq_len - len(before) - len(after)
@@ -113,7 +113,7 @@ def eval_windows(text: str, tokenizer: Any, *, n_samples: int | None, seq_len: i
 
 
 def put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts around a text by itself: [BOS], or an encoder's [CLS], before and [SEP] after it, or []."""
+    """The special tokens that the tokenizer puts around a text by itself: [BOS] or an encoder's [CLS] before it, [SEP] after it; or []."""
     ids = list(tokenizer("a")["input_ids"])
     first, last = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}, {tokenizer.sep_token_id} - {None}
     return [x for x in ids[:1] if x in first], [x for x in ids[1:][-1:] if x in last]

@@ -72,7 +72,10 @@ def test_windows_of_an_encoder_begin_with_cls_and_end_with_sep(tiny_tokenizer: T
     copy = Tokenizer.from_str(tiny_tokenizer.to_str())
     copy.post_processor = TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 0), (EOS, 1)])
     encoders = PreTrainedTokenizerFast(tokenizer_object=copy, cls_token=BOS, sep_token=EOS)
-    for ids in (windows(DOCUMENTS, encoders, n_samples=8, seq_len=32), eval_windows(" ".join(DOCUMENTS), encoders, n_samples=8, seq_len=32)):
+    for ids in (
+        windows(DOCUMENTS, encoders, n_samples=8, seq_len=32),
+        eval_windows(" ".join(DOCUMENTS), encoders, n_samples=8, seq_len=32),
+    ):
         assert ids.shape[1] == 32
         assert (ids[:, 0] == 0).all()
         assert (ids[:, -1] == 1).all()

@@ -1,4 +1,4 @@
-"""Models that are no causal LMs, quantized: the linears of their blocks coded, the rest as it was, and what they compute near the source."""
+"""Models that are no causal LMs, quantized: the linears of their blocks coded, the rest as it was, their outputs near the source's."""
 
 from __future__ import annotations
 
