@@ -1,5 +1,6 @@
 """Runs one layer of a model of transformers on its own; the only importer of transformers."""
 
+from quantcli.forward.classes import sees
 from quantcli.forward.fused import expert_pieces
 from quantcli.forward.hidden import HiddenStates
 from quantcli.forward.layer import LoadedLayer
@@ -8,4 +9,4 @@ from quantcli.forward.model import Forward, run_dtype
 from quantcli.forward.skeleton import build
 from quantcli.forward.tokenizers import tokenizer
 
-__all__ = ["Forward", "HiddenStates", "LoadedLayer", "build", "expert_pieces", "listed_linears", "run_dtype", "tokenizer"]
+__all__ = ["Forward", "HiddenStates", "LoadedLayer", "build", "expert_pieces", "listed_linears", "run_dtype", "sees", "tokenizer"]

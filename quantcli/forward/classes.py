@@ -38,6 +38,12 @@ def has_class(config: Mapping[str, Any]) -> bool:
     return named_class(config) is not None or CAUSAL in _classes(str(config.get("model_type")))
 
 
+def sees(config: Mapping[str, Any]) -> bool:
+    """Whether ``config`` names a model that writes text and sees or hears besides."""
+    of, named = _classes(str(config.get("model_type"))), next(iter(config.get("architectures") or ()), None)
+    return any(named in of.get(mapping, ()) for mapping in SEEING)
+
+
 def is_causal(model_type: str, name: str) -> bool:
     """Whether the class ``name`` of ``model_type`` predicts the next token."""
     of = _classes(model_type)

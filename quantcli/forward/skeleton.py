@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -71,13 +72,20 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the decoder or encoder stack: the outermost ModuleList as long as the config's number of layers."""
+def decoder_layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the decoder or encoder stack: the outermost ModuleList as long as the config's number of layers.
+
+    ``embedding``: the input embedding's name; of two such lists (one may be of a vision tower) its nearest relative is meant.
+    """
     n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not stacks:
         raise UnsupportedError(f"{type(model).__name__} has no list of {n_layers} layers; it cannot be run layer by layer")
-    return min(stacks, key=lambda item: item[0].count("."))
+
+    def n_shared(name: str) -> int:
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), embedding.split("."), strict=False))))
+
+    return min(stacks, key=lambda item: (item[0].count("."), -n_shared(item[0])))
 
 
 def dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -86,8 +86,11 @@ class Stack:
         self.head: nn.Linear | None = model.get_output_embeddings() if has_head and self._is_causal else None
         self._runner: Any = model if self.head is not None else model.base_model
         self._check_runs()
-        self.name, self.layers = decoder_layers(model)
-        self.embedding: nn.Embedding = model.get_input_embeddings()
+        try:
+            self.embedding: nn.Embedding = model.get_input_embeddings()
+        except NotImplementedError as error:  # transformers' answer for a model of several inputs
+            raise UnsupportedError(f"{type(model).__name__} has no embedding of tokens; quantcli runs text only; {_DATA_FREE}") from error
+        self.name, self.layers = decoder_layers(model, self.module_name(self.embedding))
         parameters = inspect.signature(self._runner.forward).parameters
         self._options = {"use_cache": False} if self._is_causal or "use_cache" in parameters else {}
         self.traces: list[Trace] = []

@@ -61,13 +61,13 @@ def arrange(
     if is_known and not must_run:
         forward = None
     elif forward is None:
-        from quantcli.forward import run_dtype  # transformers takes seconds to import
+        from quantcli.forward import run_dtype, sees  # transformers takes seconds to import
 
         dtype = run_dtype(source.specs.values(), device)
         try:
             forward = open_forward(source, dtype=dtype, device=device, all_tokens=recipe.calibration.moe == "all")
         except UnsupportedError:
-            if must_run:
+            if must_run or sees(source.config):  # of which only the text's layers are to be coded
                 raise
             listed = listed_taps(source)
     source = experts_apart(source) if forward is None else forward.checkpoint

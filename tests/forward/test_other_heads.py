@@ -16,7 +16,7 @@ from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import Forward
 from quantcli.planning.arrange import open_forward
-from support.other_heads import LISTED, OF_TEXT, VOCABULARY, load, save
+from support.other_heads import GROUPED, LISTED, OF_TEXT, SIZES, VOCABULARY, load, save
 
 IDS = torch.randint(3, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -80,6 +80,7 @@ def test_what_cannot_be_run_on_tokens_one_layer_at_a_time_is_refused_for_its_rea
     reasons = {
         "AlbertForMaskedLM": "no list of 2 layers",
         "T5EncoderModel": "passes more than hidden states",
+        "CLIPModel": "no embedding of tokens",
         "ViTForImageClassification": "reads pixel_values, not tokens",
     }
     with pytest.raises(UnsupportedError, match=reasons.get(name, "an encoder and a decoder that reads the encoder's output")):
@@ -127,6 +128,20 @@ def test_a_pooler_that_was_not_stored_is_not_missed(tmp_path: Path) -> None:
     expected = layer_by_layer(opened(folder), IDS)
     tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "pooler" not in name}
     assert torch.equal(layer_by_layer(opened(rewrite(folder, tensors)), IDS), expected)
+
+
+def test_the_layers_of_the_text_are_found_beside_as_many_of_a_vision_tower(tmp_path: Path) -> None:
+    text: dict[str, Any] = {**SIZES, **GROUPED, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    sight = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64, "fullatt_block_indexes": [1]}
+    tokens = {f"{name}_token_id": 5 + k for k, name in enumerate(("image", "video", "vision_start", "vision_end"))}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=sight, **tokens)
+    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    forward = opened(tmp_path)
+    assert forward.layers == ("model.layers.0", "model.layers.1")
+    assert forward.predicts
+    with torch.no_grad():
+        expected = load(tmp_path)(IDS, use_cache=False).logits
+    torch.testing.assert_close(forward.head(layer_by_layer(forward, IDS)), expected)
 
 
 def test_an_encoder_whose_config_names_no_class_is_a_bare_encoder(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ LISTED: dict[str, dict[str, Any]] = {
     "BartForConditionalGeneration": HALVES,
     "WhisperForConditionalGeneration": {**HALVES, **SOUND},
     "ViTForImageClassification": IMAGES,
+    "CLIPModel": {"text_config": SIZES, "vision_config": {**IMAGES, "vocab_size": None}, "projection_dim": 32},
 }
 """Class → sizes, of models that cannot be run layer by layer on tokens: their linears are listed."""
 
@@ -95,7 +96,9 @@ def outputs(model: Any) -> torch.Tensor:
         "pixel_values": {"pixel_values": torch.randn(1, 3, 32, 32, generator=random)},
         "input_features": {"input_features": torch.randn(1, 16, 100, generator=random)},
     }[model.main_input_name]
+    asked |= {"pixel_values": torch.randn(1, 3, 32, 32, generator=random)} if model.config.model_type == "clip" else {}
     decoder = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        first: torch.Tensor = model.base_model(**asked, **decoder)[0]
+        found = model.base_model(**asked, **decoder)
+    first: torch.Tensor = found.text_embeds if model.config.model_type == "clip" else found[0]
     return first

@@ -16,7 +16,8 @@ import transformers
 
 import quantcli as qc
 from quantcli import recipe as recipes
-from quantcli.errors import UnsupportedError
+from quantcli.cli.eval import check_gates, render
+from quantcli.errors import GateError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.tensors import Scheme
 from quantcli.walk.evaluate import compare
@@ -126,9 +127,15 @@ def test_a_model_that_predicts_no_token_is_compared_by_its_layers(name: str, tmp
     assert scores.n_tokens == WINDOWS.numel()
     assert all(1e-4 < error < 0.1 for error in scores.layer_errors.values())
     assert set(same.layer_errors.values()) == {0.0}
-    told: dict[str, Any] = scores.to_dict()
+    told: dict[str, Any] = scores.to_dict() | {"n_bytes": 1, "bpw": 4.5}
     assert told["perplexity"] is None
     assert [layer["name"] for layer in told["layers"]] == list(scores.layer_errors)
+    first, *_ = render(told)
+    assert re.fullmatch(r"hidden states   relative error \d\.\d\de-\d\d after the last layer over 512 tokens \(no perplexity\)", first)
+    for limits in ((10.0, None), (None, 0.1)):
+        with pytest.raises(GateError, match="predicts no next token"):
+            check_gates(scores, *limits)
+    check_gates(scores, None, None)
 
 
 def test_a_model_that_predicts_no_token_has_no_perplexity(tmp_path: Path) -> None:
