@@ -122,8 +122,8 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """What came of :func:`calibrate`. ``stats``: the file; ``imatrix``: llama.cpp's, where one was asked for; ``taps``: how many inputs
-    were measured; ``text_check``: how well the model knows the text; ``tokens_per_input``: of each tap; ``warnings``: all that were
-    told; ``rows``: of the datasets read."""
+    were measured; ``text_check``: how well the model knows the text, None of one that predicts no text; ``tokens_per_input``: of each
+    tap; ``warnings``: all that were told; ``rows``: of the datasets read."""
 
     stats: Path
     imatrix: Path | None
@@ -131,7 +131,7 @@ class Calibration:
     n_tokens: int
     taps: int
     dataset_sha256: str
-    text_check: TextCheck
+    text_check: TextCheck | None
     seconds: float
     tokens_per_input: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ class Calibration:
             "n_tokens": self.n_tokens,
             "taps": self.taps,
             "dataset_sha256": self.dataset_sha256,
-            "calibration_perplexity": self.text_check.perplexity,
+            "calibration_perplexity": None if self.text_check is None else self.text_check.perplexity,
             "tokens_per_input": dict(self.tokens_per_input),
             "warnings": list(self.warnings),
             "rows": [rows.to_dict() for rows in self.rows],
@@ -342,8 +342,8 @@ def calibrate(
                 n_taps += event.n_taps
         if matrix is not None:
             write_imatrix(matrix, StatsFile(target), checkpoint, named(data), overwrite=overwrite, tell=tell)
-    assert known is not None
-    warn_of_text(known, tell)
+    if known is not None:
+        warn_of_text(known, tell)
     per_input = warn_of_few_tokens(StatsFile(target), tell)
     seconds, told = time.perf_counter() - started, (tuple(tell.warnings), tuple(tell.rows))
     return Calibration(target, matrix, ids.shape[0], ids.numel(), n_taps, texts.sha256(ids), known, seconds, per_input, *told)

@@ -57,13 +57,14 @@ def calibrate(
 ) -> Iterator[Resumed | LayerMeasured | TextCheck]:
     """Measure every tap of ``checkpoint``, its caches' too, on token windows ``ids`` [n, T] and write the statistics to ``target``.
 
-    With ``head`` also what the output embedding reads. ``moe`` "routed": an expert is measured on the tokens routed to it; "all": on every
-    token. The last event tells how well the model knows the text. The file stands under its name only after it. A run that was stopped is
-    continued by the same call; ``fresh`` starts over.
+    With ``head`` also what the output embedding reads, where the model predicts tokens by one. ``moe`` "routed": an expert is measured on
+    the tokens routed to it; "all": on every token. The last event of a model that predicts text tells how well it knows this one. The
+    file stands under its name only after it. A run that was stopped is continued by the same call; ``fresh`` starts over.
     """
     needs = (EVERYTHING if hessian else DIAGONALS) | ({"histogram"} if histograms else set())
     dtype = run_dtype(checkpoint.specs.values(), device)
     forward = open_forward(checkpoint, dtype=dtype, device=device, all_tokens=moe == "all")
+    head = head and forward.predicts
     specs = stats_specs(tap_widths(forward, head=head), hessian=hessian, histograms=histograms)
     caches = {tap: width for cache in forward.caches for tap, width in cache.widths.items()}
     specs += stats_specs(caches, hessian=False, histograms=histograms)
@@ -90,7 +91,8 @@ def calibrate(
             started = time.perf_counter()
             put_stats(writer, measure_head(forward, states, needs=needs))
             yield done(finished, LayerMeasured(HEAD, n_layers - 1, n_layers, 1, time.perf_counter() - started))
-        yield text_check.measure(forward, states.of(text_check.sampled(ids)), ids)
+        if forward.predicts:
+            yield text_check.measure(forward, states.of(text_check.sampled(ids)), ids)
         writer.commit()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +38,22 @@ def parse_json(path: Path, text: bytes, *, unique: bool = True) -> Any:
         raise CheckpointError(f"{path}: not valid JSON: nested too deeply") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {str(error)[:200]}") from error
+
+
+FLOAT_TAG = "__float__"
+"""The only key of an object in which transformers 5 writes a number that JSON does not have."""
+
+SPECIAL_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def with_special_floats(value: Any) -> Any:
+    """``value`` with the numbers that ``{"__float__": "Infinity"}`` and its like stand for: for use, where a config is written as read."""
+    if isinstance(value, Mapping):
+        tag = value.get(FLOAT_TAG) if value.keys() == {FLOAT_TAG} else None
+        if isinstance(tag, str) and tag in SPECIAL_FLOATS:
+            return SPECIAL_FLOATS[tag]
+        return {key: with_special_floats(item) for key, item in value.items()}
+    return [with_special_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -152,6 +152,9 @@ def read_header_text(path: Path) -> tuple[int, bytes]:
 
 
 def check_metadata(path: Path, metadata: Any) -> None:
+    """Raise unless ``metadata`` is an object of strings, or null, which some writers put where they have none."""
+    if metadata is None:
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         fail(path, "__metadata__ is not an object of strings")
 

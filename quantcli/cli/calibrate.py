@@ -56,4 +56,5 @@ def command(
         )
     files = [str(path) for path in (result.stats, result.imatrix) if path is not None]
     done = f"{result.taps} taps measured on {count(result.n_tokens)} tokens in {result.seconds:.1f} s"
-    console.result(result.to_dict(), [*files, done, f"perplexity of the text {result.text_check.perplexity:.1f}"])
+    known = [f"perplexity of the text {result.text_check.perplexity:.1f}"] if result.text_check is not None else []
+    console.result(result.to_dict(), [*files, done, *known])

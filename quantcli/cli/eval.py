@@ -56,11 +56,11 @@ def command(
 
 def render(data: dict[str, Any]) -> list[str]:
     lines = [
-        f"perplexity      {data['perplexity']:.4f} +- {data['perplexity_stderr']:.4f} over {data['n_tokens']} tokens",
+        read(data),
         f"size            {size(data['n_bytes'])}, {data['bpw']:.3f}bpw",
         *(["activations     simulated"] if data["activations"] == "simulated" else []),
     ]
-    if "kld_mean" not in data:
+    if data.get("kld_mean") is None:
         return lines
     return [
         lines[0],
@@ -71,9 +71,19 @@ def render(data: dict[str, Any]) -> list[str]:
     ]
 
 
+def read(data: dict[str, Any]) -> str:
+    """The first line: the perplexity, or of a model that has none how far its last layer's output is from the baseline's."""
+    if data["perplexity"] is not None:
+        return f"perplexity      {data['perplexity']:.4f} +- {data['perplexity_stderr']:.4f} over {data['n_tokens']} tokens"
+    error = data["layers"][-1]["relative_error"]
+    return f"hidden states   relative error {error:.2e} after the last layer over {data['n_tokens']} tokens (no perplexity)"
+
+
 def check_gates(scores: Scores, max_perplexity: float | None, max_kld: float | None) -> None:
     """Raise :class:`GateError` for the first gate that was missed."""
-    if max_perplexity is not None and not scores.perplexity <= max_perplexity:
+    if scores.perplexity is None and (max_perplexity is not None or max_kld is not None):
+        raise GateError("this model predicts no next token: it has no perplexity and no KL divergence to hold against a limit")
+    if max_perplexity is not None and scores.perplexity is not None and not scores.perplexity <= max_perplexity:
         raise GateError(f"perplexity {scores.perplexity:.4f} is above --max-perplexity {max_perplexity}")
     if max_kld is not None and scores.kld_mean is not None and not scores.kld_mean <= max_kld:
         raise GateError(f"mean KL divergence {scores.kld_mean:.5f} is above --max-kld {max_kld}")

@@ -1,11 +1,14 @@
-"""Runs a decoder layer of any HF causal LM on its own; the only importer of transformers."""
+"""Runs one layer of a model of transformers on its own; the only importer of transformers."""
 
+from quantcli.forward.classes import sees
 from quantcli.forward.fused import expert_pieces
 from quantcli.forward.hidden import HiddenStates
 from quantcli.forward.layer import LoadedLayer
+from quantcli.forward.listed import listed_linears
 from quantcli.forward.model import Forward, run_dtype
 from quantcli.forward.positions import table_rows
 from quantcli.forward.skeleton import build
 from quantcli.forward.tokenizers import tokenizer
 
-__all__ = ["Forward", "HiddenStates", "LoadedLayer", "build", "expert_pieces", "run_dtype", "table_rows", "tokenizer"]
+__all__ = ["Forward", "HiddenStates", "LoadedLayer", "build", "expert_pieces", "listed_linears", "run_dtype", "sees", "table_rows"]
+__all__ += ["tokenizer"]

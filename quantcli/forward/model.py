@@ -1,4 +1,4 @@
-"""Runs one HF causal LM with one layer's weights in memory at a time."""
+"""Runs one model of transformers with one layer's weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def run_dtype(specs: Iterable[TensorSpec], device: str | torch.device) -> torch.
 
 
 class Forward:
-    """One causal LM, layer by layer, with the same results as the whole model in the same dtype.
+    """One model, layer by layer, with the same results as the whole model in the same dtype.
+
+    A causal LM with its head; of every other (an encoder, a classifier, a model without a head) the base model, up to the last layer.
 
     ``layers``: the layers' names on disk; ``taps``: disk name of a linear's weight → tap, which is the name of the first linear that
     reads the same input, each expert's linears having taps of their own; ``turned``: those of them that are stored [in, out];
@@ -74,7 +76,7 @@ class Forward:
         self.checkpoint = checkpoint
         self.positions = rows_of(model)
         names = NameMap(model, checkpoint.specs, checkpoint.source, views.experts_apart(checkpoint))
-        self._stack = Stack(self._model)
+        self._stack = Stack(self._model, has_head=names.has_head)
         self._weights = Weights(self._stack, names, checkpoint, dtype, self.device)
         self._by_tokens = self._stack.trace(self.device)
         heap.trim()
@@ -131,6 +133,16 @@ class Forward:
     def vocab_size(self) -> int:
         """Number of logits of a position."""
         return int(self._model.config.get_text_config().vocab_size)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether there are logits of the next token; only then :meth:`head` and :meth:`observe_head`."""
+        return self._stack.head is not None
+
+    @property
+    def model_class(self) -> str:
+        """transformers' name for the class of the model."""
+        return type(self._model).__name__
 
     @property
     def head_weight(self) -> str | None:

@@ -59,12 +59,16 @@ class NameMap:
     """Which disk tensors make which of the model's tensors.
 
     ``of``: model name → its source; ``disk``: model name → disk name where one is a plain copy of the other; ``unused``: disk tensors
-    that the model does not use (rotary tables of old files, prediction heads).
+    that the model does not use (rotary tables of old files, prediction heads); ``has_head``: whether there are weights beyond the base
+    model, where the model has such. A folder of the base model alone has none, whatever class its config names. ``absent``: poolers that
+    the checkpoint lacks; they come after the layers, and nothing here reads what they make.
     """
 
     of: dict[str, Source]
     disk: dict[str, str]
     unused: tuple[str, ...]
+    has_head: bool
+    absent: tuple[str, ...]
 
     def __init__(self, model: Any, specs: Mapping[str, TensorSpec], where: str, joints: Mapping[str, Joint]) -> None:
         self._expected = model.state_dict()
@@ -74,6 +78,7 @@ class NameMap:
         self.of = {name: source for source in sources for name in self._targets(source)}
         self._alias_tied()
         self.disk = {name: source.disk[0] for name, source in self.of.items() if source.is_copy}
+        self.has_head = not self._is_base_alone(specs)
         self._check(specs)
 
     def _sort(self, disk_names: Iterable[str], joints: Mapping[str, Joint]) -> tuple[list[Source], tuple[str, ...]]:
@@ -123,17 +128,33 @@ class NameMap:
                 giver = source if source in self.of else present[0]
                 self.of |= {name: self.of[giver] for name in group if name not in self.of}
 
+    def _is_base_alone(self, disk_names: Iterable[str]) -> bool:
+        """Whether the checkpoint is the base model's: nothing beyond that is there, and the names or the config say that nothing should.
+
+        Names of the base model begin without its prefix; a config names another class where foreign code puts a head on it.
+        """
+        prefix, tied = f"{self._model.base_model_prefix}.", self._model.all_tied_weights_keys
+        beyond = [name for name in self._expected if not name.startswith(prefix) and name not in tied]
+        if not 0 < len(beyond) < len(self._expected) or any(name in self.of for name in beyond):
+            return False
+        is_named = type(self._model).__name__ in (self._model.config.architectures or [])
+        return not is_named or not any(name.startswith(prefix) for name in disk_names)
+
     def _check(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Every tensor of the model has a source of its shape."""
+        """Every tensor of the model has a source of its shape; of the base model, where that is all there is."""
 
         # A buffer that files may lack has its value from the model's own code; a parameter has none but the file's.
         buffers = {name for name, _ in self._model.named_buffers()}
         optional = [re.compile(p) for p in self._model._keys_to_ignore_on_load_missing or ()]
-        missing = [n for n in self._expected if n not in self.of and not (n in buffers and any(p.search(n) for p in optional))]
-        if missing:
+        prefix = "" if self.has_head else f"{self._model.base_model_prefix}."
+        expected_names = [name for name in self._expected if name.startswith(prefix)]
+        missing = [n for n in expected_names if n not in self.of and not (n in buffers and any(p.search(n) for p in optional))]
+        self.absent = tuple(name for name in missing if "pooler" in name.split("."))
+        if missing := [name for name in missing if name not in self.absent]:
             raise CheckpointError(
                 f"{self._where}: {type(self._model).__name__} expects {_listed(missing)} "
-                f"(shape {list(self._expected[missing[0]].shape)}), which the checkpoint lacks; its download may be incomplete"
+                f"(shape {list(self._expected[missing[0]].shape)}), which the checkpoint lacks: a file or a shard of it is missing, or "
+                "config.json is another model's"
             )
         for name, disk in self.disk.items():
             expected, got = list(self._expected[name].shape), list(specs[disk].shape)

@@ -6,23 +6,27 @@ import mmap
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantcli.checkpoint.json_files import with_special_floats
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.forward.classes import has_class, named_class
 
 
 def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
-    """The causal LM that ``config``, the config.json of ``where``, describes: without weights, in evaluation mode.
+    """The model that ``config``, the config.json of ``where``, describes: without weights, in evaluation mode.
+
+    A causal LM, or the class that its ``architectures`` name: an encoder, a classifier, a model without a head.
 
     Raises :class:`UnsupportedError` when transformers does not know the architecture (a repository's own code is never run),
     :class:`CheckpointError` when it cannot make a model of the values.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if "gguf_architecture" in config:
         raise UnsupportedError(
@@ -34,16 +38,20 @@ def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
             f"{where}: the installed transformers does not support model_type '{model_type}' of config.json, and code that comes with a "
             "model is never run; upgrade transformers, or convert the model to an architecture that it supports"
         )
-    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedError(f"{where}: transformers has no causal language model for model_type '{model_type}'")
+    if not has_class(config):
+        raise UnsupportedError(f"{where}: transformers has no class of models for model_type '{model_type}' alone")
+    named = named_class(config)
     # The weights arrive dense whatever their file: transformers must not look for a quantizer.
     dense_config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(dense_config)
+        parsed = CONFIG_MAPPING[model_type].from_dict(with_special_floats(dense_config))
         with _parameters_on_meta():
             # Experts one after the other: the inputs of each can be observed, and tokens are not copied for all of them at once.
-            causal_lm: Any = AutoModelForCausalLM  # which transformers has no types for
-            return causal_lm.from_config(parsed, dtype=dtype, experts_implementation="eager", trust_remote_code=False).eval()
+            options: dict[str, Any] = {"dtype": dtype, "experts_implementation": "eager"}
+            if named is not None:
+                return getattr(transformers, named)._from_config(parsed, **options).eval()
+            causal_lm: Any = transformers.AutoModelForCausalLM  # which transformers has no types for
+            return causal_lm.from_config(parsed, trust_remote_code=False, **options).eval()
     except Exception as error:  # any error that a foreign file's values cause in configuration and modelling code
         raise CheckpointError(f"{where}: transformers cannot build a {model_type} model from config.json: {error}") from error
 
@@ -65,13 +73,20 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the decoder stack: the outermost ModuleList as long as the config's number of layers."""
+def decoder_layers(model: Any, embedding: str) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the decoder or encoder stack: the outermost ModuleList as long as the config's number of layers.
+
+    ``embedding``: the input embedding's name; of two such lists (one may be of a vision tower) its nearest relative is meant.
+    """
     n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not stacks:
-        raise UnsupportedError(f"{type(model).__name__} has no list of {n_layers} decoder layers; it cannot be run layer by layer")
-    return min(stacks, key=lambda item: item[0].count("."))
+        raise UnsupportedError(f"{type(model).__name__} has no list of {n_layers} layers; it cannot be run layer by layer")
+
+    def n_shared(name: str) -> int:
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), embedding.split("."), strict=False))))
+
+    return min(stacks, key=lambda item: (item[0].count("."), -n_shared(item[0])))
 
 
 def dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

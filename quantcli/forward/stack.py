@@ -6,6 +6,7 @@ share an input (a *tap*) are found in one forward of two tokens, each layer with
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.errors import UnsupportedError
+from quantcli.errors import QuantcliError, UnsupportedError
 from quantcli.forward.cache import found_in
+from quantcli.forward.classes import is_causal
 from quantcli.forward.experts import Products
 from quantcli.forward.skeleton import decoder_layers, drop, put, zero_pages
 
 Run = Callable[..., Any]
 
+_DATA_FREE = "recipes without calibration (nf4, fp8-dynamic) work"
 _TOGETHER = "they cannot be run one at a time; quantcli cannot calibrate this architecture yet"
 
 
@@ -69,17 +72,42 @@ class Trace:
 
 
 class Stack:
-    """The decoder layers of ``model``, an empty one, between its embedding and its head.
+    """The decoder or encoder layers of ``model``, an empty one, between its embedding and its head.
 
-    ``name``: the stack's module name; ``traces``: one for each layer, filled by :meth:`trace`.
+    ``name``: the stack's module name; ``head``: the output embedding of a causal LM, None for every other model, of which only the base
+    model is run; ``traces``: one for each layer, filled by :meth:`trace`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, has_head: bool = True) -> None:
+        """``has_head``: whether the checkpoint has the weights of a causal LM's output embedding."""
         self.model = model
-        self.name, self.layers = decoder_layers(model)
-        self.embedding: nn.Embedding = model.get_input_embeddings()
-        self.head: nn.Linear | None = model.get_output_embeddings()
+        self._is_causal = is_causal(model.config.model_type, type(model).__name__)
+        self.head: nn.Linear | None = model.get_output_embeddings() if has_head and self._is_causal else None
+        self._runner: Any = model if self.head is not None else model.base_model
+        self._check_runs()
+        try:
+            self.embedding: nn.Embedding = model.get_input_embeddings()
+        except NotImplementedError as error:  # transformers' answer for a model of several inputs
+            raise UnsupportedError(f"{type(model).__name__} has no embedding of tokens; quantcli runs text only; {_DATA_FREE}") from error
+        self.name, self.layers = decoder_layers(model, self.module_name(self.embedding))
+        parameters = inspect.signature(self._runner.forward).parameters
+        self._options = {"use_cache": False} if self._is_causal or "use_cache" in parameters else {}
         self.traces: list[Trace] = []
+
+    def _check_runs(self) -> None:
+        """Raise :class:`UnsupportedError` for a model, other than a causal LM, whose layers do not follow each other from tokens on."""
+        if self._is_causal:
+            return
+        if self._runner.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} has an encoder and a decoder that reads the encoder's output; quantcli cannot run their "
+                f"layers one at a time, so it neither calibrates nor evaluates this model; {_DATA_FREE}"
+            )
+        if self._runner.main_input_name != "input_ids":
+            raise UnsupportedError(
+                f"{type(self.model).__name__} reads {self._runner.main_input_name}, not tokens; quantcli calibrates and evaluates "
+                f"on text only; {_DATA_FREE}"
+            )
 
     def module_name(self, module: nn.Module) -> str:
         """The name of ``module`` in the model."""
@@ -100,7 +128,7 @@ class Stack:
                 key = _signature(layer)
                 if key not in seen:
                     with _zeros(layer, device):
-                        seen[key] = _trace(layer, call, hidden)
+                        seen[key] = _trace(layer, call, hidden, returns_more=self._is_causal)
                 self.traces.append(seen[key])
                 passed.append(hidden.clone())
                 return seen[key].output(passed[-1])
@@ -108,7 +136,14 @@ class Stack:
             return forward
 
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-        self._forward(ids, [stub(layer) for layer in self.layers], 0.0, _no_head)
+        try:
+            self._forward(ids, [stub(layer) for layer in self.layers], 0.0, _no_head)
+        except QuantcliError:
+            raise
+        except Exception as error:  # whatever a model's own code raises when its layers are called in a way it does not know
+            raise UnsupportedError(f"{type(self.model).__name__} cannot be run layer by layer: {error}") from error
+        if len(self.traces) != len(self.layers):
+            raise UnsupportedError(f"{type(self.model).__name__} runs {len(self.traces)} of its {len(self.layers)} layers; {_TOGETHER}")
         pairs = zip(self.calls(ids, 0.0), self.calls(ids + 1, 1.0), strict=True)
         return any(not torch.equal(x, y) for a, b in pairs for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
@@ -159,7 +194,7 @@ class Stack:
         if head is not None and self.head is not None:
             forwards[self.head] = head
         with torch.no_grad(), _replaced(forwards):
-            return self.model(input_ids=ids, use_cache=False)
+            return self._runner(input_ids=ids, **self._options)
 
     def _constant(self, value: float, ids: Tensor) -> Tensor:
         weight = self.embedding.weight
@@ -257,8 +292,10 @@ def _switches(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in vars(module).items() if isinstance(value, (bool, str)))
 
 
-def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
+def _trace(layer: nn.Module, call: Call, hidden: Tensor, *, returns_more: bool) -> Trace:
     """Run ``layer`` and record which linears, and which experts' slices, read the same tensor.
+
+    ``returns_more``: whether it may return tensors beside the hidden states, which the model then does not hand to its other layers.
 
     The same means the same memory in the same version; inputs are held until the end, so that no memory is used again.
     """
@@ -285,7 +322,8 @@ def _trace(layer: nn.Module, call: Call, hidden: Tensor) -> Trace:
         for handle in handles:
             handle.remove()
     caches = found_in(layer, lambda: call.run(partial(type(layer).forward, layer), hidden))
-    if len(call.tensors()) != n_tensors:
+    others = () if isinstance(output, Tensor) else output[1:]
+    if len(call.tensors()) != n_tensors or (not returns_more and next(_tensors(others), None) is not None):
         raise UnsupportedError(f"{type(layer).__name__} passes more than hidden states to the layers after it; {_TOGETHER}")
     for name in _routers(layer, {parameter for parameter, _ in sliced}):
         fed.pop(name, None)

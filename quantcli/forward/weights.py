@@ -33,6 +33,8 @@ class Weights:
         self._needed: Part | None = None  # EMBEDDING or HEAD, where one of them is in memory
         for name, buffer in list(self._model.named_buffers()):
             put(self._model, name, buffer.to(device))
+        for name in names.absent:
+            put(self._model, name, torch.zeros_like(self.tensor(name), device=device))
         self.drop(EMBEDDING)
         self.load(REST)
 

@@ -14,7 +14,7 @@ from quantcli import archs, formats
 from quantcli.checkpoint import heads, views
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.views import HEAD_WEIGHT, Joint, Piece, View
-from quantcli.errors import CheckpointError
+from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import Format
 from quantcli.planning.schemes import layer_of, untied_head
 from quantcli.recipe import Recipe
@@ -60,19 +60,25 @@ def arrange(
     if (embedding := untied_head(source, recipe)) is not None:
         source, forward = untied(source, embedding), None
     is_known = archs.of(source.config) is not None or fmt.has_own_names
-    if is_known and not (recipe.is_calibrated if run is None else run):
+    must_run = recipe.is_calibrated if run is None else run
+    listed: dict[str, str] = {}
+    if is_known and not must_run:
         forward = None
     elif forward is None:
-        from quantcli.forward import run_dtype  # transformers takes seconds to import
+        from quantcli.forward import run_dtype, sees  # transformers takes seconds to import
 
         dtype = run_dtype(source.specs.values(), device)
-        forward = open_forward(source, dtype=dtype, device=device, all_tokens=recipe.calibration.moe == "all")
+        try:
+            forward = open_forward(source, dtype=dtype, device=device, all_tokens=recipe.calibration.moe == "all")
+        except UnsupportedError:
+            if must_run or sees(source.config):  # of which only the text's layers are to be coded
+                raise
+            listed = listed_taps(source)
     source = experts_apart(source) if forward is None else forward.checkpoint
     if fmt.has_own_names:
         source = cut_for(source, fmt)
     turned = forward.turned if forward is not None and not run else frozenset[str]()  # no pass takes a weight [in, out]
-    taps = declared_taps(source) if forward is None else forward.taps  # where the model is built, it knows best
-    assert taps is not None
+    taps = forward.taps if forward is not None else declared_taps(source) or listed  # where the model is built, it knows best
     head, caches = (declared_head(source), None) if forward is None else (forward.head_weight, forward.caches)
     return Arranged(
         source,
@@ -105,6 +111,16 @@ def open_forward(
         raise CheckpointError(f"{checkpoint.source}: config.json tells of {n_layers} layers, the checkpoint has {n_tensors} tensors in all")
     model = build(checkpoint.config, dtype, checkpoint.source)
     return Forward(experts_apart(checkpoint, model), model, dtype=dtype, device=device, all_tokens=all_tokens)
+
+
+def listed_taps(source: Checkpoint) -> dict[str, str]:
+    """Disk name of each linear's weight in the blocks of a model that cannot be run layer by layer → a tap of its own."""
+    import torch
+
+    from quantcli.forward import build, listed_linears
+
+    model = build(source.config, torch.float16, source.source)  # in which models are most particular about what stays in float32
+    return {name: name.removesuffix(".weight") for name in listed_linears(source, model)}
 
 
 def experts_apart(source: Checkpoint, model: Any = None) -> Checkpoint:

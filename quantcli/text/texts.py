@@ -58,7 +58,7 @@ def windows(texts: Sequence[str], tokenizer: Any, *, n_samples: int, seq_len: in
     """Token windows to calibrate on: documents in an order drawn by ``seed``, joined by the tokenizer's separator, cut, and drawn again.
 
     Returns [n, seq_len] int64 with n ≤ ``n_samples``: as many as a short text gives, and one shorter window when it does not fill one.
-    Each window begins with BOS where the tokenizer puts one before a text, as in inference.
+    Each window begins with BOS or CLS, and ends with SEP, where the tokenizer puts these around a text, as in inference.
     """
     return _drawn_windows(Dataset("", Held(texts)), Renderer(tokenizer), n_samples, seq_len, seed)[0]
 
@@ -114,7 +114,7 @@ def windows_and_held_out(
     if not spare:
         text = _joined(_docstrings(), 2 * CHARS_A_TOKEN * HELD_OUT_TOKENS)[0]
         return ids, eval_windows(text, tokenizer, n_samples=n_spare, seq_len=min(seq_len, HELD_OUT_TOKENS))
-    return ids, _stack(spare[:n_spare], bos_added(tokenizer))[:, :HELD_OUT_TOKENS]
+    return ids, _stack(spare[:n_spare], *put_around(tokenizer))[:, :HELD_OUT_TOKENS]
 
 
 def eval_windows_of(
@@ -152,23 +152,24 @@ def eval_windows_of(
 def eval_windows(text: str, tokenizer: Any, *, n_samples: int | None, seq_len: int) -> Tensor:
     """The first ``n_samples`` (None: all) consecutive windows of ``text``, which do not overlap: [n, seq_len] int64.
 
-    Each begins with BOS where the tokenizer puts one before a text. A text shorter than one window is one shorter window; a shorter
-    rest at the end is left out.
+    Each begins with BOS or CLS, and ends with SEP, where the tokenizer puts these around a text. A text shorter than one window is one
+    shorter window; a shorter rest at the end is left out.
     """
-    bos = bos_added(tokenizer)
-    body = seq_len - len(bos)
-    if body < 2 - len(bos):
+    before, after = put_around(tokenizer)
+    body = seq_len - len(before) - len(after)
+    if body < max(1, 2 - len(before) - len(after)):
         raise RecipeError(f"--seq-len {seq_len} leaves nothing to predict")
     tokens = _stream([text], tokenizer, None)
     if not tokens:
         raise RecipeError("the text to calibrate or measure on is empty")
-    return _stack((_cut(tokens, body) or [tokens])[:n_samples], bos)
+    return _stack((_cut(tokens, body) or [tokens])[:n_samples], before, after)
 
 
-def bos_added(tokenizer: Any) -> list[int]:
-    """[BOS] when the tokenizer puts it before a text by itself, else []."""
+def put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts around a text by itself: [BOS] or an encoder's [CLS] before it, [SEP] after it; or []."""
     ids = list(tokenizer("a")["input_ids"])
-    return ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
+    first, last = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}, {tokenizer.sep_token_id} - {None}
+    return [x for x in ids[:1] if x in first], [x for x in ids[1:][-1:] if x in last]
 
 
 def sha256(ids: Tensor) -> str:
@@ -183,10 +184,10 @@ def _drawn_windows(
 ) -> tuple[Tensor, list[list[int]]]:
     """Windows [n, seq_len], and without BOS up to ``n_spare`` others that are not among them."""
     draw = random.Random(seed)
-    bos = bos_added(render.tokenizer)
-    body = seq_len - len(bos)
+    before, after = put_around(render.tokenizer)
+    body = seq_len - len(before) - len(after)
     if body < 1:
-        raise RecipeError(f"--seq-len {seq_len} leaves no tokens for text besides BOS")
+        raise RecipeError(f"--seq-len {seq_len} leaves no tokens for text besides {'BOS' if not after else 'CLS and SEP'}")
     render.begin(dataset.name, dataset.source.documents if isinstance(dataset.source, Held) else None)
     texts = map(render, dataset.source.drawn(draw))
     tokens = _stream(texts, render.tokenizer, n_samples * body)
@@ -200,7 +201,7 @@ def _drawn_windows(
         rest = tokens[len(cut) * body :] + _stream(texts, render.tokenizer, (n_spare - len(spare)) * body)
         more = _cut(rest, body) or ([rest] if len(rest) >= MIN_HELD_OUT and not spare else [])
         spare += more[: n_spare - len(spare)]
-    return _stack([cut[i] for i in chosen], bos), spare
+    return _stack([cut[i] for i in chosen], before, after), spare
 
 
 def _cut(tokens: list[int], body: int) -> list[list[int]]:
@@ -220,7 +221,8 @@ def _mixed(
         if part.shape[1] < seq_len:
             raise RecipeError(f"--dataset {dataset.name} has {part.shape[1]} tokens, less than one window of {seq_len}; lower --seq-len")
         parts.append(part)
-        spares += [window for window in spare if len(window) == len(spare[0]) == seq_len - len(bos_added(render.tokenizer))]
+        n_added = sum(map(len, put_around(render.tokenizer)))
+        spares += [window for window in spare if len(window) == len(spare[0]) == seq_len - n_added]
     ids = torch.cat(parts)
     return ids[random.Random(seed).sample(range(len(ids)), len(ids))], spares[:: max(1, len(spares) // max(1, n_spare))]
 
@@ -230,8 +232,9 @@ def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[
 
     Special tokens with which a document begins or ends, as a chat template writes them, are not added again.
     """
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    bos = bos_added(tokenizer)
+    separators = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
+    separator = next((token for token in separators if token is not None), None)
+    bos, _ = put_around(tokenizer)
     tokens: list[int] = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -243,13 +246,13 @@ def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> list[
     return tokens
 
 
-def _stack(cut: Sequence[list[int]], bos: list[int]) -> Tensor:
-    """Windows [n, T] of ``cut``, each behind ``bos``; :class:`RecipeError` where they are too short for anything to be predicted."""
-    if (n_tokens := len(bos) + len(cut[0])) < LEAST_TOKENS:
+def _stack(cut: Sequence[list[int]], before: list[int], after: list[int]) -> Tensor:
+    """Windows [n, T] of ``cut``, each between ``before`` and ``after``; :class:`RecipeError` where nothing could be predicted of them."""
+    if (n_tokens := len(before) + len(cut[0]) + len(after)) < LEAST_TOKENS:
         raise RecipeError(
             f"the text gives windows of {n_tokens} token, and {LEAST_TOKENS} or more are needed; give more text, or raise --seq-len"
         )
-    return torch.tensor([bos + tokens for tokens in cut], dtype=torch.int64)
+    return torch.tensor([before + tokens + after for tokens in cut], dtype=torch.int64)
 
 
 def _shares(weights: Sequence[float], n: int) -> list[int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantcli import qtypes
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.errors import CheckpointError, NumericsError, RecipeError
+from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
 from quantcli.forward import Forward, HiddenStates
 from quantcli.ops import round_cache, round_inputs
 from quantcli.ops.activations import STATIC
@@ -55,11 +55,12 @@ class Scores:
     reached, and the attentions whose cache could not. ``n_bytes``, ``bpw``: of the model's tensors, where the caller knows them. With a
     baseline: ``kld_*`` is
     KL(baseline ‖ model) over every position, ``top1_agreement`` the share of positions where both hold the same token for the likeliest,
-    ``layer_errors`` name → relative error of the hidden states.
+    ``layer_errors`` name → relative error of the hidden states. A model that predicts no next token (an encoder, a classifier, an
+    embedding model) has these errors alone; the other figures are None, and ``n_tokens`` counts the tokens read.
     """
 
-    perplexity: float
-    perplexity_stderr: float
+    perplexity: float | None
+    perplexity_stderr: float | None
     n_tokens: int
     seq_len: int
     activations: str = AS_THEY_ARE
@@ -78,7 +79,7 @@ class Scores:
         keys = ["perplexity", "perplexity_stderr", "n_tokens", "seq_len", "activations"]
         data: dict[str, Any] = {key: getattr(self, key) for key in keys}
         data |= {key: value for key, value in (("n_bytes", self.n_bytes), ("bpw", self.bpw)) if value is not None}
-        if self.baseline_perplexity is None:
+        if self.baseline_perplexity is None and not self.layer_errors:
             return data
         keys = ["baseline_perplexity", "kld_mean", "kld_p99", "kld_max", "top1_agreement"]
         data |= {key: getattr(self, key) for key in keys}
@@ -107,6 +108,12 @@ def evaluate(
     models = [open_forward(source, device=device) for source in (checkpoint, baseline) if source is not None]
     if len(models) == 2:
         _check_alike(*models)
+    predicts = models[0].predicts
+    if not predicts and baseline is None:
+        raise UnsupportedError(
+            f"{checkpoint.source}: {models[0].model_class} predicts no next token, so it has no perplexity; give --baseline, the model it "
+            "was made from, to compare what their layers make"
+        )
     left = [simulate(model) for model in models] if activations else [()]
     simulated = activations and len(left[0]) < len(rounded_inputs(checkpoint)) + len(checkpoint.kv_cache)
     tally = _Tally()
@@ -123,8 +130,10 @@ def evaluate(
             yield LayerWalked(name, g * n_layers + i, len(groups) * n_layers, error, time.perf_counter() - started)
         for model, states in zip(models, walked, strict=True):
             states.hidden = states.hidden.to(model.device)
-        _score(tally, models, walked)
-    yield replace(tally.scores(ids.shape[1]), activations=SIMULATED if simulated else AS_THEY_ARE, not_simulated=left[0])
+        if predicts:
+            _score(tally, models, walked)
+    found = tally.scores(ids.shape[1]) if predicts else Scores(None, None, ids.numel(), ids.shape[1], layer_errors=tally.layer_errors())
+    yield replace(found, activations=SIMULATED if simulated else AS_THEY_ARE, not_simulated=left[0])
 
 
 def rounded_inputs(checkpoint: Checkpoint) -> dict[str, str]:
@@ -217,6 +226,10 @@ class _Tally:
         self.kld.append(terms.sum(1).clamp_(min=0).cpu())
         self.n_agreed += int((logp.argmax(1) == baseline.argmax(1)).sum())
 
+    def layer_errors(self) -> dict[str, float]:
+        """Layer → ‖h−ĥ‖² / ‖h‖² of its output."""
+        return {name: error / total if total else float(error > 0) for name, (error, total) in self.layers.items()}
+
     def scores(self, seq_len: int) -> Scores:
         nll = torch.cat(self.nll)
         value = float(nll.mean().exp())
@@ -234,7 +247,7 @@ class _Tally:
             kld_p99=float(np.quantile(kld, 0.99)),
             kld_max=float(kld.max()),
             top1_agreement=self.n_agreed / len(kld),
-            layer_errors={name: error / total if total else float(error > 0) for name, (error, total) in self.layers.items()},
+            layer_errors=self.layer_errors(),
         )
 
 
@@ -262,8 +275,8 @@ def _groups(ids: Tensor, width: int) -> list[Tensor]:
 
 
 def _check_alike(model: Forward, baseline: Forward) -> None:
-    """A model and its baseline have the same layers and vocabulary."""
-    for what in ("layers", "hidden_size", "vocab_size"):
+    """A model and its baseline have the same layers and vocabulary, and the same use for them."""
+    for what in ("layers", "hidden_size", "vocab_size", "predicts"):
         got, expected = (len(v) if isinstance(v := getattr(m, what), tuple) else v for m in (model, baseline))
         if got != expected:
             raise RecipeError(

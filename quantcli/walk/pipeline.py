@@ -199,18 +199,22 @@ def _each_layer(progress: Progress, stats: StatsFile, forward: Forward | None) -
         yield progress.done(layer)
 
 
-def _propagate(progress: Progress, forward: Forward, data: Windows) -> Generator[LayerDone, None, TextCheck]:
+def _propagate(progress: Progress, forward: Forward, data: Windows) -> Generator[LayerDone, None, TextCheck | None]:
     """Each layer is measured on the outputs of the quantized layers before it, quantized, and run again to feed the next.
 
-    A few windows go through the layers as they came, to tell how well the source knows the text; all of them where a pass compares. The
-    windows that are held out go behind the quantized layers too, and nothing but errors is measured on them.
+    A few windows go through the layers as they came, to tell how well the source knows the text, which a model that predicts no text
+    does not tell; all of them where a pass compares. The windows that are held out go behind the quantized layers too, and nothing but
+    errors is measured on them.
     """
     run, kept, windows = progress.run, progress.states(), data.ids
     states = HiddenStates.enter(forward, windows, kept.get("states"))
-    wants_held_out = data.held_out is not None and bool(run.plan.recipe.needs)
-    held_out = HiddenStates.enter(forward, data.held_out, kept.get("held_out")) if wants_held_out else None
-    original = Original(forward, windows, kept.get("original")) if "dXXT" in run.plan.recipe.needs else None
-    untouched = HiddenStates.enter(forward, windows[text_check.sampled(windows)], kept.get("untouched"))
+    held_out = original = untouched = None
+    if data.held_out is not None and run.plan.recipe.needs:
+        held_out = HiddenStates.enter(forward, data.held_out, kept.get("held_out"))
+    if "dXXT" in run.plan.recipe.needs:
+        original = Original(forward, windows, kept.get("original"))
+    if forward.predicts:
+        untouched = HiddenStates.enter(forward, windows[text_check.sampled(windows)], kept.get("untouched"))
     del kept
     absorbers_of = _absorbers(run, forward)
     taps = list(dict.fromkeys(forward.taps.values()))  # in the order in which the model runs them
@@ -227,17 +231,17 @@ def _propagate(progress: Progress, forward: Forward, data: Windows) -> Generator
         else:
             absorbers = absorbers_of(name) if absorbers_of else None
             with forward.layer(index[name]) as loaded, original.layer(index[name]) if original else nullcontext():
-                untouched.advance(loaded)
+                if untouched is not None:
+                    untouched.advance(loaded)
                 layer.reports += _measure_and_code(run, layer.planned, loaded, states, held_out, original, taps, absorbers)
                 is_last = index[name] + 1 == len(forward.layers) and not has_head
                 run.put_caches(layer.planned.caches, _leave(run, states, loaded, layer.planned, is_last=is_last))
                 if held_out is not None and not is_last:
                     held_out.advance(loaded)
-            walked = {"states": states, "untouched": untouched}
-            walked |= {"original": original.states} if original else {}
-            walked |= {"held_out": held_out} if held_out else {}
+            others = {"untouched": untouched, "held_out": held_out, "original": original and original.states}
+            walked = {"states": states, **{key: one for key, one in others.items() if one is not None}}
         yield progress.done(layer, walked)
-    return text_check.measure(forward, untouched, windows)
+    return None if untouched is None else text_check.measure(forward, untouched, windows)
 
 
 def _leave(run: LayerEncoder, states: HiddenStates, loaded: LoadedLayer, planned: PlannedLayer, *, is_last: bool) -> Mapping[str, Stats]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from quantcli.checkpoint import json_files
-from quantcli.checkpoint.json_files import parse_json, read_json, shown
+from quantcli.checkpoint.json_files import parse_json, read_json, shown, with_special_floats
 from quantcli.errors import CheckpointError
 
 PATH = Path("model/config.json")
@@ -49,3 +50,15 @@ def test_a_missing_file_and_one_that_is_too_large_are_errors(tmp_path: Path, mon
 def test_a_shown_value_is_short_and_printable(value: object) -> None:
     assert shown(value).isprintable()
     assert len(shown(value)) <= 81
+
+
+def test_tagged_numbers_are_the_numbers_that_json_lacks() -> None:
+    def tag(word: object) -> dict:
+        return {"__float__": word}
+
+    read = with_special_floats({"limit": [0.0, tag("Infinity")], "low": {"at": tag("-Infinity")}, "none": tag("NaN")})
+    assert read["limit"] == [0.0, math.inf]
+    assert read["low"] == {"at": -math.inf}
+    assert math.isnan(read["none"])
+    others = {"word": tag("many"), "number": tag(1.0), "list": tag([]), "more": {**tag("NaN"), "x": 1}, "text": "NaN"}
+    assert with_special_floats(others) == others

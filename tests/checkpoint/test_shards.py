@@ -182,6 +182,14 @@ def test_an_error_names_the_tensor(tmp_path: Path, bad: dict) -> None:
         open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("metadata", [{}, {"__metadata__": {}}, {"__metadata__": None}], ids=["absent", "empty", "null"])
+def test_a_header_without_metadata_is_read_whatever_stands_in_its_place(tmp_path: Path, metadata: dict) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw({**metadata, "a": entry()}, bytes(range(8))))
+    with safe_open(path, "pt") as reference:
+        assert torch.equal(open_folder(tmp_path).read("a"), reference.get_tensor("a"))
+
+
 def test_unaligned_tensors_of_any_size_are_read(tmp_path: Path) -> None:
     values = torch.arange(50_000.0)
     header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (50_000,), (1, 200_001))}

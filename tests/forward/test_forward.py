@@ -345,10 +345,10 @@ def test_an_unknown_architecture_is_unsupported_and_its_code_is_not_run(save_mod
         pass
 
 
-def test_a_model_that_is_no_causal_language_model_is_unsupported(save_model: SaveModel) -> None:
+def test_a_config_of_another_kind_of_model_is_refused_for_the_tensors_it_asks_for(save_model: SaveModel) -> None:
     folder = save_model("llama")
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(UnsupportedError, match="causal language model"), opened(folder):
+    with pytest.raises(CheckpointError, match=r"ViTModel expects embeddings\.cls_token"), opened(folder):
         pass
 
 

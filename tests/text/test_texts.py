@@ -78,6 +78,20 @@ def test_windows_begin_with_bos_where_the_tokenizer_adds_it(with_bos: Any) -> No
     assert not (ids[:, 1:] == with_bos.bos_token_id).any()
 
 
+def test_windows_of_an_encoder_begin_with_cls_and_end_with_sep(tiny_tokenizer: Tokenizer) -> None:
+    copy = Tokenizer.from_str(tiny_tokenizer.to_str())
+    copy.post_processor = TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 0), (EOS, 1)])
+    encoders = PreTrainedTokenizerFast(tokenizer_object=copy, cls_token=BOS, sep_token=EOS)
+    for ids in (
+        windows(DOCUMENTS, encoders, n_samples=8, seq_len=32),
+        eval_windows(" ".join(DOCUMENTS), encoders, n_samples=8, seq_len=32),
+    ):
+        assert ids.shape[1] == 32
+        assert (ids[:, 0] == 0).all()
+        assert (ids[:, -1] == 1).all()
+        assert not (ids[:, 1:] == 0).any()
+
+
 def test_a_text_shorter_than_one_window_is_one_shorter_window(plain: Any) -> None:
     ids = windows(["short text"], plain, n_samples=4, seq_len=512)
     assert ids.tolist() == [tokens_of(plain, "short text")]
@@ -85,7 +99,8 @@ def test_a_text_shorter_than_one_window_is_one_shorter_window(plain: Any) -> Non
 
 def test_documents_are_read_only_as_far_as_they_are_needed(plain: Any) -> None:
     class Counting:
-        bos_token_id, eos_token_id, n_texts = plain.bos_token_id, plain.eos_token_id, 0
+        bos_token_id, eos_token_id, cls_token_id, sep_token_id = plain.bos_token_id, plain.eos_token_id, None, None
+        n_texts = 0
 
         def __call__(self, text: str, **options: Any) -> Any:
             self.n_texts += 1
