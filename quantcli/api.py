@@ -30,7 +30,7 @@ from quantcli.formats.gguf.imatrix.imatrix import Imatrix as ImportanceMatrix
 from quantcli.formats.gguf.model.naming import architecture, gguf_names
 from quantcli.forward import tokenizer
 from quantcli.output.disk import check_replaceable
-from quantcli.planning import inspection, selection
+from quantcli.planning import inspection, selection, source_check
 from quantcli.planning.arrange import arrange
 from quantcli.planning.plan import Plan
 from quantcli.recipe import PassSpec, Recipe
@@ -136,6 +136,7 @@ def inspect(
     """What ``source`` holds, by the JSON keys of ``quantcli inspect``; ``tensors``, ``memory`` and ``stats`` add theirs."""
     with opened(source) as checkpoint:
         data = inspection.describe(checkpoint)
+        data["notes"] += [finding.text for finding in source_check.look(checkpoint)]
         if tensors:
             data["tensors"] = inspection.list_tensors(checkpoint)
         if memory:
@@ -178,6 +179,7 @@ def quantize(
     made: Plan | None = None
     finished: Finished | None = None
     with opened(source) as checkpoint:
+        check(checkpoint, tell)
         chosen = recipe if isinstance(recipe, Recipe) else recipe(checkpoint) if callable(recipe) else recipes.load(recipe)
         if data is not None and is_text(data):
             chosen, data = selection.with_text(chosen, datasets=named(data)), None
@@ -266,6 +268,7 @@ def calibrate(
     check_statistics_target(target, matrix, overwrite=overwrite)
     n_taps, known = 0, None
     with opened(source) as checkpoint:
+        check(checkpoint, tell)
         warn_of_context(checkpoint, seq_len, tell)
         if matrix is not None:
             architecture(checkpoint.config)  # names are GGUF's: what has none fails before the work
@@ -318,6 +321,8 @@ def evaluate(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(opened(source))
         original = None if baseline is None else stack.enter_context(opened(baseline))
+        for model in (checkpoint, *(() if original is None else (original,))):
+            check(model, tell)
         tell_activations(checkpoint, activations, tell)
         ids = eval_windows(original or checkpoint, data, samples, seq_len, tell)
         warn_of_overlap(checkpoint, ids, tell)
@@ -360,6 +365,12 @@ def opened(source: Source) -> Iterator[Checkpoint]:
         return
     with open_checkpoint(os.fspath(source)) as checkpoint:
         yield checkpoint
+
+
+def check(checkpoint: Checkpoint, tell: OnEvent) -> None:
+    """Hold ``checkpoint`` to what its architecture promises, before any work."""
+    for text in source_check.check(checkpoint):
+        note_to(tell, text, is_warning=True)
 
 
 def named(data: Text) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -59,22 +59,28 @@ class NameMap:
     """Which disk tensors make which of the model's tensors.
 
     ``of``: model name → its source; ``disk``: model name → disk name where one is a plain copy of the other; ``unused``: disk tensors
-    that the model does not use (rotary tables of old files, prediction heads).
+    that the model does not use (rotary tables of old files, prediction heads); ``missing``: the model's tensors that nothing on disk makes.
+    Raises :class:`CheckpointError` for these and for shapes that differ, unless told not to be ``strict``.
     """
 
     of: dict[str, Source]
     disk: dict[str, str]
     unused: tuple[str, ...]
+    missing: tuple[str, ...]
 
-    def __init__(self, model: Any, specs: Mapping[str, TensorSpec], where: str, joints: Mapping[str, Joint]) -> None:
+    def __init__(
+        self, model: Any, specs: Mapping[str, TensorSpec], where: str, joints: Mapping[str, Joint], *, strict: bool = True
+    ) -> None:
         self._expected = model.state_dict()
         self._model = model
         self._where = where
         sources, self.unused = self._sort(specs, joints)
-        self.of = {name: source for source in sources for name in self._targets(source)}
+        self.of = {name: source for source in sources for name in self.targets(source)}
         self._alias_tied()
         self.disk = {name: source.disk[0] for name, source in self.of.items() if source.is_copy}
-        self._check(specs)
+        self.missing = self._missing()
+        if strict:
+            self._check(specs)
 
     def _sort(self, disk_names: Iterable[str], joints: Mapping[str, Joint]) -> tuple[list[Source], tuple[str, ...]]:
         """Put each disk tensor into the source it belongs to; ``joints``: of those that transformers has no conversion for."""
@@ -105,7 +111,8 @@ class NameMap:
             source.patterns.append(pattern or name)
         return list(sources.values()), tuple(unused)
 
-    def _targets(self, source: Source) -> list[str]:
+    def targets(self, source: Source) -> list[str]:
+        """The model's names of what ``source`` makes."""
         if source.converter is None:
             return [source.target]
         first, *others = source.converter.target_patterns
@@ -123,17 +130,19 @@ class NameMap:
                 giver = source if source in self.of else present[0]
                 self.of |= {name: self.of[giver] for name in group if name not in self.of}
 
-    def _check(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Every tensor of the model has a source of its shape."""
-
-        # A buffer that files may lack has its value from the model's own code; a parameter has none but the file's.
+    def _missing(self) -> tuple[str, ...]:
+        """The tensors without a source, but for buffers that files may lack: those have their values from the model's own code."""
         buffers = {name for name, _ in self._model.named_buffers()}
         optional = [re.compile(p) for p in self._model._keys_to_ignore_on_load_missing or ()]
-        missing = [n for n in self._expected if n not in self.of and not (n in buffers and any(p.search(n) for p in optional))]
-        if missing:
+        lacking = (name for name in self._expected if name not in self.of)
+        return tuple(n for n in lacking if not (n in buffers and any(p.search(n) for p in optional)))
+
+    def _check(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Every tensor of the model has a source of its shape."""
+        if self.missing:
             raise CheckpointError(
-                f"{self._where}: {type(self._model).__name__} expects {_listed(missing)} "
-                f"(shape {list(self._expected[missing[0]].shape)}), which the checkpoint lacks; its download may be incomplete"
+                f"{self._where}: {type(self._model).__name__} expects {_listed(self.missing)} "
+                f"(shape {list(self._expected[self.missing[0]].shape)}), which the checkpoint lacks"
             )
         for name, disk in self.disk.items():
             expected, got = list(self._expected[name].shape), list(specs[disk].shape)
@@ -141,6 +150,6 @@ class NameMap:
                 raise CheckpointError(f"{self._where}: {disk} has shape {got}, config.json asks for {expected}")
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -140,8 +140,9 @@ class Writer:
             path.write_bytes(content)
         self._sidecars[name] = (len(content), zlib.crc32(content))
 
-    def commit(self) -> None:
-        """Flush, read back, compare, and move everything to ``target``.
+    def commit(self, check: Callable[[Path], None] | None = None) -> None:
+        """Flush, read back, compare, and move everything to ``target``. ``check``: called before that with where the finished output lies:
+        the folder, or the first file; what it raises leaves nothing.
 
         Raises ValueError when a declared tensor was never put, :class:`CheckpointError` when the bytes read back differ from those that
         were written. Nothing has the final name in either case.
@@ -153,6 +154,8 @@ class Writer:
         with disk.wording_errors(self.target):
             self._flush()
             self._verify()
+            if check is not None:
+                check(self.part if self.folder else self._path(self.target.name))
             if self._beside:
                 self._move_beside()
             else:
