@@ -179,8 +179,8 @@ def quantize(
     made: Plan | None = None
     finished: Finished | None = None
     with opened(source) as checkpoint:
-        check(checkpoint, tell)
         chosen = recipe if isinstance(recipe, Recipe) else recipe(checkpoint) if callable(recipe) else recipes.load(recipe)
+        check(checkpoint, tell, takes_config=chosen.is_calibrated or not formats.of(chosen.format).has_own_names)
         if data is not None and is_text(data):
             chosen, data = selection.with_text(chosen, datasets=named(data)), None
         target = selection.default_output(checkpoint, chosen) if output is None else Path(output)
@@ -367,9 +367,9 @@ def opened(source: Source) -> Iterator[Checkpoint]:
         yield checkpoint
 
 
-def check(checkpoint: Checkpoint, tell: OnEvent) -> None:
+def check(checkpoint: Checkpoint, tell: OnEvent, *, takes_config: bool = True) -> None:
     """Hold ``checkpoint`` to what its architecture promises, before any work."""
-    for text in source_check.check(checkpoint):
+    for text in source_check.check(checkpoint, takes_config=takes_config):
         note_to(tell, text, is_warning=True)
 
 

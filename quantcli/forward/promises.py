@@ -84,11 +84,18 @@ def _built(checkpoint: Checkpoint) -> Any:
         raise UnsupportedError(f"{where}: {names} is defined by code that comes with the model, which is never run")
     try:
         with _no_initial_values():
-            return build(config, torch.float32, where)
+            return build(_without_padding(config), torch.float32, where)
     except CheckpointError as error:
         if isinstance(error.__cause__, ImportError | NotImplementedError):  # a package is not installed: nothing is wrong with the model
             raise UnsupportedError(str(error)) from error
         raise
+
+
+def _without_padding(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without a padding token: torch makes no embedding where that is beyond its rows, and no tensor depends on it."""
+    text = config.get("text_config")
+    nested = {"text_config": {**text, "pad_token_id": None}} if isinstance(text, dict) else {}
+    return {**config, **nested, "pad_token_id": None}
 
 
 def _no_initial_values() -> AbstractContextManager[None]:

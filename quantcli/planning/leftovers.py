@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 from quantcli.checkpoint.checkpoint import Checkpoint, adapter_of
 
-ADAPTER = re.compile(r"\.base_layer\.|\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|^base_model\.model\.|\.modules_to_save\.")
+ADAPTER = re.compile(r"\.base_layer\.|\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|\.modules_to_save\.")
+WRAPPED = re.compile(r"^base_model\.model\.")
+"""In the names of adapters, and of a model that peft's wrapper was saved with."""
 
 TOLD: Mapping[str, str] = {
     r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$": (
@@ -33,7 +35,9 @@ TOLD: Mapping[str, str] = {
 
 def told_by(checkpoint: Checkpoint, names: list[str]) -> str | None:
     """What ``names``, tensors of ``checkpoint`` that its model has no use for, tell of how it was saved; None where nothing."""
-    if (adapter := next((name for name in names if ADAPTER.search(name)), None)) is not None:
+    adapters = [name for pattern in (ADAPTER, WRAPPED) for name in names if pattern.search(name)]
+    if adapters:
+        adapter = adapters[0]
         base = adapter_of(checkpoint.path)
         of = f" for {base}" if base else ""
         return (

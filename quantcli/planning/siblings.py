@@ -9,7 +9,7 @@ from typing import Any
 
 from quantcli.tensors import TensorSpec
 
-IN_LAYER = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|h|blocks|block|layer))\.(?P<number>\d+)\.(?P<rest>.+)")
+IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers|h|blocks|block|layer))\.(?P<number>\d+)\.(?P<rest>.+)")
 """A tensor of a layer: ``model.layers.3.mlp.up_proj.weight``, ``transformer.h.3.…``."""
 
 Layers = dict[int, dict[str, TensorSpec]]

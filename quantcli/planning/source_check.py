@@ -35,18 +35,21 @@ EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with a source, in a sentence; ``is_error``: so that no work may begin."""
+    """What is wrong with a source, in a sentence; ``is_error``: so that no work may begin; ``is_of_config``: it is, unless the output is a
+    GGUF file, which has no config.json."""
 
     text: str
     is_error: bool = True
+    is_of_config: bool = False
 
 
-def check(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Warnings about ``checkpoint``; :class:`CheckpointError` where it is not what its architecture promises."""
+def check(checkpoint: Checkpoint, *, takes_config: bool = True) -> tuple[str, ...]:
+    """Warnings about ``checkpoint``; :class:`CheckpointError` where it is not what its architecture promises. ``takes_config``: the model is
+    run, or handed on with its config.json."""
     found = look(checkpoint)
-    errors = [finding.text for finding in found if finding.is_error]
+    errors = [finding.text for finding in found if finding.is_error and (takes_config or not finding.is_of_config)]
     if errors:
-        more = f" ({len(errors) - 1} more faults: quantcli inspect lists them)" if errors[1:] else ""
+        more = f"; quantcli inspect lists {len(errors) - 1} more" if errors[1:] else ""
         raise CheckpointError(f"{checkpoint.source}: {errors[0]}{more}")
     return tuple(finding.text for finding in found)
 
@@ -89,6 +92,7 @@ def look(checkpoint: Checkpoint, *, is_read_back: bool = False) -> list[Finding]
     if found:
         return found  # what they say of names and shapes follows from that
     found += _vocabulary(checkpoint, promised.embedding, promised.misshapen, config, is_read_back=is_read_back)
+    found += _padding(promised.embedding, checkpoint, config)
     found += _missing(checkpoint, promised, config)
     found += _shapes(promised)
     return found + list(_surplus(checkpoint, promised, config))
@@ -148,7 +152,8 @@ def _missing(checkpoint: Checkpoint, promised: Promise, config: Mapping[str, Any
 
 def _shapes(promised: Promise) -> Iterator[Finding]:
     """Tensors of other shapes than the config gives them."""
-    misshapen = {name: shapes for name, shapes in promised.misshapen.items() if name != promised.embedding}
+    rows = promised.misshapen.get(promised.embedding or "")  # which the output embedding has, too
+    misshapen = {name: shapes for name, shapes in promised.misshapen.items() if name != promised.embedding and shapes != rows}
     if not misshapen:
         return
     name, (got, wanted) = next(iter(misshapen.items()))
@@ -161,10 +166,9 @@ def _surplus(checkpoint: Checkpoint, promised: Promise, config: Mapping[str, Any
     """Tensors that the model has no use for: layers beyond the config's, parts that it denies, and what transformers would leave out."""
     surplus = [name for name in promised.surplus if not HARMLESS.search(name)]
     if beyond := layers_beyond(checkpoint, surplus, config):
-        n = config.get("num_hidden_layers")
         yield Finding(
-            f"{listed(beyond)} belongs to layer {siblings.IN_LAYER.sub(r'\g<number>', beyond[0])}, and config.json says num_hidden_layers "
-            f"{n}: raise it where the layers belong to the model, or remove their tensors"
+            f"{listed(beyond)}: of a layer after the {config.get('num_hidden_layers')} that config.json tells of (num_hidden_layers): raise "
+            "that where the layers belong to the model, or remove their tensors"
         )
         return
     arch = archs.of(checkpoint.config)
@@ -236,6 +240,17 @@ def _vocabulary(
         yield Finding(
             f"{len(beyond)} special tokens of the tokenizer are beyond the {n_rows} rows of {embedding} and cannot be used: {texts}",
             is_error=False,
+        )
+
+
+def _padding(embedding: str | None, checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """A padding token without a row, with which transformers does not even build the model."""
+    pad, n_rows = config.get("pad_token_id"), 0 if embedding is None else checkpoint.specs[embedding].shape[0]
+    if n_rows and isinstance(pad, int) and not -n_rows <= pad < n_rows:
+        yield Finding(
+            f"config.json's pad_token_id {pad} is beyond the {n_rows} rows of {embedding}, and transformers loads no such model: set it to "
+            "null, or to a token that has a row",
+            is_of_config=True,
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.planning.schemes import listed
 from quantcli.text import overlap
 from quantcli.walk import evaluate as evaluation
 from quantcli.walk.events import Note, Planned
@@ -31,9 +32,13 @@ def announce(checkpoint: Checkpoint, event: Planned, tell: OnEvent) -> None:
         tell(Note(text, is_warning=True))
     for note in (*checkpoint.notes, *event.notes):
         tell(Note(note))
+    dropped: dict[str, list[str]] = {}
     for tensor in event.plan.tensors:
         if not tensor.outputs:
-            tell(Note(f"{tensor.name}: dropped: {event.plan.why_dropped(tensor)}", is_warning=True))
+            dropped.setdefault(event.plan.why_dropped(tensor), []).append(tensor.name)
+    for reason, names in dropped.items():
+        count = f" ({len(names)} tensors)" if len(names) > 1 else ""
+        tell(Note(f"{listed(names)}: dropped{count}: {reason}", is_warning=True))
 
 
 def tell_activations(checkpoint: Checkpoint, simulated: bool, tell: OnEvent) -> None:

@@ -74,6 +74,10 @@ def document_of(row: Any, where: str) -> Document:
             return Conversation(pair, where)
     if any(row.get(name) is not None for name in FIELDS):
         return ""  # as the empty lines of wikitext
+    if nulls := [name for name in FIELDS if name in row]:
+        raise CheckpointError(
+            f"{where}: {' and '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null, so the record has no text; remove it"
+        )
     raise CheckpointError(f"{where}: no text; its fields are {', '.join(map(str, row)) or 'none'}, expected {EXPECTED}")
 
 
