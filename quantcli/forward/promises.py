@@ -21,6 +21,9 @@ from quantcli.tensors import TensorSpec
 
 Shape = tuple[int, ...]
 
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The number of a layer, or of an expert, in a tensor's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Promise:
@@ -139,14 +142,11 @@ def _is_left_alone(name: str, model: Any) -> bool:
 
 def _on_disk(name: str, names: NameMap) -> str:
     """What the model's tensor ``name``, which is not on disk, would be called there: as another layer's is."""
-    alike = re.escape(name)
-    alike = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", alike)
+    alike = re.compile(r"\d+".join(re.escape(part) for part in NUMBER.split(name)))
     for other, disk in names.disk.items():
-        if re.fullmatch(alike, other):
-            numbers, old = re.findall(r"(?<=\.)\d+(?=\.)", name), re.findall(r"(?<=\.)\d+(?=\.)", other)
-            if re.findall(r"(?<=\.)\d+(?=\.)", disk) == old:
-                given = iter(numbers)
-                return re.sub(r"(?<=\.)\d+(?=\.)", lambda _: next(given), disk)
+        if alike.fullmatch(other) and NUMBER.findall(other) == NUMBER.findall(disk):
+            between, numbers = NUMBER.split(disk), NUMBER.findall(name)
+            return "".join(part + number for part, number in zip(between, [*numbers, ""], strict=True))
     return name
 
 

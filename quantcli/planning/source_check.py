@@ -35,8 +35,8 @@ EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with a source, in a sentence; ``is_error``: so that no work may begin; ``is_of_config``: it is, unless the output is a
-    GGUF file, which has no config.json."""
+    """What is wrong with a source, in a sentence; ``is_error``: so that no work may begin; ``is_of_config``: unless the output is a GGUF
+    file, which has no config.json."""
 
     text: str
     is_error: bool = True
@@ -167,8 +167,8 @@ def _surplus(checkpoint: Checkpoint, promised: Promise, config: Mapping[str, Any
     surplus = [name for name in promised.surplus if not HARMLESS.search(name)]
     if beyond := layers_beyond(checkpoint, surplus, config):
         yield Finding(
-            f"{listed(beyond)}: of a layer after the {config.get('num_hidden_layers')} that config.json tells of (num_hidden_layers): raise "
-            "that where the layers belong to the model, or remove their tensors"
+            f"{listed(beyond)}: of a layer after the {config.get('num_hidden_layers')} that config.json tells of (num_hidden_layers): "
+            "raise that where the layers belong to the model, or remove their tensors"
         )
         return
     arch = archs.of(checkpoint.config)
@@ -231,9 +231,10 @@ def _vocabulary(
     beyond = tokens.beyond(n_rows)
     ordinary = [id for id in beyond if id in tokens.ordinary]
     if ordinary:
+        first = ordinary[0]
         yield Finding(
-            f"the tokenizer's {tokens.texts[ordinary[0]]!r} has id {ordinary[0]}, of {tokens.size} tokens, and {embedding} has {n_rows} rows "
-            f"(vocab_size {n_said}): resize the embedding (resize_token_embeddings) or take the tokenizer that the model was trained with"
+            f"the tokenizer's {tokens.texts[first]!r} has id {first}, of {tokens.size} tokens, and {embedding} has {n_rows} rows "
+            f"(vocab_size {n_said}): resize it with resize_token_embeddings, or take the tokenizer that the model was trained with"
         )
     elif beyond:
         texts = ", ".join(tokens.texts[id] for id in beyond[:5])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypeIs
+
 from quantcli.checkpoint.json_files import read_json
 from quantcli.formats.gguf.tokens.spm import read_sentencepiece
 
@@ -70,5 +72,5 @@ def _object(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_id(id: object) -> bool:
+def _is_id(id: object) -> TypeIs[int]:
     return isinstance(id, int) and not isinstance(id, bool) and id >= 0
