@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ def promise(checkpoint: Checkpoint, joints: Mapping[str, Joint]) -> Promise:
         if lacking := _lacking_experts(source, names, specs, expected):
             parts |= lacking
         elif (found := made.shapes(source)) is not None:
-            misshapen[source.disk[0] if source.disk else source.target] = found
+            misshapen |= _odd_expert(source, specs) or {source.disk[0] if source.disk else source.target: found}
     copies = ((disk, specs[disk].shape, tuple(expected[name].shape)) for name, disk in names.disk.items())
     misshapen |= {disk: (got, wanted) for disk, got, wanted in copies if got != wanted}
     embedding = _embedding(model)
@@ -164,6 +165,20 @@ def _lacking_experts(source: Source, names: NameMap, specs: Mapping[str, TensorS
     stack = known[0].stack
     wanted = (f"{stack}.{number}.{linear}" for number in range(n) for linear in shapes)
     return {name: shapes[expert.linear] for name in wanted if name not in specs and (expert := expert_of(name)) is not None}
+
+
+def _odd_expert(source: Source, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Shape, Shape]]:
+    """The first tensor of an expert of ``source`` that has another shape than those of most experts → its shape, and theirs."""
+    names = source.disk if source.joint is None else source.joint.names
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        if (expert := expert_of(name)) is not None:
+            kinds.setdefault(expert.linear, []).append(name)
+    for alike in kinds.values():
+        usual, _ = Counter(specs[name].shape for name in alike).most_common(1)[0]
+        if odd := next((name for name in alike if specs[name].shape != usual), None):
+            return {odd: (specs[odd].shape, usual)}
+    return {}
 
 
 class _Made:

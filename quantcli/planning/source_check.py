@@ -44,8 +44,10 @@ class Finding:
 
 
 def check(checkpoint: Checkpoint, *, takes_config: bool = True) -> tuple[str, ...]:
-    """Warnings about ``checkpoint``; :class:`CheckpointError` where it is not what its architecture promises. ``takes_config``: the model is
-    run, or handed on with its config.json."""
+    """Warnings about ``checkpoint``; :class:`CheckpointError` where it is not what its architecture promises.
+
+    ``takes_config``: the model is run, or handed on with its config.json.
+    """
     found = look(checkpoint)
     errors = [finding.text for finding in found if finding.is_error and (takes_config or not finding.is_of_config)]
     if errors:
@@ -164,7 +166,7 @@ def _shapes(promised: Promise) -> Iterator[Finding]:
 
 def _surplus(checkpoint: Checkpoint, promised: Promise, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Tensors that the model has no use for: layers beyond the config's, parts that it denies, and what transformers would leave out."""
-    surplus = [name for name in promised.surplus if not HARMLESS.search(name)]
+    surplus = [name for name in promised.surplus if not HARMLESS.search(name) and not _predicts(name, config)]
     if beyond := layers_beyond(checkpoint, surplus, config):
         yield Finding(
             f"{listed(beyond)}: of a layer after the {config.get('num_hidden_layers')} that config.json tells of (num_hidden_layers): "
@@ -178,25 +180,21 @@ def _surplus(checkpoint: Checkpoint, promised: Promise, config: Mapping[str, Any
             "correct config.json, or remove the tensors"
         )
         return
-    if rest := [name for name in surplus if not OTHER_PARTS.search(name) and not _predicts(name, checkpoint, config)]:
+    if rest := [name for name in surplus if not OTHER_PARTS.search(name)]:
         yield Finding(f"{listed(rest)}: no tensor of {promised.model}; transformers does not use it", is_error=False)
 
 
 def layers_beyond(checkpoint: Checkpoint, surplus: Sequence[str], config: Mapping[str, Any]) -> list[str]:
-    """Those of ``surplus`` in decoder layers after the last one that config.json tells of, but for layers that predict further tokens."""
+    """Those of ``surplus`` in decoder layers after the last one that config.json tells of."""
     n = config.get("num_hidden_layers")
     if not isinstance(n, int):
         return []
-    inner, other = {stack for stack, layers in siblings.layers_of(checkpoint.specs).items() if len(layers) >= n}, set(surplus)
-    found = []
-    for name in other:
-        match = siblings.IN_LAYER.match(name)
-        if match and match["stack"] in inner and int(match["number"]) >= n and not _predicts(name, checkpoint, config):
-            found.append(name)
-    return sorted(found)
+    inner = {stack for stack, layers in siblings.layers_of(checkpoint.specs).items() if len(layers) >= n}
+    matches = (siblings.IN_LAYER.match(name) for name in surplus)
+    return sorted(match[0] for match in matches if match and match["stack"] in inner and int(match["number"]) >= n)
 
 
-def _predicts(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+def _predicts(name: str, config: Mapping[str, Any]) -> bool:
     """Whether the tensor belongs to a layer after the others that predicts further tokens, as config.json counts them."""
     n, n_further, match = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers"), siblings.IN_LAYER.match(name)
     if match is None or not isinstance(n, int) or not isinstance(n_further, int):

@@ -26,8 +26,11 @@ from support.tiny_models import TinyLlama
 
 FAMILIES = ("llama", "qwen2", "mixtral", "qwen3_moe, fused", "gemma2", "phi3", "gpt2", "falcon 7b", "gpt-oss", "deepseek v3", "stablelm")
 
+UNLIKE = ("llama", "mixtral", "gpt2", "deepseek v3")
+"""Those of them that differ most in how tensors are named and put together."""
+
 VERBS: Mapping[str, Callable[[Path, Path], object]] = {
-    "quantize data-free": lambda folder, out: qc.quantize(folder, out, "int8-w8a8-dynamic", device="cpu"),
+    "quantize data-free": lambda folder, out: qc.quantize(folder, out, "nf4", device="cpu"),
     "quantize calibrated": lambda folder, out: qc.quantize(folder, out, "gptq-int4", data=str(out.parent / "no-such.txt"), device="cpu"),
     "export GGUF": lambda folder, out: qc.export(folder, out, "F16", device="cpu"),
     "calibrate": lambda folder, out: qc.calibrate(folder, out, device="cpu"),
@@ -105,10 +108,12 @@ def test_nothing_is_said_of_a_sound_folder(family: Callable[[str], Path], name: 
         assert source_check.look(source) == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("how", [gone, reshaped, emptied, retyped])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [*((gone, name) for name in FAMILIES), *((how, name) for how in (reshaped, emptied, retyped) for name in UNLIKE)],
+)
 def test_a_broken_tensor_of_any_family_is_named_by_every_verb(
-    family: Callable[[str], Path], name: str, how: Callable[[str, Tensors], None], tmp_path: Path
+    family: Callable[[str], Path], how: Callable[[str, Tensors], None], name: str, tmp_path: Path
 ) -> None:
     verbs = list(VERBS)
     for k, tensor in enumerate(names_to_break(family(name))):
@@ -127,7 +132,7 @@ def test_a_config_that_contradicts_the_tensors_is_an_error(family: Callable[[str
     refused(broken(family(name), tmp_path / "a", **{layers: config[layers] + 1}), tmp_path, "export GGUF", "layer 2|layers")
     refused(broken(family(name), tmp_path / "b", **{layers: config[layers] - 1}), tmp_path, "quantize data-free", r"layers|h\.1\.")
     refused(broken(family(name), tmp_path / "c", **{vocab: config[vocab] + 8}), tmp_path, "export GGUF", "384 rows.*vocab_size 392")
-    refused(broken(family(name), tmp_path / "d", **{heads: 7}), tmp_path, "quantize data-free", "")
+    refused(broken(family(name), tmp_path / "d", **{heads: 7}), tmp_path, "quantize data-free", "config.json")
 
 
 def test_the_first_of_several_faults_counts_the_others_and_inspect_lists_all(tiny_llama: TinyLlama, tmp_path: Path) -> None:
@@ -318,7 +323,7 @@ def test_an_output_that_cannot_be_read_back_has_no_name(tiny_llama: TinyLlama, t
         return [source_check.Finding(f"{len(checkpoint.specs)} tensors")] if is_read_back else []
 
     monkeypatch.setattr(source_check, "look", look)
-    for name, recipe in (("out", "int8-w8a8-dynamic"), ("out.gguf", "q8_0")):
+    for name, recipe in (("out", "nf4"), ("out.gguf", "q8_0")):
         with pytest.raises(CheckpointError, match=r"refused when it is read back: 21 tensors; nothing is written"):
             qc.quantize(tiny_llama(), tmp_path / name, recipe, device="cpu")
     assert looked == [False, True] * 2
