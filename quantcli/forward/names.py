@@ -117,6 +117,8 @@ class NameMap:
             return [source.target]
         first, *others = source.converter.target_patterns
         globs = [source.target, *(source.target.replace(first, other) for other in others)]
+        if not any(set(glob) & set("*?[") for glob in globs):
+            return [name for name in dict.fromkeys(globs) if name in self._expected]
         return [name for name in self._expected if any(name == glob or fnmatch(name, glob) for glob in globs)]
 
     def _alias_tied(self) -> None:

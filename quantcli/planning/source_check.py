@@ -166,7 +166,8 @@ def _shapes(promised: Promise) -> Iterator[Finding]:
 
 def _surplus(checkpoint: Checkpoint, promised: Promise, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Tensors that the model has no use for: layers beyond the config's, parts that it denies, and what transformers would leave out."""
-    surplus = [name for name in promised.surplus if not HARMLESS.search(name) and not _predicts(name, config)]
+    predicting = _predicting(checkpoint, config)
+    surplus = [name for name in promised.surplus if not HARMLESS.search(name) and not name.startswith(predicting)]
     if beyond := layers_beyond(checkpoint, surplus, config):
         yield Finding(
             f"{listed(beyond)}: of a layer after the {config.get('num_hidden_layers')} that config.json tells of (num_hidden_layers): "
@@ -194,12 +195,14 @@ def layers_beyond(checkpoint: Checkpoint, surplus: Sequence[str], config: Mappin
     return sorted(match[0] for match in matches if match and match["stack"] in inner and int(match["number"]) >= n)
 
 
-def _predicts(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the tensor belongs to a layer after the others that predicts further tokens, as config.json counts them."""
-    n, n_further, match = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers"), siblings.IN_LAYER.match(name)
-    if match is None or not isinstance(n, int) or not isinstance(n_further, int):
-        return False
-    return n <= int(match["number"]) < n + n_further
+def _predicting(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Beginnings of the names of layers after the others that predict further tokens: as many as config.json counts, each with the
+    projection of a hidden state and an embedding that makes it one."""
+    n, n_further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if not isinstance(n, int) or not isinstance(n_further, int):
+        return ()
+    matches = (siblings.IN_LAYER.match(name) for name in checkpoint.specs if name.endswith(".eh_proj.weight"))
+    return tuple(f"{m['stack']}.{m['number']}." for m in matches if m and n <= int(m["number"]) < n + n_further)
 
 
 def _vocabulary(
