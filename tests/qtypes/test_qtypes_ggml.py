@@ -182,3 +182,13 @@ def test_a_value_beyond_float16_is_an_error_that_names_it() -> None:
 def test_a_dense_type_has_no_grid() -> None:
     with pytest.raises(UnsupportedError, match="BF16 stores values, not codes"):
         qtypes.of("bf16").fit(torch.zeros(2, 2), Scheme.parse("bf16"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["q8_0", "q4_k", "q4_0", "iq4_nl"])
+def test_weights_that_are_no_numbers_are_called_so_and_not_too_large(name: str, value: float, W: Tensor) -> None:
+    W[3, 7] = value
+    with pytest.raises(NumericsError, match="NaN or Inf") as caught:
+        out = qtypes.of(name).encode(W, Scheme.parse(name))
+        assert torch.isfinite(qtypes.of(name).unpack(out)).all()
+    assert "F32" not in str(caught.value)

@@ -271,3 +271,9 @@ def test_a_file_that_cannot_be_used_is_an_error(tmp_path: Path, file: str, conte
         (tmp_path / file.split("=")[0]).write_bytes(content)
     with pytest.raises((CheckpointError, RecipeError), match=words):
         Dataset.open(f"{tmp_path}/{file}")
+
+
+def test_a_record_whose_text_is_null_is_named_by_file_line_and_cause(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl:2: text is null, so the record has no text; remove it"):
+        files.open_lines(tmp_path / "rows.jsonl")
