@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from quantcli import heap, ops
+from quantcli import formats, heap, ops
 from quantcli import recipe as recipes
 from quantcli.calibration import calibrate as calibration
 from quantcli.calibration.calibrate import LayerMeasured
@@ -26,7 +26,7 @@ from quantcli.formats import open_checkpoint
 from quantcli.formats.gguf.imatrix.imatrix import Imatrix as ImportanceMatrix
 from quantcli.formats.gguf.model.naming import architecture
 from quantcli.forward import tokenizer
-from quantcli.planning import inspection, selection
+from quantcli.planning import inspection, selection, source_check
 from quantcli.planning.plan import Plan
 from quantcli.recipe import Recipe
 from quantcli.statistics.stats_file import StatsFile
@@ -38,7 +38,7 @@ from quantcli.walk import pipeline
 from quantcli.walk.encoder import LOST
 from quantcli.walk.evaluate import LayerWalked, Scores
 from quantcli.walk.events import Finished, LayerDone, Note, Planned
-from quantcli.walk.inputs import Source, Text, eval_windows, is_text, learn, named, opened
+from quantcli.walk.inputs import Source, Text, check, eval_windows, is_text, learn, named, opened
 from quantcli.walk.notices import (
     OnEvent,
     Witness,
@@ -168,6 +168,7 @@ def inspect(
     """What ``source`` holds, by the JSON keys of ``quantcli inspect``; ``tensors``, ``memory`` and ``stats`` add theirs."""
     with opened(source) as checkpoint:
         data = inspection.describe(checkpoint)
+        data["notes"] += [finding.text for finding in source_check.look(checkpoint)]
         if tensors:
             data["tensors"] = inspection.list_tensors(checkpoint)
         if memory:
@@ -215,6 +216,7 @@ def quantize(
     finished: Finished | None = None
     with opened(source) as checkpoint:
         chosen = recipe if isinstance(recipe, Recipe) else recipe(checkpoint) if callable(recipe) else recipes.load(recipe)
+        check(checkpoint, tell, takes_config=chosen.is_calibrated or not formats.of(chosen.format).has_own_names)
         if data is not None and is_text(data):
             chosen, data = selection.with_text(chosen, datasets=named(data)), None
         target = selection.default_output(checkpoint, chosen) if output is None else Path(output)
@@ -316,6 +318,7 @@ def calibrate(
     check_statistics_target(target, matrix, overwrite=overwrite)
     n_taps, known = 0, None
     with opened(source) as checkpoint:
+        check(checkpoint, tell)
         seq_len = windows_within(checkpoint, seq_len, tell)
         tell_head(checkpoint, tell)
         if matrix is not None:
@@ -372,6 +375,7 @@ def evaluate(
         checkpoint = stack.enter_context(opened(source))
         original = None if baseline is None else stack.enter_context(opened(baseline))
         for model in (checkpoint, *([original] if original is not None else [])):
+            check(model, tell)
             tell_head(model, tell)
         tell_activations(checkpoint, activations, tell)
         ids = eval_windows(original or checkpoint, data, samples, seq_len, tell)

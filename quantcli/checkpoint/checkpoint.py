@@ -193,18 +193,41 @@ def check_file(path: Path) -> None:
 def check_folder(path: Path) -> None:
     """Refuse a folder whose only weights are pickles, or GGUF files, of which one must be named."""
     files = sorted(f.name for f in path.iterdir() if f.is_file())
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in files):
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) and not name.startswith("adapter_") for name in files):
         return
+    check_no_adapter(path)
     if pickles := [name for name in files if name.endswith((*PICKLE_SUFFIXES, ".bin.index.json")) and name != "training_args.bin"]:
         raise CheckpointError(f"{path / pickles[0]}: {NO_PICKLE}")
     if ggufs := [name for name in files if name.endswith(".gguf")]:
         raise CheckpointError(f"{path}: holds {len(ggufs)} .gguf files; name one of them: {path / ggufs[0]}")
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuse a folder that holds an adapter (LoRA) and no model of its own."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = adapter_of(folder) or "the model that it was trained on"
+        raise CheckpointError(
+            f"{folder}: an adapter (LoRA), not a model: its base is {base}; merge it first (peft: "
+            f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(FOLDER))"
+        )
+
+
+def adapter_of(folder: Path) -> str | None:
+    """The model that the adapter in ``folder`` belongs to, as it says itself; None where there is none, or it does not say."""
+    path = folder / ADAPTER_CONFIG
+    words = read_json(path, unique=False) if path.is_file() else None
+    base = words.get("base_model_name_or_path") if isinstance(words, dict) else None
+    return base if isinstance(base, str) and base else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of ``folder``."""
     path = folder / "config.json"
     if not path.is_file():
+        check_no_adapter(folder)
         raise CheckpointError(f"{path}: missing; a Hugging Face model folder has one (is this the right folder, the download complete?)")
     # Duplicate keys in a config are harmless: every other reader takes the last one.
     config = read_json(path, unique=False)
@@ -218,5 +241,16 @@ def unread(path: Path, config: dict[str, Any] | None, formats: Sequence[str]) ->
     if config is None:
         return CheckpointError(f"{path}: no model file that quantcli reads (a folder, or a .gguf file)")
     quant_config = config.get("quantization_config")
+    if (
+        path.is_dir()
+        and isinstance(quant_config, dict)
+        and {"group_size", "bits"} <= quant_config.keys()
+        and "quant_method" not in quant_config
+    ):
+        coded = next((name for name in open_folder(path).locations if name.endswith(".scales")), "its weights")
+        return UnsupportedError(
+            f"{path}: {coded}: quantized by MLX, whose codes quantcli does not read; fuse or convert the model with --de-quantize "
+            "(mlx_lm.fuse, mlx_lm.convert)"
+        )
     method = quant_config.get("quant_method") if isinstance(quant_config, dict) else quant_config
     return UnsupportedError(f"{path}: is quantized by {shown(method)}; quantcli reads {', '.join(formats)}")

@@ -90,6 +90,7 @@ def open_folder(folder: Path) -> Shards:
 def find_weights(folder: Path) -> tuple[Path | None, Path | None]:
     """(the single file, None) or (None, the index) of ``folder``, in the order transformers looks for them."""
     if (folder / "model.safetensors").is_file():
+        check_one_save(folder)
         return folder / "model.safetensors", None
     if (folder / INDEX).is_file():
         return None, folder / INDEX
@@ -102,6 +103,18 @@ def find_weights(folder: Path) -> tuple[Path | None, Path | None]:
     if files:
         raise CheckpointError(f"{folder}: {len(files)} .safetensors files and no {INDEX} that says which of them make the model")
     raise CheckpointError(f"{folder}: no weights: neither model.safetensors nor {INDEX} (pickles such as pytorch_model.bin are not read)")
+
+
+def check_one_save(folder: Path) -> None:
+    """Raise :class:`CheckpointError` where the shards of an index lie beside model.safetensors: the weights of two saves."""
+    if not (folder / INDEX).is_file():
+        return
+    others = sorted(set(read_index(folder / INDEX).values()) - {"model.safetensors"})
+    if others and all((folder / file).is_file() for file in others):
+        raise CheckpointError(
+            f"{folder}: holds two saves of weights, model.safetensors and the {len(others)} files of {INDEX} (the first is {others[0]}); "
+            "remove the one that is not meant"
+        )
 
 
 def read_index(path: Path) -> dict[str, str]:

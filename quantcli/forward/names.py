@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -61,7 +61,8 @@ class NameMap:
     ``of``: model name → its source; ``disk``: model name → disk name where one is a plain copy of the other; ``unused``: disk tensors
     that the model does not use (rotary tables of old files, prediction heads); ``has_head``: whether there are weights beyond the base
     model, where the model has such. A folder of the base model alone has none, whatever class its config names. ``absent``: poolers that
-    the checkpoint lacks; they come after the layers, and nothing here reads what they make.
+    the checkpoint lacks; they come after the layers, and nothing here reads what they make. ``missing``: the model's other tensors that
+    nothing on disk makes. Raises :class:`CheckpointError` for these and for shapes that differ, unless told not to be ``strict``.
     """
 
     of: dict[str, Source]
@@ -69,17 +70,24 @@ class NameMap:
     unused: tuple[str, ...]
     has_head: bool
     absent: tuple[str, ...]
+    missing: tuple[str, ...]
 
-    def __init__(self, model: Any, specs: Mapping[str, TensorSpec], where: str, joints: Mapping[str, Joint]) -> None:
+    def __init__(
+        self, model: Any, specs: Mapping[str, TensorSpec], where: str, joints: Mapping[str, Joint], *, strict: bool = True
+    ) -> None:
         self._expected = model.state_dict()
         self._model = model
         self._where = where
         sources, self.unused = self._sort(specs, joints)
-        self.of = {name: source for source in sources for name in self._targets(source)}
+        self.of = {name: source for source in sources for name in self.targets(source)}
         self._alias_tied()
         self.disk = {name: source.disk[0] for name, source in self.of.items() if source.is_copy}
         self.has_head = not self._is_base_alone(specs)
-        self._check(specs)
+        lacking = self._lacking()
+        self.absent = tuple(name for name in lacking if "pooler" in name.split("."))
+        self.missing = tuple(name for name in lacking if name not in self.absent)
+        if strict:
+            self._check(specs)
 
     def _sort(self, disk_names: Iterable[str], joints: Mapping[str, Joint]) -> tuple[list[Source], tuple[str, ...]]:
         """Put each disk tensor into the source it belongs to; ``joints``: of those that transformers has no conversion for."""
@@ -110,11 +118,14 @@ class NameMap:
             source.patterns.append(pattern or name)
         return list(sources.values()), tuple(unused)
 
-    def _targets(self, source: Source) -> list[str]:
+    def targets(self, source: Source) -> list[str]:
+        """The model's names of what ``source`` makes."""
         if source.converter is None:
             return [source.target]
         first, *others = source.converter.target_patterns
         globs = [source.target, *(source.target.replace(first, other) for other in others)]
+        if not any(set(glob) & set("*?[") for glob in globs):
+            return [name for name in dict.fromkeys(globs) if name in self._expected]
         return [name for name in self._expected if any(name == glob or fnmatch(name, glob) for glob in globs)]
 
     def _alias_tied(self) -> None:
@@ -140,21 +151,21 @@ class NameMap:
         is_named = type(self._model).__name__ in (self._model.config.architectures or [])
         return not is_named or not any(name.startswith(prefix) for name in disk_names)
 
-    def _check(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Every tensor of the model has a source of its shape; of the base model, where that is all there is."""
-
-        # A buffer that files may lack has its value from the model's own code; a parameter has none but the file's.
+    def _lacking(self) -> list[str]:
+        """The tensors without a source, but for buffers that files may lack: those have their values from the model's own code."""
         buffers = {name for name, _ in self._model.named_buffers()}
         optional = [re.compile(p) for p in self._model._keys_to_ignore_on_load_missing or ()]
         prefix = "" if self.has_head else f"{self._model.base_model_prefix}."
-        expected_names = [name for name in self._expected if name.startswith(prefix)]
-        missing = [n for n in expected_names if n not in self.of and not (n in buffers and any(p.search(n) for p in optional))]
-        self.absent = tuple(name for name in missing if "pooler" in name.split("."))
-        if missing := [name for name in missing if name not in self.absent]:
+        lacking = (name for name in self._expected if name.startswith(prefix) and name not in self.of)
+        return [n for n in lacking if not (n in buffers and any(p.search(n) for p in optional))]
+
+    def _check(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Every tensor of the model has a source of its shape; of the base model, where that is all there is."""
+        if self.missing:
             raise CheckpointError(
-                f"{self._where}: {type(self._model).__name__} expects {_listed(missing)} "
-                f"(shape {list(self._expected[missing[0]].shape)}), which the checkpoint lacks: a file or a shard of it is missing, or "
-                "config.json is another model's"
+                f"{self._where}: {type(self._model).__name__} expects {_listed(self.missing)} "
+                f"(shape {list(self._expected[self.missing[0]].shape)}), which the checkpoint lacks: a file or a shard of it is missing, "
+                "or config.json is another model's"
             )
         for name, disk in self.disk.items():
             expected, got = list(self._expected[name].shape), list(specs[disk].shape)
@@ -162,6 +173,6 @@ class NameMap:
                 raise CheckpointError(f"{self._where}: {disk} has shape {got}, config.json asks for {expected}")
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -162,8 +162,9 @@ class Writer:
             path.write_bytes(content)
         self._sidecars[name] = (len(content), zlib.crc32(content))
 
-    def commit(self) -> None:
-        """Flush, read back, compare, and move everything to ``target``.
+    def commit(self, check: Callable[[Path], None] | None = None) -> None:
+        """Flush, read back, compare, and move everything to ``target``. ``check``: called before that with where the finished output lies:
+        the folder, or the first file; what it raises leaves nothing.
 
         Raises ValueError when a declared tensor was never put, :class:`CheckpointError` when the bytes read back differ from those that
         were written. Nothing has the final name in either case.
@@ -176,6 +177,8 @@ class Writer:
         with disk.wording_errors(self.target):
             self._flush()
             self._verify()
+            if check is not None:
+                check(self._path(self.target.name) if self._beside else self.work.output)
             self.work.journal.begin_commit(self.work.output / self.target.name if self._beside else self.work.output)
             self._move_beside() if self._beside else self._move()
             disk.fsync(self.target.parent)

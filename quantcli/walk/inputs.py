@@ -14,10 +14,11 @@ from quantcli.calibration.data import Data, Windows
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
+from quantcli.planning import source_check
 from quantcli.recipe import Recipe
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.text import texts
-from quantcli.walk.notices import Witness, note_to, windows_within
+from quantcli.walk.notices import OnEvent, Witness, note_to, windows_within
 
 Source = str | os.PathLike[str] | Checkpoint
 """A folder, a file, a Hub id ``org/name[@revision]``, or a checkpoint that is open already."""
@@ -34,6 +35,12 @@ def opened(source: Source) -> Iterator[Checkpoint]:
         return
     with open_checkpoint(os.fspath(source)) as checkpoint:
         yield checkpoint
+
+
+def check(checkpoint: Checkpoint, tell: OnEvent, *, takes_config: bool = True) -> None:
+    """Hold ``checkpoint`` to what its architecture promises, before any work."""
+    for text in source_check.check(checkpoint, takes_config=takes_config):
+        note_to(tell, text, is_warning=True)
 
 
 def named(data: Text) -> list[str]:

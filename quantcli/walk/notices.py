@@ -14,6 +14,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.experts import expert_of
 from quantcli.planning.arrange import notes_on_head
 from quantcli.planning.plan import Plan
+from quantcli.planning.schemes import listed
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.text import overlap
 from quantcli.text.documents import Rows
@@ -63,9 +64,13 @@ def announce(checkpoint: Checkpoint, event: Planned, tell: OnEvent) -> None:
         tell(Note(text, is_warning=True))
     for note in (*checkpoint.notes, *event.notes):
         tell(Note(note))
+    dropped: dict[str, list[str]] = {}
     for tensor in event.plan.tensors:
         if not tensor.outputs:
-            tell(Note(f"{tensor.name}: dropped: {event.plan.why_dropped(tensor)}", is_warning=True))
+            dropped.setdefault(event.plan.why_dropped(tensor), []).append(tensor.name)
+    for reason, names in dropped.items():
+        count = f" ({len(names)} tensors)" if len(names) > 1 else ""
+        tell(Note(f"{listed(names)}: dropped{count}: {reason}", is_warning=True))
     warn_of_coverage(event.plan, tell)
 
 

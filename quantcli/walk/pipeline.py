@@ -27,7 +27,7 @@ from quantcli.forward import Forward, HiddenStates, LoadedLayer
 from quantcli.forward.absorb import Absorbers
 from quantcli.output.journal import Run
 from quantcli.output.writer import Writer
-from quantcli.planning import kv_caches
+from quantcli.planning import kv_caches, source_check
 from quantcli.planning import plan as planning
 from quantcli.planning.arrange import arrange
 from quantcli.planning.plan import PlannedLayer, PlannedTensor
@@ -108,7 +108,7 @@ def quantize(
             told = {"dataset_sha256": None, **record, "coverage": plan.coverage, "rows": rows, "tensors": run.record()}
             told |= {"warnings": [warning]} if warning else {}
             writer.add_sidecar("quantcli.json", (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
-        writer.commit()
+        writer.commit(partial(source_check.check_output, recipe.format))
     exact = {report.name for report in run.reports if report.is_exact}
     lossless = all(tensor.name in exact or _is_exact(plan.source, tensor) for tensor in plan.tensors)
     yield Finished(writer.target, plan, lossless, learned.dataset_sha256, text_check, learned.kind)

@@ -406,3 +406,19 @@ def test_an_old_and_a_new_set_never_have_a_first_file_together(tmp_path: Path, m
 def test_the_first_of_several_files_has_the_targets_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="first of several"), Writer(tmp_path / "other", folder=False) as out:
         out.declare(beside())
+
+
+def test_a_check_sees_the_finished_output_before_it_has_its_name_and_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
+    def refuse(path: Path) -> None:
+        assert not (tmp_path / "out").exists()
+        assert path.is_dir() or path.read_bytes().startswith(HEADER)
+        raise CheckpointError("refused")
+
+    for folder in (True, False):
+        with Writer(tmp_path / "out", folder=folder) as out:
+            out.declare([a_layout("out")])
+            out.put("a", value(1))
+            out.put("b", value(2))
+            with pytest.raises(CheckpointError, match="refused"):
+                out.commit(refuse)
+        assert leftovers(tmp_path) == []

@@ -182,3 +182,12 @@ def test_a_value_beyond_float16_is_an_error_that_names_it() -> None:
 def test_a_dense_type_has_no_grid() -> None:
     with pytest.raises(UnsupportedError, match="BF16 stores values, not codes"):
         qtypes.of("bf16").fit(torch.zeros(2, 2), Scheme.parse("bf16"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("q8_0", float("nan")), *((name, float("inf")) for name in ("q8_0", "q4_0", "q4_k", "iq4_nl", "ggml_nvfp4"))]
+)
+def test_weights_that_are_no_numbers_are_called_so_and_not_too_large(name: str, value: float, W: Tensor) -> None:
+    W[3] = value
+    with pytest.raises(NumericsError, match="the weights have NaN or Inf; check the source checkpoint"):
+        qtypes.of(name).encode(W, Scheme.parse(name))

@@ -116,14 +116,21 @@ class BlockType(QType):
         sizes = KINDS[self.name]
         if sizes.scale_of is None or sizes.levels is None:
             return
+        self._check_weights(W)
         largest = float(W.float().abs().max())
         limit = max(sizes.levels) * float(sizes.scale_of(torch.arange(255)).max())
-        if not math.isfinite(largest) or largest > limit:
+        if largest > limit:
             raise NumericsError(f"{self.name} holds numbers up to {limit:.4g} (largest |w| is {largest:.3g}); keep this tensor in BF16")
+
+    def _check_weights(self, W: Tensor) -> None:
+        """Of weights that are no numbers, a type that holds larger ones would make no better file."""
+        if not bool(W.isfinite().all()):
+            raise NumericsError("the weights have NaN or Inf; check the source checkpoint, or take another revision of it")
 
     def _check_finite(self, W: Tensor, *halves: Tensor) -> None:
         if all(bool(half.isfinite().all()) for half in halves):
             return
+        self._check_weights(W)
         largest = float(W.float().abs().max())
         raise NumericsError(
             f"a scale or offset of {self.name} does not fit float16 (largest |w| is {largest:.3g}); keep this tensor in F32 or BF16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import gguf as peer
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import quantcli as qc
 from quantcli import conversions, ops
 from quantcli import recipe as recipes
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -419,7 +422,7 @@ def test_an_extra_tensor_of_the_source_is_an_error(tiny_llama: Any) -> None:
     [
         ("model.layers.0.self_attn.rotary_emb.inv_freq", (32,), "follow from the config"),
         ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", (8, 8), "file of its own"),
-        ("model.layers.2.mlp.up_proj.weight", (512, 256), "layer 2 comes after the 2"),
+        ("model.layers.2.mlp.up_proj.weight", (512, 256), "layer 2 comes after the 2 of config.json"),
         ("mtp.layers.0.mlp.up_proj.weight", (512, 256), "predicts further tokens"),
     ],
 )
@@ -521,3 +524,42 @@ def test_nvfp4_is_rounded_anew_where_llama_cpp_forgets_the_scale_of_a_matrix(tmp
         wanted = replace(recipe, rules=(Rule.parse("down_proj", "ggml_nvfp4-scaled"),))
         with pytest.raises(UnsupportedError, match=r"down_proj.weight: ggml_nvfp4-scaled: llama.cpp does not multiply .* in qwen2"):
             next(pipeline.quantize(source, tmp_path / "m.gguf", wanted))
+
+
+def test_the_files_of_a_split_model_one_behind_the_other_are_called_so(tiny_llama: Any, tmp_path: Path) -> None:
+    """As ``cat`` makes of them: another name would not help."""
+    out = tmp_path / "m.gguf"
+    qc.export(tiny_llama(), out, "F16", options={"split_max_size": "1M"}, device="cpu")
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) > 1
+    joined = tmp_path / "joined.gguf"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(CheckpointError, match=rf"another GGUF file follows.*the {len(parts)} files of a model.*--merge"):
+        open_checkpoint(str(joined))
+    shutil.copy(parts[0], tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match="rename it"):
+        open_checkpoint(str(tmp_path / "renamed.gguf"))
+
+
+def test_a_file_whose_tokens_are_not_as_many_as_its_rows_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
+    with open_checkpoint(str(tiny_llama())) as source:
+        path = export(source, tmp_path / "good.gguf", "F16")
+    tokens = container.Field(peer.GGUFValueType.ARRAY, [f"t{i}" for i in range(511)], peer.GGUFValueType.STRING)
+    with pytest.raises(CheckpointError, match=r"token_embd\.weight has 512 rows, tokenizer\.ggml\.tokens 511 tokens"):
+        open_checkpoint(str(rewrite(path, tmp_path / "bad.gguf", fields={"tokenizer.ggml.tokens": tokens})))
+
+
+def test_dropped_tensors_of_one_reason_are_told_in_one_line(tiny_llama: Any, tmp_path: Path) -> None:
+    notes: list[qc.Note] = []
+    folder = tiny_llama()
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(32) for i in range(2)}
+    tensors |= {f"mtp.layers.{i}.fc.weight": torch.ones(8, 8) for i in range(50)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    qc.export(folder, tmp_path / "m.gguf", "F16", device="cpu", on_event=lambda e: notes.append(e) if isinstance(e, qc.Note) else None)
+    dropped = sorted(note.text for note in notes if "dropped" in note.text)
+    assert dropped == [
+        "model.layers.0.self_attn.rotary_emb.inv_freq, model.layers.1.self_attn.rotary_emb.inv_freq: dropped (2 tensors): "
+        "rotary frequencies follow from the config",
+        "mtp.layers.0.fc.weight, mtp.layers.1.fc.weight and 48 more: dropped (50 tensors): a head that predicts further tokens",
+    ]

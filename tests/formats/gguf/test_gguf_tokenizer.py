@@ -525,3 +525,13 @@ def test_other_kinds_of_tokenizer_are_refused(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedError, match="WordLevel"):
         tokenizer_keys(tmp_path, 1)
+
+
+def test_special_tokens_beyond_the_embedding_are_left_out_where_there_is_tokenizer_json_alone(tmp_path: Path) -> None:
+    byte_level(tmp_path, added_tokens_decoder={"260": {"content": "<pad>", "special": True}})
+    keys = GGUFWriter(None, "llama")
+    (note,) = add_tokenizer(keys, tmp_path, 260)
+    assert note == "added tokens beyond the embedding's 260 rows are left out: <pad>"
+    byte_level(tmp_path, added_tokens_decoder={"260": {"content": "hello", "special": False}})
+    with pytest.raises(CheckpointError, match="'hello' has id 260"):
+        tokenizer_keys(tmp_path, 260)

@@ -17,7 +17,7 @@ from gguf import GGUFValueType
 
 from quantcli.checkpoint.json_files import shown
 from quantcli.errors import CheckpointError, RecipeError
-from quantcli.formats.gguf.file.container import Container, Field
+from quantcli.formats.gguf.file.container import ALIGNMENT, MAGIC, Container, Field
 from quantcli.formats.gguf.file.headers import aligned, header, read_header
 from quantcli.output.layouts import FileLayout, Slot
 from quantcli.tensors import TensorSpec
@@ -41,6 +41,11 @@ def read_model(path: Path) -> Container:
     count = integer(container, COUNT, 0)
     if count < 2:
         return container
+    if is_followed(container):
+        raise CheckpointError(
+            f"{path}: another GGUF file follows the tensors of this one: the {count} files of a model, one behind the other, are no model; "
+            "give the first of the files as they were, or join them with llama-gguf-split --merge"
+        )
     match = SHARD_NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         name = f"<model>-00001-of-{count:05d}.gguf"
@@ -49,6 +54,14 @@ def read_model(path: Path) -> Container:
     if missing := [p for p in paths if not p.is_file()]:
         raise CheckpointError(f"{path}: {len(missing)} of the model's {count} files are missing, the first is {missing[0]}; fetch them too")
     return joined([read_header(p) for p in paths])
+
+
+def is_followed(container: Container) -> bool:
+    """Whether the file goes on with a second GGUF file after its own tensors, as ``cat`` makes it."""
+    end = max((container.offsets[name] + spec.nbytes for name, spec in container.specs.items()), default=0)
+    with container.path.open("rb") as file:
+        file.seek(end)
+        return file.read(ALIGNMENT + len(MAGIC)).lstrip(b"\0").startswith(MAGIC)
 
 
 def joined(shards: Sequence[Container]) -> Container:

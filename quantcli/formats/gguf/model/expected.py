@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantcli.archs import Architecture
@@ -16,6 +16,12 @@ def check_tensors(container: Container, arch: Architecture, config: Mapping[str,
     file the tensors outside of them. Which tensors a layer has may differ only where some layers have experts and others none.
     """
     n_layers, specs = config["num_hidden_layers"], container.specs
+    tokens = container.fields.get("tokenizer.ggml.tokens")
+    if tokens is not None and isinstance(tokens.value, Sequence) and len(tokens.value) != config["vocab_size"] > 0:
+        raise CheckpointError(
+            f"{container.path}: token_embd.weight has {config['vocab_size']} rows, tokenizer.ggml.tokens {len(tokens.value)} tokens; "
+            "llama.cpp loads no such file: convert the model again from a folder in which they agree"
+        )
     if n_layers > len(specs):
         raise CheckpointError(f"{container.path}: {len(specs)} tensors cannot make the {n_layers} layers the metadata promises")
     shapes = expected_shapes(arch, config)

@@ -88,7 +88,9 @@ def why_dropped(name: str, target: str | None, arch: Architecture, config: Mappi
     if (reason := next((why for pattern, why in arch.dropped.items() if re.search(pattern, name)), None)) is not None:
         return reason
     if (layer := arch.layer_of(name)) is not None and layer >= config["num_hidden_layers"]:
-        return f"layer {layer} comes after the {config['num_hidden_layers']} of config.json: it predicts further tokens"
+        n, n_further = config["num_hidden_layers"], config.get("num_nextn_predict_layers")
+        is_further = isinstance(n_further, int) and layer < n + n_further
+        return f"layer {layer} comes after the {n} of config.json" + (": it predicts further tokens" if is_further else "")
     if target is None and name.startswith(("mtp.", "model.mtp.")):
         return "a head that predicts further tokens"
     return "what a model sees or hears with goes to a file of its own" if target is None and OTHER_PARTS.search(name) else None

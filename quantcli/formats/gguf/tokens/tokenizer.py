@@ -295,6 +295,6 @@ def piece_type(token: str, unknown: str | None) -> TokenType:
 
 def add_added_tokens(vocabulary: Vocabulary, files: Files) -> None:
     """Tokens in addition to the model: tokenizer.json's, tokenizer_config.json's, and those a special role names."""
-    vocabulary.add_all(files.added())
-    vocabulary.add_all(files.configured())
+    vocabulary.add_within(files.added())
+    vocabulary.add_within(files.configured())
     vocabulary.name_specials(files.settings)

@@ -66,9 +66,11 @@ class Vocabulary:
             self.add(id, token["content"], special=bool(token.get("special")))
 
     def add_within(self, tokens: Mapping[int, Mapping[str, Any]]) -> None:
-        """The same, of a SentencePiece model: what is beyond the embedding no model can use, and is left out."""
-        self.left_out += [token["content"] for id, token in tokens.items() if id >= len(self.tokens)]
-        self.add_all({id: token for id, token in tokens.items() if id < len(self.tokens)})
+        """The same, but what is beyond the embedding no model can use, and is left out. :class:`CheckpointError` for a token that is said
+        not to be special, so that any text may have it."""
+        beyond = {id: token for id, token in tokens.items() if id >= len(self.tokens) and token.get("special") is not False}
+        self.left_out += [token["content"] for token in beyond.values() if token["content"] not in self.left_out]
+        self.add_all({id: token for id, token in tokens.items() if id not in beyond})
 
     def name_specials(self, settings: Mapping[str, Any]) -> None:
         """Tokens that tokenizer_config.json gives a role are control tokens, added or not."""
