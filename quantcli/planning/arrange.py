@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from quantcli import archs, formats
 from quantcli.checkpoint import views
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.modules import Modules
 from quantcli.checkpoint.views import HEAD_WEIGHT, Joint, Piece, View
 from quantcli.errors import CheckpointError
 from quantcli.formats import Format
+from quantcli.planning.readers import reader_modules
 from quantcli.planning.schemes import layer_of, untied_head
 from quantcli.recipe import Recipe
 from quantcli.tensors import KvCache
@@ -31,7 +33,7 @@ class Arranged:
     """``source``: the checkpoint as it is read from here on; ``format``: of the output; ``taps``: disk name of each linear's weight → tap;
     ``head``: the output embedding's weight, where what it reads can be measured, else None; ``caches``: where the layers keep keys and
     values, None where that was not traced; ``untied``: the input embedding's weight, where the model had both as one tensor; ``forward``:
-    the model to run, where the recipe learns from text or nothing else knows its taps."""
+    the model to run, where the recipe learns from text or nothing else knows its taps; ``modules``: what readers of the output make of it."""
 
     source: Checkpoint
     format: Format
@@ -40,6 +42,7 @@ class Arranged:
     caches: tuple[KvCache, ...] | None = None
     untied: str | None = None
     forward: Forward | None = None
+    modules: Modules = Modules()
 
 
 def arrange(
@@ -55,6 +58,7 @@ def arrange(
         source = fmt.as_stored(source)
     if (embedding := untied_head(source, recipe)) is not None:
         source, forward = untied(source, embedding), None
+    modules = reader_modules(source, fmt)
     is_known = archs.of(source.config) is not None or fmt.has_own_names
     if is_known and not (recipe.is_calibrated if run is None else run):
         forward = None
@@ -77,6 +81,7 @@ def arrange(
         caches,
         embedding,
         forward,
+        modules,
     )
 
 

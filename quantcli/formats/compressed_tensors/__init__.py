@@ -52,6 +52,7 @@ class CompressedTensors(Format):
 
     usual_scheme = "int4-g128-sym"
     has_cache_scales = True
+    lists_modules = True
     experts_apart = "as llm-compressor writes them"
 
     @override

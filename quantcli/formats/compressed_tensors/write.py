@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.modules import Modules
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Request
 from quantcli.formats.compressed_tensors import cache as caches
 from quantcli.formats.compressed_tensors import floats, ints
 from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_config, input_scale_file
 from quantcli.formats.compressed_tensors.match import targets_of
+from quantcli.formats.shared.dense import dense_modules
 from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
     dense_dtypes,
@@ -116,7 +118,8 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
     check_fused(source.specs, quantized, config_key)
     return CompressedLayout(
         config=source.config,
-        quantization=quantization_config(source, quantized) | ({"kv_cache_scheme": caches.kv_cache_scheme(kv_cache)} if kv_cache else {}),
+        quantization=quantization_config(source, quantized, request.modules)
+        | ({"kv_cache_scheme": caches.kv_cache_scheme(kv_cache)} if kv_cache else {}),
         dtypes=dense_dtypes(source),
         sidecars=source.sidecars(),
         max_shard_bytes=shard_bytes(request),
@@ -131,15 +134,17 @@ def config_key(scheme: Scheme) -> str:
     return json.dumps(group_config(scheme, []))
 
 
-def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme]) -> dict[str, Any]:
+def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], modules: Modules) -> dict[str, Any]:
     """``quantization_config``: a config group for each scheme, and every other linear in ``ignore``."""
-    matrices = {module_of(name) for name, spec in source.specs.items() if name.endswith(".weight") and len(spec.shape) == 2}
+    dense = dense_modules(source, quantized, modules)
     alike: dict[str, dict[str, Scheme]] = {}
     for name, scheme in quantized.items():
-        alike.setdefault(config_key(scheme), {})[module_of(name)] = scheme
+        alike.setdefault(config_key(scheme), {})[name] = scheme
+    spelt = {key: {own for name in members for own in modules.spellings(name)} for key, members in alike.items()}
     groups = {}
-    for i, members in enumerate(alike.values()):
-        targets = ["Linear"] if len(alike) == 1 else targets_of(members, matrices - members.keys())
+    for i, (key, members) in enumerate(alike.items()):
+        others = {*dense, *(name for other in spelt if other != key for name in spelt[other])}
+        targets = ["Linear"] if len(alike) == 1 else targets_of(spelt[key], others)
         groups[f"group_{i}"] = group_config(next(iter(members.values())), targets)
     formats = {format_of(scheme) for scheme in quantized.values()}
     return {
@@ -147,24 +152,13 @@ def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme]) -> 
         "format": formats.pop() if len(formats) == 1 else MIXED if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignored(source, matrices, {module_of(name) for name in quantized}),
+        "ignore": sorted(dense),
         "kv_cache_scheme": source_cache_scheme(source),
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
         "version": LIBRARY_VERSION,
     }
-
-
-def ignored(source: Checkpoint, matrices: Collection[str], quantized: Collection[str]) -> list[str]:
-    """Every matrix without codes that may be a linear, by its name on disk; lm_head also where it is tied and has no tensor of its own."""
-    dense = [module for module in matrices if module not in quantized and not is_embedding(module)]
-    tied_head = ["lm_head"] if source.config.get("tie_word_embeddings") and "lm_head" not in dense else []
-    return sorted([*dense, *tied_head])
-
-
-def is_embedding(module: str) -> bool:
-    return module.rpartition(".")[2] in ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embeddings")
 
 
 def source_cache_scheme(source: Checkpoint) -> Any:
