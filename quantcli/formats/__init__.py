@@ -36,7 +36,7 @@ class Request:
     kv_cache: str = ""
     is_measured: bool = False
     is_weighed: bool = False
-    modules: Modules = Modules()
+    modules: Modules = field(default_factory=Modules)
 
 
 DEFAULTS = Request()

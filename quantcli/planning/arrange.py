@@ -7,7 +7,7 @@ stores them. Whoever plans, measures, evaluates or counts bytes asks here, so th
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantcli import archs, formats
@@ -33,7 +33,8 @@ class Arranged:
     """``source``: the checkpoint as it is read from here on; ``format``: of the output; ``taps``: disk name of each linear's weight → tap;
     ``head``: the output embedding's weight, where what it reads can be measured, else None; ``caches``: where the layers keep keys and
     values, None where that was not traced; ``untied``: the input embedding's weight, where the model had both as one tensor; ``forward``:
-    the model to run, where the recipe learns from text or nothing else knows its taps; ``modules``: what readers of the output make of it."""
+    the model to run, where the recipe learns from text or nothing else knows its taps; ``modules``: what readers of the
+    output make of it."""
 
     source: Checkpoint
     format: Format
@@ -42,7 +43,7 @@ class Arranged:
     caches: tuple[KvCache, ...] | None = None
     untied: str | None = None
     forward: Forward | None = None
-    modules: Modules = Modules()
+    modules: Modules = field(default_factory=Modules)
 
 
 def arrange(

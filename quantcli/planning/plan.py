@@ -14,6 +14,7 @@ from quantcli.checkpoint.views import HEAD_WEIGHT
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import Format, OutputLayout, Request
 from quantcli.passes import of as pass_of
+from quantcli.planning import engines as known_engines
 from quantcli.planning import kv_caches
 from quantcli.planning.arrange import Arranged, experts_joined
 from quantcli.planning.kv_caches import PlannedCache
@@ -144,6 +145,11 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
     schemes = {name: s if name in kept else fmt.suited(s, source.config) for name, s in schemes.items()}
     chosen = {name: scheme for name, scheme in schemes.items() if name not in kept}
     dense = dense_reasons(source, fmt, chosen, arranged.modules)
+    if dense and len(dense) == sum(map(is_quantized, schemes.values())):
+        name, reason = next(iter(dense.items()))
+        raise UnsupportedError(
+            f"{source.source}: nothing is left to quantize: {name} and its like stay dense: {reason}; choose another --format"
+        )
     schemes = {name: scheme for name, scheme in schemes.items() if name not in dense}
     if not fmt.has_own_names:
         source = experts_joined(source, [name for name, scheme in schemes.items() if is_quantized(scheme)])
@@ -164,6 +170,7 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
                 check_grid(recipe, scheme)
     layers = planned_layers(source, recipe, schemes, taps, kept, arranged.caches or (), layout)
     notes = (*protected_notes, *engines, *surprises(source, recipe, schemes, taps, left, kept), *layout.notes)
+    notes += known_engines.warnings(fmt.name, (scheme for scheme in schemes.values() if is_quantized(scheme)))
     if arranged.untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
     for reason in dict.fromkeys(dense.values()):

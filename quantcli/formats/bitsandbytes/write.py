@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.checkpoint.modules import Modules
+from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.experts import expert_of
 from quantcli.formats import DEFAULTS, Request
 from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint

@@ -36,8 +36,8 @@ from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec
 
 INT8_CACHE = "kv_cache int8: transformers runs it, and engines on other hardware do; vLLM's kernels for GPUs store FP8 alone"
 
-BITS = (2, 4, 8)
-"""Of integers: the ones that old and new readers unpack alike."""
+RUN_ON = (3, 5, 6, 7)
+"""Bits of integers whose codes run on from one 32-bit word to the next, which old readers unpack otherwise."""
 
 ACTIVATIONS = {
     "int": ("", "int8-token", "int8-tensor"),
@@ -50,7 +50,7 @@ ACTIVATIONS = {
 
 
 def supports(scheme: Scheme) -> bool:
-    """Integers of 2, 4 and 8 bits, FP8 (E4M3), MXFP4, MXFP8, NVFP4, with the activations that engines run them with.
+    """Integers of 2 to 8 bits, FP8 (E4M3), MXFP4, MXFP8, NVFP4, with the activations that engines run them with.
 
     No act-order: the library has removed ``weight_g_idx``, and vLLM is about to.
     """
@@ -59,7 +59,7 @@ def supports(scheme: Scheme) -> bool:
     if scheme.qtype not in ACTIVATIONS or scheme.get("act", "") not in ACTIVATIONS[scheme.qtype]:
         return False
     if scheme.qtype == "int":
-        return scheme.option("bits") in BITS and not scheme.option("desc_act")
+        return not scheme.option("desc_act")
     return scheme.qtype != "fp8" or (scheme.option("dtype") == "e4m3" and "block" not in dict(scheme.options))
 
 
@@ -123,10 +123,20 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
         dtypes=dense_dtypes(source),
         sidecars=source.sidecars(),
         max_shard_bytes=shard_bytes(request),
-        notes=(INT8_CACHE,) if kv_cache.startswith("int8") else (),
+        notes=surprises(quantized, kv_cache),
         kv_cache=kv_cache,
         scale_dtype=dtype if (dtype := model_dtype(source.config)) in ints.SCALE_DTYPES else "F32",
     )
+
+
+def surprises(quantized: Mapping[str, Scheme], kv_cache: str) -> tuple[str, ...]:
+    """What readers make of such a folder that a user might not expect."""
+    packed = [scheme for scheme in quantized.values() if scheme.qtype == "int" and not scheme.get("act")]
+    odd = sorted({scheme.option("bits") for scheme in packed} & set(RUN_ON))
+    notes = (
+        [f"codes of {odd[0]} bits run on from word to word: compressed-tensors unpacks them so since 0.19, vLLM since 0.33"] if odd else []
+    )
+    return (*notes, *((INT8_CACHE,) if kv_cache.startswith("int8") else ()))
 
 
 def config_key(scheme: Scheme) -> str:

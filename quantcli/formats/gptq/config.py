@@ -10,8 +10,8 @@ from typing import Any
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.json_files import read_json, shown
-from quantcli.errors import UnsupportedError
 from quantcli.checkpoint.modules import DERIVED, Modules
+from quantcli.errors import UnsupportedError
 from quantcli.formats.shared import dynamic
 from quantcli.formats.shared.dense import dense_modules, dense_weights, is_linear
 from quantcli.formats.shared.folder import split_block
