@@ -35,7 +35,7 @@ from quantcli.checkpoint.shards import Shards, open_folder, stored_as
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Format, Request
 from quantcli.formats.shared import dynamic
-from quantcli.formats.shared.dense import dense_modules, harmless
+from quantcli.formats.shared.dense import dense_modules, harmless, unknown
 from quantcli.formats.shared.folder import (
     FolderCheckpoint,
     QuantizedFolderLayout,
@@ -146,7 +146,7 @@ def ignored_in_vain(ignored: object, packed: Mapping[str, Packed], specs: Mappin
             continue
         if quantized := [name for name in packed if entry in name]:
             notes.append(f"modules_to_not_convert has {shown(entry)}, and {quantized[0]} is quantized; it is read as it is")
-        elif not any(entry in name for name in specs) and entry != "lm_head":  # absent where it is tied
+        elif not any(entry in name for name in specs) and unknown([entry], specs):
             notes.append(f"modules_to_not_convert has {shown(entry)}, which is in no tensor's name")
     return notes
 

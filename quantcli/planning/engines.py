@@ -16,7 +16,7 @@ class Support:
 
     ``options``: option of a scheme → the values that it takes, any where an option is missing; ``otherwise``: what to do for other values,
     "" where the folder does not load at all; ``needs``: what must be installed beside the engine; ``is_tested``: a test has the program
-    load what we write, the others are read from its source; ``is_said``: whether a plan warns, which it does not of a format's second reader.
+    load what we write, the others are read from its source; ``is_said``: whether a plan warns, which it does not of a second reader.
     """
 
     engine: str
@@ -73,7 +73,7 @@ ARGUMENT_KEYS: dict[str, frozenset[str]] = {
         ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "observer", "observer_kwargs")
     ),
 }
-"""Release of compressed-tensors → the keys that arguments of a config group may have there; any other is an error. 0.12.2 is vLLM 0.13's."""
+"""Release of compressed-tensors → the keys that arguments of a config group may have; others are errors. 0.12.2 is vLLM 0.13's."""
 
 SCHEME_KEYS = frozenset(("targets", "weights", "input_activations", "output_activations", "format"))
 """The keys of a config group in compressed-tensors since 0.11, which refuses others."""

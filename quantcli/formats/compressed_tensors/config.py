@@ -224,14 +224,14 @@ def weight_arguments(scheme: Scheme) -> Arguments:
 
 
 def scale_dtype_name(number: str) -> str | None:
-    """The dtype of the scales of ``number`` (a qtype, or the first part of an activation's name), where it is not the model's. That of NVFP4
-    goes without saying, and releases that know NVFP4 refuse the key."""
+    """The dtype of the scales of ``number`` (a qtype, or the first part of an activation's name), where it is not the model's. NVFP4's
+    goes without saying, and the first releases that know NVFP4 refuse the key."""
     return {"mxfp4": "torch.uint8", "mxfp8": "torch.uint8"}.get(number)
 
 
 def argument_config(arguments: Arguments, scale_dtype: str | None) -> dict[str, Any]:
-    """``arguments`` as the library's own files have them, but for zp_dtype, which follows from the rest, and a scale_dtype of null: releases
-    before 0.13 refuse both keys."""
+    """``arguments`` as the library's own files have them, but for zp_dtype, which follows from the rest, and a scale_dtype of null:
+    releases before 0.13 refuse both keys."""
     config = {
         "num_bits": arguments.num_bits,
         "type": arguments.type,

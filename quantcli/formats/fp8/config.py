@@ -11,7 +11,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.json_files import shown
 from quantcli.checkpoint.modules import Modules
 from quantcli.errors import CheckpointError
-from quantcli.formats.shared.dense import dense_modules, harmless, transformers_hits
+from quantcli.formats.shared.dense import dense_modules, harmless, transformers_hits, unknown
 from quantcli.formats.shared.folder import module_of, split_block
 from quantcli.tensors import Scheme, TensorSpec
 
@@ -78,7 +78,7 @@ def disagreements(quant_config: QuantConfig, specs: Mapping[str, TensorSpec], sc
     modules = "\n".join(specs)
     # A tied lm_head is in no file, and rightly listed. What looks like a pattern is not judged.
     plain = [name for name in quant_config.left if not REGEX & set(name) and name.rpartition(".")[2] != "lm_head"]
-    if absent := [name for name in plain if name not in modules]:
+    if absent := unknown([name for name in plain if name not in modules], specs):
         notes.append(f"{len(absent)} modules of the list of what is left dense are in no file, the first is {shown(absent[0])}")
     listed = set(quant_config.left)
     if quantized := [name for name in schemes if listed & boundaries(module_of(name))]:

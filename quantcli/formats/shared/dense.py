@@ -72,3 +72,14 @@ def harmless(names: Iterable[str], quantized: Collection[str], modules: Modules,
 def transformers_hits(name: str, module: str) -> bool:
     """Whether transformers takes the entry ``name`` of a list for ``module``: from its start to a dot, or as its end."""
     return module == name or module.startswith(f"{name}.") or module.endswith(name)
+
+
+def unknown(names: Iterable[str], tensors: Iterable[str]) -> list[str]:
+    """Those of ``names`` that mean none of the ``tensors`` of a folder under any spelling: spellings differ in how they begin, and share
+    their last two parts. An output embedding may be tied, and be in no tensor."""
+    tails = {tail_of(name.removesuffix(".weight")) for name in tensors}
+    return [name for name in names if tail_of(name) not in tails and name.rpartition(".")[2] != "lm_head"]
+
+
+def tail_of(module: str) -> tuple[str, ...]:
+    return tuple(module.split(".")[-2:])
