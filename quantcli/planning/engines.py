@@ -78,7 +78,11 @@ ARGUMENT_KEYS: dict[str, frozenset[str]] = {
 SCHEME_KEYS = frozenset(("targets", "weights", "input_activations", "output_activations", "format"))
 """The keys of a config group in compressed-tensors since 0.11, which refuses others."""
 
-WORDS = {"sym": {False: "zero points"}, "desc_act": {True: "desc_act"}, "strategy": {"tensor": "one scale for a weight"}}
+WORDS: dict[str, dict[Any, str]] = {
+    "sym": {False: "zero points"},
+    "desc_act": {True: "desc_act"},
+    "strategy": {"tensor": "one scale for a weight"},
+}
 """How a value of an option is told."""
 
 

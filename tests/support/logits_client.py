@@ -1,8 +1,8 @@
-"""Logits of folders by transformers in the class that config.json names, run in a Python that has it and the library of the dialect.
+"""Logits of folders by transformers, run in a Python that has it and the library of the dialect.
 
-    python logits_client.py INPUTS.safetensors ANSWERS.json FOLDER …
+    python logits_client.py INPUTS.safetensors ANSWERS.json [CLASS=]FOLDER …
 
-The tensors of INPUTS are the arguments of the model's forward, images among them. Writes a list with {"logits": of the last position, the
+CLASS is the one that config.json names where none is given. The tensors of INPUTS are the arguments of the model's forward, images among them. Writes a list with {"logits": of the last position, the
 whole in float32, "missing": tensors that the model expected and the folder lacked, "unexpected": the other way round} or {"error"} for
 each folder; stdout belongs to the libraries, which print. Imports nothing of quantcli.
 """
@@ -23,7 +23,7 @@ import transformers
 from safetensors.torch import load_file
 
 
-def load(folder: Path) -> tuple[torch.nn.Module, dict]:
+def load(name: str, folder: Path) -> tuple[torch.nn.Module, dict]:
     """The model on the CPU, computing in float32 as far as its library allows, and what of the folder did not fit it."""
     config = json.loads((folder / "config.json").read_text())
     quantization = config.get("quantization_config", {})
@@ -32,7 +32,7 @@ def load(folder: Path) -> tuple[torch.nn.Module, dict]:
         options = {"quantization_config": transformers.AwqConfig(backend="torch_awq")}
     elif method == "gptq":
         options = {"quantization_config": transformers.GPTQConfig(bits=quantization["bits"], backend="gptq_torch")}
-    cls = getattr(transformers, config["architectures"][0])
+    cls = getattr(transformers, name or config["architectures"][0])
     model, info = cls.from_pretrained(folder, dtype=torch.float32, device_map="cpu", output_loading_info=True, **options)
     if method in ("bitsandbytes", "fp8"):
         widen(model)
@@ -50,18 +50,19 @@ def widen(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def answer(folder: Path, inputs: dict[str, torch.Tensor]) -> dict:
-    model, info = load(folder)
+def answer(word: str, inputs: dict[str, torch.Tensor]) -> dict:
+    name, _, folder = word.rpartition("=")
+    model, info = load(name, Path(folder))
     logits = model(**inputs, use_cache=False).logits.float()
     return {"logits": logits[0, -1].tolist(), **{key: sorted(map(str, info[f"{key}_keys"])) for key in ("missing", "unexpected")}}
 
 
-def main(inputs_file: str, answers_file: str, folders: list[str]) -> None:
+def main(inputs_file: str, answers_file: str, words: list[str]) -> None:
     inputs = load_file(inputs_file)
     answers: list[dict] = []
-    for folder in folders:
+    for word in words:
         try:
-            answers.append(answer(Path(folder), inputs))
+            answers.append(answer(word, inputs))
         except Exception as error:  # the test wants to see what the library says of every folder
             answers.append({"error": f"{type(error).__name__}: {error}"})
     Path(answers_file).write_text(json.dumps(answers))

@@ -1,4 +1,4 @@
-"""Small random models of which only a part is quantized: with a vision tower, with experts in one tensor, with layers that predict further."""
+"""Small random models of which a part is quantized: with a vision tower, with experts in one tensor, with layers that predict further."""
 
 from __future__ import annotations
 
