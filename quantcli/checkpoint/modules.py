@@ -23,10 +23,12 @@ class Module:
 @dataclass(frozen=True, slots=True)
 class Modules:
     """The modules of a folder. ``of``: weight on disk → its module; ``unstored``: linears that no tensor of the folder fills, such as an
-    output embedding that is tied."""
+    output embedding that is tied; ``lost``: format → tensors that transformers does not find, because it has another module in the place of
+    theirs as soon as a folder is of that format (Llama 4's experts)."""
 
     of: Mapping[str, Module] = field(default_factory=lambda: MappingProxyType({}))
     unstored: tuple[str, ...] = ()
+    lost: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     def spellings(self, weight: str) -> tuple[str, ...]:
         """The names of the module of ``weight``: on disk first, then in transformers, then as engines that keep to the names of older

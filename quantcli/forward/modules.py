@@ -19,18 +19,21 @@ def modules_of(source: Checkpoint) -> Modules | None:
     and text; None where transformers has no such class, or cannot build it from config.json."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     unstored: dict[str, None] = {}
+    lost: dict[str, dict[str, None]] = {}
     models = list(_models(source))
     for model in models:
         modules = dict(model.named_modules())
         filled = {target: disk for disk, target in _targets(model, source.specs)}
         for target, disk in filled.items():
             name = target.removesuffix(".weight")
+            for format_ in _replacing(modules.get(target.rpartition(".")[0])):
+                lost.setdefault(format_, {})[disk] = None
             if name in modules and target != name:
                 found.setdefault(disk, []).append((name, _kind(modules[name]), _kept(model, name)))
         unstored |= {name: None for name, m in modules.items() if isinstance(m, nn.Linear) and f"{name}.weight" not in filled}
     if not models:
         return None
-    return Modules({disk: _merged(found[disk]) for disk in found}, tuple(unstored))
+    return Modules({disk: _merged(found[disk]) for disk in found}, tuple(unstored), {key: tuple(names) for key, names in lost.items()})
 
 
 def _models(source: Checkpoint) -> Iterator[Any]:
@@ -76,6 +79,14 @@ def _targets(model: Any, disk_names: Iterable[str]) -> Iterator[tuple[str, str]]
             yield name, target
         elif name in expected:
             yield name, name
+
+
+def _replacing(module: nn.Module | None) -> list[str]:
+    """The formats for which transformers has another module in the place of ``module``, with other tensors."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+    return [str(method.value) for method in patch["quantization_methods"]] if patch else []
 
 
 def _kind(module: nn.Module) -> str:

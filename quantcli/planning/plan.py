@@ -173,6 +173,11 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
     notes += known_engines.warnings(fmt.name, (scheme for scheme in schemes.values() if is_quantized(scheme)))
     if arranged.untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
+    if lost := [name for name in arranged.modules.lost.get(fmt.name, ()) if name in source.specs]:
+        notes += (
+            f"{listed(lost)}: transformers looks for these experts one by one in a {fmt.name} folder and does not load it; vLLM has them in one "
+            "tensor",
+        )
     for reason in dict.fromkeys(dense.values()):
         notes += (f"{listed([name for name in dense if dense[name] == reason])} stay as they are: {reason}",)
     return Plan(source, recipe, layers, layout, is_weighed, notes)

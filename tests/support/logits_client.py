@@ -2,9 +2,9 @@
 
     python logits_client.py INPUTS.safetensors ANSWERS.json [CLASS=]FOLDER …
 
-CLASS is the one that config.json names where none is given. The tensors of INPUTS are the arguments of the model's forward, images among them. Writes a list with {"logits": of the last position, the
-whole in float32, "missing": tensors that the model expected and the folder lacked, "unexpected": the other way round} or {"error"} for
-each folder; stdout belongs to the libraries, which print. Imports nothing of quantcli.
+CLASS is the one that config.json names where none is given. The tensors of INPUTS are the arguments of the model's forward, images among
+them. Writes a list with {"logits": of the last position, "missing": tensors that the model expected and the folder lacked, "unexpected":
+the other way round} or {"error"} for each folder; stdout belongs to the libraries, which print. Imports nothing of quantcli.
 """
 
 from __future__ import annotations
