@@ -47,10 +47,16 @@ class Arranged:
 
 
 def arrange(
-    source: Checkpoint, recipe: Recipe, device: str = "cpu", *, run: bool | None = None, forward: Forward | None = None
+    source: Checkpoint,
+    recipe: Recipe,
+    device: str = "cpu",
+    *,
+    run: bool | None = None,
+    forward: Forward | None = None,
+    modules: Modules | None = None,
 ) -> Arranged:
-    """``source`` for ``recipe``. ``run``: whether the model is to be run, usually (None) where the recipe is calibrated; ``forward``: one
-    that was opened before on this very source, to be taken if one is needed.
+    """``source`` for ``recipe``. ``run``: whether the model is to be run, usually (None) where the recipe is calibrated; ``forward``, and
+    ``modules``: what was opened, or found, before of this very source, to be taken if it is needed.
 
     Raises :class:`UnsupportedError` where the format has no names for the model, or the model must be run and cannot be.
     """
@@ -59,7 +65,8 @@ def arrange(
         source = fmt.as_stored(source)
     if (embedding := untied_head(source, recipe)) is not None:
         source, forward = untied(source, embedding), None
-    modules = reader_modules(source, fmt)
+    if modules is None or not fmt.lists_modules:
+        modules = reader_modules(source, fmt)
     is_known = archs.of(source.config) is not None or fmt.has_own_names
     if is_known and not (recipe.is_calibrated if run is None else run):
         forward = None
