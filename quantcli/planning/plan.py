@@ -175,8 +175,8 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
     if lost := [name for name in arranged.modules.lost.get(fmt.name, ()) if name in source.specs]:
         notes += (
-            f"{listed(lost)}: transformers looks for these experts one by one in a {fmt.name} folder, and does not load it; vLLM has them in "
-            "one tensor",
+            f"{listed(lost)}: transformers looks for these experts one by one in a {fmt.name} folder, and does not load it; "
+            "vLLM has them in one tensor",
         )
     for reason in dict.fromkeys(dense.values()):
         notes += (f"{listed([name for name in dense if dense[name] == reason])} stay as they are: {reason}",)

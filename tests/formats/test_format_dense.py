@@ -20,11 +20,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from quantcli import archs
-from quantcli.checkpoint.modules import DERIVED
+from quantcli import archs, formats
+from quantcli.checkpoint.modules import DERIVED, Module, Modules
 from quantcli.errors import UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import modules_of
+from quantcli.planning.readers import dense_reasons
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.tensors import Scheme
 from support.partly_dense import KINDS, save
@@ -165,6 +166,34 @@ def test_linears_of_a_class_of_their_own_are_refused_where_readers_do_not_replac
     with pytest.raises(UnsupportedError, match=r"nothing is left to quantize: .* of a class derived from torch's"):
         run(folder, tmp_path / "out", recipe(format_))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format_", SCHEMES)
+def test_experts_that_transformers_looks_for_elsewhere_are_said(format_: str, source: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers has another module for Llama 4's experts as soon as a folder is of two formats, and no conversion to its tensors."""
+    planned, *_ = run(source("llama4"), tmp_path / "out", recipe(format_))
+    said = [note for note in planned.notes if "looks for these experts one by one" in note]
+    assert len(said) == (format_ in ("bitsandbytes", "compressed-tensors"))
+    assert any("router.weight" in note and note.endswith("engines load routers dense") for note in planned.notes)
+
+
+def test_what_a_model_keeps_in_float32_stays_dense(tiny_llama: Callable[..., Path]) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    modules = Modules({name: Module((name.removesuffix(".weight"),), kept="LlamaForCausalLM keeps it in float32")})
+    schemes = {name: Scheme.parse("int4-g32-sym")}
+    with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
+        for format_ in SCHEMES:
+            assert list(dense_reasons(source, formats.of(format_), schemes, modules)) == [name]
+            assert dense_reasons(source, formats.of(format_), schemes, Modules()) == {}
+        assert dense_reasons(source, formats.of("gguf"), schemes, modules) == {}
+
+
+def test_a_model_says_what_it_keeps_in_float32(source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.Glm4MoeForCausalLM, "_keep_in_fp32_modules", ["self_attn.o_proj"])
+    with open_checkpoint(str(source("glm4"))) as found:
+        modules = modules_of(found)
+    assert modules is not None
+    assert {name for name, module in modules.of.items() if module.kept} == {f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)}
 
 
 def falcon(folder: Path) -> Path:
