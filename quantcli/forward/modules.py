@@ -85,7 +85,7 @@ def _replacing(module: nn.Module | None) -> list[str]:
     """The formats for which transformers has another module in the place of ``module``, with other tensors."""
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-    patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+    patch: Any = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
     return [str(method.value) for method in patch["quantization_methods"]] if patch else []
 
 
