@@ -23,6 +23,7 @@ from commands import reference, table
 
 from quantcli import conversions as converting
 from quantcli import errors, formats, recipe
+from quantcli.planning import engines as known_engines
 from quantcli.registry import find, names
 from quantcli.tensors import Scheme
 
@@ -40,22 +41,6 @@ CODED: dict[str, tuple[str, ...]] = {
     "bitsandbytes": ("nf4-b64", "nf4-b64-dq", "fp4-b64", "llm_int8"),
 }
 """What the formats that quantcli writes hold, one scheme for each kind, as a bfloat16 model has them."""
-
-READERS: dict[str, tuple[str, ...]] = {
-    "transformers 5.23": ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"),
-    "transformers 5.17": ("compressed-tensors",),
-    "GPTQModel 7.7": ("gptq", "awq"),
-    "llama.cpp": ("gguf",),
-}
-"""Programs that a test has load what a recipe writes, and the formats that each is asked for."""
-
-MISREAD = {
-    ("transformers 5.23", "gptq-w4a16-asym"): "with `dequantize=True`",
-    ("transformers 5.23", "awq-w4a16"): "with `dequantize=True`",
-    ("transformers 5.23", "fp8-tensor"): "**no**",
-    ("transformers 5.23", "fp8-tensor-static"): "**no**",
-}
-"""(reader, recipe) → what the table says where the recipe does not load as it is; docs/engines.md gives the reasons."""
 
 WIDTH = 256
 """Inputs of a row, for questions of divisibility."""
@@ -139,23 +124,42 @@ def conversions() -> str:
     return table(["from", "scheme", *writable()], rows)
 
 
-def loads(reader: str, name: str) -> bool:
-    """Whether a test (test_peer_recipes.py, test_peer_llamacpp.py) has ``reader`` load what the recipe ``name`` writes."""
-    return recipe.load(name).format in READERS[reader] and (reader, name) not in MISREAD
+def releases(*, tested: bool) -> list[str]:
+    """The releases of the table, in its order, that a test has load something, or the others."""
+    found = {row.release.strip(): None for row in known_engines.SUPPORT if row.is_tested is tested}
+    return list(found)
 
 
-def answer(reader: str, name: str) -> str:
-    """The cell of ``reader`` for the recipe ``name``; empty where nobody has tried."""
-    return "yes" if loads(reader, name) else MISREAD.get((reader, name), "")
+def answer(release: str, name: str) -> str:
+    """The cell of ``release`` for the recipe ``name``; empty where that is not known."""
+    found = recipe.load(name)
+    row = known_engines.of(release, found.format)
+    if row is None:
+        return ""
+    if found.scheme is not None and row.unmet(found.scheme):
+        return row.otherwise or "**no**"
+    return f"with {row.needs}" if row.needs else "yes"
 
 
 def engines() -> str:
     """One row for the recipes of a format that load alike, one column a reader."""
+    columns = releases(tested=True)
     alike: dict[tuple[str, ...], list[str]] = {}
     for name in recipe.shipped():
-        alike.setdefault((recipe.load(name).format, *(answer(reader, name) for reader in READERS)), []).append(f"`{name}`")
+        alike.setdefault((recipe.load(name).format, *(answer(reader, name) for reader in columns)), []).append(f"`{name}`")
     rows = [[format_, ", ".join(alike[format_, *answers]), *answers] for format_, *answers in sorted(alike)]
-    return table(["format", "recipes", *READERS], rows)
+    return table(["format", "recipes", *columns], rows)
+
+
+def limits() -> str:
+    """One row for each engine and format of which something is known from its source."""
+    rows = []
+    for row in known_engines.SUPPORT:
+        if row.is_tested and not row.options:
+            continue
+        taken = "; ".join(f"{option}: {', '.join(map(str, values))}" for option, values in row.options.items())
+        rows.append([row.release, row.format, taken or "all", row.otherwise or (f"with {row.needs}" if row.needs else "")])
+    return table(["engine", "format", "loads", "how otherwise"], rows)
 
 
 def passes() -> str:
@@ -173,6 +177,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "recipes": (DOCS / "recipes.md", recipes),
     "passes": (DOCS / "recipes.md", passes),
     "engines": (DOCS / "engines.md", engines),
+    "limits": (DOCS / "engines.md", limits),
     "commands": (DOCS / "cli.md", reference),
     "exit codes": (DOCS / "cli.md", exit_codes),
     "conversions": (DOCS / "conversions.md", conversions),

@@ -680,3 +680,19 @@ def test_shares_keep_an_experts_taps_together_and_others_for_the_last(monkeypatc
     needs = frozenset({"H"})
     assert measuring.shares(widths, widths, needs) == [names[:4], names[4:8], [*names[8:], "layers.0.self_attn.q_proj"]]
     assert measuring.shares(widths, widths, frozenset({"importance"})) == [[*names, "layers.0.self_attn.q_proj"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["m.mlp.gate.weight", "m.feed_forward.router.weight", "m.router.proj.weight", "m.mlp.shared_expert_gate.weight"]
+)
+def test_a_router_is_told_by_the_experts_beside_it(name: str) -> None:
+    stack = f"{name.partition('.gate')[0].partition('.router')[0].partition('.shared')[0]}.experts"
+    stacks = experts.stacks_of([f"{stack}.0.gate_proj.weight", f"{stack}.gate_up_proj", name])
+    assert stacks == {stack}
+    assert experts.is_router(name, stacks)
+    assert not experts.is_router(name, {"other.experts"})
+
+
+@pytest.mark.parametrize("name", ["m.mlp.gate_proj.weight", "m.mlp.experts.0.gate.weight", "m.mlp.shared_expert.gate_proj.weight"])
+def test_what_is_called_like_a_router_and_has_no_experts_beside_it_is_none(name: str) -> None:
+    assert not experts.is_router(name, {"m.mlp.experts"})

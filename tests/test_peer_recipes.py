@@ -45,7 +45,12 @@ CLIENTS: dict[tuple[str, str], tuple[str, str, str]] = {
 WIDENED = ("mxfp4", "mxfp8", "nvfp4")
 """Number formats that compressed-tensors decodes in bfloat16, whatever the model's dtype: the client then turns all to float32."""
 
-YES = [(reader, name) for reader in tables.READERS for name in recipes.shipped() if tables.loads(reader, name) and reader != "llama.cpp"]
+YES = [
+    (reader, name)
+    for reader in tables.releases(tested=True)
+    for name in recipes.shipped()
+    if tables.answer(reader, name) == "yes" and reader != "llama.cpp"
+]
 
 Answer = Callable[[str, str], tuple[float, float]]
 

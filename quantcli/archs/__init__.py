@@ -69,7 +69,8 @@ class Architecture:
     Of the model: ``model_types`` and ``hf_class`` as in config.json; ``layer``: the module name of decoder layer ``{i}``;
     ``aliases``: the family's own keys in config.json → the usual ones; ``defaults``: what its config class takes for keys that config.json
     leaves out; ``experts``: tensors of a layer that hold the linears of all experts, and as which tensors folders have these one by one;
-    ``stacked``: transformers knows the experts in these tensors only, so one by one they are of use only where they are quantized.
+    ``stacked``: transformers knows the experts in these tensors only, so one by one they are of use only where they are quantized;
+    ``derived``: transformers has a class of its own, derived from torch's, for the family's linears.
 
     Of its GGUF files: ``gguf_names``: HF module → GGUF name, both without ``.weight``/``.bias`` (or both whole names), where all ``{e}``
     make one tensor; ``also``: other names that a module has on disk → the one in ``gguf_names``; ``cuts``: tensors of a layer that GGUF
@@ -95,6 +96,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     experts: Mapping[str, Cut] = field(default_factory=dict)
     stacked: bool = False
+    derived: bool = False
     also: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)

@@ -42,6 +42,7 @@ ARCH = Architecture(
         "num_kv_heads": "num_key_value_heads",
         "n_head_kv": "num_key_value_heads",
     },
+    derived=True,
     defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     present={"new_decoder_architecture": "ln_attn.weight", "bias": "self_attention.dense.bias"},
     renamed={"new_decoder_architecture": "transformer.h.{i}.ln_mlp"},

@@ -21,7 +21,7 @@ def command(
     method: Annotated[str | None, typer.Option(help="gptq, awq, nf4, fp8, …: the default recipe of that method.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe by name, or a YAML file.")] = None,
     type_: Annotated[str | None, typer.Option("--type", help="GGUF file type, e.g. Q4_K_M; implies --format gguf.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits per weight: 2 to 8; 5, 6 and 7 in compressed-tensors alone.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights of a row that share a scale; -1 for the whole row.")] = None,
     sym: Annotated[Flag, typer.Option("--sym/--asym", help="Symmetric, or with zero points.")] = None,
     desc_act: Annotated[Flag, typer.Option("--desc-act/--no-desc-act", help="Group columns in solving order (writes g_idx).")] = None,

@@ -14,6 +14,7 @@ from torch import Tensor
 from quantcli import registry
 from quantcli.archs import Cut
 from quantcli.checkpoint.checkpoint import Checkpoint, locate, read_config, unread
+from quantcli.checkpoint.modules import Modules
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.importance import Importance, ImportanceSource
 from quantcli.output.journal import Run
@@ -27,7 +28,8 @@ class Request:
 
     ``options``: the recipe's ``format_options``; ``mix``: a GGUF file type that chooses types, or None; ``kv_cache``: a name in
     ``tensors.KV_CACHES``, or "" for caches without scales; ``is_measured``: the recipe's passes read statistics of the inputs;
-    ``is_weighed``: plain rounding is given the importance of the inputs. The last two change which types a mix chooses.
+    ``is_weighed``: plain rounding is given the importance of the inputs. These two change which types a mix chooses. ``modules``: under
+    which names readers look for the weights, where a folder's own names are not all of them.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class Request:
     kv_cache: str = ""
     is_measured: bool = False
     is_weighed: bool = False
+    modules: Modules = field(default_factory=Modules)
 
 
 DEFAULTS = Request()
@@ -120,6 +123,10 @@ class Format(ABC):
     """Whether there is a place for the scales of a key-value cache."""
     experts_apart: ClassVar[str | None] = None
     """How this format's readers have the experts that transformers keeps in one tensor, one by one; None: they do not."""
+    lists_modules: ClassVar[bool] = False
+    """Whether config.json names modules, so that readers find out what has codes and what stays dense."""
+    takes_derived: ClassVar[bool] = True
+    """Whether transformers loads codes into linears of a class derived from torch's own (Falcon's), too."""
     option_names: ClassVar[tuple[str, ...]] = ("max_shard_bytes",)
     """The keys that ``format_options`` of a recipe may have."""
 

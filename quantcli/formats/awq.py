@@ -35,12 +35,12 @@ from quantcli.checkpoint.shards import Shards, open_folder, stored_as
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Format, Request
 from quantcli.formats.shared import dynamic
+from quantcli.formats.shared.dense import dense_modules, harmless, unknown
 from quantcli.formats.shared.folder import (
     FolderCheckpoint,
     QuantizedFolderLayout,
     QuantizedWeight,
     dense_dtypes,
-    dense_linears,
     is_dense,
     module_of,
     quantized_only,
@@ -146,7 +146,7 @@ def ignored_in_vain(ignored: object, packed: Mapping[str, Packed], specs: Mappin
             continue
         if quantized := [name for name in packed if entry in name]:
             notes.append(f"modules_to_not_convert has {shown(entry)}, and {quantized[0]} is quantized; it is read as it is")
-        elif not any(entry in name for name in specs) and entry != "lm_head":  # absent where it is tied
+        elif not any(entry in name for name in specs) and unknown([entry], specs):
             notes.append(f"modules_to_not_convert has {shown(entry)}, which is in no tensor's name")
     return notes
 
@@ -197,8 +197,10 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
         (one, first), (two, second), *_ = sizes.items()
         raise RecipeError(f"{first} has groups of {one}, {second} of {two}: AWQ has one group size for the whole model")
     check_fused(source.specs, quantized, lambda scheme: True)  # how groups are coded is the same for all
-    left = dense_linears(source, quantized)
-    quant_config = quantization_config(next(iter(sizes)), [module_of(name) for name in left], quantized)
+    left = dense_modules(source, quantized, request.modules)
+    # Readers look for an entry inside of names.
+    left = harmless(left, quantized, request.modules, lambda entry, module: entry in module)
+    quant_config = quantization_config(next(iter(sizes)), left, quantized)
     return AwqLayout(
         config=source.config,
         quantization=quant_config,
@@ -209,9 +211,8 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
 
 
 def quantization_config(group_size: int, left: Sequence[str], quantized: Mapping[str, Scheme]) -> dict[str, Any]:
-    """``quantization_config``; ``left``: the modules of the layers that stay dense, which engines look for inside of names."""
-    if hidden := [(short, name) for short in left for name in quantized if short in name]:
-        raise RecipeError(f"{hidden[0][0]} stays dense, and AWQ's readers would leave out {hidden[0][1]} with it; quantize or keep both")
+    """``quantization_config``; ``left``: the linears that stay dense; the output embedding alone is known to."""
+    left = [] if set(left) <= {"lm_head"} else left
     quant_config: dict[str, Any] = {
         "quant_method": "awq",
         "bits": 4,
@@ -264,6 +265,7 @@ class Awq(Format):
     """AWQ folders, version gemm."""
 
     usual_scheme = USUAL_SCHEME
+    lists_modules = True
 
     @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:

@@ -6,10 +6,11 @@ from quantcli.forward.hidden import HiddenStates
 from quantcli.forward.layer import LoadedLayer
 from quantcli.forward.listed import listed_linears
 from quantcli.forward.model import Forward, run_dtype
+from quantcli.forward.modules import modules_of
 from quantcli.forward.positions import table_rows
 from quantcli.forward.promises import Promise, promise
 from quantcli.forward.skeleton import build
 from quantcli.forward.tokenizers import tokenizer
 
-__all__ = ["Forward", "HiddenStates", "LoadedLayer", "Promise", "build", "expert_pieces", "listed_linears", "promise", "run_dtype"]
-__all__ += ["sees", "table_rows", "tokenizer"]
+__all__ = ["Forward", "HiddenStates", "LoadedLayer", "Promise", "build", "expert_pieces", "listed_linears", "modules_of", "promise"]
+__all__ += ["run_dtype", "sees", "table_rows", "tokenizer"]

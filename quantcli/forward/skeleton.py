@@ -41,19 +41,34 @@ def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
     if not has_class(config):
         raise UnsupportedError(f"{where}: transformers has no class of models for model_type '{model_type}' alone")
     named = named_class(config)
+    automatic: Any = transformers.AutoModelForCausalLM  # which transformers has no types for
+    return build_as(automatic if named is None else getattr(transformers, named), config, dtype, where)
+
+
+def build_as(cls: Any, config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
+    """The same as a model of ``cls``: a class of transformers' models, or one of its automatic ones."""
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(config.get("model_type"))
     # The weights arrive dense whatever their file: transformers must not look for a quantizer.
     dense_config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    is_automatic = issubclass(cls, _BaseAutoModelClass)
     try:
         parsed = CONFIG_MAPPING[model_type].from_dict(with_special_floats(dense_config))
         with _parameters_on_meta():
             # Experts one after the other: the inputs of each can be observed, and tokens are not copied for all of them at once.
             options: dict[str, Any] = {"dtype": dtype, "experts_implementation": "eager"}
-            if named is not None:
-                return getattr(transformers, named)._from_config(parsed, **options).eval()
-            causal_lm: Any = transformers.AutoModelForCausalLM  # which transformers has no types for
-            return causal_lm.from_config(parsed, trust_remote_code=False, **options).eval()
+            if is_automatic:
+                return cls.from_config(parsed, trust_remote_code=False, **options).eval()
+            return cls._from_config(_own(parsed, cls), **options).eval()
     except Exception as error:  # any error that a foreign file's values cause in configuration and modelling code
         raise CheckpointError(f"{where}: transformers cannot build a {model_type} model from config.json: {error}") from error
+
+
+def _own(parsed: Any, cls: Any) -> Any:
+    """``parsed``, or the configuration of the text model in it where ``cls`` is one of text alone."""
+    return parsed if cls.config_class is None or isinstance(parsed, cls.config_class) else parsed.get_text_config()
 
 
 @contextmanager

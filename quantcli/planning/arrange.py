@@ -7,15 +7,17 @@ stores them. Whoever plans, measures, evaluates or counts bytes asks here, so th
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantcli import archs, formats
 from quantcli.checkpoint import heads, views
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.modules import Modules
 from quantcli.checkpoint.views import HEAD_WEIGHT, Joint, Piece, View
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.formats import Format
+from quantcli.planning.readers import reader_modules
 from quantcli.planning.schemes import layer_of, untied_head
 from quantcli.recipe import Recipe
 from quantcli.tensors import KvCache
@@ -32,7 +34,7 @@ class Arranged:
     ``head``: the output embedding's weight, where what it reads can be measured, else None; ``caches``: where the layers keep keys and
     values, None where that was not traced; ``untied``: the input embedding's weight, where the model had both as one tensor; ``forward``:
     the model to run, where the recipe learns from text or nothing else knows its taps; ``notes``: what of the source is read otherwise
-    than its config.json says."""
+    than its config.json says; ``modules``: what readers of the output make of it."""
 
     source: Checkpoint
     format: Format
@@ -42,13 +44,20 @@ class Arranged:
     untied: str | None = None
     forward: Forward | None = None
     notes: tuple[str, ...] = ()
+    modules: Modules = field(default_factory=Modules)
 
 
 def arrange(
-    source: Checkpoint, recipe: Recipe, device: str = "cpu", *, run: bool | None = None, forward: Forward | None = None
+    source: Checkpoint,
+    recipe: Recipe,
+    device: str = "cpu",
+    *,
+    run: bool | None = None,
+    forward: Forward | None = None,
+    modules: Modules | None = None,
 ) -> Arranged:
-    """``source`` for ``recipe``. ``run``: whether the model is to be run, usually (None) where the recipe is calibrated; ``forward``: one
-    that was opened before on this very source, to be taken if one is needed.
+    """``source`` for ``recipe``. ``run``: whether the model is to be run, usually (None) where the recipe is calibrated; ``forward``, and
+    ``modules``: what was opened, or found, before of this very source, to be taken if it is needed.
 
     Raises :class:`UnsupportedError` where the format has no names for the model, or the model must be run and cannot be.
     """
@@ -59,6 +68,8 @@ def arrange(
         source = fmt.as_stored(source)
     if (embedding := untied_head(source, recipe)) is not None:
         source, forward = untied(source, embedding), None
+    if modules is None or not fmt.lists_modules:
+        modules = reader_modules(source, fmt)
     is_known = archs.of(source.config) is not None or fmt.has_own_names
     must_run = recipe.is_calibrated if run is None else run
     listed: dict[str, str] = {}
@@ -89,6 +100,7 @@ def arrange(
         embedding,
         forward,
         notes,
+        modules,
     )
 
 

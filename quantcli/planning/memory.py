@@ -8,6 +8,7 @@ from typing import Any
 
 from quantcli import recipe as recipes
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.modules import Modules
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.forward import Forward
 from quantcli.planning import plan as planning
@@ -34,12 +35,14 @@ def needs(checkpoint: Checkpoint, context: int) -> list[Need]:
     """Every shipped recipe that fits the model, smallest first; the bytes are those that its dry run gives. ``context``: tokens."""
     found = []
     forward: Forward | None = None
+    modules: Modules | None = None
     for name in recipes.shipped():
         recipe = recipes.load(name)
         try:
             # where the key-value cache gets scales, only the model itself shows where these are
-            arranged = arrange(checkpoint, recipe, run=bool(recipe.kv_cache), forward=forward)
+            arranged = arrange(checkpoint, recipe, run=bool(recipe.kv_cache), forward=forward, modules=modules)
             forward = arranged.forward or forward
+            modules = arranged.modules if arranged.format.lists_modules else modules
             plan = planning.make(arranged, recipe)
             if needs_importance(plan):
                 plan = planning.make(arranged, recipe, is_weighed=True)

@@ -14,9 +14,11 @@ from quantcli.checkpoint.views import HEAD_WEIGHT
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import Format, OutputLayout, Request
 from quantcli.passes import of as pass_of
+from quantcli.planning import engines as known_engines
 from quantcli.planning import kv_caches
 from quantcli.planning.arrange import Arranged, experts_joined
 from quantcli.planning.kv_caches import PlannedCache
+from quantcli.planning.readers import dense_reasons
 from quantcli.planning.schemes import choose_schemes, is_quantized, keeping_codes, layer_of, listed, protect
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.statistics.outliers import Protected
@@ -150,13 +152,26 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
     check_passes(recipe)
     if arranged.caches is not None:
         kv_caches.check(source, recipe, arranged.caches)
-    request = Request(recipe.format_options, recipe.mix, recipe.kv_cache, is_measured=bool(recipe.needs), is_weighed=is_weighed)
+    request = Request(
+        recipe.format_options,
+        recipe.mix,
+        recipe.kv_cache,
+        is_measured=bool(recipe.needs),
+        is_weighed=is_weighed,
+        modules=arranged.modules,
+    )
     schemes = choose_schemes(source, recipe, taps, request)
     schemes, protected_notes = protect(recipe, schemes, taps, protected)
     taps = {**taps, arranged.head: HEAD} if arranged.head is not None and is_quantized(schemes.get(arranged.head)) else taps
     kept = keeping_codes(source, recipe, schemes)
     schemes = {name: s if name in kept else fmt.suited(s, source.config) for name, s in schemes.items()}
-    dense = [name for name in schemes if name not in kept and fmt.stays_dense(name)]
+    chosen = {name: scheme for name, scheme in schemes.items() if name not in kept}
+    dense = dense_reasons(source, fmt, chosen, arranged.modules)
+    if dense and len(dense) == sum(map(is_quantized, schemes.values())):
+        name, reason = next(iter(dense.items()))
+        raise UnsupportedError(
+            f"{source.source}: nothing is left to quantize: {name} and its like stay dense: {reason}; choose another --format"
+        )
     schemes = {name: scheme for name, scheme in schemes.items() if name not in dense}
     if not fmt.has_own_names:
         source = experts_joined(source, [name for name, scheme in schemes.items() if is_quantized(scheme)])
@@ -177,12 +192,18 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
                 check_grid(recipe, scheme)
     layers = planned_layers(source, recipe, schemes, taps, kept, arranged.caches or (), layout)
     notes = (*arranged.notes, *protected_notes, *engines, *surprises(source, recipe, schemes, taps, left, kept), *layout.notes)
+    notes += known_engines.warnings(fmt.name, (scheme for scheme in schemes.values() if is_quantized(scheme)))
     if arranged.untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
     if not fmt.has_own_names and (behind := source.sidecars().note()) is not None:
         notes += (behind,)
-    if dense:
-        notes += (f"{listed(dense)} stay as they are: engines that read {recipe.format} load them dense",)
+    if lost := [name for name in arranged.modules.lost.get(fmt.name, ()) if name in source.specs]:
+        notes += (
+            f"{listed(lost)}: transformers looks for these experts one by one in a {fmt.name} folder, and does not load it; "
+            "vLLM has them in one tensor",
+        )
+    for reason in dict.fromkeys(dense.values()):
+        notes += (f"{listed([name for name in dense if dense[name] == reason])} stay as they are: {reason}",)
     return Plan(source, recipe, layers, layout, is_weighed, notes)
 
 

@@ -1,4 +1,4 @@
-"""Affine integers of 2, 3, 4 or 8 bits: ``w ≈ scale·(code − zero)`` by group, as GPTQ, AWQ and compressed-tensors store them.
+"""Affine integers of 2 to 8 bits: ``w ≈ scale·(code − zero)`` by group, as GPTQ, AWQ and compressed-tensors store them.
 
 Parts of one weight matrix [out, in]::
 
@@ -45,7 +45,7 @@ from quantcli.qtypes.shared.affine import (
 )
 from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
-BITS = (2, 3, 4, 8)
+BITS = range(2, 9)
 SEARCHES = ("mse", "minmax")
 SCALE_DTYPES = ("F16", "BF16", "F32")
 
@@ -224,7 +224,7 @@ def _divisors(in_features: int) -> str:
 def _check_options(scheme: Scheme) -> None:
     bits, group_size, search = scheme.option("bits"), scheme.option("group_size"), scheme.get("search", "mse")
     if bits not in BITS:
-        raise RecipeError(f"{scheme}: bits is {bits}; expected 2, 3, 4 or 8")
+        raise RecipeError(f"{scheme}: bits is {bits}; expected 2 to 8")
     if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
         raise RecipeError(f"{scheme}: group_size is {group_size}; expected a positive number of inputs, or -1 for a whole row")
     if search not in SEARCHES:

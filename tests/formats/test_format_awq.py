@@ -114,8 +114,9 @@ def test_what_stays_dense_is_listed_by_module(tiny_llama: TinyLlama, tmp_path: P
         tensors = {name: random_codes(SYM, *shape) for name, shape in linears(source).items() if "0.mlp.down_proj" not in name}
         write(source, tmp_path / "out", tensors)
     words = words_of(tmp_path / "out")
-    assert words["modules_to_not_convert"] == [DOWN]
-    assert words["dynamic"] == {r"-:^model\.layers\.0\.mlp\.down_proj$": {}}  # GPTQModel's own loader asks here
+    assert words["modules_to_not_convert"] == [DOWN, "lm_head"]
+    # GPTQModel's own loader asks here
+    assert words["dynamic"] == {r"-:^model\.layers\.0\.mlp\.down_proj$": {}, r"-:^lm_head$": {}}
     with open_checkpoint(str(tmp_path / "out")) as back:
         assert back.notes == ()
         assert back.schemes.keys() == tensors.keys()
@@ -304,7 +305,7 @@ def test_a_dense_module_whose_name_begins_a_quantized_one_is_refused(tiny_llama:
     with open_checkpoint(str(tiny_llama(hidden=64, intermediate=96, layers=1, heads=2))) as source:
         schemes = dict.fromkeys(linears(source), SYM)
         source.specs["model.layers.0.mlp.gate.weight"] = TensorSpec.dense("model.layers.0.mlp.gate.weight", "F32", (4, 64))
-        with pytest.raises(RecipeError, match=r"mlp\.gate stays dense, and AWQ's readers would leave out .*mlp\.gate_proj"):
+        with pytest.raises(RecipeError, match=r"mlp\.gate stays dense, and readers would leave out .*mlp\.gate_proj"):
             awq.FORMAT.layout(source, schemes)
 
 

@@ -40,6 +40,8 @@ class BitsAndBytes(Format):
     """bitsandbytes folders: NF4, FP4 and LLM.int8."""
 
     usual_scheme = "nf4-b64"
+    lists_modules = True
+    takes_derived = False
 
     @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:

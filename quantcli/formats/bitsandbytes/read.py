@@ -14,8 +14,10 @@ from quantcli.checkpoint.checkpoint import read_config
 from quantcli.checkpoint.json_files import parse_json, shown
 from quantcli.checkpoint.shards import Shards, open_folder
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.experts import expert_of
 from quantcli.formats.bitsandbytes import state as states
 from quantcli.formats.bitsandbytes.state import LEVELS, PREFIX, State
+from quantcli.formats.shared.dense import unknown
 from quantcli.formats.shared.folder import FolderCheckpoint, QuantizedWeight, model_dtype, module_of
 from quantcli.formats.shared.fused import fused_groups
 from quantcli.qtypes.shared import float4
@@ -278,7 +280,7 @@ def idle_skips(skipped: Any, quantized: Mapping[str, QuantizedWeight], specs: Ma
     notes, joined = [], fused_groups(specs)  # as vLLM names what it runs
     for module in (entry for entry in skipped if isinstance(entry, str) and entry):
         named = joined.get(module) or [name for name in specs if is_under(name, module)]
-        if not named and module != "lm_head":  # which is there, tied to the embedding
+        if not named and unknown([module], (*specs, *joined, *(at.stack for name in specs if (at := expert_of(name))))):
             notes.append(f"llm_int8_skip_modules names {shown(module)}, and no tensor is under it")
         elif hit := [name for name in named if name in quantized]:
             notes.append(f"llm_int8_skip_modules names {shown(module)}, and {hit[0]} is quantized")

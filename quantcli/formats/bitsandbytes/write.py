@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +12,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.modules import Modules
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.experts import expert_of
 from quantcli.formats import DEFAULTS, Request
 from quantcli.formats.bitsandbytes.read import ROWS, BitsAndBytesCheckpoint
 from quantcli.formats.bitsandbytes.state import LEVELS, NAMES, PREFIX, Nested, State
+from quantcli.formats.shared.dense import dense_modules, harmless, transformers_hits
 from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
     dense_dtypes,
@@ -28,12 +29,9 @@ from quantcli.formats.shared.folder import (
     shard_bytes,
     split_block,
 )
-from quantcli.formats.shared.fused import check_fused, fused_groups
+from quantcli.formats.shared.fused import check_fused
 from quantcli.qtypes.shared import float4
 from quantcli.tensors import QuantizedTensor, Scheme, TensorSpec
-
-EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
-"""Modules that hold a matrix and are no linear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
     dtypes = dense_dtypes(source)
     return BitsAndBytesLayout(
         config=source.config,
-        quantization=quantization_config(source, quantized, dtypes),
+        quantization=quantization_config(source, quantized, dtypes, request.modules),
         dtypes=dtypes,
         sidecars=source.sidecars().files,
         max_shard_bytes=shard_bytes(request),
@@ -124,7 +122,7 @@ def check_place(name: str, *, tied: bool) -> None:
     raise RecipeError(f"{name}: bitsandbytes quantizes the linears of decoder layers and an untied lm_head; {why}: keep this one")
 
 
-def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], dtypes: Mapping[str, str]) -> dict[str, Any]:
+def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], dtypes: Mapping[str, str], modules: Modules) -> dict[str, Any]:
     """``quantization_config``: every key that transformers writes, in its order; of mixed schemes the commonest."""
     (kind, _), *others = Counter(scheme.qtype for scheme in quantized.values()).most_common()
     if others and "llm_int8" in (kind, *(other for other, _ in others)):
@@ -143,7 +141,7 @@ def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], dty
         "bnb_4bit_use_double_quant": nested,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": dense_modules(source, quantized),
+        "llm_int8_skip_modules": skipped(source, quantized, modules),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": not is_8bit,
         "load_in_8bit": is_8bit,
@@ -151,15 +149,10 @@ def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], dty
     }
 
 
-def dense_modules(source: Checkpoint, quantized: Mapping[str, Scheme]) -> list[str]:
-    """The modules of matrices that stay dense: engines replace every linear not named here. lm_head is one even where it has no tensor;
-    a layer's experts go by the module around them. vLLM asks by the name of what it runs, so modules that it joins are named so, too."""
-    specs = [
-        spec for spec in source.specs.values() if spec.name not in quantized and spec.name.endswith(".weight") and len(spec.shape) == 2
-    ]
-    modules = (at.stack if (at := expert_of(spec.name)) else module_of(spec.name) for spec in specs)
-    left = [module for module in dict.fromkeys((*modules, *fused_groups(spec.name for spec in specs))) if not EMBEDDING.search(module)]
-    return left if "lm_head" in left or "lm_head.weight" in quantized else [*left, "lm_head"]
+def skipped(source: Checkpoint, quantized: Mapping[str, Scheme], modules: Modules) -> list[str]:
+    """The linears that stay dense: engines replace every one not named here. vLLM asks by the name of what it runs, so modules that it
+    joins are named so, too; a layer's experts go by the module around them."""
+    return harmless(dense_modules(source, quantized, modules, joined=True), quantized, modules, transformers_hits)
 
 
 def state_of(spec_shape: tuple[int, ...], scheme: Scheme, dtype: str, offset: float = 0.0) -> State:

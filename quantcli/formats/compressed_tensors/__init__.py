@@ -26,8 +26,8 @@ compressed-tensors 0.20 refuses such folders by default (a shape check expects `
 packs it on every device but "meta", where the model is built); it reads them with ``CompressedTensorsConfig(dequantize=True)``;
 transformers 5.17 with compressed-tensors 0.19, and vLLM by its source, read them as they are.
 
-Three bits and other odd numbers are read dense, as the library packs them now, and as it once did, ⌊32/bits⌋ codes in a 32-bit word with
-the rest left empty: the shapes show which. Only 2, 4 and 8 bits are written, where both are the same.
+Three bits and other odd numbers are written dense, as the library packs them since 0.19, and read so and as it once packed them, ⌊32/bits⌋
+codes in a 32-bit word with the rest left empty: the shapes show which. For 2, 4 and 8 bits both are the same.
 
 Published folders contradict their own metadata. Shapes are therefore trusted before metadata, and what does not fit is listed in
 ``Checkpoint.notes``.
@@ -52,6 +52,7 @@ class CompressedTensors(Format):
 
     usual_scheme = "int4-g128-sym"
     has_cache_scales = True
+    lists_modules = True
     experts_apart = "as llm-compressor writes them"
 
     @override

@@ -224,13 +224,15 @@ def weight_arguments(scheme: Scheme) -> Arguments:
 
 
 def scale_dtype_name(number: str) -> str | None:
-    """The dtype of the scales of ``number`` (a qtype, or the first part of an activation's name), where it is not the model's."""
-    return {"mxfp4": "torch.uint8", "mxfp8": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}.get(number)
+    """The dtype of the scales of ``number`` (a qtype, or the first part of an activation's name), where it is not the model's. NVFP4's
+    goes without saying, and the first releases that know NVFP4 refuse the key."""
+    return {"mxfp4": "torch.uint8", "mxfp8": "torch.uint8"}.get(number)
 
 
 def argument_config(arguments: Arguments, scale_dtype: str | None) -> dict[str, Any]:
-    """``arguments`` as the library's own files have them."""
-    return {
+    """``arguments`` as the library's own files have them, but for zp_dtype, which follows from the rest, and a scale_dtype of null:
+    releases before 0.13 refuse both keys."""
+    config = {
         "num_bits": arguments.num_bits,
         "type": arguments.type,
         "symmetric": arguments.symmetric,
@@ -240,7 +242,9 @@ def argument_config(arguments: Arguments, scale_dtype: str | None) -> dict[str, 
         "dynamic": arguments.dynamic,
         "actorder": None,
         "scale_dtype": scale_dtype,
-        "zp_dtype": None if arguments.symmetric else "torch.int8",
         "observer": None,
         "observer_kwargs": {},
     }
+    if scale_dtype is None:
+        del config["scale_dtype"]
+    return config

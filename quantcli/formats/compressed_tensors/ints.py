@@ -32,8 +32,8 @@ class Stored:
 
     @property
     def grid_bits(self) -> int:
-        """Bits of the qtype: 5, 6 and 7, which it does not have, are held among the 8-bit ones."""
-        return self.bits if self.bits in BITS else next(bits for bits in BITS if bits > self.bits)
+        """Bits of the qtype: one, which it does not have, is held among the 2-bit ones."""
+        return max(self.bits, BITS[0])
 
     @property
     def shift(self) -> int:

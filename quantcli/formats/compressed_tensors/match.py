@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from quantcli.checkpoint.json_files import shown
 from quantcli.formats.compressed_tensors.config import Group, QuantConfig
+from quantcli.formats.shared.dense import tail_of
 from quantcli.formats.shared.folder import split_block
 from quantcli.formats.shared.patterns import is_tame
 
@@ -28,10 +29,12 @@ class Patterns:
         return next((item for item, pattern in self.patterns.items() if pattern.match(module)), None)
 
     def idle(self, modules: Collection[str]) -> list[str]:
-        """The items that mean none of ``modules``."""
-        known = frozenset(modules)
-        unnamed = {item for item in self.names - known if not is_class(item)}
-        unmatched = {item for item, pattern in self.patterns.items() if not any(map(pattern.match, modules))}
+        """The items that mean none of ``modules``, under whatever spelling: a folder names a module as each of its readers does."""
+        known = {tail_of(module) for module in modules}
+        unnamed = {item for item in self.names if tail_of(item) not in known and not is_class(item)}
+        matched = {item for item, pattern in self.patterns.items() if any(map(pattern.match, modules))}
+        endings = {item.rpartition(r"\.")[2] for item in matched if r"\." in item}
+        unmatched = {item for item in self.patterns if item not in matched and item.rpartition(r"\.")[2] not in endings}
         return [item for item in self.items if item in unnamed or item in unmatched]
 
 

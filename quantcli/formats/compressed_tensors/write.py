@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.modules import Modules
 from quantcli.errors import RecipeError, UnsupportedError, about
 from quantcli.formats import DEFAULTS, Request
 from quantcli.formats.compressed_tensors import cache as caches
 from quantcli.formats.compressed_tensors import floats, ints
 from quantcli.formats.compressed_tensors.config import LIBRARY_VERSION, METHOD, MIXED, format_of, group_config, input_scale_file
 from quantcli.formats.compressed_tensors.match import targets_of
+from quantcli.formats.shared.dense import dense_modules
 from quantcli.formats.shared.folder import (
     QuantizedFolderLayout,
     dense_dtypes,
@@ -34,8 +36,8 @@ from quantcli.tensors import KvCache, QuantizedTensor, Scheme, TensorSpec
 
 INT8_CACHE = "kv_cache int8: transformers runs it, and engines on other hardware do; vLLM's kernels for GPUs store FP8 alone"
 
-BITS = (2, 4, 8)
-"""Of integers: the ones that old and new readers unpack alike."""
+RUN_ON = (3, 5, 6, 7)
+"""Bits of integers whose codes run on from one 32-bit word to the next, which old readers unpack otherwise."""
 
 ACTIVATIONS = {
     "int": ("", "int8-token", "int8-tensor"),
@@ -48,7 +50,7 @@ ACTIVATIONS = {
 
 
 def supports(scheme: Scheme) -> bool:
-    """Integers of 2, 4 and 8 bits, FP8 (E4M3), MXFP4, MXFP8, NVFP4, with the activations that engines run them with.
+    """Integers of 2 to 8 bits, FP8 (E4M3), MXFP4, MXFP8, NVFP4, with the activations that engines run them with.
 
     No act-order: the library has removed ``weight_g_idx``, and vLLM is about to.
     """
@@ -57,7 +59,7 @@ def supports(scheme: Scheme) -> bool:
     if scheme.qtype not in ACTIVATIONS or scheme.get("act", "") not in ACTIVATIONS[scheme.qtype]:
         return False
     if scheme.qtype == "int":
-        return scheme.option("bits") in BITS and not scheme.option("desc_act")
+        return not scheme.option("desc_act")
     return scheme.qtype != "fp8" or (scheme.option("dtype") == "e4m3" and "block" not in dict(scheme.options))
 
 
@@ -116,14 +118,25 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
     check_fused(source.specs, quantized, config_key)
     return CompressedLayout(
         config=source.config,
-        quantization=quantization_config(source, quantized) | ({"kv_cache_scheme": caches.kv_cache_scheme(kv_cache)} if kv_cache else {}),
+        quantization=quantization_config(source, quantized, request.modules)
+        | ({"kv_cache_scheme": caches.kv_cache_scheme(kv_cache)} if kv_cache else {}),
         dtypes=dense_dtypes(source),
         sidecars=source.sidecars().files,
         max_shard_bytes=shard_bytes(request),
-        notes=(INT8_CACHE,) if kv_cache.startswith("int8") else (),
+        notes=surprises(quantized, kv_cache),
         kv_cache=kv_cache,
         scale_dtype=dtype if (dtype := model_dtype(source.config)) in ints.SCALE_DTYPES else "F32",
     )
+
+
+def surprises(quantized: Mapping[str, Scheme], kv_cache: str) -> tuple[str, ...]:
+    """What readers make of such a folder that a user might not expect."""
+    packed = [scheme for scheme in quantized.values() if scheme.qtype == "int" and not scheme.get("act")]
+    odd = sorted({scheme.option("bits") for scheme in packed} & set(RUN_ON))
+    notes = (
+        [f"codes of {odd[0]} bits run on from word to word: compressed-tensors unpacks them so since 0.19, vLLM since 0.33"] if odd else []
+    )
+    return (*notes, *((INT8_CACHE,) if kv_cache.startswith("int8") else ()))
 
 
 def config_key(scheme: Scheme) -> str:
@@ -131,15 +144,17 @@ def config_key(scheme: Scheme) -> str:
     return json.dumps(group_config(scheme, []))
 
 
-def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme]) -> dict[str, Any]:
+def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], modules: Modules) -> dict[str, Any]:
     """``quantization_config``: a config group for each scheme, and every other linear in ``ignore``."""
-    matrices = {module_of(name) for name, spec in source.specs.items() if name.endswith(".weight") and len(spec.shape) == 2}
+    dense = dense_modules(source, quantized, modules)
     alike: dict[str, dict[str, Scheme]] = {}
     for name, scheme in quantized.items():
-        alike.setdefault(config_key(scheme), {})[module_of(name)] = scheme
+        alike.setdefault(config_key(scheme), {})[name] = scheme
+    spelt = {key: {own for name in members for own in modules.spellings(name)} for key, members in alike.items()}
     groups = {}
-    for i, members in enumerate(alike.values()):
-        targets = ["Linear"] if len(alike) == 1 else targets_of(members, matrices - members.keys())
+    for i, (key, members) in enumerate(alike.items()):
+        others = {*dense, *(name for other in spelt if other != key for name in spelt[other])}
+        targets = ["Linear"] if len(alike) == 1 else targets_of(spelt[key], others)
         groups[f"group_{i}"] = group_config(next(iter(members.values())), targets)
     formats = {format_of(scheme) for scheme in quantized.values()}
     return {
@@ -147,24 +162,13 @@ def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme]) -> 
         "format": formats.pop() if len(formats) == 1 else MIXED if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignored(source, matrices, {module_of(name) for name in quantized}),
+        "ignore": sorted(dense),
         "kv_cache_scheme": source_cache_scheme(source),
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
         "version": LIBRARY_VERSION,
     }
-
-
-def ignored(source: Checkpoint, matrices: Collection[str], quantized: Collection[str]) -> list[str]:
-    """Every matrix without codes that may be a linear, by its name on disk; lm_head also where it is tied and has no tensor of its own."""
-    dense = [module for module in matrices if module not in quantized and not is_embedding(module)]
-    tied_head = ["lm_head"] if source.config.get("tie_word_embeddings") and "lm_head" not in dense else []
-    return sorted([*dense, *tied_head])
-
-
-def is_embedding(module: str) -> bool:
-    return module.rpartition(".")[2] in ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embeddings")
 
 
 def source_cache_scheme(source: Checkpoint) -> Any:

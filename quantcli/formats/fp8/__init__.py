@@ -35,6 +35,8 @@ class Fp8(Format):
     """FP8 folders: blocks of 128 x 128, or one scale a weight."""
 
     usual_scheme = "fp8-block"
+    lists_modules = True
+    takes_derived = False
 
     @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:

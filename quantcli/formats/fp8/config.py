@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.json_files import shown
+from quantcli.checkpoint.modules import Modules
 from quantcli.errors import CheckpointError
+from quantcli.formats.shared.dense import dense_modules, harmless, transformers_hits, unknown
 from quantcli.formats.shared.folder import module_of, split_block
 from quantcli.tensors import Scheme, TensorSpec
 
@@ -76,7 +78,7 @@ def disagreements(quant_config: QuantConfig, specs: Mapping[str, TensorSpec], sc
     modules = "\n".join(specs)
     # A tied lm_head is in no file, and rightly listed. What looks like a pattern is not judged.
     plain = [name for name in quant_config.left if not REGEX & set(name) and name.rpartition(".")[2] != "lm_head"]
-    if absent := [name for name in plain if name not in modules]:
+    if absent := unknown([name for name in plain if name not in modules], specs):
         notes.append(f"{len(absent)} modules of the list of what is left dense are in no file, the first is {shown(absent[0])}")
     listed = set(quant_config.left)
     if quantized := [name for name in schemes if listed & boundaries(module_of(name))]:
@@ -104,19 +106,18 @@ def dense_in_quantized_blocks(specs: Mapping[str, TensorSpec], schemes: Mapping[
     return [name for name in dense if split_block(name)[0] in blocks]
 
 
-def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], strategy: str, *, static: bool) -> dict[str, Any]:
+def quantization_config(
+    source: Checkpoint, quantized: Mapping[str, Scheme], strategy: str, modules: Modules, *, static: bool
+) -> dict[str, Any]:
     """``quantization_config`` for both readers. Every other matrix is listed: transformers would build an FP8 linear of any it finds."""
     dense = [name for name, spec in source.specs.items() if name.endswith(".weight") and name not in quantized and len(spec.shape) == 2]
-    left = sorted({module_of(name) for name in dense} | lm_heads(dense, quantized))
+    left = {*map(module_of, dense), *dense_modules(source, quantized, modules)}
+    if any(name.endswith("lm_head.weight") for name in quantized):
+        left -= {"lm_head"}
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "static" if static else "dynamic",
         "weight_block_size": [128, 128] if strategy == "block" else None,
-        **dict.fromkeys(LISTS, left),
+        **dict.fromkeys(LISTS, harmless(sorted(left), quantized, modules, transformers_hits)),
     }
-
-
-def lm_heads(dense: Sequence[str], quantized: Mapping[str, Scheme]) -> set[str]:
-    """lm_head under its usual name, which a tied model has and its file has not."""
-    return set() if any(name.endswith("lm_head.weight") for name in (*dense, *quantized)) else {"lm_head"}

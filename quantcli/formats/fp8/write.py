@@ -84,7 +84,9 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
             "use --format compressed-tensors"
         )
     check_fused(source.specs, quantized)
-    quant_config = quantization_config(source, quantized, scheme.get("strategy", "channel"), static=scheme.static_activations)
+    quant_config = quantization_config(
+        source, quantized, scheme.get("strategy", "channel"), request.modules, static=scheme.static_activations
+    )
     notes = cut_blocks(source, quantized) if scheme.get("strategy", "channel") == "block" else ()
     return Fp8Layout(
         config=source.config,

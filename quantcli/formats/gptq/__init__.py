@@ -36,6 +36,7 @@ class Gptq(Format):
     """GPTQ folders, v1 and v2."""
 
     usual_scheme = "int4-g128-sym"
+    lists_modules = True
 
     @override
     def detect(self, path: Path, config: dict[str, Any] | None) -> bool:

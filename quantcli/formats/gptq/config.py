@@ -10,9 +10,11 @@ from typing import Any
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.json_files import read_json, shown
+from quantcli.checkpoint.modules import DERIVED, Modules
 from quantcli.errors import UnsupportedError
 from quantcli.formats.shared import dynamic
-from quantcli.formats.shared.folder import dense_linears, module_of, split_block
+from quantcli.formats.shared.dense import dense_modules, dense_weights, is_linear
+from quantcli.formats.shared.folder import split_block
 from quantcli.formats.shared.packed_folder import Settings
 from quantcli.tensors import Scheme
 
@@ -61,7 +63,7 @@ def declared_version(path: Path, quant_config: Mapping[str, Any]) -> str:
     return str(version)
 
 
-def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], version: str) -> dict[str, Any]:
+def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], version: str, modules: Modules) -> dict[str, Any]:
     """``quantization_config``: the commonest scheme, and what differs from it, in each reader's own form."""
     settings = {name: module_settings(scheme) for name, scheme in quantized.items()}
     (common, _), *_ = Counter(settings.values()).most_common()
@@ -75,19 +77,22 @@ def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], ver
         "checkpoint_format": version,
         "meta": {"quantizer": [f"quantcli:{__version__}"], "quantcli": {}},
     }
-    if left := dense_linears(source, quantized):
+    left = [name for name in dense_modules(source, quantized, modules) if name.rpartition(".")[2] != "lm_head"]
+    blocks = {split_block(name)[0] for name in quantized} - {""}
+    if any(split_block(spec.name)[0] in blocks and is_linear(spec.name, modules) for spec in dense_weights(source, quantized)):
         # vLLM and optimum take the list of what is quantized, GPTQModel the patterns of what is not.
         quant_config["modules_in_block_to_quantize"] = [
-            module_suffixes(quantized, left),
+            listed_modules(quantized, left, modules),
             *([["lm_head"]] if quant_config["lm_head"] else []),
         ]
-    if rules := dynamic.written({**dict.fromkeys(left), **settings}, common):
+    spelt = {f"{name}.weight": chosen for weight, chosen in settings.items() for name in modules.spellings(weight)}
+    if rules := dynamic.written({**{f"{name}.weight": None for name in left}, **spelt}, common):
         quant_config["dynamic"] = rules
     return quant_config
 
 
-def surprises(quantized: Mapping[str, Scheme]) -> tuple[str, ...]:
-    """What engines make of linears that differ."""
+def surprises(quantized: Mapping[str, Scheme], modules: Modules, *, derived: bool) -> tuple[str, ...]:
+    """What engines make of linears that differ. ``derived``: the family's linears are of a class of their own."""
     notes = []
     if len({(scheme.option("bits"), scheme.option("group_size")) for scheme in quantized.values()}) > 1:
         notes.append(
@@ -99,6 +104,11 @@ def surprises(quantized: Mapping[str, Scheme]) -> tuple[str, ...]:
             "lm_head is quantized: vLLM, SGLang and GPTQModel read it, and transformers 5 leaves it at random numbers without a warning; "
             "use --format compressed-tensors for that"
         )
+    if derived or any(name in modules.of and modules.of[name].kind == DERIVED for name in quantized):
+        notes.append(
+            "linears of a class derived from torch's: vLLM and GPTQModel read them, and transformers with optimum leaves them at random "
+            "numbers; use --format compressed-tensors for that"
+        )
     return tuple(notes)
 
 
@@ -107,10 +117,11 @@ def module_settings(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
     return tuple((key, scheme.get(key, default)) for key, default in (("bits", 4), ("group_size", 128), ("sym", True)))
 
 
-def module_suffixes(quantized: Mapping[str, Scheme], left: Sequence[str]) -> list[str]:
-    """The quantized modules by their names inside a block; in full where a name is quantized in one block and dense in another."""
+def listed_modules(quantized: Mapping[str, Scheme], left: Sequence[str], modules: Modules) -> list[str]:
+    """The quantized modules by their names inside a block, which readers look for in a module's name; in full, and by each of their names,
+    where one of ``left`` has such a name in it."""
     inside = [name for name in quantized if split_block(name)[0]]
-    dense = {split_block(name)[1] for name in left}
-    if dense.isdisjoint(split_block(name)[1] for name in inside):
-        return sorted({split_block(name)[1] for name in inside})
-    return sorted(module_of(name) for name in inside)
+    suffixes = sorted({split_block(name)[1] for name in inside})
+    if not any(suffix in name for name in left for suffix in suffixes):
+        return suffixes
+    return sorted({name for weight in inside for name in modules.spellings(weight)})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from quantcli import archs
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.shards import stored_as
 from quantcli.errors import RecipeError, UnsupportedError, about
@@ -91,15 +92,16 @@ def layout(source: Checkpoint, schemes: Mapping[str, Scheme], request: Request =
     for name in quantized:
         check_place(name, tied=bool(source.config.get("tie_word_embeddings")))
     check_fused(source.specs, quantized, module_settings)
+    arch = archs.of(source.config)
     version = V1 if all(scheme.get("sym", True) for scheme in quantized.values()) else V2
     return GptqLayout(
         version=version,
         config=source.config,
-        quantization=quantization_config(source, quantized, version),
+        quantization=quantization_config(source, quantized, version, request.modules),
         dtypes=dense_dtypes(source),
         sidecars=source.sidecars().files,
         max_shard_bytes=shard_bytes(request),
-        notes=surprises(quantized),
+        notes=surprises(quantized, request.modules, derived=arch is not None and arch.derived),
     )
 
 

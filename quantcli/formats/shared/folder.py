@@ -216,13 +216,6 @@ def split_block(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", module_of(name))
 
 
-def dense_linears(source: Checkpoint, quantized: Mapping[str, Scheme]) -> list[str]:
-    """Matrices that stay dense inside the numbered blocks, where readers expect every linear to be quantized."""
-    blocks = {split_block(name)[0] for name in quantized} - {""}
-    dense = (spec for name, spec in source.specs.items() if name.endswith(".weight") and name not in quantized and len(spec.shape) == 2)
-    return [spec.name for spec in dense if split_block(spec.name)[0] in blocks]
-
-
 def as_json(value: Any) -> bytes:
     """``value`` as the text of a JSON file."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
