@@ -238,7 +238,7 @@ def _propagate(progress: Progress, forward: Forward, data: Windows) -> Generator
                 run.put_caches(layer.planned.caches, _leave(run, states, loaded, layer.planned, is_last=is_last))
                 if held_out is not None and not is_last:
                     held_out.advance(loaded)
-            others = {"untouched": untouched, "held_out": held_out, "original": original and original.states}
+            others = {"untouched": untouched, "held_out": held_out, "original": original.states if original is not None else None}
             walked = {"states": states, **{key: one for key, one in others.items() if one is not None}}
         yield progress.done(layer, walked)
     return None if untouched is None else text_check.measure(forward, untouched, windows)
