@@ -235,8 +235,10 @@ def quantize(
                         check_target(target, overwrite=overwrite, folder=chosen.format != "gguf")
                 elif isinstance(event, LayerDone):
                     layers.append(event)
-                elif isinstance(event, Finished):
+                else:
                     finished = event
+                    for warning in event.warnings:
+                        note_to(tell, warning, is_warning=True)
         if finished is not None and finished.text_check is not None:
             warn_of_text(finished.text_check, tell)
     assert made is not None

@@ -193,6 +193,7 @@ PROBES = {
     "text/documents/records.py": "a tokenizer of transformers'",
     "forward/names.py": "a model of transformers'",
     "forward/skeleton.py": "a config of transformers'",
+    "forward/positions.py": "a config of transformers'",
 }
 """Files that may ask an object whether it has an attribute, and whose object that is."""
 

@@ -44,7 +44,7 @@ class LayerDone:
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The output stands under its final name. ``calibrated_by``: "windows" or "statistics"; ``text_check``: of the source with the
-    calibration text, where windows were run."""
+    calibration text, where windows were run; ``warnings``: of what the run learned from."""
 
     output: Path
     plan: Plan
@@ -52,6 +52,7 @@ class Finished:
     dataset_sha256: str | None = None
     text_check: TextCheck | None = None
     calibrated_by: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Note:
     is_warning: bool = False
 
 
-Event = Planned | Resumed | LayerDone | Note | Finished
+Event = Planned | Resumed | LayerDone | Finished
 
 
 @dataclass(slots=True)

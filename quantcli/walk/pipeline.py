@@ -37,7 +37,7 @@ from quantcli.statistics.outliers import Protected
 from quantcli.statistics.stats_file import StatsFile
 from quantcli.tensors import DTYPES, HEAD, Absorber, Stats, TensorReport
 from quantcli.walk.encoder import LayerEncoder
-from quantcli.walk.events import Event, Finished, LayerDone, Note, Planned, timed
+from quantcli.walk.events import Event, Finished, LayerDone, Planned, timed
 from quantcli.walk.progress import Progress
 from quantcli.walk.provenance import Provenance
 
@@ -81,8 +81,6 @@ def quantize(
     if recipe.is_calibrated and learned.kind is None:
         learned = checked(plan, data)
     warning = too_little(plan, learned)
-    if warning:
-        yield Note(warning, is_warning=True)
     provenance = replace(
         Provenance.of(arranged.source, recipe, untied=arranged.untied),
         data=learned.provenance(),
@@ -111,7 +109,7 @@ def quantize(
         writer.commit(partial(source_check.check_output, recipe.format))
     exact = {report.name for report in run.reports if report.is_exact}
     lossless = all(tensor.name in exact or _is_exact(plan.source, tensor) for tensor in plan.tensors)
-    yield Finished(writer.target, plan, lossless, learned.dataset_sha256, text_check, learned.kind)
+    yield Finished(writer.target, plan, lossless, learned.dataset_sha256, text_check, learned.kind, (warning,) if warning else ())
 
 
 def _check_apart(source: Checkpoint, target: Path) -> None:
