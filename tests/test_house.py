@@ -192,6 +192,7 @@ PROBES = {
     "formats/gguf/model/metadata.py": "methods of the gguf package's, by name",
     "text/documents/records.py": "a tokenizer of transformers'",
     "forward/names.py": "a model of transformers'",
+    "forward/modules.py": "a class of transformers', by name",
     "forward/skeleton.py": "a config of transformers'",
     "forward/positions.py": "a config of transformers'",
 }

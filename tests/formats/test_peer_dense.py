@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import quantcli as qc
-from quantcli.recipe import PassSpec, Recipe
+from quantcli.recipe import PassSpec, Recipe, Rule
 from quantcli.tensors import Scheme
 from support.partly_dense import KINDS, inputs, save
 from support.places import TESTS
@@ -37,8 +37,8 @@ SCHEMES = {
     "compressed-tensors": "int4-g32-sym",
     "fp8": "fp8-block",
 }
-CLASSES = {("llama4", "gptq"): "Llama4ForCausalLM"}
-"""Where optimum finds blocks in another class alone."""
+TOLERANCE = {"awq": 1e-2}
+"""Of logits, in standard deviations: AWQ's kernel computes in 16 bits."""
 
 LEFT_OUT = {("llama4", "bitsandbytes"), ("llama4", "compressed-tensors")}
 """transformers replaces the module of the experts by one with other names, and has no conversion to them: the plan says so."""
@@ -56,10 +56,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], t
             if variable not in os.environ or (name, format_) in LEFT_OUT:
                 continue
             coded, decoded = root / f"{name}-{format_}", root / f"{name}-{format_}-decoded"
-            run(source, coded, Recipe(name="rtn", passes=(PassSpec("rtn"),), scheme=Scheme.parse(SCHEMES[format_]), format=format_))
+            # transformers has no place for the codes of experts in these two.
+            rules = (Rule.parse(r"\.experts\.", "keep"),) if name.startswith("glm4") and format_ in ("gptq", "awq") else ()
+            scheme = Scheme.parse(SCHEMES[format_])
+            run(source, coded, Recipe(name="rtn", passes=(PassSpec("rtn"),), scheme=scheme, format=format_, rules=rules))
             qc.export(coded, decoded, format="hf", device="cpu")
-            cls = f"{CLASSES[name, format_]}=" if (name, format_) in CLASSES else ""
-            by_python.setdefault(os.environ[variable], []).append((format_, f"{cls}{coded}", f"{cls}{decoded}"))
+            by_python.setdefault(os.environ[variable], []).append((format_, str(coded), str(decoded)))
         for python, tasks in by_python.items():
             words = [word for _, *pair in tasks for word in pair]
             client = [python, str(TESTS / "support" / "logits_client.py"), str(root / "inputs.safetensors"), str(root / "answers.json")]
@@ -79,4 +81,4 @@ def test_transformers_computes_our_logits(
     assert "error" not in theirs, theirs
     assert theirs["missing"] == ours["missing"] == []
     logits, expected = torch.tensor(theirs["logits"]), torch.tensor(ours["logits"])
-    assert float((logits - expected).abs().max()) < 2e-3 * float(expected.std())
+    assert float((logits - expected).abs().max()) < TOLERANCE.get(format_, 2e-3) * float(expected.std())

@@ -19,6 +19,9 @@ from quantcli.formats.shared.packed_folder import Settings
 from quantcli.tensors import Scheme
 
 V1, V2 = "gptq", "gptq_v2"
+USUAL_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
+"""What optimum takes for a model's blocks, the first there is."""
+
 LEGACY_CONFIG = "quantize_config.json"
 
 
@@ -85,10 +88,19 @@ def quantization_config(source: Checkpoint, quantized: Mapping[str, Scheme], ver
             listed_modules(quantized, left, modules),
             *([["lm_head"]] if quant_config["lm_head"] else []),
         ]
+    if (block := unusual_block(quantized, modules)) is not None:
+        quant_config["block_name_to_quantize"] = block
     spelt = {f"{name}.weight": chosen for weight, chosen in settings.items() for name in modules.spellings(weight)}
     if rules := dynamic.written({**{f"{name}.weight": None for name in left}, **spelt}, common):
         quant_config["dynamic"] = rules
     return quant_config
+
+
+def unusual_block(quantized: Mapping[str, Scheme], modules: Modules) -> str | None:
+    """Where the class that config.json names has its blocks, if that is not where optimum looks by itself."""
+    found = {split_block(modules.of[name].names[0])[0] for name in quantized if name in modules.of} - {""}
+    unusual = sorted(block for block in found if not block.startswith(USUAL_BLOCKS))
+    return unusual[0] if len(found) == 1 and unusual else None
 
 
 def surprises(quantized: Mapping[str, Scheme], modules: Modules, *, derived: bool) -> tuple[str, ...]:
