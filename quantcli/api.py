@@ -235,7 +235,7 @@ def quantize(
                         check_target(target, overwrite=overwrite, folder=chosen.format != "gguf")
                 elif isinstance(event, LayerDone):
                     layers.append(event)
-                else:
+                elif isinstance(event, Finished):
                     finished = event
                     for warning in event.warnings:
                         note_to(tell, warning, is_warning=True)
