@@ -30,6 +30,10 @@ class Modules:
     unstored: tuple[str, ...] = ()
     lost: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
+    def beside(self, others: Modules) -> Modules:
+        """These, and what ``others`` know of the same folder under names that its tensors are given there."""
+        return Modules({**others.of, **self.of}, self.unstored, self.lost)
+
     def spellings(self, weight: str) -> tuple[str, ...]:
         """The names of the module of ``weight``: on disk first, then in transformers, then as engines that keep to the names of older
         folders have it."""

@@ -24,15 +24,19 @@ def table_rows(checkpoint: Checkpoint) -> int | None:
 
 def rows_of(model: Any) -> int | None:
     """The same of an empty ``model``: of the tables that a short forward looks up by position before the first layer, and of buffers."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # a model of two, as CLIP
+        return None
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":  # which is not run layer by layer
         return None
-    return min([*_embedded(model), *_buffered(model)], default=None)
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return min([*_embedded(model, name), *_buffered(model)], default=None)
 
 
-def _embedded(model: Any) -> list[int]:
+def _embedded(model: Any, embedding: str) -> list[int]:
     """Of each embedding whose indices rise by one from token to token, the tokens of one kind being the same: its rows from the first."""
-    embedding = model.get_input_embeddings()
-    _, layers = decoder_layers(model, next(name for name, module in model.named_modules() if module is embedding))
+    _, layers = decoder_layers(model, embedding)
     inside = {id(parameter) for parameter in layers.parameters()}
     outside = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
     seen: list[tuple[Tensor, int]] = []

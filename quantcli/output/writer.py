@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.errors import CheckpointError, NumericsError, RecipeError, UnsupportedError
+from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
 from quantcli.output import disk
 from quantcli.output.journal import Run, Step
 from quantcli.output.layouts import FileLayout, check_layouts, has_header, relative, write_header
@@ -178,12 +178,20 @@ class Writer:
             self._flush()
             self._verify()
             if check is not None:
-                check(self._path(self.target.name) if self._beside else self.work.output)
+                self._checked(check)
             self.work.journal.begin_commit(self.work.output / self.target.name if self._beside else self.work.output)
             self._move_beside() if self._beside else self._move()
             disk.fsync(self.target.parent)
             self._done = True
             self.work.close(keep=False)
+
+    def _checked(self, check: Callable[[Path], None]) -> None:
+        """Call ``check`` with the finished output; what it refuses, the same command would write again."""
+        try:
+            check(self._path(self.target.name) if self._beside else self.work.output)
+        except QuantcliError:
+            self.abort()
+            raise
 
     def abort(self, *, keep: bool = False) -> None:
         """Remove everything that was written, or (``keep``) leave it to a later process; the target stays as it was. Harmless when called

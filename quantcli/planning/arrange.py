@@ -16,6 +16,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.modules import Modules
 from quantcli.checkpoint.views import HEAD_WEIGHT, Joint, Piece, View
 from quantcli.errors import CheckpointError, UnsupportedError
+from quantcli.experts import expert_of
 from quantcli.formats import Format
 from quantcli.planning.readers import reader_modules
 from quantcli.planning.schemes import layer_of, untied_head
@@ -55,9 +56,11 @@ def arrange(
     run: bool | None = None,
     forward: Forward | None = None,
     modules: Modules | None = None,
+    all_taps: bool = False,
 ) -> Arranged:
     """``source`` for ``recipe``. ``run``: whether the model is to be run, usually (None) where the recipe is calibrated; ``forward``, and
-    ``modules``: what was opened, or found, before of this very source, to be taken if it is needed.
+    ``modules``: what was opened, or found, before of this very source, to be taken if it is needed; ``all_taps``: also those of weights
+    stored [in, out] (GPT-2's), which are measured, but which no pass takes.
 
     Raises :class:`UnsupportedError` where the format has no names for the model, or the model must be run and cannot be.
     """
@@ -86,9 +89,11 @@ def arrange(
                 raise
             listed = listed_taps(source)
     source = experts_apart(source) if forward is None else forward.checkpoint
+    if modules.of and any(name not in modules.of for name in source.specs if name.endswith(".weight") and not expert_of(name)):
+        modules = modules.beside(reader_modules(source, fmt))  # experts apart, other tensors may have other names, too
     if fmt.has_own_names:
         source = cut_for(source, fmt)
-    turned = forward.turned if forward is not None and not run else frozenset[str]()  # no pass takes a weight [in, out]
+    turned = forward.turned if forward is not None and not all_taps else frozenset[str]()
     taps = forward.taps if forward is not None else declared_taps(source) or listed  # where the model is built, it knows best
     head, caches = (declared_head(source), None) if forward is None else (forward.head_weight, forward.caches)
     return Arranged(

@@ -38,7 +38,7 @@ def check_statistics_target(output: Path, imatrix: Path | None, *, overwrite: bo
 
 def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets: Sequence[str], *, overwrite: bool, tell: OnEvent) -> None:
     """The statistics as llama-imatrix would have written them. ``datasets``: the names by which the user gave the text."""
-    arranged = arrange(checkpoint, Recipe("imatrix", "gguf", (PassSpec("rtn"),)), run=True)
+    arranged = arrange(checkpoint, Recipe("imatrix", "gguf", (PassSpec("rtn"),)), run=True, all_taps=True)
     names = gguf_names(arranged.source.specs, arranged.source.config)
     measured = importance.measured(stats, arranged.taps, names)
     for target in importance.unmeasured(measured, names, arranged.source.specs):

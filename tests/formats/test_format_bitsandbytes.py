@@ -48,7 +48,7 @@ def words_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def source(tiny_llama: TinyLlama) -> Path:
-    return tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, kv_heads=1, vocab=300)
+    return tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, kv_heads=1, vocab=512)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_block_sizes_and_four_bit_types_may_be_mixed_and_eight_bits_may_not(sour
 
 
 def test_an_embedding_that_engines_load_dense_is_refused(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    folder = tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, kv_heads=1, vocab=300)
+    folder = tiny_llama(hidden=64, intermediate=96, layers=1, heads=2, kv_heads=1, vocab=512)
     rules = (Rule.parse("embed_tokens", "nf4-b64"),)
     with pytest.raises(RecipeError, match="readers expect it dense"):
         quantize(

@@ -35,7 +35,7 @@ from support.runs import run
 TinyLlama = Callable[..., Path]
 GOLDEN = DATA / "compressed_tensors.safetensors"
 Q = "model.layers.0.self_attn.q_proj"
-SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 300}
+SMALL: dict[str, Any] = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 512}
 
 SCHEMES_OF_GOLDEN = {
     "W2A16": "int2-g128-sym-sbf16",
@@ -669,7 +669,7 @@ def made_by(name: str, folder: Path, target: Path) -> Planned:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_writes_the_bytes_and_the_schemes_that_it_announced(tiny_llama: TinyLlama, tmp_path: Path, name: str) -> None:
-    folder = tiny_llama(hidden=256, intermediate=384, layers=1, heads=4, kv_heads=2, vocab=300)
+    folder = tiny_llama(hidden=256, intermediate=384, layers=1, heads=4, kv_heads=2, vocab=512)
     planned = made_by(name, folder, tmp_path / "out")
     n_data = sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
     assert n_data == planned.plan.n_bytes
@@ -683,7 +683,7 @@ def test_a_recipe_writes_the_bytes_and_the_schemes_that_it_announced(tiny_llama:
 
 @pytest.mark.parametrize("name", KEEPING_THE_BASIS)
 def test_what_a_recipe_wrote_reads_as_the_weights_it_was_made_from(tiny_llama: TinyLlama, tmp_path: Path, name: str) -> None:
-    folder = tiny_llama(hidden=256, intermediate=384, layers=1, heads=4, kv_heads=2, vocab=300)
+    folder = tiny_llama(hidden=256, intermediate=384, layers=1, heads=4, kv_heads=2, vocab=512)
     made_by(name, folder, tmp_path / "out")
     with opened(folder) as source, opened(tmp_path / "out") as back:
         for weight in back.schemes:

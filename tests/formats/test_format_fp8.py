@@ -149,7 +149,7 @@ def test_matrices_that_vllm_joins_share_their_scale(folders: dict[str, Path]) ->
 
 
 def test_every_matrix_left_dense_is_listed_for_both_readers_and_a_tied_head_too(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    tied = tiny_llama(hidden=128, intermediate=128, layers=2, heads=2, kv_heads=2, vocab=300, tied=True)
+    tied = tiny_llama(hidden=128, intermediate=128, layers=2, heads=2, kv_heads=2, vocab=512, tied=True)
     how = replace(recipe.load("fp8-block"), rules=(Rule.parse(r"layers\.1\.mlp\.down_proj", "keep"),))
     quantize(tied, tmp_path / "out", how)
     words = words_of(tmp_path / "out")

@@ -23,7 +23,7 @@ from support.tiny_models import TinyLlama
 IDS = torch.arange(60).view(3, 20)
 WIDTHS = {"model.layers.0.mlp.down_proj": 96, "lm_head": 64}
 TAP = "lm_head"
-SMALL = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "vocab": 300}
+SMALL = {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "vocab": 512}
 
 
 def stats_of(tap: str, *, hessian: bool) -> Stats:

@@ -68,7 +68,7 @@ def quantized_folder(
     fmt: Any, tiny_llama: TinyLlama, target: Path, scheme: Scheme, **options: object
 ) -> tuple[Path, dict[str, QuantizedTensor]]:
     """A small model whose linears are random codes of ``scheme``, written to ``target``; (source folder, codes)."""
-    folder = tiny_llama(**{"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 300, **options})
+    folder = tiny_llama(**{"hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 512, **options})
     with open_checkpoint(str(folder)) as source:
         tensors = {name: random_codes(scheme, *shape, seed=i) for i, (name, shape) in enumerate(linears(source).items())}
         write(fmt, source, target, tensors)
