@@ -16,7 +16,7 @@ from quantcli.tensors import ordered_sum
 
 TinyLlama = Callable[..., Path]
 THREADS = (1, 2, 3)
-IDS = torch.randint(512, (8, 101), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(512, (4, 101), generator=torch.Generator().manual_seed(0))
 """Windows whose activations three threads cannot share evenly."""
 
 
