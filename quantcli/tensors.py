@@ -339,6 +339,10 @@ class TensorReport:
     held_out_error: float | None = None
 
 
+SUMMED_AT_ONCE = 1024
+"""Numbers that :func:`ordered_sum` adds in their own dtype; torch gives so few to one thread."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """The results of a pass on a layer; each tensor's ``notes`` are for the user (dead columns, raised damping)."""
@@ -355,15 +359,25 @@ def output_error(E: Tensor, H: Tensor) -> Tensor:
         product = E[:, here] @ H[here, here]
         if start:
             product.addmm_(E[:, :start], H[:start, here], alpha=2)
-        total += (product * E[:, here]).sum()
+        total += ordered_sum(product.mul_(E[:, here]))
     return total
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum of all of ``x``, a number in float64. Always added in one order: torch's own sum is cut by the number of threads."""
+    x = x.reshape(-1)
+    while len(x) > 1:
+        whole = len(x) // SUMMED_AT_ONCE * SUMMED_AT_ONCE
+        rows, rest = x[:whole].view(-1, SUMMED_AT_ONCE).sum(1), x[whole:].sum()  # a row is added by one thread, and so is the rest
+        x = torch.cat([rows, rest[None]]).double() if len(rows) else rest[None].double()
+    return x.double().sum()
 
 
 def relative_error(W: Tensor, W_hat: Tensor, H: Tensor | None = None) -> float:
     """‖(W−Ŵ)X‖² / ‖WX‖² taken from ``H`` [in, in] (mean x·xᵀ); without it ‖W−Ŵ‖² / ‖W‖². Weights [out, in]."""
     E = W - W_hat
     if H is None:
-        error, total = E.square().sum(), W.square().sum()
+        error, total = ordered_sum(E.square()), ordered_sum(W.square())
     else:
         error, total = output_error(E, H), output_error(W, H)
     return float(error / total) if total > 0 else float(error > 0)

@@ -195,6 +195,7 @@ PROBES = {
     "forward/modules.py": "a class of transformers', by name",
     "forward/skeleton.py": "a config of transformers'",
     "forward/positions.py": "a config of transformers'",
+    "forward/even_pieces.py": "a function of torch's, by name",
 }
 """Files that may ask an object whether it has an attribute, and whose object that is."""
 

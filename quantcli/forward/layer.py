@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from quantcli.errors import CheckpointError, NumericsError
 from quantcli.forward.cache import OnUpdate, watched
+from quantcli.forward.even_pieces import EvenPieces
 from quantcli.forward.experts import Products, all_tokens
 from quantcli.forward.names import Source
 from quantcli.forward.readers import Readers
@@ -118,7 +119,7 @@ class LoadedLayer:
         """
         self._refresh()
         call = self._call(ids)
-        with torch.no_grad(), self._changed():
+        with torch.no_grad(), EvenPieces(), self._changed():
             output = call.run(self._module, hidden.to(device=self._weights.device, dtype=self._weights.dtype))
         output = output if isinstance(output, Tensor) else output[0]
         if not torch.isfinite(output).all():

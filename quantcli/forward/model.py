@@ -15,6 +15,7 @@ from quantcli.checkpoint import views
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.errors import RecipeError, UnsupportedError
 from quantcli.forward.cache import OnUpdate
+from quantcli.forward.even_pieces import EvenPieces
 from quantcli.forward.layer import LoadedLayer, OnRead
 from quantcli.forward.names import NameMap
 from quantcli.forward.positions import rows_of
@@ -108,12 +109,14 @@ class Forward:
         if self.positions is not None and ids.shape[1] > self.positions:
             raise RecipeError(f"windows of {ids.shape[1]} tokens are longer than the {self.positions} positions that this model has")
         self._weights.need(EMBEDDING)
-        return self._stack.embed(ids.to(self.device))
+        with EvenPieces():
+            return self._stack.embed(ids.to(self.device))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [B, T, vocab] of the last layer's output ``hidden``: [B, T, hidden]; norm and soft caps are the model's own."""
         self._weights.need(HEAD)
-        return self._stack.logits(self._entering(hidden))
+        with EvenPieces():
+            return self._stack.logits(self._entering(hidden))
 
     def observe_head(self, hidden: Tensor, on_input: Callable[[Tensor], None]) -> None:
         """``on_input(X)`` with what the output embedding reads, X [n_tokens, hidden]. No logits are computed."""
@@ -122,7 +125,8 @@ class Forward:
             on_input(x.flatten(0, -2))
             return x[..., :1]
 
-        self._stack.logits(self._entering(hidden), catch)
+        with EvenPieces():
+            self._stack.logits(self._entering(hidden), catch)
 
     @property
     def hidden_size(self) -> int:

@@ -33,7 +33,7 @@ from typing_extensions import override
 from quantcli.errors import RecipeError, about
 from quantcli.passes import Pass
 from quantcli.passes.shared import basis, runs
-from quantcli.tensors import Layer, Report, Scheme, Stats, TensorReport
+from quantcli.tensors import Layer, Report, Scheme, Stats, TensorReport, ordered_sum
 
 ALPHAS = tuple(i / 20 for i in range(2, 19))
 """What ``alpha: auto`` tries besides leaving the basis as it is."""
@@ -78,7 +78,7 @@ def expected_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, stats: Stats) -
     for scheme, weights in Ws.items():
         step = step_squared(stats, s, str(scheme.get("act", "")))
         for W in weights:
-            total += step / 12 * (W * s).square().sum()
+            total += step / 12 * ordered_sum((W * s).square())
     return total
 
 

@@ -21,7 +21,7 @@ from quantcli.planning import plan as planning
 from quantcli.planning.kv_caches import Fold, PlannedCache
 from quantcli.planning.plan import Plan, PlannedTensor
 from quantcli.recipe import PassSpec
-from quantcli.tensors import Absorber, Layer, QuantizedTensor, Stats, TensorReport
+from quantcli.tensors import Absorber, Layer, QuantizedTensor, Stats, TensorReport, ordered_sum
 from quantcli.walk.input_scales import with_input_scale
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def with_loss(report: TensorReport) -> TensorReport:
 def error_on(X: Tensor, W: Tensor, W_hat: Tensor) -> float | None:
     """‖(W−Ŵ)X‖² / ‖WX‖² of inputs ``X`` [n, in] for weights [out, in]; None where W makes nothing of them."""
     W = W.float()
-    error, total = (float((X @ M.to(X).T).square().sum(dtype=torch.float64)) for M in (W - W_hat, W))
+    error, total = (float(ordered_sum((X @ M.to(X).T).square())) for M in (W - W_hat, W))
     return error / total if total > 0 else None
 
 
@@ -281,8 +281,8 @@ def added_error(W: Tensor, W_hat: Tensor) -> float:
     """‖W−Ŵ‖² / ‖W‖², summed in pieces so that no third copy is made."""
     error = total = 0.0
     for w, w_hat in zip(W.reshape(-1).split(PIECE_ELEMENTS), W_hat.reshape(-1).split(PIECE_ELEMENTS), strict=True):
-        error += float((w - w_hat).square().sum())
-        total += float(w.square().sum())
+        error += float(ordered_sum((w - w_hat).square()))
+        total += float(ordered_sum(w.square()))
     return error / total if total > 0 else float(error > 0)
 
 

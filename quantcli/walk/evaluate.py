@@ -24,7 +24,7 @@ from quantcli.forward import Forward, HiddenStates
 from quantcli.ops import round_cache, round_inputs
 from quantcli.ops.activations import STATIC
 from quantcli.planning.arrange import open_forward
-from quantcli.tensors import Scheme
+from quantcli.tensors import Scheme, ordered_sum
 
 MAX_HIDDEN_BYTES = 4 << 30
 
@@ -209,8 +209,8 @@ class _Tally:
             return None
         error, total = self.layers.get(name, (0.0, 0.0))
         for h, b in zip(hidden, baseline, strict=True):  # window by window: no third copy of the hidden states
-            error += float((h - b).square().sum(dtype=torch.float64))
-            total += float(b.square().sum(dtype=torch.float64))
+            error += float(ordered_sum((h - b).square()))
+            total += float(ordered_sum(b.square()))
         self.layers[name] = (error, total)
         return error / total if total else float(error > 0)
 

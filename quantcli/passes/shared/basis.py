@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantcli import qtypes
-from quantcli.tensors import Absorber, Layer, Scheme, Stats, output_error
+from quantcli.tensors import Absorber, Layer, Scheme, Stats, ordered_sum, output_error
 
 SAMPLED_ROWS = 256
 """Rows of a tap's weights that a search uses: enough to rank scales that all rows share, whatever the size of the matrices."""
@@ -134,7 +134,7 @@ def rounding_error(Ws: Mapping[Scheme, list[Tensor]], s: Tensor, importance: Ten
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     for scheme, weights in Ws.items():
         E = torch.cat(qtypes.of(scheme.qtype).errors_in(s, weights, scheme, importance / s.square()))
-        total += (E.square() @ H).sum() if H.ndim == 1 else output_error(E, H)
+        total += ordered_sum(E.square() @ H) if H.ndim == 1 else output_error(E, H)
     return total
 
 

@@ -26,7 +26,7 @@ from quantcli.errors import RecipeError
 from quantcli.ops.float4 import Book, dequantize_float4, float4_errors, pack_float4, quantize_float4
 from quantcli.qtypes import Parts, QType
 from quantcli.qtypes.shared.affine import EXACT
-from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
+from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, ordered_sum
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes' kernels take."""
@@ -107,7 +107,7 @@ class Float4Type(QType):
         """‖W−Ŵ‖² and ‖W‖² of ``W`` [out, in], block by block: Ŵ is never in memory."""
         block, _ = self._options(tensor.scheme)
         error, energy = float4_errors(W, tensor.parts["packed"], scales_of(tensor.parts), book_of(self._levels), block_size=block)
-        return float(error.double().sum()), float(energy.double().sum())
+        return float(ordered_sum(error)), float(ordered_sum(energy))
 
     @override
     def variants(self, scheme: Scheme) -> Iterator[Scheme]:
