@@ -23,7 +23,18 @@ def id_is_a_fraction(words: dict[str, Any]) -> None:
     words["model"]["vocab"]["a"] = 374.0
 
 
-@pytest.mark.parametrize(("file", "damage"), [("tokenizer_config.json", class_is_an_object), ("tokenizer.json", id_is_a_fraction)])
+def length_is_a_text(words: dict[str, Any]) -> None:
+    words["model_max_length"] = "2048"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("tokenizer_config.json", class_is_an_object),
+        ("tokenizer_config.json", length_is_a_text),
+        ("tokenizer.json", id_is_a_fraction),
+    ],
+)
 def test_values_of_other_kinds_are_an_error_with_the_folder(tiny_llama: TinyLlama, file: str, damage: Callable[[Any], None]) -> None:
     folder: Path = tiny_llama(layers=1, hidden=64, intermediate=64)
     words = json.loads((folder / file).read_text())
