@@ -16,7 +16,6 @@ from quantcli.checkpoint.json_files import with_special_floats
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.forward.classes import has_class, named_class
 
-
 BESIDES = ("output_router_logits", "output_hidden_states", "output_attentions")
 """Words of a config.json that ask a model for more than its result."""
 

@@ -221,7 +221,9 @@ def renumbered(rng: random.Random, document: Any) -> str:
     action = rng.choice(("id", "id", "gone", "merge", "added", "added gone", "special"))
     if action == "id":
         old = vocabulary[token]
-        vocabulary[token] = rng.choice((rng.choice(list(vocabulary.values())), len(vocabulary) + 2, 10**6, 2**31, 10**12, -1, str(old), None))
+        vocabulary[token] = rng.choice(
+            (rng.choice(list(vocabulary.values())), len(vocabulary) + 2, 10**6, 2**31, 10**12, -1, str(old), None)
+        )
         return f"{token!r}: {old} → {vocabulary[token]!r}"
     if action == "gone":
         del vocabulary[token]
@@ -298,7 +300,8 @@ def limit_of(verb: str, family: str, source: Path, scratch: Path) -> float | Non
     """The KL divergence that an output of a folder like the sound ``source`` may have; None where the verb refuses even that."""
     output = scratch / ("sound.gguf" if verb in ("Q8_0", "F16") else "sound")
     code, _ = answer(verb, family, source, output)
-    return None if code else 4 * divergence_of(output, source) + 1e-3
+    spare = 1e-3 if verb == "F16" else 0.05  # one token that takes another expert is no fault
+    return None if code else 4 * divergence_of(output, source) + spare
 
 
 def answer(verb: str, family: str, source: Path, output: Path) -> tuple[int, str]:

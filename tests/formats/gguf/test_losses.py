@@ -77,7 +77,10 @@ def test_experts_whose_weights_do_not_add_up_to_one_are_refused(tmp_path: Path, 
 
 def test_heads_whose_halves_are_rotated_are_refused(tmp_path: Path) -> None:
     folder = edit_config(families.make("deepseek v3", tmp_path / "m"), rope_interleave=False)
-    with open_checkpoint(str(folder)) as source, pytest.raises(UnsupportedError, match=r"rope_interleave is False.*choose another --format"):
+    with (
+        open_checkpoint(str(folder)) as source,
+        pytest.raises(UnsupportedError, match=r"rope_interleave is False.*choose another --format"),
+    ):
         export(source, tmp_path / "m.gguf", "F16", pre_tokenizer="gpt-2")
 
 
