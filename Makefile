@@ -8,7 +8,7 @@ CPP := $(filter %.h %.cpp %.cu,$(KERNELS))
 PICO := tests/data/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test peer-test bench lint docs format clean
+.PHONY: help setup build demo test long-test peer-test bench lint docs format clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ demo: setup  ## the main job on the model that ships with the tests
 
 test: setup  ## the tests, in a process of one thread for each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal
+
+long-test: setup  ## the tests that take many minutes: thousands of broken folders, every family in every format
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m long -n logical --maxprocesses 8 --dist worksteal
 
 peer-test: setup  ## the tests against the peers' own programs (see tests/PEERS.md)
 	$(BIN)/pytest -q -m peer

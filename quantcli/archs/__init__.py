@@ -112,7 +112,7 @@ class Architecture:
     def usual(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` with the usual keys: a text_config's lifted to the top, the family's own renamed, the family's defaults filled in."""
         flat = {**config, **(config.get("text_config") or {})}
-        renamed = {usual: flat[own] for own, usual in self.aliases.items() if own in flat and flat.get(usual) is None}
+        renamed = {usual: flat[own] for own, usual in self.aliases.items() if flat.get(own) is not None}  # transformers reads these
         given = {key: value for key, value in (flat | renamed).items() if value is not None}
         return {**flat, **renamed, **self.defaults, **given}
 

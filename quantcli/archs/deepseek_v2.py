@@ -81,4 +81,5 @@ ARCH = Architecture(
     fixed={"hidden_act": "silu"},
     present={"has_score_correction": "mlp.gate.e_score_correction_bias"},
     restored=("deepseek's keys",),
+    losses=("rotated halves",),
 )

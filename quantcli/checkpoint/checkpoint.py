@@ -233,7 +233,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path, unique=False)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
+    _check_kinds(path, config)
     return config
+
+
+def _check_kinds(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError` where a word by which a model's classes are found has a value of another kind."""
+    names = config.get("architectures")
+    expected = {
+        "model_type": ("a text", isinstance(config.get("model_type"), str | None)),
+        "architectures": ("a list of texts", names is None or (isinstance(names, list) and all(isinstance(x, str) for x in names))),
+        "text_config": ("an object", isinstance(config.get("text_config"), dict | None)),
+    }
+    for word, (kind, is_sound) in expected.items():
+        if not is_sound:
+            raise CheckpointError(f"{path}: {word} is {shown(config[word])} where {kind} belongs; take the model's own config.json")
 
 
 def unread(path: Path, config: dict[str, Any] | None, formats: Sequence[str]) -> QuantcliError:

@@ -16,6 +16,9 @@ from quantcli.checkpoint.json_files import with_special_floats
 from quantcli.errors import CheckpointError, UnsupportedError
 from quantcli.forward.classes import has_class, named_class
 
+BESIDES = ("output_router_logits", "output_hidden_states", "output_attentions")
+"""Words of a config.json that ask a model for more than its result."""
+
 
 def build(config: dict[str, Any], dtype: torch.dtype, where: str) -> Any:
     """The model that ``config``, the config.json of ``where``, describes: without weights, in evaluation mode.
@@ -52,7 +55,8 @@ def build_as(cls: Any, config: dict[str, Any], dtype: torch.dtype, where: str) -
 
     model_type = str(config.get("model_type"))
     # The weights arrive dense whatever their file: transformers must not look for a quantizer.
-    dense_config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    # And what a model can return besides its result, layers that are run one by one do not gather.
+    dense_config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", *BESIDES)}
     is_automatic = issubclass(cls, _BaseAutoModelClass)
     try:
         parsed = CONFIG_MAPPING[model_type].from_dict(with_special_floats(dense_config))

@@ -21,7 +21,9 @@ def tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         if path.is_file():
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        made = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        made("a")  # some values of tokenizer_config.json are looked at with the first text
+        return made
+    except Exception as error:  # any error that a foreign file's values cause in transformers' code and in tokenizers'
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")
         raise CheckpointError(f"{checkpoint.source}: no tokenizer that transformers can read: {reason}") from error

@@ -117,6 +117,18 @@ def test_pickles_are_refused_with_the_reason_and_the_way_out(tmp_path: Path, nam
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("model_type", ["llama"]), ("model_type", {}), ("architectures", 3), ("architectures", ["A", None]), ("text_config", "llama")],
+)
+def test_words_that_name_a_model_by_values_of_another_kind_are_told(tiny_llama: TinyLlama, word: str, value: object) -> None:
+    folder = tiny_llama(**SMALL)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {word: value}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {word} is .* where .* belongs"):
+        open_checkpoint(str(folder))
+
+
 def test_a_pickle_beside_safetensors_is_ignored(tiny_llama: TinyLlama) -> None:
     folder = tiny_llama(**SMALL)
     (folder / "training_args.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from quantcli.errors import CheckpointError, NumericsError, UnsupportedError
 from quantcli.formats import open_checkpoint
 from quantcli.forward import Forward, tokenizer
 from quantcli.planning.arrange import open_forward
+from quantcli.walk.evaluate import perplexity
+from support import families
 from support.tiny_models import TinyLlama
 from support.whole_models import inputs_of
 
@@ -369,6 +372,16 @@ def test_a_config_of_impossible_values_is_an_error_of_the_checkpoint(save_model:
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError, match=re.escape(str(folder))), opened(folder):
         pass
+
+
+@pytest.mark.parametrize("word", ["output_router_logits", "output_hidden_states", "output_attentions"])
+def test_what_a_config_asks_for_beside_the_result_is_not_gathered(tmp_path: Path, word: str) -> None:
+    folder = families.make("gpt-oss", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {word: True}))
+    ids = torch.arange(16)[None]
+    with open_checkpoint(str(folder)) as source:
+        assert math.isfinite(perplexity(source, ids).perplexity or math.nan)
 
 
 def test_infinite_hidden_states_are_an_error_that_names_the_layer(save_model: SaveModel) -> None:

@@ -22,9 +22,17 @@ def rotary_keys(n_rows: int, config: Mapping[str, Any]) -> Tensor:
     return rotary(n_rows, config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
+def falcon_key_heads(config: Mapping[str, Any]) -> int:
+    """One for all queries in the 7B, which sets ``multi_query``, whatever number stands beside that."""
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
+    n_heads: int = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return n_heads
+
+
 def queries_keys_values(n_rows: int, config: Mapping[str, Any]) -> Tensor:
     """Falcon has, for each group of heads, its queries, its key and its value; llama.cpp all queries, then all keys, then all values."""
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    heads, groups = config["num_attention_heads"], falcon_key_heads(config)
     rows = torch.arange(n_rows).view(groups, heads // groups + 2, -1)
     return torch.cat((rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)))
 

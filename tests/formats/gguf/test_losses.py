@@ -75,6 +75,44 @@ def test_experts_whose_weights_do_not_add_up_to_one_are_refused(tmp_path: Path, 
         export(source, tmp_path / "m.gguf", "F16", pre_tokenizer="gpt-2")
 
 
+def test_heads_whose_halves_are_rotated_are_refused(tmp_path: Path) -> None:
+    folder = edit_config(families.make("deepseek v3", tmp_path / "m"), rope_interleave=False)
+    with (
+        open_checkpoint(str(folder)) as source,
+        pytest.raises(UnsupportedError, match=r"rope_interleave is False.*choose another --format"),
+    ):
+        export(source, tmp_path / "m.gguf", "F16", pre_tokenizer="gpt-2")
+
+
+def divergence_after(folder: Path, case: str) -> float:
+    """KL(folder ‖ its export as F32) on random tokens."""
+    ids = torch.randint(3, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    with open_checkpoint(str(folder)) as source:
+        path = export(source, folder.with_suffix(".gguf"), "F32", **families.options(case))
+        with open_checkpoint(str(path)) as back:
+            return compare(back, source, ids).kld_mean or 0.0
+
+
+def test_llama_3s_scaling_takes_the_context_where_the_old_one_is_not_told(tmp_path: Path) -> None:
+    """As transformers does: 8192, which the published models have, would be another table."""
+    folder = families.make("llama 3.2", tmp_path / "m")
+    rope = {key: value for key, value in families.LLAMA3.items() if key != "original_max_position_embeddings"}
+    assert divergence_after(edit_config(folder, rope_parameters=rope), "llama 3.2") < 1e-9
+
+
+@pytest.mark.parametrize("words", [{"num_kv_heads": 2}, {"num_key_value_heads": 2}, {"num_kv_heads": -1}])
+def test_key_heads_beside_multi_query_mean_nothing(tmp_path: Path, words: dict[str, int]) -> None:
+    """One key serves all queries of such a Falcon, whatever number its config.json gives."""
+    folder = edit_config(families.make("falcon 7b", tmp_path / "m"), **words)
+    assert divergence_after(folder, "falcon 7b") < 1e-6
+
+
+def test_a_familys_own_word_counts_more_than_the_usual_one(tmp_path: Path) -> None:
+    """transformers' Falcon knows num_kv_heads alone."""
+    folder = edit_config(families.make("falcon 40b", tmp_path / "m"), num_key_value_heads=4)
+    assert divergence_after(folder, "falcon 40b") < 1e-6
+
+
 @pytest.mark.parametrize(
     ("case", "key", "width"),
     [("gpt2", "n_inner", 160), ("falcon 7b", "ffn_hidden_size", 96), ("falcon 40b", "ffn_hidden_size", 320)],

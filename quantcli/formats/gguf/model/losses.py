@@ -50,10 +50,20 @@ def unnormed_experts(arch: Architecture, config: Mapping[str, Any]) -> None:
         )
 
 
+def rotated_halves(arch: Architecture, config: Mapping[str, Any]) -> None:
+    """Heads whose halves are rotated: llama.cpp rotates neighbours in this family, whatever a file says."""
+    if not config.get("rope_interleave", True):
+        raise UnsupportedError(
+            f"config.json: rope_interleave is {config['rope_interleave']}, and llama.cpp's {arch.gguf_arch} rotates the neighbours of a "
+            "head, not its halves: a file would be another model; choose another --format"
+        )
+
+
 LOSSES: dict[str, Callable[[Architecture, Mapping[str, Any]], str | None]] = {
     "window": window,
     "window on request": window_on_request,
     "window of the last layers": window_of_last_layers,
     "unnormed experts": unnormed_experts,
+    "rotated halves": rotated_halves,
 }
 """By the names in an architecture's literal."""

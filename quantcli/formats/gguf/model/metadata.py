@@ -15,6 +15,7 @@ import yaml
 from gguf import GGUFValueType, GGUFWriter, RopeScalingType
 
 from quantcli.archs import REQUIRED, Architecture, Key
+from quantcli.archs.shared.transformations import falcon_key_heads
 from quantcli.checkpoint.hub import repository_of
 from quantcli.checkpoint.json_files import read_json
 from quantcli.errors import CheckpointError, UnsupportedError
@@ -130,14 +131,6 @@ def longrope_attention_factor(config: Mapping[str, Any]) -> float | None:
     if stretch <= 1:
         return 1.0
     return 0.1 * math.log(stretch) + 1 if rope["rope_type"] == "yarn" else math.sqrt(1 + math.log(stretch) / math.log(before))
-
-
-def falcon_key_heads(config: Mapping[str, Any]) -> int:
-    """One for all queries in the 7B, which sets ``multi_query``."""
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):
-        return 1
-    n_heads: int = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return n_heads
 
 
 GATING_FUNCTIONS = {"softmax": int(gguf.ExpertGatingFuncType.SOFTMAX), "sigmoid": int(gguf.ExpertGatingFuncType.SIGMOID)}

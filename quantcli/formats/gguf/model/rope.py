@@ -23,7 +23,11 @@ TOLERANCE = 1e-5
 def llama3_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The table of a model with Llama 3's scaling, none for others. ``config``: with the usual keys."""
     rope = rope_parameters(config)
-    return {TENSOR: llama3_factors(rope, head_dim(config))} if rope["rope_type"] == "llama3" else {}
+    if rope["rope_type"] != "llama3":
+        return {}
+    if (context := config.get("max_position_embeddings")) is not None:  # transformers takes it where the config does not tell the old one
+        rope.setdefault("original_max_position_embeddings", context)
+    return {TENSOR: llama3_factors(rope, head_dim(config))}
 
 
 def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
