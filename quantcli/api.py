@@ -84,7 +84,7 @@ class Result:
     @property
     def lost(self) -> dict[str, float]:
         """Tensors of which little is left → their relative error."""
-        return {r.name: r.relative_error for layer in self.layers for r in layer.tensors if r.relative_error >= LOST and not r.is_exact}
+        return {r.name: r.loss for layer in self.layers for r in layer.tensors if r.loss >= LOST}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON keys of ``quantize`` and ``export``; of a dry run those that a plan can know, the others null."""

@@ -329,7 +329,7 @@ class Layer:
 class TensorReport:
     """The result for one tensor. ``relative_error``: ‖(W−Ŵ)X‖² / ‖WX‖² by H, or ‖W−Ŵ‖² / ‖W‖² without one; ``is_exact``: Ŵ is W;
     ``settings``: what a pass chose for it, for the record; ``held_out_error``: ‖(W−Ŵ)X‖² / ‖WX‖² of inputs X on text that nothing was
-    fitted to, None where none was run."""
+    fitted to, None where none was run; ``weight_error``: ‖W−Ŵ‖² / ‖W‖², where ``relative_error`` is by H, which may be of few inputs."""
 
     name: str
     relative_error: float
@@ -337,6 +337,12 @@ class TensorReport:
     is_exact: bool = False
     settings: Mapping[str, float] = field(default_factory=dict)
     held_out_error: float | None = None
+    weight_error: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """The share of the weight that is lost: the larger of its errors; 0 where Ŵ is W."""
+        return 0.0 if self.is_exact else max(self.relative_error, self.weight_error or 0.0)
 
 
 SUMMED_AT_ONCE = 1024

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quantcli import conversions
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.errors import NumericsError, about
+from quantcli.checkpoint.finite import PIECE_ELEMENTS, check_finite
+from quantcli.errors import about
 from quantcli.experts import expert_of
 from quantcli.output.writer import Writer
 from quantcli.passes import of as pass_of
@@ -27,11 +28,10 @@ from quantcli.walk.input_scales import with_input_scale
 if TYPE_CHECKING:
     from quantcli.forward import LoadedLayer
 
-PIECE_ELEMENTS = 1 << 22
-
 LOST = 0.5
 """The relative error from which on a tensor is said to be lost: more than half of it is error."""
 
+ZEROS = "all its weights are zero: it was never trained, or the file is damaged"
 
 Recount = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """tap → s [in], by which its inputs are divided from now on; tap → the histogram of its inputs then."""
@@ -186,8 +186,9 @@ class LayerEncoder:
             tensor = unit.quantized.pop(name)
             tap, method = unit.taps.get(name, ""), self.plan.recipe.calibration.input_range
             tensor, note = with_input_scale(name, tensor, tap, {**(others or {}), **stats}, method)
-            if note:
-                reports[name] = replace(reports[name], notes=(*reports[name].notes, note + self.advice(tap)))
+            told = [note + self.advice(tap)] if note else []
+            told += [] if bool(unit.tensors[name].any()) else [ZEROS]
+            reports[name] = replace(reports[name], notes=(*reports[name].notes, *told))
             self._put(name, tensor)
             X = (held_out or {}).get(tap)
             if X is None and loaded is None:
@@ -264,9 +265,9 @@ class LayerEncoder:
 
 def with_loss(report: TensorReport) -> TensorReport:
     """``report`` with a note where little is left of the tensor."""
-    if report.relative_error < LOST or report.is_exact:
+    if report.loss < LOST:
         return report
-    lost = f"lost: its relative error is {report.relative_error:.2f}, where zeros have 1; keep it dense (--skip), or take another scheme"
+    lost = f"lost: its relative error is {report.loss:.2f}, where zeros have 1; keep it dense (--skip), or take another scheme"
     return replace(report, notes=(*report.notes, lost))
 
 
@@ -284,13 +285,3 @@ def added_error(W: Tensor, W_hat: Tensor) -> float:
         error += float(ordered_sum((w - w_hat).square()))
         total += float(ordered_sum(w.square()))
     return error / total if total > 0 else float(error > 0)
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise :class:`NumericsError` when a float tensor has NaN or Inf. A piece at a time: the check makes copies."""
-    if not tensor.is_floating_point():
-        return
-    one_byte = tensor.dtype.itemsize == 1  # for which torch has no isfinite
-    pieces = tensor.reshape(-1).split(PIECE_ELEMENTS)
-    if not all(bool(torch.isfinite(piece.float() if one_byte else piece).all()) for piece in pieces):
-        raise NumericsError(f"{name}: the source has NaN or Inf; check the checkpoint, or take another revision of it")

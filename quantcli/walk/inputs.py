@@ -12,6 +12,7 @@ from typing_extensions import TypeIs
 
 from quantcli.calibration.data import Data, Windows
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.finite import culprit_named
 from quantcli.formats import open_checkpoint
 from quantcli.forward import tokenizer
 from quantcli.planning import source_check
@@ -29,11 +30,12 @@ Text = str | os.PathLike[str] | Sequence[str]
 
 @contextmanager
 def opened(source: Source) -> Iterator[Checkpoint]:
-    """``source`` opened, and closed at the end; one that was open already stays so."""
+    """``source`` opened, and closed at the end; one that was open already stays so. NaN and Inf of its own are told by their tensor."""
     if isinstance(source, Checkpoint):
-        yield source
+        with culprit_named(source):
+            yield source
         return
-    with open_checkpoint(os.fspath(source)) as checkpoint:
+    with open_checkpoint(os.fspath(source)) as checkpoint, culprit_named(checkpoint):
         yield checkpoint
 
 

@@ -52,4 +52,6 @@ def code(layer: Layer, name: str, quantize: Quantize, H: Tensor | None = None, *
     W, scheme = layer.tensors[name].float(), layer.schemes[name]
     with about(name):
         layer.quantized[name] = quantize(W, scheme)
-    return TensorReport(name, relative_error(W, qtypes.of(scheme.qtype).unpack(layer.quantized[name]), H), **reported)
+    W_hat = qtypes.of(scheme.qtype).unpack(layer.quantized[name])
+    weight_error = None if H is None else relative_error(W, W_hat)
+    return TensorReport(name, relative_error(W, W_hat, H), weight_error=weight_error, **reported)
