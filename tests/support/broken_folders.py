@@ -45,7 +45,11 @@ RECIPES: dict[str, tuple[str, ...]] = {
 OFTEN = {"nf4": 4, "fp8": 3, "gptq": 2, "Q8_0": 4, "F16": 4, "calibrate": 1, "eval": 1, "inspect": 1}
 """How often each is drawn: mostly what writes a model without running the source first."""
 
-WRITERS = ("nf4", "fp8", "gptq", "Q8_0", "F16")
+LIMITS = {"nf4": 0.6, "fp8": 0.25, "gptq": 0.7, "Q8_0": 0.05, "F16": 0.005}
+"""Of each verb that writes a model: the KL divergence from its source, four times what the sound families have at most, or a token's
+that takes another expert."""
+
+WRITERS = tuple(LIMITS)
 READ_TEXT = ("gptq", "calibrate", "eval")
 
 TEXT = "The rain had stopped before noon, and nobody on the quay remembered who had tied the boat to the iron ring. " * 40
@@ -280,8 +284,8 @@ def index(rng: random.Random, folder: Path) -> str:
 # --- what a verb makes of it ---------------------------------------------------------------------------------------------------------
 
 
-def fault_of(broken: Broken, scratch: Path, limits: Mapping[tuple[str, str], float]) -> str | None:
-    """What is wrong with the answer to ``broken``, or None. ``limits``: (family, verb) → KL divergence that an output may have."""
+def fault_of(broken: Broken, scratch: Path) -> str | None:
+    """What is wrong with the answer to ``broken``, or None."""
     output = scratch / ("out.gguf" if broken.verb in ("Q8_0", "F16") else "out")
     code, said = answer(broken.verb, broken.family, broken.path, output)
     if code == 1:
@@ -292,16 +296,15 @@ def fault_of(broken: Broken, scratch: Path, limits: Mapping[tuple[str, str], flo
         divergence = divergence_of(output, broken.path)
     except (QuantcliError, TimeoutError) as error:
         return f"exit 0, and no evaluation: {error}" if evaluates(broken.path) else None
-    limit = limits.get((broken.family, broken.verb), 0.0)
+    limit = limit_of(broken)
     return None if divergence <= limit else f"exit 0, and the KL divergence is {divergence:.4f}, over {limit:.4f}"
 
 
-def limit_of(verb: str, family: str, source: Path, scratch: Path) -> float | None:
-    """The KL divergence that an output of a folder like the sound ``source`` may have; None where the verb refuses even that."""
-    output = scratch / ("sound.gguf" if verb in ("Q8_0", "F16") else "sound")
-    code, _ = answer(verb, family, source, output)
-    spare = 1e-3 if verb == "F16" else 0.05  # one token that takes another expert is no fault
-    return None if code else 4 * divergence_of(output, source) + spare
+def limit_of(broken: Broken) -> float:
+    """The KL divergence that the output of ``broken`` may have from its source."""
+    if broken.family.startswith("gpt-oss") and broken.verb in ("Q8_0", "F16"):
+        return 0.4  # its yarn's ``truncate: true`` has no key in GGUF
+    return LIMITS[broken.verb]
 
 
 def answer(verb: str, family: str, source: Path, output: Path) -> tuple[int, str]:
