@@ -185,6 +185,8 @@ class Awq(Pass[Options]):
             tap = layer.taps[name]
             solve = partial(quantize, H=hessians[tap], options=options, fused=shared.get(name))
             notes = basis.notes(layer, tap, "awq")
+            if not bool(hessians[tap].any()):
+                notes += (runs.silent(stats[tap]),)
             reports.append(runs.code(layer, name, solve, hessians[tap], notes=notes, settings=settings.get(tap, {})))
         return Report(tuple(reports))
 

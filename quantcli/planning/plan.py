@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantcli import conversions, qtypes
@@ -75,7 +75,8 @@ class Plan:
     """What will be written, and how it lies in the files: ``layout``.
 
     ``source``: the checkpoint with its tensors cut as they are written; ``is_weighed``: made for rounding that is given the importance of
-    inputs; ``notes``: what a user might not expect, for the command line to say.
+    inputs; ``notes``: what a user might not expect, for the command line to say; ``dense``: what stays dense because readers load it so,
+    with the reason.
     """
 
     source: Checkpoint
@@ -84,6 +85,7 @@ class Plan:
     layout: OutputLayout
     is_weighed: bool = False
     notes: tuple[str, ...] = ()
+    dense: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[PlannedTensor]:
@@ -111,8 +113,12 @@ class Plan:
 
     @property
     def matrices(self) -> list[PlannedTensor]:
-        """What of the decoder layers is written and has more than one dimension."""
-        return [t for t in self.tensors if len(t.source.shape) > 1 and layer_of(t.name) != t.name and t.outputs]
+        """What is written of the layers that text runs through, and has more than one dimension.
+
+        Such a layer has a linear whose inputs are known; those of a vision tower or for the prediction of further tokens have none.
+        """
+        run = {layer_of(t.name) for t in self.tensors if t.tap is not None}
+        return [t for t in self.tensors if len(t.source.shape) > 1 and layer_of(t.name) in run - {t.name} and t.outputs]
 
     @property
     def out_of_reach(self) -> list[PlannedTensor]:
@@ -204,7 +210,7 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
         )
     for reason in dict.fromkeys(dense.values()):
         notes += (f"{listed([name for name in dense if dense[name] == reason])} stay as they are: {reason}",)
-    return Plan(source, recipe, layers, layout, is_weighed, notes)
+    return Plan(source, recipe, layers, layout, is_weighed, notes, dense)
 
 
 def check_importance(plan: Plan, importance: Collection[str]) -> None:

@@ -135,11 +135,12 @@ def warn_of_coverage(plan: Plan, tell: OnEvent) -> None:
     left, coverage = plan.out_of_reach, plan.coverage
     if not left or plan.share_of(left) < 1 - LOW_COVERAGE or not plan.census()["quantized"]:
         return
-    names = left[0].name + (f" and {len(left) - 1} more" if len(left) > 1 else "")
-    text = (
-        f"only {coverage:.0%} of the weights in the decoder layers are coded: {names} stay dense, as they are no linears of their own "
-        "(experts fused in the file)"
-    )
+    reasons: dict[str, list[str]] = {}
+    for tensor in left:
+        why = plan.dense.get(tensor.name, "no linears of their own (experts fused in the file, embeddings)")
+        reasons.setdefault(why, []).append(tensor.name)
+    parts = "; ".join(f"{listed(names)} stay dense: {reason}" for reason, names in reasons.items())
+    text = f"only {coverage:.0%} of the weights in the decoder layers are coded: {parts}"
     tell(Note(text, is_warning=True))
 
 

@@ -82,12 +82,11 @@ def test_a_tap_of_zeros_ends_no_run_and_is_named(silent: Path, tmp_path: Path, p
     scales = {name: t for name, t in tensors.items() if "input_scale" in name or "input_global_scale" in name}
     assert bool(scales) == ("tensor" in scheme.partition("+")[2] or "nvfp4" in scheme)
     assert all(bool(torch.isfinite(t).all()) and bool((t > 0).all()) for t in scales.values())
-    if "gptq" in passes or scales:
-        notes = result.to_dict()["notes"][SILENT[0]]
-        assert any("its inputs were zero on every calibration token" in note for note in notes)
-        assert any(
-            "zero on every" in note for note in json.loads((tmp_path / "out" / "quantcli.json").read_text())["tensors"][SILENT[0]]["notes"]
-        )
+    notes = result.to_dict()["notes"][SILENT[0]]
+    assert any("its inputs were zero on every calibration token" in note for note in notes)
+    assert any(
+        "zero on every" in note for note in json.loads((tmp_path / "out" / "quantcli.json").read_text())["tensors"][SILENT[0]]["notes"]
+    )
 
 
 @pytest.mark.parametrize("reach", [0.0, 1e-45, 1e-30, 1.0])
@@ -187,7 +186,10 @@ def test_how_much_of_the_layers_is_coded_is_told_with_a_warning_when_it_is_littl
     assert told[0].text.startswith(
         "only 22% of the weights in the decoder layers are coded: model.layers.0.mlp.experts.fused_up stay dense"
     )
-    whole = run(tiny_llama(hidden=64, intermediate=128, layers=1), tmp_path / "whole", "nf4", dry_run=True)[0].plan
-    assert whole.coverage == 1
+    del tensors["model.layers.0.mlp.experts.fused_up"]
+    tensors |= {f"{tower}.layers.0.mlp.fc1.weight": torch.zeros(64, 512) for tower in ("mtp", "vision_tower.encoder")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    whole = run(folder, tmp_path / "whole", "nf4", dry_run=True)[0].plan
+    assert whole.coverage == 1, "a vision tower and an MTP layer are none of the layers that text runs through"
     warn_of_coverage(whole, told.append)
     assert len(told) == 1
