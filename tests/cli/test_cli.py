@@ -160,7 +160,7 @@ def test_wrong_usage_ends_with_2_and_says_where_help_is(cli: Callable[..., Run],
         (4, ["export", "MODEL", "Q4_K_M", "-o", "empty"], "is a folder and the output a file"),
         (5, ["quantize", "MODEL", "--method", "rtn", "--format", "hf"], "the hf format cannot hold int4-g128-sym"),
         (5, ["inspect", "other"], "is quantized by"),
-        (6, ["quantize", "broken", "--method", "rtn"], "model.layers.0.mlp.up_proj.weight: W holds nan"),
+        (6, ["quantize", "broken", "--method", "rtn"], "model.layers.0.mlp.up_proj.weight: the source has NaN or Inf"),
         (7, ["quantize", "MODEL", "--device", "cuda:99"], "use --device cpu"),
     ],
 )
