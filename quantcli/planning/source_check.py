@@ -114,19 +114,23 @@ def _by_itself(checkpoint: Checkpoint, config: Mapping[str, Any], *, is_read_bac
 
 
 def _codes(checkpoint: Checkpoint, floats: Sequence[str]) -> Iterator[Finding]:
-    """Tensors of ``floats``, which are numbers in the model, that are whole numbers in the file without a scheme to decode them."""
+    """Tensors of ``floats``, which are numbers in the model, that are codes in the file (whole, or of 8 bits) without a scheme for them."""
     coded = [name for name in floats if name in checkpoint.specs and _is_coded(checkpoint, checkpoint.specs[name])]
     if coded:
         spec = checkpoint.specs[coded[0]]
+        if DTYPES[spec.dtype].is_floating_point:
+            what, of = "the model's weights", "FP8: F8 with a scale beside each weight"
+        else:
+            what, of = "floating-point weights", "bitsandbytes: U8 or I8"
         yield Finding(
-            f"{listed(coded)}: {spec.dtype} {list(spec.shape)} where the model has floating-point weights: codes of a quantized model "
-            "(bitsandbytes: U8 or I8) whose quantization_config is lost; save the model dequantized, or merge into the 16-bit model"
+            f"{listed(coded)}: {spec.dtype} {list(spec.shape)} where the model has {what}: codes of a quantized model "
+            f"({of}) whose quantization_config is lost; save the model dequantized, or merge into the 16-bit model"
         )
 
 
 def _is_coded(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
     dtype = DTYPES.get(spec.dtype)
-    return spec.name not in checkpoint.schemes and dtype is not None and not dtype.is_floating_point
+    return spec.name not in checkpoint.schemes and dtype is not None and (not dtype.is_floating_point or dtype.itemsize == 1)
 
 
 def _missing(checkpoint: Checkpoint, promised: Promise, config: Mapping[str, Any]) -> Iterator[Finding]:

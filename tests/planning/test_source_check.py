@@ -214,6 +214,17 @@ def test_a_model_that_transformers_does_not_know_is_held_against_itself(tiny_lla
     assert "I8" in findings(coded)[0].text
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits_without_scales_are_codes_too(tiny_llama: TinyLlama, tmp_path: Path, dtype: torch.dtype) -> None:
+    def cast(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(dtype)
+
+    (found,) = findings(broken(tiny_llama(), tmp_path / "cast", cast))
+    assert found.is_error
+    assert "model.layers.1.mlp.up_proj.weight: F8_E" in found.text
+    assert "FP8: F8 with a scale beside each weight" in found.text
+
+
 # -- what tells how a folder was saved -----------------------------------------------------------------------------------------
 
 
