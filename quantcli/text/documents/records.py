@@ -187,8 +187,10 @@ def _sharegpt(value: Any, where: str) -> list[Mapping[str, Any]]:
         if isinstance(turn, Mapping) and "role" in turn:
             messages += _messages([turn], where)
             continue
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, Mapping) or "value" not in turn:
             raise CheckpointError(f"{where}[{i}] is {_shown(turn)}, expected an object with from and value")
+        if turn["value"] is not None and not isinstance(turn["value"], str):
+            raise CheckpointError(f"{where}[{i}]: value is {_shown(turn['value'])}, expected text")
         if turn.get("from") not in SHAREGPT_ROLES:
             raise CheckpointError(f"{where}[{i}] is from '{turn.get('from')}', expected one of {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
