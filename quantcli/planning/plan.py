@@ -18,7 +18,7 @@ from quantcli.planning import engines as known_engines
 from quantcli.planning import kv_caches
 from quantcli.planning.arrange import Arranged, experts_joined
 from quantcli.planning.kv_caches import PlannedCache
-from quantcli.planning.readers import dense_reasons
+from quantcli.planning.readers import dense_reasons, left_reasons
 from quantcli.planning.schemes import choose_schemes, is_quantized, keeping_codes, layer_of, listed, protect
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.statistics.outliers import Protected
@@ -192,12 +192,14 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
         )
     check_held(source, fmt, recipe, schemes)
     layout = fmt.layout(source, schemes, request)
+    left = [name for name in left if name not in schemes and name not in layout.dropped]
+    dense |= left_reasons(left, taps, arranged.modules)
     for name, scheme in schemes.items():
         if name not in kept and name in taps:
             with about(name):
                 check_grid(recipe, scheme)
     layers = planned_layers(source, recipe, schemes, taps, kept, arranged.caches or (), layout)
-    notes = (*arranged.notes, *protected_notes, *engines, *surprises(source, recipe, schemes, taps, left, kept), *layout.notes)
+    notes = (*arranged.notes, *protected_notes, *engines, *surprises(source, recipe, schemes, taps, kept), *layout.notes)
     notes += known_engines.warnings(fmt.name, (scheme for scheme in schemes.values() if is_quantized(scheme)))
     if arranged.untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
@@ -294,13 +296,10 @@ def surprises(
     recipe: Recipe,
     schemes: Mapping[str, Scheme],
     taps: Mapping[str, str],
-    left: Sequence[str],
     kept: Collection[str],
 ) -> tuple[str, ...]:
-    """What of the plan a user might not expect. ``left``: the layers' matrices that are no linears of their own."""
+    """What of the plan a user might not expect."""
     notes = []
-    if alone := [name for name in left if name not in schemes]:
-        notes.append(f"{listed(alone)} stay as they are: matrices in layers that are no linears of their own (fused experts, routers)")
     if coded_anew := [
         name for name in source.schemes if recipe.codes != "requantize" and is_quantized(schemes.get(name)) and name not in kept
     ]:

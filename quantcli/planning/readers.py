@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from quantcli import archs
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -10,7 +10,7 @@ from quantcli.checkpoint.modules import DERIVED, Modules
 from quantcli.checkpoint.views import HEAD_WEIGHT
 from quantcli.experts import expert_of, is_router, stacks_of
 from quantcli.formats import Format
-from quantcli.planning.schemes import is_quantized
+from quantcli.planning.schemes import is_quantized, layer_of
 from quantcli.tensors import Scheme
 
 
@@ -60,4 +60,19 @@ def dense_reasons(source: Checkpoint, fmt: Format, schemes: Mapping[str, Scheme]
             (module is not None and module.kind == DERIVED) or (arch is not None and arch.tap(name) and arch.derived)
         ):
             reasons[name] = f"they are of a class derived from torch's linear, for which transformers loads no codes of {fmt.name}"
+    return reasons
+
+
+def left_reasons(left: Sequence[str], taps: Mapping[str, str], modules: Modules) -> dict[str, str]:
+    """The matrices of layers that no linear is found for, ``left`` → why they stay dense. ``taps``: the linears that are found."""
+    run = {layer_of(name) for name in taps}
+    reasons: dict[str, str] = {}
+    for name in left:
+        module = modules.of.get(name)
+        if run and layer_of(name) not in run:
+            reasons[name] = "matrices in layers that no text runs through (of images or sound, or for further tokens)"
+        elif module is not None and module.kept:
+            reasons[name] = f"transformers' {module.kept}, and loads no codes there"
+        else:
+            reasons[name] = "matrices in layers that are no linears of their own (fused experts, routers)"
     return reasons

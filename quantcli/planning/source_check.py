@@ -119,7 +119,7 @@ def _codes(checkpoint: Checkpoint, floats: Sequence[str]) -> Iterator[Finding]:
     if coded:
         spec = checkpoint.specs[coded[0]]
         if DTYPES[spec.dtype].is_floating_point:
-            what, of = "the model's weights", "FP8: F8 with a scale beside each weight"
+            what, of = "weights of 16 or 32 bits", "FP8: F8 with a scale beside each weight"
         else:
             what, of = "floating-point weights", "bitsandbytes: U8 or I8"
         yield Finding(

@@ -137,8 +137,7 @@ def warn_of_coverage(plan: Plan, tell: OnEvent) -> None:
         return
     reasons: dict[str, list[str]] = {}
     for tensor in left:
-        why = plan.dense.get(tensor.name, "no linears of their own (experts fused in the file, embeddings)")
-        reasons.setdefault(why, []).append(tensor.name)
+        reasons.setdefault(plan.dense.get(tensor.name, "the recipe has no scheme for them"), []).append(tensor.name)
     parts = "; ".join(f"{listed(names)} stay dense: {reason}" for reason, names in reasons.items())
     text = f"only {coverage:.0%} of the weights in the decoder layers are coded: {parts}"
     tell(Note(text, is_warning=True))

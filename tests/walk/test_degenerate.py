@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
 
 import quantcli as qc
 from quantcli import recipe as recipes
@@ -184,12 +185,26 @@ def test_how_much_of_the_layers_is_coded_is_told_with_a_warning_when_it_is_littl
     warn_of_coverage(plan, told.append)
     assert told[0].is_warning
     assert told[0].text.startswith(
-        "only 22% of the weights in the decoder layers are coded: model.layers.0.mlp.experts.fused_up stay dense"
+        "only 22% of the weights in the decoder layers are coded: model.layers.0.mlp.experts.fused_up stay dense: "
+        "matrices in layers that are no linears of their own (fused experts, routers)"
     )
     del tensors["model.layers.0.mlp.experts.fused_up"]
     tensors |= {f"{tower}.layers.0.mlp.fc1.weight": torch.zeros(64, 512) for tower in ("mtp", "vision_tower.encoder")}
     save_file(tensors, file, metadata={"format": "pt"})
-    whole = run(folder, tmp_path / "whole", "nf4", dry_run=True)[0].plan
+    whole = next(e for e in run(folder, tmp_path / "whole", "nf4", dry_run=True) if isinstance(e, Planned)).plan
+    assert any("mtp.layers.0" in note and "layers that no text runs through" in note for note in whole.notes)
+    assert not any("fused experts" in note for note in whole.notes)
     assert whole.coverage == 1, "a vision tower and an MTP layer are none of the layers that text runs through"
     warn_of_coverage(whole, told.append)
     assert len(told) == 1
+
+
+def test_what_transformers_keeps_in_float32_is_said_to_be_the_cause(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_layers=1, num_decoder_layers=1, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "t5")
+    (plan,) = [e.plan for e in run(tmp_path / "t5", tmp_path / "out", "fp8-dynamic", dry_run=True) if isinstance(e, Planned)]
+    assert "keeps it in float32" in plan.dense["decoder.block.0.layer.2.DenseReluDense.wo.weight"]
+    told: list[Any] = []
+    warn_of_coverage(plan, told.append)
+    assert "DenseReluDense.wo.weight stay dense: transformers' T5ForConditionalGeneration keeps it in float32" in told[0].text
