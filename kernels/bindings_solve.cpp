@@ -85,7 +85,7 @@ void fit_affine(const Array& W, const Array& importance, int bits, int64_t group
 }
 
 void gptq_chunk(const Array& W, const Array& U, const Array& scale, const Maybe& offset, const Array& group, int lo, int hi,
-                const Maybe& book, const Maybe& mids, const Array& codes, const Array& E, uint64_t stream) {
+                const Maybe& book, const Maybe& mids, const Array& codes, const Array& E, const Maybe& D, uint64_t stream) {
     const int64_t rows = size_at("W", W, 0), n = size_at("W", W, 1), n_groups = size_at("scale", scale, 1);
     check("W", W, {kF32}, {rows, n});
     check("U", U, {kF32}, {n, n}, &W);
@@ -97,6 +97,7 @@ void gptq_chunk(const Array& W, const Array& U, const Array& scale, const Maybe&
     if (mids) check("mids", *mids, {kF32}, {hi}, &W);
     check("codes", codes, {hi > 127 ? kU8 : kI8}, {rows, n}, &W);
     check("E", E, {kF32}, {rows, n}, &W);
+    if (D) check("D", *D, {kF32}, {rows, n}, &W);
     const GptqChunk chunk{.W = pointer<float>(W),
                           .U = pointer<float>(U),
                           .scale = pointer<float>(scale),
@@ -104,6 +105,7 @@ void gptq_chunk(const Array& W, const Array& U, const Array& scale, const Maybe&
                           .group = pointer<int32_t>(group),
                           .book = pointer<float>(book),
                           .mids = pointer<float>(mids),
+                          .D = pointer<float>(D),
                           .rows = rows,
                           .n = n,
                           .n_groups = n_groups,
@@ -178,7 +180,7 @@ void register_solve(nb::module_& m) {
     m.def("fit_affine", &fit_affine, arg("W"), arg("importance"), arg("bits"), arg("group_size"), arg("sym"), arg("search"), arg("held"),
           arg("scale"), arg("zero"), arg("basis") = nb::none(), arg("E") = nb::none(), arg("stream") = 0);
     m.def("gptq_chunk", &gptq_chunk, arg("W"), arg("U"), arg("scale"), arg("offset").none(), arg("group"), arg("lo"), arg("hi"),
-          arg("book").none(), arg("mids").none(), arg("codes"), arg("E"), arg("stream") = 0);
+          arg("book").none(), arg("mids").none(), arg("codes"), arg("E"), arg("D") = nb::none(), arg("stream") = 0);
     m.def("choose_grid", &choose_grid, arg("W"), arg("blocks"), arg("scale"), arg("offset").none(), arg("lo"), arg("hi"), arg("best"),
           arg("stream") = 0);
     m.def("pack_bits", &pack_bits, arg("codes"), arg("bits"), arg("words"), arg("stream") = 0);

@@ -22,7 +22,8 @@ struct AffineFit {
 };
 
 /// A GPTQ chunk: W, E, codes [rows, n], U [n, n], scale, offset [rows, n_groups] (offset null is 0), group [n]; book [hi + 1] with mids
-/// [hi] between its entries, or both null. Codes are bytes, signed or not as lo … hi demands.
+/// [hi] between its entries, or both null. Codes are bytes, signed or not as lo … hi demands. With D [rows, n], the decoded weights so far,
+/// it is a chunk of the descent: an error is how far a decoded weight moves from D; null in GPTQ.
 struct GptqChunk {
     const float* W;
     const float* U;
@@ -31,6 +32,7 @@ struct GptqChunk {
     const int32_t* group;
     const float* book;
     const float* mids;
+    const float* D;
     int64_t rows, n, n_groups;
     int lo, hi;
     uint8_t* codes;

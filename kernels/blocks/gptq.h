@@ -1,4 +1,4 @@
-// The GPTQ column loop of one output row a lane: quantcli/ops/solve.py gives the equations.
+// The column loop of GPTQ, and of the descent on its codes, of one output row a lane: quantcli/ops/solve.py gives the equations.
 #pragma once
 
 #include "../spmd.h"
@@ -37,13 +37,14 @@ QC_FN void solve_front(Run w, const float* U, int n, int j, Round& round, F* e) 
         F x = w[j + a];
         QC_UNROLL(4)
         for (int b = 0; b < a; ++b) x = x - e[b] * U[(j + b) * static_cast<int64_t>(n) + j + a];
-        const F error = x - round(j + a, x);
+        const F error = round.error(j + a, x);
         e[a] = error / splat(U[(j + a) * static_cast<int64_t>(n) + j + a]);
         w[j + a] = e[a];
     }
 }
 
-/// w [n] becomes E; round(j, x) quantizes weight x of column j, keeps its code and returns its decoded value.
+/// w [n] becomes E; round.error(j, x) quantizes weight x of column j, keeps its code and returns what the later columns make up for:
+/// x less its decoded value, or in a descent the decoded value less the one before.
 template <class Run, class Round>
 QC_FN void solve_chunk(Run w, const float* U, int n, Round& round) {
     int j = 0;

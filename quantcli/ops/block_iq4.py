@@ -91,7 +91,7 @@ class IQ4_NL:
 
 
 class IQ4_XS:
-    kind = Kind(256, 136, 32, 0, 15, torch.int8, levels=LEVELS)
+    kind = Kind(256, 136, 32, 0, 15, torch.int8, levels=LEVELS, scale_range=(-32, 31))
 
     @staticmethod
     def search(x: Tensor, importance: Tensor | None, power: Tensor | None) -> Found:

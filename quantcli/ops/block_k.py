@@ -127,7 +127,7 @@ class AffineK:
 
 
 class Q4_K(AffineK):
-    kind = Kind(256, 144, 32, 0, 15, torch.uint8, has_min=True)
+    kind = Kind(256, 144, 32, 0, 15, torch.uint8, has_min=True, scale_range=(0, 63))
     first, n_steps = -1.0, 20
 
     @classmethod
@@ -142,7 +142,7 @@ class Q4_K(AffineK):
 
 
 class Q5_K(AffineK):
-    kind = Kind(256, 176, 32, 0, 31, torch.uint8, has_min=True)
+    kind = Kind(256, 176, 32, 0, 31, torch.uint8, has_min=True, scale_range=(0, 63))
 
     @classmethod
     def pack(cls, codes: Tensor, params: Params) -> Tensor:
@@ -171,7 +171,7 @@ def unpack_pairs(data: Tensor) -> Tensor:
 
 
 class Q2_K(AffineK):
-    kind = Kind(256, 84, 16, 0, 3, torch.uint8, has_min=True, d_at=80)
+    kind = Kind(256, 84, 16, 0, 3, torch.uint8, has_min=True, d_at=80, scale_range=(0, 15))
     top = 15
 
     @staticmethod
@@ -211,7 +211,7 @@ class SignedK:
 
 
 class Q3_K(SignedK):
-    kind = Kind(256, 110, 16, -4, 3, torch.int8, d_at=108)
+    kind = Kind(256, 110, 16, -4, 3, torch.int8, d_at=108, scale_range=(-32, 31))
 
     @classmethod
     def search(cls, x: Tensor, importance: Tensor | None, power: Tensor | None) -> Found:
@@ -284,7 +284,7 @@ def descend(x: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
 
 
 class Q6_K(SignedK):
-    kind = Kind(256, 210, 16, -32, 31, torch.int8, d_at=208)
+    kind = Kind(256, 210, 16, -32, 31, torch.int8, d_at=208, scale_range=(-128, 127))
 
     @staticmethod
     def search(x: Tensor, importance: Tensor | None, power: Tensor | None) -> Found:

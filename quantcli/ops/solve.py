@@ -1,4 +1,4 @@
-"""The column loop of GPTQ inside a chunk: quantize a column, distribute its error over the columns after it.
+"""The column loop of GPTQ inside a chunk: quantize a column, distribute its error over the columns after it. And that of a descent.
 
 For column j = 0 … n−1 of a chunk, in every row (GPTQ, arXiv 2210.17323, algorithm 1; a lane is a row)::
 
@@ -8,7 +8,13 @@ For column j = 0 … n−1 of a chunk, in every row (GPTQ, arXiv 2210.17323, alg
     w_k = w_k − e_j·U_jk                for k > j
 
 ``U`` is the chunk's diagonal block of the upper Cholesky factor of H⁻¹ = UᵀU. The caller updates the columns after the chunk by one
-product, ``W[:, rest] -= E @ U[chunk, rest]``. Products and differences are separate (no FMA), each w_k takes its updates in the order
+product, ``W[:, rest] -= E @ U[chunk, rest]``.
+
+Coordinate descent on codes that are there already is the same loop with another error (:mod:`quantcli.passes.shared.descent`): with D the
+decoded weights so far, w_j what the best weight of column j would be, and U_jk = H_jk / H_kk, a column moves by e_j = ŵ_j − d_j, and the
+best weight of each later column moves by −e_j·U_jk.
+
+Products and differences are separate (no FMA), each w_k takes its updates in the order
 of j, and rows never mix: the same bits on every width, device and number of threads.
 """
 
@@ -30,25 +36,28 @@ def gptq_chunk(
     lo: int,
     hi: int,
     book: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scaled errors of one chunk. ``W`` is read, not written.
 
     ``W``: [out, n] float32, columns in the order of solving; ``U``: [n, n] float32, upper triangle read; ``scale``, ``offset``:
     [out, n_groups] float32, as in :class:`Grid` (offset None is 0); ``group``: [n] int, the group of each column; codes lie in
     ``lo … hi``, or are indices into the ascending ``book`` [hi + 1]. Returns codes [out, n] int8 (uint8 where ``hi`` > 127) and
-    E [out, n] float32, the error of each column over U_jj.
+    E [out, n] float32, the error of each column over U_jj. With ``D`` [out, n] float32 it is a step of descent: E is ŵ − D over U_jj.
     """
-    _check(W, U, scale, offset, group, lo, hi, book)
+    _check(W, U, scale, offset, group, lo, hi, book, D)
     W = W.detach().contiguous()
     kernels = kernel(W)
     if kernels is None:
-        return gptq_chunk_reference(W, U, scale, offset, group, lo, hi, book)
+        return gptq_chunk_reference(W, U, scale, offset, group, lo, hi, book, D=D)
     mids = None if book is None else midpoints(book)
     codes = torch.empty(W.shape, dtype=torch.uint8 if hi > 127 else torch.int8, device=W.device)
     E = torch.empty_like(W)
     U, scale, group = U.contiguous(), scale.contiguous(), group.to(torch.int32).contiguous()
     offset = None if offset is None else offset.contiguous()
-    kernels.gptq_chunk(W, U, scale, offset, group, lo, hi, book, mids, codes, E, stream=stream(W))
+    D = None if D is None else D.contiguous()
+    kernels.gptq_chunk(W, U, scale, offset, group, lo, hi, book, mids, codes, E, D, stream=stream(W))
     return codes, E
 
 
@@ -61,6 +70,8 @@ def gptq_chunk_reference(
     lo: int,
     hi: int,
     book: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same in torch, column by column over all rows."""
     w = W.t().contiguous().clone()  # [n, out]: a column is one run of memory
@@ -76,7 +87,8 @@ def gptq_chunk_reference(
         q = v.round_().clamp_(lo, hi) if mids is None else torch.bucketize(v, mids)
         codes[j] = q
         value = q if book is None else book[q]
-        E[j] = (w[j] - (s * value + o)) / U[j, j]
+        decoded = s * value + o
+        E[j] = (w[j] - decoded if D is None else decoded - D[:, j]) / U[j, j]
         w[j + 1 :] -= U[j, j + 1 :, None] * E[j]
     return codes.t().contiguous(), E.t().contiguous()
 
@@ -86,7 +98,17 @@ def midpoints(book: Tensor) -> Tensor:
     return (book[1:] + book[:-1]) / 2
 
 
-def _check(W: Tensor, U: Tensor, scale: Tensor, offset: Tensor | None, group: Tensor, lo: int, hi: int, book: Tensor | None) -> None:
+def _check(
+    W: Tensor,
+    U: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    group: Tensor,
+    lo: int,
+    hi: int,
+    book: Tensor | None,
+    D: Tensor | None,
+) -> None:
     if W.ndim != 2 or W.dtype != torch.float32:
         raise KernelError(f"gptq_chunk: W is {W.dtype} {list(W.shape)}; expected float32 [out, n]")
     n_rows, n = W.shape
@@ -101,5 +123,7 @@ def _check(W: Tensor, U: Tensor, scale: Tensor, offset: Tensor | None, group: Te
         raise KernelError(f"gptq_chunk: group runs from {int(group.min())} to {int(group.max())}; expected 0 to {scale.shape[1] - 1}")
     if not (-128 <= lo <= hi <= 127 or 0 <= lo <= hi <= 255):
         raise KernelError(f"gptq_chunk: codes {lo} to {hi} fit neither int8 nor uint8")
+    if D is not None and (D.dtype != torch.float32 or D.shape != W.shape):
+        raise KernelError(f"gptq_chunk: D is {D.dtype} {list(D.shape)}; expected float32 {list(W.shape)}, as W")
     if book is not None and (lo != 0 or tuple(book.shape) != (hi + 1,)):
         raise KernelError(f"gptq_chunk: book is {list(book.shape)} for codes {lo} to {hi}; expected codes from 0 and [hi + 1] entries")

@@ -30,6 +30,9 @@ That is GPTQ with other inputs, and so the same kernel: the w_j are the columns 
 W·T and diag(U) + striu(U)·T with T = (I − P)⁻¹, which is upper triangular with ones on its diagonal. α = 1 is the equation as derived,
 0.25 what its authors run: M is of the calibration text alone, and all of it overfits.
 
+Then codes and scales move by coordinate descent in the norm of the damped H (:mod:`quantcli.passes.shared.descent`), ``sweeps`` times:
+each was chosen before the errors of the later columns were known.
+
 Time O(out·in²) + O(in³/3) for each tap, memory 3·in² + 3·out·in float32; asymmetric 2·in³ more and a second walk of the model.
 """
 
@@ -46,7 +49,7 @@ from typing_extensions import override
 from quantcli import ops, qtypes
 from quantcli.errors import NumericsError, RecipeError, about
 from quantcli.passes import Pass
-from quantcli.passes.shared import runs
+from quantcli.passes.shared import descent, runs
 from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
 
@@ -61,12 +64,13 @@ PANEL = 128
 class Options:
     """``damp_ratio``: λ added to the diagonal of H, as a share of its mean. ``act_order``: solve columns in order of falling H_jj
     rather than from left to right. ``chunk``: columns solved between two updates of the rest; it changes the speed and nothing else.
-    ``gptaq_alpha``: the share α of asymmetric calibration, 0 for none."""
+    ``gptaq_alpha``: the share α of asymmetric calibration, 0 for none. ``sweeps``: of coordinate descent after the solve, 0 for none."""
 
     damp_ratio: float = 0.01
     act_order: bool = True
     chunk: int = 128
     gptaq_alpha: float = 0.0
+    sweeps: int = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.damp_ratio <= 1:
@@ -75,6 +79,8 @@ class Options:
             raise RecipeError(f"gptq: chunk is a number of columns, not {self.chunk}")
         if not 0 <= self.gptaq_alpha <= 1:
             raise RecipeError(f"gptq: gptaq_alpha is a share in [0, 1], not {self.gptaq_alpha}")
+        if not 0 <= self.sweeps <= 100:
+            raise RecipeError(f"gptq: sweeps is a number of descents from 0 to 100, not {self.sweeps}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,8 @@ class Factor:
 
     ``order``: [in] int64, column solved at each step; ``U``: [in, in] float32 upper factor of H⁻¹ in that order;
     ``damp_ratio``: the one that worked; ``n_dead``: inputs that were always zero in calibration; ``T``: [in, in] float32 upper, by which
-    asymmetric calibration multiplies the weights in that order before they are solved with its own ``U``.
+    asymmetric calibration multiplies the weights in that order before they are solved with its own ``U``, and ``M``: [in, in], its α·M in
+    the inputs' own order.
     """
 
     order: Tensor
@@ -91,6 +98,7 @@ class Factor:
     damp_ratio: float
     n_dead: int
     T: Tensor | None = None
+    M: Tensor | None = None
 
 
 def upper_factor(H: Tensor, order: Tensor, damp: float) -> Tensor | None:
@@ -159,7 +167,7 @@ def asymmetric(factor: Factor, dXXT: Tensor, alpha: float) -> Factor:
     T = torch.linalg.solve_triangular(eye - P, eye, upper=True, unitriangular=True)
     if not bool(torch.isfinite(T).all()):
         raise NumericsError(f"asymmetric calibration diverges with gptaq_alpha {alpha:g}; use a smaller one, or 0")
-    return replace(factor, U=U.diagonal().diag() + U.triu(1) @ T, T=T)
+    return replace(factor, U=U.diagonal().diag() + U.triu(1) @ T, T=T, M=alpha * dXXT.to(U.dtype))
 
 
 def solve(W: Tensor, grid: Grid, factor: Factor, *, chunk: int = 128) -> Tensor:
@@ -193,17 +201,32 @@ def quantize(
 ) -> QuantizedTensor:
     """One weight matrix ``W``: [out, in] float32 with its tap's ``H`` and ``factor``; ``fused``: parts it shares with others of the tap."""
     qtype = qtypes.of(scheme.qtype)
-    importance = H.diagonal() + factor.damp_ratio * H.diagonal().mean()
+    H = damped(H, factor)
     if not scheme.get("desc_act", False):
-        grid = qtype.fit(W, scheme, importance, fused=fused)
-        return qtype.pack(solve(W, grid, factor, chunk=options.chunk), grid, scheme)
-    in_order = replace(factor, order=torch.arange(W.shape[1], device=W.device))
-    W = W[:, factor.order].contiguous()
-    grid = qtype.fit(W, scheme, importance[factor.order].contiguous())
-    step = torch.argsort(factor.order)  # input → when it was solved
-    codes = solve(W, grid, in_order, chunk=options.chunk)[:, step].contiguous()
+        grid = qtype.fit(W, scheme, H.diagonal().contiguous(), fused=fused)
+        return qtype.pack(*_solved(W, grid, scheme, H, factor, options), scheme)
+    order = factor.order
+    in_order = replace(factor, order=torch.arange(len(order), device=W.device), M=None if factor.M is None else factor.M[order][:, order])
+    W, H = W[:, order].contiguous(), H[order][:, order]
+    grid = qtype.fit(W, scheme, H.diagonal().contiguous())
+    codes, grid = _solved(W, grid, scheme, H, in_order, options)
+    step = torch.argsort(order)  # input → when it was solved
     g_idx = (step // grid.group_size).int()
-    return qtype.pack(codes, replace(grid, parts={**grid.parts, "g_idx": g_idx}), scheme)
+    return qtype.pack(codes[:, step].contiguous(), replace(grid, parts={**grid.parts, "g_idx": g_idx}), scheme)
+
+
+def damped(H: Tensor, factor: Factor) -> Tensor:
+    """A copy of ``H`` [in, in] with the diagonal that ``factor`` was made with."""
+    H = H.clone()
+    H.diagonal().add_(factor.damp_ratio * H.diagonal().mean())
+    return H
+
+
+def _solved(W: Tensor, grid: Grid, scheme: Scheme, H: Tensor, factor: Factor, options: Options) -> tuple[Tensor, Grid]:
+    """Codes [out, in] and the grid they belong to, ``H`` damped."""
+    codes = solve(W, grid, factor, chunk=options.chunk)
+    missing = None if factor.M is None else W @ factor.M
+    return descent.descend(W, codes, grid, H, scheme, sweeps=options.sweeps, missing=missing)
 
 
 def nearest(W: Tensor, scheme: Scheme, *, fused: Mapping[str, Tensor] | None = None) -> QuantizedTensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantcli import registry
 from quantcli.errors import UnsupportedError
 from quantcli.qtypes.shared.affine import Affine, AffineCodes
-from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec
+from quantcli.tensors import Factors, Grid, QuantizedTensor, Scheme, TensorSpec
 
 __all__ = ["Parts", "QType", "names", "of"]
 
@@ -107,6 +107,18 @@ class QType(ABC):
     def moved(self, grid: Grid, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Grid:
         """``grid`` with another ``scale`` and ``offset`` [out, n_groups], rounded to what the file holds. By default an
         :class:`~quantcli.errors.UnsupportedError`: nothing of the grid is free to move."""
+        raise UnsupportedError(f"the scales of {scheme} are not free to move")
+
+    def factors(self, grid: Grid, scheme: Scheme) -> Factors | None:
+        """The stored numbers of ``grid`` that may take other values once codes are chosen; None, the default, where there are none."""
+        return None
+
+    def stored(self, name: str, values: Tensor, scheme: Scheme) -> Tensor:
+        """``values`` float32 of the factor ``name``, each as the nearest number that the file can hold, as float32."""
+        raise UnsupportedError(f"{scheme} has no factor '{name}'")
+
+    def of_factors(self, grid: Grid, values: Mapping[str, Tensor], scheme: Scheme) -> Grid:
+        """``grid`` with other ``values`` of its factors, each of which the file can hold (:meth:`stored`)."""
         raise UnsupportedError(f"the scales of {scheme} are not free to move")
 
     def errors(self, W: Tensor, tensor: QuantizedTensor, *, chunk_elements: int = 1 << 18) -> tuple[float, float]:

@@ -43,7 +43,7 @@ from quantcli.qtypes.shared.affine import (
     spread,
     stored,
 )
-from quantcli.tensors import DTYPES, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
+from quantcli.tensors import DTYPES, Factors, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 BITS = range(2, 9)
 SEARCHES = ("mse", "minmax")
@@ -110,6 +110,30 @@ class Int(QType):
         if offset is None:
             return replace(grid, scale=scale)
         zero = (-offset / scale).round_().clamp_(grid.lo, grid.hi)
+        return replace(grid, scale=scale, offset=-(scale * zero), parts={**grid.parts, "zero": zero.to(torch.uint8)})
+
+    @override
+    def factors(self, grid: Grid, scheme: Scheme) -> Factors:
+        """w = scale·q − scale·zero; symmetric codes are signed and have no second term."""
+        if grid.offset is None:
+            return Factors({"scale": grid.scale}, ((1, ("scale",), True),), ("scale",))
+        values = {"scale": grid.scale, "zero": grid.parts["zero"].float()}
+        return Factors(values, ((1, ("scale",), True), (-1, ("scale", "zero"), False)), ("scale", "zero"))
+
+    @override
+    def stored(self, name: str, values: Tensor, scheme: Scheme) -> Tensor:
+        if name == "zero":
+            return values.round().clamp_(0, 2 ** scheme.option("bits") - 1)
+        dtype = DTYPES[scheme.option("scale_dtype")]
+        held = values.to(dtype).float()
+        return torch.where((held < TINY[dtype]) | held.isinf(), torch.nan, held)
+
+    @override
+    def of_factors(self, grid: Grid, values: Mapping[str, Tensor], scheme: Scheme) -> Grid:
+        scale = values["scale"]
+        if grid.offset is None:
+            return replace(grid, scale=scale)
+        zero = values["zero"]
         return replace(grid, scale=scale, offset=-(scale * zero), parts={**grid.parts, "zero": zero.to(torch.uint8)})
 
     @override

@@ -14,6 +14,7 @@ Option ``search``: "minmax" is the scale absmax / 6, compressed-tensors' bytes; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from typing_extensions import override
 from quantcli.ops.minifloat import FLOAT8, FP4_LARGEST, FP4_LEVELS, ZERO_GROUP_BYTE, dequantize_fp4, fit_fp4, group_step, quantize_fp4
 from quantcli.qtypes import Parts, QType
 from quantcli.qtypes.shared.minifloat import check_matrix, check_search, finite_absmax, fp4_book, fp4_packed
-from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
+from quantcli.tensors import Factors, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 GROUP = 16
 
@@ -56,6 +57,22 @@ class Nvfp4(QType):
         """The grid of ``W`` [out, in] float32; ``importance`` [in] weighs the search, None weighs all inputs alike."""
         parts, step = _scales(W, scheme, importance, fused)
         return Grid(step, None, 0, 2 * len(FP4_LEVELS) - 2, GROUP, book=fp4_book(W.device), parts=parts)
+
+    @override
+    def factors(self, grid: Grid, scheme: Scheme) -> Factors:
+        """w = (scale/global_scale)·level; the scales of groups move, the matrix's own is shared with others."""
+        values = {"scale": grid.parts["scale"].float(), "step": (1 / grid.parts["global_scale"]).expand(len(grid.scale), 1)}
+        return Factors(values, ((1, ("scale", "step"), True),), ("scale",))
+
+    @override
+    def stored(self, name: str, values: Tensor, scheme: Scheme) -> Tensor:
+        held = values.clamp(max=FLOAT8["e4m3"].largest).to(torch.float8_e4m3fn).float()
+        return torch.where(held > 0, held, torch.nan)
+
+    @override
+    def of_factors(self, grid: Grid, values: Mapping[str, Tensor], scheme: Scheme) -> Grid:
+        parts = {**grid.parts, "scale": values["scale"].to(torch.float8_e4m3fn)}
+        return replace(grid, scale=_step(parts["scale"], parts["global_scale"]), parts=parts)
 
     @override
     def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:

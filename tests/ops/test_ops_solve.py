@@ -231,10 +231,12 @@ def chunk_case(name: str, n_rows: int, n: int) -> dict:
         case["scale"] = -scale
     elif name == "book":
         case |= {"book": torch.tensor([-1.0, -0.7, -0.4, -0.1, 0.0, 0.2, 0.45, 1.0]), "lo": 0, "hi": 7}
+    if name.endswith("descent"):
+        case |= {"D": W + random(n_rows, n, seed=7) * 0.1} | (chunk_case("book", n_rows, n) if name.startswith("book") else {})
     return case
 
 
-CHUNKS = ("symmetric", "asymmetric", "unsigned 8 bits", "negative scales", "book")
+CHUNKS = ("symmetric", "asymmetric", "unsigned 8 bits", "negative scales", "book", "descent", "book descent")
 
 
 def loop_by_loop(case: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -252,7 +254,8 @@ def loop_by_loop(case: dict) -> tuple[np.ndarray, np.ndarray]:
             else:
                 codes[r, j] = np.abs(book.numpy().astype(np.float64) - v).argmin()
                 value = book.numpy()[codes[r, j]]
-            E[r, j] = (w[r, j] - (s * value + o)) / U[j, j]
+            error = w[r, j] - (s * value + o) if case.get("D") is None else (s * value + o) - case["D"].numpy()[r, j]
+            E[r, j] = error / U[j, j]
             for k in range(j + 1, w.shape[1]):
                 w[r, k] = w[r, k] - E[r, j] * U[j, k]
     return codes, E
@@ -327,6 +330,7 @@ def test_the_chunk_refuses_what_does_not_fit_together() -> None:
         ({"group": case["group"][:5]}, r"group is \[5\]; expected \[16\]"),
         ({"lo": -8, "hi": 255}, "codes -8 to 255 fit neither int8 nor uint8"),
         ({"book": torch.zeros(4)}, r"book is \[4\] for codes -8 to 7"),
+        ({"D": case["W"][:2]}, r"D is torch.float32 \[2, 16\]; expected float32 \[8, 16\], as W"),
     ):
         with pytest.raises(KernelError, match=message):
             gptq_chunk(**case | change)

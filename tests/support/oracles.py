@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantcli.tensors import Grid
+
 
 def obq(W: Tensor, H: Tensor, encode_decode: Callable[[int, Tensor], Tensor], order: Sequence[int]) -> Tensor:
     """Optimal brain quantization of ``W`` [out, in] under ``H`` [in, in] in a fixed order, with an explicit inverse, in float64.
@@ -93,4 +95,24 @@ def unpack_dense(words: Sequence[int], bits: int) -> list[int]:
             place = i * bits + b
             if words[place // 32] >> (place % 32) & 1:
                 codes[i] |= 1 << b
+    return codes
+
+
+def coordinate_descent(W: Tensor, codes: Tensor, grid: Grid, H: Tensor, sweeps: int) -> Tensor:
+    """``codes`` of ``W`` [out, in] on ``grid``, each in turn the one of least (w − d)·H·(w − d)ᵀ while all others stay, in float64.
+
+    Every code of the grid is tried for every weight, from left to right, ``sweeps`` times.
+    """
+    n_out, n_in = W.shape
+    values = grid.book.double() if grid.book is not None else torch.arange(grid.lo, grid.hi + 1).double()
+    scale, offset = (None if part is None else part.double() for part in grid.columns(torch.arange(n_in)))
+    D, codes = grid.decode(codes).double(), codes.clone()
+    for _ in range(sweeps):
+        for row in range(n_out):
+            for j in range(n_in):
+                G = (W[row].double() - D[row]) @ H[:, j].double()
+                decoded = scale[row, j] * values + (0 if offset is None else offset[row, j])
+                step = decoded - D[row, j]
+                best = int((step.square() * H[j, j].double() - 2 * step * G).argmin())
+                D[row, j], codes[row, j] = decoded[best], best if grid.book is not None else best + grid.lo
     return codes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from quantcli.ops.blocks import Params, dequantize_blocks, fit_blocks, pack_bloc
 from quantcli.ops.minifloat import unpack_fp4
 from quantcli.qtypes import Parts, QType
 from quantcli.qtypes.shared.affine import CODES, EXACT, FLOAT_ZEROS, NO_ZEROS, Affine, AffineCodes, divides, spread, stored
-from quantcli.tensors import Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
+from quantcli.tensors import Factors, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
 
 
 def effective(params: Params, kind: str) -> tuple[Tensor, Tensor | None]:
@@ -69,6 +69,31 @@ class BlockType(QType):
         """The levels in ascending order, each once; None where codes are integers."""
         levels = KINDS[self.name].levels
         return None if levels is None else sorted(set(levels))
+
+    @override
+    def factors(self, grid: Grid, scheme: Scheme) -> Factors | None:
+        """w = d·scale·q − dmin·min, or d·q + m: what of it the type stores. A type whose scales are floats of a byte has none."""
+        if "d" not in grid.parts:
+            return None
+        names = [name for name in ("scale", "min", "d", "dmin", "m") if name in grid.parts]
+        terms = [(1, tuple(name for name in ("d", "scale") if name in names), True)]
+        terms += [(-1, ("dmin", "min"), False)] if "min" in names else []
+        terms += [(1, ("m",), False)] if "m" in names else []
+        return Factors({name: grid.parts[name].float() for name in names}, tuple(terms), tuple(names))
+
+    @override
+    def stored(self, name: str, values: Tensor, scheme: Scheme) -> Tensor:
+        """Halves, but for the integers that scale sub-blocks. A half that would be 0 or infinite is NaN: no such step is taken."""
+        if name in ("scale", "min"):
+            return values.round().clamp_(*KINDS[self.name].scale_range)
+        half = values.to(torch.float16).float()
+        return half if name == "m" else torch.where((half == 0) | half.isinf(), torch.nan, half)
+
+    @override
+    def of_factors(self, grid: Grid, values: Mapping[str, Tensor], scheme: Scheme) -> Grid:
+        parts = {name: part if name not in values else values[name].to(part.dtype) for name, part in grid.parts.items()}
+        scale, offset = effective(parts, self.name)
+        return replace(grid, scale=scale, offset=offset, parts=parts)
 
     @override
     def pack(self, codes: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
