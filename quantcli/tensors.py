@@ -232,14 +232,14 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A grid as the numbers that a file stores: ``w = Σ sign · Π factors (· q)``, the sum over ``terms``.
+    """A grid as the numbers that a file stores: ``w = Σ c · Π factors (· q)``, the sum over ``terms``.
 
-    ``values``: of each factor [out, n] float32, each of whose columns serves ``in_features / n`` inputs. ``terms``: (sign, names of the
+    ``values``: of each factor [out, n] float32, each of whose columns serves ``in_features / n`` inputs. ``terms``: (c, names of the
     factors, whether the code is one of them too). ``moves``: the factors that may take other values, in the order in which they are tried.
     """
 
     values: Mapping[str, Tensor]
-    terms: tuple[tuple[int, tuple[str, ...], bool], ...]
+    terms: tuple[tuple[float, tuple[str, ...], bool], ...]
     moves: tuple[str, ...]
 
 

@@ -1,4 +1,5 @@
-// Driver of the chunks of GPTQ and of the descent: a thread is an output row. Its columns lie `rows` floats apart, so that a warp reads 32 neighbours at once.
+// Driver of the chunks of GPTQ and of the descent: a thread is an output row. Its columns lie `rows` floats apart, so that a warp reads 32
+// neighbours at once.
 #include "../blocks/gptq.h"
 #include "solve.h"
 

@@ -58,7 +58,7 @@ class IQ3(GridType):
 
 
 class IQ3_S(IQ3):
-    kind = Kind(256, 110, 32, -15, 15, torch.int8, has_book=True)
+    kind = Kind(256, 110, 32, -15, 15, torch.int8, has_book=True, scale_range=(0, 15))
     book, magnitudes = CodeBook("IQ3_S", 8, 3), tuple(range(1, 16, 2))
     n_steps, fudge, refines = 9, 1.033, "all_if_any"
 
@@ -91,7 +91,7 @@ class IQ3_S(IQ3):
 
 
 class IQ3_XXS(IQ3):
-    kind = Kind(256, 98, 32, -62, 62, torch.int8, has_book=True)
+    kind = Kind(256, 98, 32, -62, 62, torch.int8, has_book=True, scale_range=(0, 15))
     book, magnitudes = CodeBook("IQ3_XXS", 8, 2), (4, 12, 20, 28, 36, 44, 52, 62)
     n_steps, fudge, even_signs, least_peak = 15, 1.0125, True, 1e-8
 
@@ -143,7 +143,7 @@ class IQ2(GridType):
 
 
 class IQ2_XXS(IQ2):
-    kind = Kind(256, 66, 32, -43, 43, torch.int8, has_book=True, needs_importance=True)
+    kind = Kind(256, 66, 32, -43, 43, torch.int8, has_book=True, needs_importance=True, scale_range=(0, 15))
     book = CodeBook("IQ2_XXS", 3, 2)
     n_steps, even_signs, least_peak, refines = 6, True, 1e-15, "all"
 
@@ -171,7 +171,7 @@ class IQ2_XXS(IQ2):
 
 
 class IQ2_XS(IQ2):
-    kind = Kind(256, 74, 16, -43, 43, torch.int8, has_book=True, needs_importance=True)
+    kind = Kind(256, 74, 16, -43, 43, torch.int8, has_book=True, needs_importance=True, scale_range=(0, 15))
     book = CodeBook("IQ2_XS", 3, 2)
     n_steps, even_signs, least_peak = 9, True, 1e-15
 
@@ -189,7 +189,7 @@ class IQ2_XS(IQ2):
 
 
 class IQ2_S(IQ2):
-    kind = Kind(256, 82, 16, -43, 43, torch.int8, has_book=True)
+    kind = Kind(256, 82, 16, -43, 43, torch.int8, has_book=True, scale_range=(0, 15))
     book = CodeBook("IQ2_S", 3, 1)
     n_steps, fudge, least_peak, power_factor = 9, 0.9875, 1e-8, 2.0
 

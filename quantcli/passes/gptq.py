@@ -15,6 +15,7 @@ Where we differ:
   work of inverting H, and no explicit inverse whose rounding must be repaired.
 - The grid is fitted once, to the weights as they are, minimizing Σ_j H_jj·(w_j − ŵ_j)² ("static groups"). So columns can be solved in
   order of falling H_jj while groups stay contiguous, and the engine needs no ``g_idx``. Any qtype will do: affine integers, k-quants.
+- Types that take runs of weights from a code book (IQ2, IQ3) hand errors on by super-blocks (:mod:`quantcli.passes.shared.block_ldlq`).
 - A scheme with ``desc_act`` forms its groups along the solving order instead and stores each input's group (``g_idx``).
 - An input that was always zero in calibration has a zero row in H: it takes no part in the compensation, and its weights are rounded to
   nearest rather than set to zero, because they may matter on other text. A tap that read nothing but zeros is rounded to nearest whole.
@@ -50,6 +51,7 @@ from quantcli import ops, qtypes
 from quantcli.errors import NumericsError, RecipeError, about
 from quantcli.passes import Pass
 from quantcli.passes.shared import descent, runs
+from quantcli.passes.shared.block_ldlq import solve_blocks
 from quantcli.passes.shared.fused import fused_parts
 from quantcli.tensors import Grid, Layer, QuantizedTensor, Report, Scheme, Stats, TensorReport
 
@@ -70,7 +72,7 @@ class Options:
     act_order: bool = True
     chunk: int = 128
     gptaq_alpha: float = 0.0
-    sweeps: int = 2
+    sweeps: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.damp_ratio <= 1:
@@ -199,9 +201,15 @@ def quantize(
     *,
     fused: Mapping[str, Tensor] | None = None,
 ) -> QuantizedTensor:
-    """One weight matrix ``W``: [out, in] float32 with its tap's ``H`` and ``factor``; ``fused``: parts it shares with others of the tap."""
+    """One weight matrix ``W``: [out, in] float32 with its tap's ``H`` and ``factor``; ``fused``: parts it shares with others of the tap.
+
+    The factor of a type that codes runs of weights is one in the inputs' own order (``act_order=False``).
+    """
     qtype = qtypes.of(scheme.qtype)
     H = damped(H, factor)
+    if qtype.run > 1:
+        codes, grid = solve_blocks(W.clone() if factor.T is None else W @ factor.T, qtype, scheme, H.diagonal().contiguous(), factor.U)
+        return qtype.pack(*_descended(W, codes, grid, scheme, H, factor, options), scheme)
     if not scheme.get("desc_act", False):
         grid = qtype.fit(W, scheme, H.diagonal().contiguous(), fused=fused)
         return qtype.pack(*_solved(W, grid, scheme, H, factor, options), scheme)
@@ -224,14 +232,19 @@ def damped(H: Tensor, factor: Factor) -> Tensor:
 
 def _solved(W: Tensor, grid: Grid, scheme: Scheme, H: Tensor, factor: Factor, options: Options) -> tuple[Tensor, Grid]:
     """Codes [out, in] and the grid they belong to, ``H`` damped."""
-    codes = solve(W, grid, factor, chunk=options.chunk)
+    return _descended(W, solve(W, grid, factor, chunk=options.chunk), grid, scheme, H, factor, options)
+
+
+def _descended(W: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, H: Tensor, factor: Factor, options: Options) -> tuple[Tensor, Grid]:
     missing = None if factor.M is None else W @ factor.M
     return descent.descend(W, codes, grid, H, scheme, sweeps=options.sweeps, missing=missing)
 
 
 def nearest(W: Tensor, scheme: Scheme, *, fused: Mapping[str, Tensor] | None = None) -> QuantizedTensor:
     """One weight matrix ``W``: [out, in] float32 whose inputs tell nothing, rounded to nearest by its weights alone."""
-    return qtypes.of(scheme.qtype).encode(W, scheme, fused=fused)
+    qtype = qtypes.of(scheme.qtype)
+    alike = torch.ones(W.shape[1], device=W.device) if qtype.needs_importance else None
+    return qtype.encode(W, scheme, alike, fused=fused)
 
 
 class Gptq(Pass[Options]):
@@ -239,7 +252,6 @@ class Gptq(Pass[Options]):
 
     name = "gptq"
     options_type = Options
-    needs_grid = True  # codes are chosen one by one
 
     @override
     def needs(self, options: Options) -> frozenset[str]:
@@ -263,6 +275,19 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
     shared = fused_parts(layer)
     if not bool(H.any()):
         return [runs.code(layer, name, partial(nearest, fused=shared.get(name)), notes=(runs.silent(stats),)) for name in members]
+    one_by_one = [name for name in members if qtypes.of(layer.schemes[name].qtype).run == 1]
+    in_runs = [name for name in members if name not in one_by_one]
+    reports = []
+    for names, act_order in ((one_by_one, options.act_order), (in_runs, False)):
+        if names:
+            factor, notes = _factor(tap, H, stats, replace(options, act_order=act_order))
+            code = partial(quantize, H=H, factor=factor, options=options)
+            reports += [runs.code(layer, name, partial(code, fused=shared.get(name)), H, notes=notes) for name in names]
+    return reports
+
+
+def _factor(tap: str, H: Tensor, stats: Stats, options: Options) -> tuple[Factor, tuple[str, ...]]:
+    """The factor of a tap, and what to note of it."""
     with about(tap):
         factor = factorize(H, damp_ratio=options.damp_ratio, act_order=options.act_order)
     notes = []
@@ -273,8 +298,7 @@ def _run_tap(layer: Layer, tap: str, members: Sequence[str], stats: Stats, optio
     if options.gptaq_alpha:
         factor, note = _asymmetric(tap, factor, stats, options)
         notes += note
-    solve = partial(quantize, H=H, factor=factor, options=options)
-    return [runs.code(layer, name, partial(solve, fused=shared.get(name)), H, notes=tuple(notes)) for name in members]
+    return factor, tuple(notes)
 
 
 def _asymmetric(tap: str, factor: Factor, stats: Stats, options: Options) -> tuple[Factor, list[str]]:

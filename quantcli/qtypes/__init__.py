@@ -54,8 +54,13 @@ class QType(ABC):
 
     @property
     def no_grid(self) -> str | None:
-        """Why a pass that chooses codes one by one cannot use this type, and what to do instead; None where it can."""
+        """Why a pass that needs a grid before codes are chosen cannot use this type, and what to do instead; None where it can."""
         return None
+
+    @property
+    def run(self) -> int:
+        """How many weights one choice codes: 1, or those whose codes come from a code book together (:meth:`nearest`)."""
+        return 1
 
     @property
     def needs_importance(self) -> bool:
@@ -108,6 +113,14 @@ class QType(ABC):
         """``grid`` with another ``scale`` and ``offset`` [out, n_groups], rounded to what the file holds. By default an
         :class:`~quantcli.errors.UnsupportedError`: nothing of the grid is free to move."""
         raise UnsupportedError(f"the scales of {scheme} are not free to move")
+
+    def nearest(self, T: Tensor, H: Tensor, scale: Tensor) -> Tensor:
+        """The codes [out, run] nearest to weights ``T`` [out, run] in the metric ``H`` [run, run], of a type that codes a run at once."""
+        raise UnsupportedError(f"{self.name} codes each weight on its own")
+
+    def chosen(self, tensor: QuantizedTensor) -> tuple[Tensor, Grid]:
+        """The codes [out, in] of ``tensor`` and their grid, of a type that codes a run at once and so fits no grid beforehand."""
+        raise UnsupportedError(f"{self.name} fits its grid beforehand")
 
     def factors(self, grid: Grid, scheme: Scheme) -> Factors | None:
         """The stored numbers of ``grid`` that may take other values once codes are chosen; None, the default, where there are none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantcli import qtypes
 from quantcli.errors import RecipeError
+from quantcli.ops.runs import codec_of, nearest_runs
 from quantcli.passes import gptq
 from quantcli.passes.shared.descent import descend
 from quantcli.tensors import Scheme
@@ -33,6 +34,7 @@ WITH_FACTORS = [
     "iq4_xs",
     "nvfp4",
 ]
+CODE_BOOKS = ["iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"]
 CODES_ALONE = ["nf4", "fp8-channel", "mxfp4"]
 
 
@@ -62,7 +64,7 @@ def test_every_sweep_lowers_the_error_of_every_row(scheme: str) -> None:
     for sweeps in (1, 2, 4):
         packed = qtype.pack(*descend(W, codes, grid, H, chosen, sweeps=sweeps), chosen)
         losses.append(loss(W, qtype.unpack(packed), H))
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in pairwise(losses):
         assert bool((after <= before * (1 + 1e-4)).all())
     assert float(losses[2].sum()) < 0.9 * float(losses[0].sum())
 
@@ -165,3 +167,57 @@ def test_no_row_depends_on_another() -> None:
 def test_a_number_of_sweeps_is_small_and_not_negative() -> None:
     with pytest.raises(RecipeError, match="sweeps is a number of descents from 0 to 100, not -1"):
         gptq.Options(sweeps=-1)
+
+
+@pytest.mark.parametrize("name", CODE_BOOKS)
+def test_every_sweep_over_runs_of_a_code_book_lowers_the_error_of_every_row(name: str) -> None:
+    W, H = problem()
+    qtype, scheme = qtypes.of(name), Scheme.parse(name)
+    plain = qtype.encode(W, scheme, H.diagonal().contiguous())
+    losses = [loss(W, qtype.unpack(plain), H)]
+    for sweeps in (1, 2, 4):
+        codes, grid = descend(W, *qtype.chosen(plain), H, scheme, sweeps=sweeps)
+        packed = qtype.pack(codes, grid, scheme)
+        torch.testing.assert_close(qtype.unpack(packed), grid.decode(codes), rtol=1e-6, atol=0)
+        losses.append(loss(W, qtype.unpack(packed), H))
+    for before, after in pairwise(losses):
+        assert bool((after <= before * (1 + 1e-4)).all())
+    assert float(losses[2].sum()) < 0.8 * float(losses[0].sum())
+
+
+@pytest.mark.parametrize("name", CODE_BOOKS)
+def test_gptq_codes_runs_of_a_code_book_with_feedback(name: str) -> None:
+    """One super-block after the other gains over none, with or without the descent behind it."""
+    W, H = problem(24, 1024)
+    scheme, qtype = Scheme.parse(name), qtypes.of(name)
+    factor = gptq.factorize(H, damp_ratio=0.01, act_order=False)
+    errors = [loss(W, qtype.unpack(qtype.encode(W, scheme, H.diagonal().contiguous())), H)]
+    errors += [loss(W, qtype.unpack(gptq.quantize(W, scheme, H, factor, gptq.Options(sweeps=n))), H) for n in (0, 2)]
+    assert float(errors[1].sum()) < 0.95 * float(errors[0].sum())
+    assert float(errors[2].sum()) < 0.8 * float(errors[1].sum())
+
+
+@pytest.mark.parametrize("name", CODE_BOOKS)
+def test_the_nearest_runs_are_the_best_points_for_their_signs(name: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    codec = codec_of(name)
+    points = torch.tensor(codec.magnitudes).double()[codec.book.levels.long()]
+    width = points.shape[1]
+    A = torch.randn(32, 8, generator=g)
+    H, T, scale = A.T @ A / 32, torch.randn(40, 8, generator=g), torch.rand(40, generator=g) * 0.05 + 0.02
+    codes = nearest_runs(T, H, scale, name)
+    minus = codes < 0
+    turned = (minus != (T < 0)).sum(1)
+    assert bool((minus.sum(1) % 2 == 0).all()) or not codec.even_signs
+    assert bool((turned <= codec.even_signs).all())
+    for row in range(40):
+        sign = torch.where(minus[row], -1.0, 1.0).double()
+        t, s, done = T[row].double(), float(scale[row]), torch.zeros(0, dtype=torch.float64)
+        for start in range(0, 8, width):
+            run, until = slice(start, start + width), start + width
+            errors = t[:until] - torch.cat((done.expand(len(points), -1), s * sign[run] * points), 1)
+            chosen = s * codes[row, run].double()
+            cost = ((errors @ H.double()[:until, :until]) * errors).sum(1)
+            error = t[:until] - torch.cat((done, chosen))
+            assert float((error @ H.double()[:until, :until]) @ error) <= float(cost.min()) * (1 + 1e-4) + 1e-9
+            done = torch.cat((done, chosen))

@@ -84,6 +84,27 @@ class _State:
         before, G = self.D[:, now].clone(), self.G[:, now].clone()
         if self.factors is not None:
             self._move_factors(now, H, G)
+        if self.qtype.run > 1:
+            self._choose_runs(now, H, G)
+        else:
+            self._choose_codes(now, H, G)
+        self.G -= (self.D[:, now] - before) @ self.H[now]
+
+    def _choose_runs(self, now: slice, H: Tensor, G: Tensor) -> None:
+        """The nearest points of the code book for each run of the inputs in ``now``, where they lower the error."""
+        for start in range(now.start, now.stop, self.qtype.run):
+            part, here = slice(start, start + self.qtype.run), slice(start - now.start, start - now.start + self.qtype.run)
+            block, scale = H[here, here], self.grid.scale[:, start // self.grid.group_size]
+            codes = self.qtype.nearest(self.D[:, part] + torch.linalg.solve(block, G[:, here], left=False), block, scale)
+            step = scale[:, None] * codes.float() - self.D[:, part]
+            takes = 2 * (step * G[:, here]).sum(1) - ((step @ block) * step).sum(1) > 0
+            step = torch.where(takes[:, None], step, 0.0)
+            self.codes[:, part] = torch.where(takes[:, None], codes, self.codes[:, part])
+            self.D[:, part] += step
+            G -= step @ H[here]
+
+    def _choose_codes(self, now: slice, H: Tensor, G: Tensor) -> None:
+        """The nearest code for each of the inputs in ``now``."""
         grid, D = self.grid, self.D[:, now].contiguous()
         best = H.diagonal()
         group = (torch.arange(now.start, now.stop, device=D.device) // grid.group_size).int()
@@ -92,7 +113,6 @@ class _State:
         codes, _ = ops.gptq_chunk(D + G / best, U, grid.scale, grid.offset, group, grid.lo, grid.hi, grid.book, D=D)
         self.codes[:, now] = codes
         self.D[:, now] = _decoded(codes, grid, group)
-        self.G -= (self.D[:, now] - before) @ self.H[now]
 
     def _move_factors(self, now: slice, H: Tensor, G: Tensor) -> None:
         """Moves of the factors within ``now``, with D and the chunk's own ``G`` kept up to date; the grid follows."""
@@ -130,7 +150,7 @@ class _Stored:
 
     values: dict[str, Tensor]
     spans: dict[str, int]
-    terms: tuple[tuple[int, tuple[str, ...], bool], ...]
+    terms: tuple[tuple[float, tuple[str, ...], bool], ...]
     moves: tuple[str, ...]
 
     def __init__(self, factors: Factors, n: int) -> None:
@@ -142,13 +162,13 @@ class _Stored:
         """∂d/∂(factor ``name``) of the inputs in ``now``, which one value of it serves: [out, k] float32."""
         q = codes[:, now].float() if grid.book is None else grid.book[codes[:, now].long()]
         v = torch.zeros_like(q)
-        for sign, names, has_code in self.terms:
+        for weight, names, has_code in self.terms:
             if name in names:
-                term = q if has_code else torch.ones_like(q)
+                term = weight * q if has_code else torch.full_like(q, weight)
                 for other in names:
                     if other != name:
                         term = term * self._spread(other, now)
-                v = v + term if sign > 0 else v - term
+                v = v + term
         return v
 
     def _spread(self, name: str, now: slice) -> Tensor:

@@ -15,6 +15,7 @@ from quantcli.errors import NumericsError, RecipeError
 from quantcli.ops.block_codecs import KINDS
 from quantcli.ops.blocks import Params, dequantize_blocks, fit_blocks, pack_blocks, quantize_blocks, unpack_blocks
 from quantcli.ops.minifloat import unpack_fp4
+from quantcli.ops.runs import UNIT, codec_of, nearest_runs
 from quantcli.qtypes import Parts, QType
 from quantcli.qtypes.shared.affine import CODES, EXACT, FLOAT_ZEROS, NO_ZEROS, Affine, AffineCodes, divides, spread, stored
 from quantcli.tensors import Factors, Grid, QuantizedTensor, Scheme, TensorSpec, check_divisible
@@ -76,7 +77,7 @@ class BlockType(QType):
         if "d" not in grid.parts:
             return None
         names = [name for name in ("scale", "min", "d", "dmin", "m") if name in grid.parts]
-        terms = [(1, tuple(name for name in ("d", "scale") if name in names), True)]
+        terms: list[tuple[float, tuple[str, ...], bool]] = [(1, tuple(name for name in ("d", "scale") if name in names), True)]
         terms += [(-1, ("dmin", "min"), False)] if "min" in names else []
         terms += [(1, ("m",), False)] if "m" in names else []
         return Factors({name: grid.parts[name].float() for name in names}, tuple(terms), tuple(names))
@@ -255,15 +256,49 @@ class BookType(BlockType):
     @property
     @override
     def no_grid(self) -> str:
-        """Why a pass that chooses the codes one by one cannot use this type, and what to do."""
+        """Why a pass that moves a grid before codes are chosen cannot use this type, and what to do."""
         run = 8 if self.name.startswith("iq2") else 4
-        return f"{self.name} takes {run} weights at once from a code book, so codes cannot be chosen one by one; use rtn, or a k-quant"
+        return f"{self.name} takes {run} weights at once from a code book, so scales cannot be moved beforehand; use rtn, gptq or a k-quant"
 
     @property
     @override
     def needs_importance(self) -> bool:
         """Whether :meth:`encode` refuses to do without."""
         return KINDS[self.name].needs_importance
+
+    @property
+    @override
+    def run(self) -> int:
+        """Weights whose signs, and so whose points, are chosen together."""
+        return UNIT
+
+    @override
+    def nearest(self, T: Tensor, H: Tensor, scale: Tensor) -> Tensor:
+        return nearest_runs(T, H, scale, self.name)
+
+    @override
+    def chosen(self, tensor: QuantizedTensor) -> tuple[Tensor, Grid]:
+        """A code is a magnitude with its sign, and a scale what a magnitude of 1 is worth."""
+        codes, params = unpack_blocks(tensor.parts["blocks"], self.name, tensor.shape[-1])
+        return codes, self._grid(params)
+
+    def _grid(self, params: Params) -> Grid:
+        sizes = KINDS[self.name]
+        d = params["d"].float().repeat_interleave(sizes.block // sizes.sub, 1)
+        return Grid(codec_of(self.name).steps(d, params["scale"].float()), None, sizes.lo, sizes.hi, sizes.sub, parts=params)
+
+    @override
+    def factors(self, grid: Grid, scheme: Scheme) -> Factors | None:
+        """w = d·(a + b·scale)·code."""
+        one = torch.ones(())
+        a = float(codec_of(self.name).steps(one, one * 0))
+        b = float(codec_of(self.name).steps(one, one)) - a
+        values = {name: grid.parts[name].float() for name in ("scale", "d")}
+        return Factors(values, ((b, ("d", "scale"), True), (a, ("d",), True)), ("scale", "d"))
+
+    @override
+    def of_factors(self, grid: Grid, values: Mapping[str, Tensor], scheme: Scheme) -> Grid:
+        return self._grid({name: values[name].to(part.dtype) for name, part in grid.parts.items()})
 
     @override
     def fit(self, W: Tensor, scheme: Scheme, importance: Tensor | None = None, *, fused: Parts | None = None) -> Grid:
