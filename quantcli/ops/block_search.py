@@ -50,7 +50,8 @@ class Kind:
 
     ``block``, ``n_bytes``: weights and bytes of a block; ``sub``: weights of a sub-block; ``lo`` … ``hi``: the codes; ``scale``: dtype of
     the sub-blocks' scales, integers within ``scale_range`` as the minima are; ``has_min``: ``dmin`` and a minimum for each sub-block;
-    ``has_offset``: ``m``, the offset of the block; ``d_at``: the byte of ``d``, which ``dmin`` or ``m`` follow, None without a ``d``; ``is_weighted``: the search uses importance;
+    ``has_offset``: ``m``, the offset of the block; ``d_at``: the byte of ``d``, which ``dmin`` or ``m`` follow, None
+    without a ``d``; ``is_weighted``: the search uses importance;
     ``row_power``: and the mean square of the block's whole row with it; ``needs_importance``: and fails without; ``has_book``:
     magnitudes come from a code book; ``levels``: the values of the codes where these differ; ``scale_of``: the values of the sub-blocks'
     scales likewise.
