@@ -155,9 +155,11 @@ def limits() -> str:
     """One row for each engine and format of which something is known from its source."""
     rows = []
     for row in known_engines.SUPPORT:
-        if row.is_tested and not row.options:
+        if row.is_tested and not row.options and row.takes_experts:
             continue
         taken = "; ".join(f"{option}: {', '.join(map(str, values))}" for option, values in row.options.items())
+        if not row.takes_experts:
+            taken = f"{taken or 'all'}; no experts"
         rows.append([row.release, row.format, taken or "all", row.otherwise or (f"with {row.needs}" if row.needs else "")])
     return table(["engine", "format", "loads", "how otherwise"], rows)
 

@@ -15,7 +15,8 @@ class Support:
     """What one release of an engine loads of one format.
 
     ``options``: option of a scheme → the values that it takes, any where an option is missing; ``otherwise``: what to do for other values,
-    "" where the folder does not load at all; ``needs``: what must be installed beside the engine; ``is_tested``: a test has the program
+    "" where the folder does not load at all; ``needs``: what must be installed beside the engine; ``takes_experts``: whether codes of
+    experts load, which a format has one by one and the engine's model may have as one tensor; ``is_tested``: a test has the program
     load what we write, the others are read from its source; ``is_said``: whether a plan warns, which it does not of a second reader.
     """
 
@@ -25,6 +26,7 @@ class Support:
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     otherwise: str = ""
     needs: str = ""
+    takes_experts: bool = True
     is_tested: bool = False
     is_said: bool = True
 
@@ -41,8 +43,8 @@ class Support:
 
 
 SUPPORT: tuple[Support, ...] = (
-    Support(engine="transformers", version="5.23", format="gptq", is_tested=True),
-    Support(engine="transformers", version="5.23", format="awq", is_tested=True),
+    Support(engine="transformers", version="5.23", format="gptq", takes_experts=False, is_tested=True),
+    Support(engine="transformers", version="5.23", format="awq", takes_experts=False, is_tested=True),
     Support(engine="transformers", version="5.23", format="bitsandbytes", is_tested=True),
     Support(
         engine="transformers",
@@ -91,14 +93,19 @@ def of(release: str, format_: str) -> Support | None:
     return next((row for row in SUPPORT if row.release.strip() == release and row.format == format_), None)
 
 
-def warnings(format_: str, schemes: Iterable[Scheme]) -> tuple[str, ...]:
-    """A sentence for each engine that does not load ``schemes`` in ``format_`` as they are, with a format that it loads instead."""
-    alike = list(dict.fromkeys(schemes))
+def warnings(format_: str, schemes: Iterable[Scheme], *, experts: Iterable[Scheme] = ()) -> tuple[str, ...]:
+    """A sentence for each engine that does not load ``schemes`` in ``format_`` as they are, with a format that it loads instead.
+    ``experts``: those of ``schemes`` that matrices of experts have."""
+    alike, of_experts = list(dict.fromkeys(schemes)), list(dict.fromkeys(experts))
     rows = (row for row in SUPPORT if row.format == format_ and row.is_said)
-    return tuple(text for row in rows if (text := next(_warning(row, alike), None)) is not None) if alike else ()
+    return tuple(text for row in rows if (text := next(_warning(row, alike, of_experts), None)) is not None) if alike else ()
 
 
-def _warning(row: Support, schemes: list[Scheme]) -> Iterator[str]:
+def _warning(row: Support, schemes: list[Scheme], experts: list[Scheme]) -> Iterator[str]:
+    if experts and not row.takes_experts:
+        way = f"; --format {other} does" if (other := instead(row, experts[0], is_expert=True)) else ""
+        others = _loading_experts(row, experts[0])
+        yield f"{row.release} loads no {row.format} codes of experts and leaves these experts at random{others}{way}"
     for scheme in schemes:
         if (unmet := row.unmet(scheme)) is None:
             continue
@@ -112,12 +119,20 @@ def _warning(row: Support, schemes: list[Scheme]) -> Iterator[str]:
         yield f"{row.release} loads {row.format} only with {row.needs}"
 
 
-def instead(row: Support, scheme: Scheme) -> str | None:
-    """Another format that holds ``scheme`` and that the engine of ``row`` loads; without act-order, which others have no place for."""
+def _loading_experts(row: Support, scheme: Scheme) -> str:
+    """The engines that do load the experts of ``row``'s format in ``scheme``, in brackets; "" without one."""
+    loads = [o.release for o in SUPPORT if o.format == row.format and o.takes_experts and o.is_said and o.unmet(scheme) is None]
+    return f" ({' and '.join(loads)} {'does' if len(loads) == 1 else 'do'})" if loads else ""
+
+
+def instead(row: Support, scheme: Scheme, *, is_expert: bool = False) -> str | None:
+    """Another format that holds ``scheme`` and that the engine of ``row`` loads; without act-order, which others have no place for.
+    ``is_expert``: whether it must load experts."""
     options = dict(scheme.options)
     plain = scheme.with_options(desc_act=False) if "desc_act" in options else scheme
     others = (other for other in SUPPORT if other.release == row.release and other.format != row.format and not other.needs)
-    return next((o.format for o in others if o.unmet(plain) is None and formats.of(o.format).supports(plain)), None)
+    fits = (o for o in others if o.unmet(plain) is None and (o.takes_experts or not is_expert))
+    return next((o.format for o in fits if formats.of(o.format).supports(plain)), None)
 
 
 def told(option: str, value: Any) -> str:

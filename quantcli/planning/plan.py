@@ -12,6 +12,7 @@ from quantcli.checkpoint import views
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.views import HEAD_WEIGHT
 from quantcli.errors import RecipeError, UnsupportedError, about
+from quantcli.experts import expert_of
 from quantcli.formats import Format, OutputLayout, Request
 from quantcli.passes import of as pass_of
 from quantcli.planning import engines as known_engines
@@ -200,7 +201,8 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
                 check_grid(recipe, scheme)
     layers = planned_layers(source, recipe, schemes, taps, kept, arranged.caches or (), layout)
     notes = (*arranged.notes, *protected_notes, *engines, *surprises(source, recipe, schemes, taps, kept), *layout.notes)
-    notes += known_engines.warnings(fmt.name, (scheme for scheme in schemes.values() if is_quantized(scheme)))
+    coded = {name: scheme for name, scheme in schemes.items() if is_quantized(scheme)}
+    notes += known_engines.warnings(fmt.name, coded.values(), experts=[scheme for name, scheme in coded.items() if expert_of(name)])
     if arranged.untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
     if not fmt.has_own_names and (behind := source.sidecars().note()) is not None:

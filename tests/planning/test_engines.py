@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import quantcli as qc
 from quantcli import formats
 from quantcli import recipe as recipes
 from quantcli.planning import engines
 from quantcli.recipe import PassSpec, Recipe
 from quantcli.tensors import Scheme
 from support.runs import run
+from support.whole_models import save_mixtral
 
 VLLM = "vLLM 0.33"
 
@@ -78,3 +81,20 @@ def test_shipped_recipes_for_vllm_warn_of_nothing() -> None:
         found = recipes.load(name)
         assert found.scheme is not None
         assert engines.warnings(found.format, [found.scheme]) == ()
+
+
+@pytest.mark.parametrize("format_", ["gptq", "awq"])
+def test_experts_that_an_engine_leaves_at_random_are_told_with_the_ones_that_load_them(format_: str) -> None:
+    """transformers has experts as one tensor and replaces linears alone: it reports the joint tensors as missing."""
+    scheme = Scheme.parse("int4-g128-asym" if format_ == "awq" else "int4-g128-sym")
+    (told, *rest) = engines.warnings(format_, [scheme], experts=[scheme])
+    assert told.startswith(f"transformers 5.23 loads no {format_} codes of experts and leaves these experts at random (GPTQModel 7.7")
+    assert ("--format compressed-tensors does" in told) == (format_ == "gptq")
+    assert not rest
+    assert engines.warnings(format_, [scheme]) == ()
+
+
+def test_a_plan_of_a_mixture_of_experts_says_so(tmp_path: Path) -> None:
+    folder = save_mixtral(tmp_path, fused=False)
+    recipe = replace(recipes.load("gptq-int4"), scheme=Scheme.parse("int4-g16-sym"))
+    assert any("leaves these experts at random" in note for note in qc.plan(folder, recipe).notes)
