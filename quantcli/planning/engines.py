@@ -120,8 +120,8 @@ def _warning(row: Support, schemes: list[Scheme], experts: list[Scheme]) -> Iter
 
 
 def _loading_experts(row: Support, scheme: Scheme) -> str:
-    """The engines that do load the experts of ``row``'s format in ``scheme``, in brackets; "" without one."""
-    loads = [o.release for o in SUPPORT if o.format == row.format and o.takes_experts and o.is_said and o.unmet(scheme) is None]
+    """The engines that are known to load the experts of ``row``'s format in ``scheme``, in brackets; "" without one."""
+    loads = [o.release for o in SUPPORT if o.format == row.format and o.takes_experts and o.is_tested and o.unmet(scheme) is None]
     return f" ({' and '.join(loads)} {'does' if len(loads) == 1 else 'do'})" if loads else ""
 
 
