@@ -113,7 +113,7 @@ class Checkpoint(ABC):
     def provenance(self) -> Mapping[str, Any]:
         """How quantcli made this model: the content of quantcli.json, or of a file's ``quantcli.*`` keys; {} without any."""
         record = self.path / RECORD
-        known = read_json(record) if record.is_file() else None
+        known = read_json(record, unique=False) if record.is_file() else None
         return known if isinstance(known, dict) else {}
 
     def locations(self) -> Iterable[Location]:

@@ -1,25 +1,22 @@
-"""Reads untrusted JSON: size limits before parsing, no duplicate keys, and values shortened for messages."""
+"""Reads a model's untrusted JSON files, each error with the file's name, and shortens values for messages."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from quantcli import strict_json
 from quantcli.errors import CheckpointError
+from quantcli.strict_json import NotJson
 
 MAX_BYTES = 100_000_000
 """More than any model's JSON files have."""
 
-MAX_BRACES, MAX_COMMAS = 1_000_000, 6_000_000
-"""JSON costs Python some hundred bytes for each object and eight for each list item: half a million tensors in one file are enough."""
-
 
 def read_json(path: Path, *, unique: bool = True) -> Any:
-    """An untrusted JSON file; with ``unique=False`` the last of two equal keys wins."""
+    """An untrusted JSON file; ``unique`` as for :func:`parse_json`."""
     try:
         if path.stat().st_size > MAX_BYTES:
             fail(path, f"{path.stat().st_size} bytes of JSON are more than any model has")
@@ -29,15 +26,15 @@ def read_json(path: Path, *, unique: bool = True) -> Any:
 
 
 def parse_json(path: Path, text: bytes, *, unique: bool = True) -> Any:
-    """``text`` of the file ``path`` as JSON, its size bounded before it becomes objects."""
-    if text.count(b"{") > MAX_BRACES or text.count(b",") > MAX_COMMAS:
-        fail(path, f"{text.count(b',')} items of JSON are more than any model has")
+    """``text`` of the file ``path`` as JSON (:mod:`quantcli.strict_json`).
+
+    ``unique``: of a file that a program wrote for programs, without a key that comes twice and without NaN; else one as transformers
+    reads it, where the last of two equal keys wins and NaN and Infinity are numbers.
+    """
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys if unique else None)
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: not valid JSON: nested too deeply") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {str(error)[:200]}") from error
+        return strict_json.parse(text, unique=unique, special=not unique)
+    except NotJson as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
 
 
 FLOAT_TAG = "__float__"
@@ -54,14 +51,6 @@ def with_special_floats(value: Any) -> Any:
             return SPECIAL_FLOATS[tag]
         return {key: with_special_floats(item) for key, item in value.items()}
     return [with_special_floats(item) for item in value] if isinstance(value, list) else value
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"duplicate key {shown(duplicate)}")
-    return out
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantcli import strict_json
 from quantcli.output import disk
+from quantcli.strict_json import NotJson
 
 NAME = "journal.jsonl"
 """The journal's file in a work folder; a folder without one is not quantcli's to remove."""
@@ -114,7 +116,13 @@ def whole_lines(data: bytes) -> list[dict[str, Any]]:
         crc, _, body = text.partition(b" ")
         if crc != b"%08x" % zlib.crc32(body):
             break
-        entries.append(json.loads(body))
+        try:
+            entry = strict_json.parse(body, unique=False)
+        except NotJson:
+            break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
     return entries
 
 

@@ -83,7 +83,7 @@ class StatsFile(Mapping[str, Stats]):
     def __init__(self, path: str | Path) -> None:
         self.path = path = Path(path)
         self._locations: dict[str, Location] = read_header(path)
-        self.metadata: dict[str, str] = parse_json(path, read_header_text(path)[1]).get("__metadata__", {})
+        self.metadata: dict[str, str] = parse_json(path, read_header_text(path)[1]).get("__metadata__") or {}
         if not {MARK, "source", "dataset_sha256"} <= self.metadata.keys():
             raise CheckpointError(f"{path}: a safetensors file, but not one that `quantcli calibrate` wrote")
         self._taps = dict.fromkeys(name.removesuffix(".n_tokens") for name in self._locations if name.endswith(".n_tokens"))

@@ -14,6 +14,6 @@ FLOORS = [
     {"checkpoint", "text"},
     {"archs", "qtypes", "output"},
     {"ops"},
-    {"tensors", "errors", "experts", "registry", "heap", "importance"},
+    {"tensors", "errors", "experts", "registry", "heap", "importance", "strict_json"},
 ]
 """The rooms of the package, from left to right: each may import those further right, and none of its own floor but on the last."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import math
 import random
 import re
@@ -12,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantcli import strict_json
 from quantcli.errors import CheckpointError, RecipeError
+from quantcli.strict_json import NotJson
 from quantcli.text.documents.records import Document, document_of
 
 WHOLE_BYTES = 16 << 20
@@ -25,6 +26,9 @@ BLOCK_BYTES = 16 << 10
 """Bytes read of a large file at one position: few, so that a few thousand windows come from hundreds of positions."""
 
 MAX_LINE_BYTES = 64 << 20
+
+MAX_OBJECTS, MAX_ITEMS = MAX_JSON_BYTES // 32, MAX_JSON_BYTES // 4
+"""Of a ``.json`` list: records are objects, so it has more of them than a model's file."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -131,8 +135,8 @@ def open_json(path: Path) -> Held | LargeLines:
             f"{path}: a .json list above {MAX_JSON_BYTES >> 20} MiB would have to be read whole; make it .jsonl, a record a line"
         )
     try:
-        rows = json.loads(_decoded(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        rows = strict_json.parse(path.read_bytes(), unique=False, max_objects=MAX_OBJECTS, max_items=MAX_ITEMS)
+    except NotJson as error:
         raise CheckpointError(f"{path}: not a JSON list of records: {error}") from error
     return Held([document_of(row, f"{path}, record {i}") for i, row in enumerate(rows)])
 
@@ -142,10 +146,8 @@ def _row(line: bytes, where: str) -> Iterable[Document]:
     if not line.strip():
         return ()
     try:
-        return (document_of(json.loads(line), where),)
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where}: not UTF-8 text: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+        return (document_of(strict_json.parse(line, unique=False), where),)
+    except NotJson as error:
         raise CheckpointError(f"{where}: not a line of JSON: {error}; expected a record a line") from error
 
 

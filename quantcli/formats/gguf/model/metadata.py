@@ -30,6 +30,7 @@ def general(keys: GGUFWriter, folder: Path, *, name: str | None) -> None:
     ``keys`` knows the file's tensors, whose parameters make the size label.
     """
     counts = keys.get_total_parameter_count()
+    generation = read_object(folder / "generation_config.json")  # before the gguf package reads it, without bounds
     try:
         card = gguf.Metadata.load(None, folder, name, counts[0])
         if (repository := repository_of(folder)) is not None:
@@ -39,7 +40,6 @@ def general(keys: GGUFWriter, folder: Path, *, name: str | None) -> None:
         hint = "correct or remove README.md or generation_config.json"
         raise CheckpointError(f"{folder}: the model card cannot be read ({str(error)[:100]}); {hint}") from error
     card.name = card.name or folder.resolve().name
-    generation = read_object(folder / "generation_config.json")
     if card.sampling_penalty_repeat is None:
         card.sampling_penalty_repeat = generation.get("repetition_penalty")
     card.size_label = card.size_label or gguf.size_label(*counts)
