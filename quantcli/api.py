@@ -17,7 +17,7 @@ import torch
 from quantcli import formats, heap, ops
 from quantcli import recipe as recipes
 from quantcli.calibration import calibrate as calibration
-from quantcli.calibration.calibrate import LayerMeasured
+from quantcli.calibration.calibrate import LayerMeasured, Stands
 from quantcli.calibration.data import Data, Windows
 from quantcli.calibration.text_check import TextCheck
 from quantcli.checkpoint.checkpoint import Checkpoint
@@ -343,6 +343,9 @@ def calibrate(
             tell(event)
             if isinstance(event, TextCheck):
                 known = event
+            elif isinstance(event, Stands):
+                for text in event.notes:
+                    note_to(tell, text, is_warning=True)
             elif isinstance(event, LayerMeasured):
                 n_taps += event.n_taps
         if matrix is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import resource
 import subprocess
 import sys
@@ -185,6 +186,7 @@ PROBES = {
     "ops/block_grid.py": "a table of the gguf package, by name",
     "heap.py": "a C library's",
     "output/disk.py": "a C library's",
+    "output/system.py": "a C library's",
     "statistics/stats_file.py": "fields of a dataclass of ours, by name",
     "recipe.py": "fields of a dataclass of ours, by name",
     "walk/evaluate.py": "fields of dataclasses of ours, by name",
@@ -212,6 +214,36 @@ def test_nobody_asks_a_variant_what_it_has() -> None:
         if called & {"hasattr", "getattr"}:
             asking.add(path.relative_to(ROOT).as_posix())
     assert asking == PROBES.keys()
+
+
+WRITES = re.compile(r"[rwax]?[bt]?[wax+][bt]?\+?")
+"""Modes of open that write."""
+
+CHANGING = {"write", "pwrite", "fsync", "rename", "renames", "replace", "renameat2", "unlink", "remove", "rmdir", "removedirs", "ftruncate"}
+CHANGING |= {"truncate", "posix_fallocate", "mkdir", "makedirs", "link", "symlink", "chmod", "flock", "pread", "read"}
+"""Functions of os and fcntl that only output/system.py calls."""
+
+PATH_CHANGING = {"write_bytes", "write_text", "mkdir", "unlink", "rmdir", "touch", "symlink_to", "hardlink_to", "rmtree", "save_file"}
+"""Methods and functions of other modules likewise."""
+
+
+def test_one_module_changes_the_disk() -> None:
+    """Tests let every call of output/system.py fail: one that goes past it would never be tried."""
+    passing = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text("utf8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+            owner = node.func.value.id if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) else ""
+            is_system = owner in ("os", "fcntl") and called in CHANGING
+            is_path = owner != "system" and called in PATH_CHANGING
+            is_open = called == "open" and any(isinstance(arg, ast.Constant) and WRITES.fullmatch(str(arg.value)) for arg in node.args[:2])
+            if is_system or is_path or is_open:
+                passing.append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}: {ast.unparse(node)}")
+    left = [call for call in passing if not call.startswith("output/system.py:") and "os.devnull" not in call]
+    assert len(passing) > len(left)
+    assert left == []
 
 
 def test_every_module_opens_with_one_sentence() -> None:

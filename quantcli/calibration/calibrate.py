@@ -42,6 +42,13 @@ class LayerMeasured:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Stands:
+    """The file has its name, and something behind that failed: ``notes``."""
+
+    notes: tuple[str, ...]
+
+
 def calibrate(
     checkpoint: Checkpoint,
     ids: Tensor,
@@ -54,7 +61,7 @@ def calibrate(
     device: str = "cpu",
     overwrite: bool = False,
     fresh: bool = False,
-) -> Iterator[Resumed | LayerMeasured | TextCheck]:
+) -> Iterator[Resumed | LayerMeasured | TextCheck | Stands]:
     """Measure every tap of ``checkpoint``, its caches' too, on token windows ``ids`` [n, T] and write the statistics to ``target``.
 
     With ``head`` also what the output embedding reads, where the model predicts tokens by one. ``moe`` "routed": an expert is measured on
@@ -94,6 +101,8 @@ def calibrate(
         if forward.predicts:
             yield text_check.measure(forward, states.of(text_check.sampled(ids)), ids)
         writer.commit()
+    if writer.notes:
+        yield Stands(tuple(writer.notes))
 
 
 def earlier(finished: Resume, n_layers: int) -> Iterator[Resumed | LayerMeasured]:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
 from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.output import disk
+from quantcli.checkpoint.shards import file_layout
+from quantcli.output import disk, system
 from quantcli.output.journal import Step
+from quantcli.output.layouts import write_tensors
 from quantcli.output.writer import Writer
+from quantcli.tensors import DTYPE_NAMES, TensorSpec
 
 STATES = "states"
 """The key of a step's record that names the file of hidden states."""
@@ -75,8 +78,8 @@ class Resume:
         name = f"states-{len(self.steps)}.safetensors" if states else None
         if states and name:
             with disk.wording_errors(self.writer.target):
-                save_file({key: tensor.contiguous().cpu() for key, tensor in states.items()}, self.writer.work.path / name)
-                disk.fsync(self.writer.work.path / name)
+                specs = [TensorSpec.dense(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in states.items()]
+                write_tensors(self.writer.work.path / name, file_layout(name, specs), states)
         self.writer.finish_step(layer, {**told, STATES: name}, tensors=tensors)
         if name:
             self._forget_all_but(self.writer.work.path / name)
@@ -84,4 +87,5 @@ class Resume:
     def _forget_all_but(self, kept: Path) -> None:
         for path in self.writer.work.path.glob("states-*.safetensors"):
             if path != kept:
-                path.unlink()
+                with disk.wording_errors(self.writer.target):
+                    system.unlink(path)

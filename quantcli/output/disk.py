@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from quantcli.errors import RecipeError, ResourceError
+from quantcli.output import system
 
 PIECE_BYTES = 8 << 20
 """What a checksum reads at once."""
 
 SYNC_FILE_RANGE_WRITE = 2
-RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
-AT_FDCWD = -100
-"""From Linux's fs.h and fcntl.h."""
+"""From Linux's fs.h."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+FAILING = (errno.EIO, errno.EINVAL, errno.ENOTSUP, errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT)
+SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What a disk refuses, by what a user does about it; every other number is a mistake of ours."""
 
 
 def check_space(target: Path, n_bytes: int) -> None:
@@ -64,26 +68,70 @@ def wording_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.EIO:
-            raise ResourceError(f"{target}: {error.strerror} while writing; the disk may be failing, choose another -o") from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"{target}: {error.strerror or error} while writing; free space there or choose another -o") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
-            raise RecipeError(f"{target}: {error.strerror}; choose another -o") from error
+        words = error.strerror or str(error)
+        if error.errno in FAILING:
+            raise ResourceError(f"{target}: {words} while writing; the disk may be failing, choose another -o") from error
+        if error.errno in FULL:
+            raise ResourceError(f"{target}: {words} while writing; free space there or choose another -o") from error
+        if error.errno in SHORT:
+            raise ResourceError(f"{target}: {words} while writing; end other programs and run the same command again") from error
+        if error.errno in DENIED:
+            raise RecipeError(f"{target}: {words}; choose another -o") from error
         raise
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """The descriptor of ``path``, closed at the end."""
+    fd = system.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_file(path: Path) -> bytes:
+    """All bytes of a small file."""
+    with opened(path, os.O_RDONLY) as fd:
+        return read_exactly(fd, os.fstat(fd).st_size) or b""
+
+
+def write_file(path: Path, data: bytes, *, size: int | None = None, flush: bool = False) -> None:
+    """Write a file of ``data``, followed by zeros up to ``size``."""
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+        write_all(fd, memoryview(data))
+        if size is not None:
+            system.ftruncate(fd, size)
+        if flush:
+            system.fsync(fd)
+
+
+def make_folders(path: Path) -> None:
+    """Make the folder ``path`` and those above it, where they are missing."""
+    for folder in reversed([path, *path.parents]):
+        if not folder.exists():
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                system.mkdir(folder)
 
 
 def write_all(fd: int, data: memoryview) -> None:
     """Write all of ``data`` at the file's position: one call of the system may write less, and at most 2 GiB."""
     while data:
-        data = data[os.write(fd, data[: 1 << 30]) :]
+        data = data[system.write(fd, data[: 1 << 30]) :]
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``."""
+    while data:
+        n = system.pwrite(fd, data[: 1 << 30], offset)
+        data, offset = data[n:], offset + n
 
 
 def read_exactly(fd: int, n: int) -> bytes | None:
     """The next ``n`` bytes, or None when the file ends before."""
     data = b""
     while len(data) < n:
-        piece = os.read(fd, n - len(data))
+        piece = system.read(fd, n - len(data))
         if not piece:
             return None
         data += piece
@@ -93,9 +141,9 @@ def read_exactly(fd: int, n: int) -> bytes | None:
 def checksum(path: Path, offset: int, size: int) -> int | None:
     """crc32 of ``size`` bytes of a file, in pieces; None when it ends before."""
     crc = 0
-    with path.open("rb", buffering=0) as file:
+    with opened(path, os.O_RDONLY) as fd:
         while size:
-            piece = os.pread(file.fileno(), min(size, PIECE_BYTES), offset)
+            piece = system.pread(fd, min(size, PIECE_BYTES), offset)
             if not piece:
                 return None
             crc = zlib.crc32(piece, crc)
@@ -113,31 +161,32 @@ def start_flushing(fd: int, offset: int, size: int) -> None:
 
 def fsync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk; some file systems refuse that for folders, which then need none."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise
-    finally:
-        os.close(fd)
+    with opened(path, os.O_RDONLY) as fd:
+        try:
+            system.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+                raise
 
 
 def lock(fd: int, part: Path) -> None:
     """Lock ``part`` for this process; :class:`RecipeError` when another one has. On a file system without locks nothing is checked."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.flock(fd)
     except BlockingIOError:
         raise RecipeError(f"{part}: another process is writing it; wait for it or choose another -o") from None
     except OSError:
         return
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, *, last: Collection[str] = ()) -> None:
+    """Remove a file, or a folder with all that is in it, the names ``last`` at the end; of a link only itself."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        for child in sorted(path.iterdir(), key=lambda child: (child.name in last, child.name)):
+            remove(child)
+        system.rmdir(path)
+    elif os.path.lexists(path):
+        system.unlink(path)
 
 
 def inode(path: Path) -> tuple[int, int]:
@@ -149,11 +198,11 @@ def inode(path: Path) -> tuple[int, int]:
 def move_new(path: Path, target: Path) -> None:
     """Rename ``path`` to ``target``, where nothing stands, or an empty folder; :class:`RecipeError` when something else appeared there."""
     try:
-        if not renameat2(path, target, RENAME_NOREPLACE):
-            os.rename(path, target)  # a file system without the call: the caller looked a moment ago
+        if not system.renameat2(path, target, system.RENAME_NOREPLACE):
+            system.rename(path, target)  # a file system without the call: the caller looked a moment ago
     except FileExistsError:
         if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
-            os.rename(path, target)
+            system.rename(path, target)
             return
         raise RecipeError(f"{target}: appeared while the output was made; move it away and run the same command again") from None
 
@@ -162,27 +211,14 @@ def replace(path: Path, target: Path, aside: Path) -> None:
     """Move ``path`` to ``target``, and what stood there to ``path`` or ``aside``.
 
     At every moment a whole output has the name, but on a file system that cannot exchange folders."""
-    if renameat2(path, target, RENAME_EXCHANGE):
+    if system.renameat2(path, target, system.RENAME_EXCHANGE):
         return
     if not target.is_dir():
-        os.replace(path, target)
+        system.rename(path, target)
         return
-    os.rename(target, aside)
+    system.rename(target, aside)
     try:
-        os.rename(path, target)
+        system.rename(path, target)
     except BaseException:
-        os.rename(aside, target)
+        system.rename(aside, target)
         raise
-
-
-def renameat2(old: Path, new: Path, flags: int) -> bool:
-    """Linux' call of that name; False where the system or the file system does not have it. Raises OSError as os.rename does."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if call is None:
-        return False
-    if call(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), ctypes.c_uint(flags)) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(new))

@@ -15,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from quantcli import strict_json
-from quantcli.output import disk
+from quantcli.output import disk, system
 from quantcli.strict_json import NotJson
 
 NAME = "journal.jsonl"
 """The journal's file in a work folder; a folder without one is not quantcli's to remove."""
+
+NEW = NAME + ".new"
+"""A journal that is being written anew."""
+
+Inode = tuple[int, int]
+"""(device, inode)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +48,12 @@ class Step:
 
 @dataclass(slots=True)
 class Journal:
-    """The journal in the work folder ``folder``. ``committed``: (device, inode) of the output once it began to be moved, else None."""
+    """The journal in the work folder ``folder``. ``moved``: file name → inode of what began to be moved to its final name."""
 
     folder: Path
     identity: Mapping[str, Any]
     steps: list[Step] = field(default_factory=list)
-    committed: tuple[int, int] | None = None
+    moved: dict[str, Inode] = field(default_factory=dict)
 
     @classmethod
     def create(cls, folder: Path, identity: Mapping[str, Any]) -> Journal:
@@ -62,13 +68,13 @@ class Journal:
         path = folder / NAME
         if not path.is_file() or path.is_symlink():
             return None
-        entries = whole_lines(path.read_bytes())
+        entries = whole_lines(disk.read_file(path))
         if not entries or not isinstance(entries[0].get("identity"), dict):
             return cls(folder, {})
         journal = cls(folder, entries[0]["identity"])
         for entry in entries[1:]:
-            if "committed" in entry:
-                journal.committed = (entry["committed"][0], entry["committed"][1])
+            if "moved" in entry:
+                journal.moved = {name: (device, inode) for name, (device, inode) in entry["moved"].items()}
             else:
                 journal.steps.append(Step(entry["step"], entry["sums"], entry["told"]))
         return journal
@@ -78,30 +84,29 @@ class Journal:
         self.steps.append(step)
         self._add({"step": step.name, "sums": dict(step.sums), "told": dict(step.told)})
 
-    def begin_commit(self, output: Path) -> None:
-        """Tell that ``output`` is about to get its final name."""
-        self.committed = disk.inode(output)
-        self._add({"committed": self.committed})
+    def begin_commit(self, outputs: Mapping[str, Path]) -> None:
+        """Tell that ``outputs``, by their final names, are about to get them."""
+        self.moved = {name: disk.inode(path) for name, path in outputs.items()}
+        self._add({"moved": self.moved})
 
     def rewrite(self, steps: Sequence[Step]) -> None:
         """Leave nothing but ``steps``."""
-        path, new = self.folder / NAME, self.folder / (NAME + ".new")
+        path, new = self.folder / NAME, self.folder / NEW
         lines = [line({"identity": dict(self.identity)})]
         lines += [line({"step": s.name, "sums": dict(s.sums), "told": dict(s.told)}) for s in steps]
-        new.write_bytes(b"".join(lines))
-        disk.fsync(new)
-        os.replace(new, path)
+        disk.write_file(new, b"".join(lines), flush=True)
+        system.rename(new, path)
         disk.fsync(self.folder)
-        self.steps, self.committed = list(steps), None
+        self.steps, self.moved = list(steps), {}
 
     def differences(self, identity: Mapping[str, Any]) -> list[str]:
         """In words, each part of ``identity`` that is another here; values are shown where they are short."""
         return [told for key in identity for told in different(key, self.identity.get(key), identity[key])]
 
     def _add(self, entry: Mapping[str, Any]) -> None:
-        with (self.folder / NAME).open("ab", buffering=0) as file:
-            disk.write_all(file.fileno(), memoryview(line(entry)))
-            os.fsync(file.fileno())
+        with disk.opened(self.folder / NAME, os.O_WRONLY | os.O_APPEND) as fd:
+            disk.write_all(fd, memoryview(line(entry)))
+            system.fsync(fd)
 
 
 def line(entry: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Layouts of output files: which tensor lies where, known before any weight is read."""
+"""Layouts of output files: which tensor lies where, known before any weight is read, and the bytes that fill them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from quantcli.output import disk
-from quantcli.tensors import TensorSpec
+import torch
+from torch import Tensor
+
+from quantcli.output import disk, system
+from quantcli.tensors import DTYPE_NAMES, DTYPES, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +61,38 @@ def relative(name: str) -> PurePosixPath:
 
 def write_header(path: Path, layout: FileLayout) -> None:
     """Create the file with its header and its whole size."""
-    with path.open("wb", buffering=0) as file:
-        disk.write_all(file.fileno(), memoryview(layout.header))
-        file.truncate(layout.size)
+    disk.write_file(path, layout.header, size=layout.size)
 
 
 def has_header(path: Path, layout: FileLayout) -> bool:
     """Whether the file is there with its header and its whole size."""
     if not path.is_file():
         return False
-    with path.open("rb", buffering=0) as file:
-        return os.fstat(file.fileno()).st_size == layout.size and file.read(len(layout.header)) == layout.header
+    with disk.opened(path, os.O_RDONLY) as fd:
+        return os.fstat(fd).st_size == layout.size and disk.read_exactly(fd, len(layout.header)) == layout.header
+
+
+def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor`` has the dtype and shape of ``spec``."""
+    if spec.dtype not in DTYPES:
+        if tensor.dtype != torch.uint8 or tensor.nbytes != spec.nbytes:
+            raise ValueError(f"{spec.name}: {spec.dtype} needs {spec.nbytes} bytes of uint8, got {tensor.nbytes} of {tensor.dtype}")
+        return
+    if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
+        got = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+        raise ValueError(f"{spec.name}: expected {spec.dtype} {list(spec.shape)}, got {got} {list(tensor.shape)}")
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row order; a copy only when it is on a device or not contiguous."""
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    return data.view(torch.uint8).numpy().data
+
+
+def write_tensors(path: Path, layout: FileLayout, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of ``layout`` at once, and flush it."""
+    write_header(path, layout)
+    with disk.opened(path, os.O_RDWR) as fd:
+        for name, slot in layout.slots.items():
+            disk.write_at(fd, tensor_bytes(tensors[name]), slot.offset)
+        system.fsync(fd)

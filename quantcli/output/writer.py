@@ -14,6 +14,7 @@ Memory: one tensor at a time, and 16 MiB while checking.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import zlib
@@ -23,15 +24,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quantcli.errors import CheckpointError, NumericsError, QuantcliError, RecipeError, UnsupportedError
-from quantcli.output import disk
+from quantcli.output import disk, system
 from quantcli.output.journal import Run, Step
-from quantcli.output.layouts import FileLayout, check_layouts, has_header, relative, write_header
+from quantcli.output.layouts import FileLayout, check_layouts, check_tensor, has_header, relative, tensor_bytes, write_header
 from quantcli.output.work_folder import WorkFolder
-from quantcli.tensors import DTYPE_NAMES, DTYPES, TensorSpec
 
 N_CHECKERS = 2
 """Threads that read an output back."""
@@ -63,8 +62,10 @@ class Writer:
         self._sidecars: dict[str, tuple[int, int]] = {}  # name → (size, crc32)
         self._claim_lock = threading.Lock()
         self._is_committing = self._done = False
-        self.work.clear_interrupted_commit()
-        disk.check_replaceable(self.target, overwrite=overwrite, folder=folder)
+        self.notes: list[str] = []
+        with disk.wording_errors(self.target):
+            self.work.clear_interrupted()
+            disk.check_replaceable(self.target, overwrite=overwrite, folder=folder)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -138,10 +139,9 @@ class Writer:
             check_tensor(slot.spec, tensor)
             self._claimed.add(name)
         data = tensor_bytes(tensor)
-        with disk.wording_errors(self.target), self._path(self._files[name]).open("r+b", buffering=0) as file:
-            file.seek(slot.offset)
-            disk.write_all(file.fileno(), data)
-            disk.start_flushing(file.fileno(), slot.offset, len(data))
+        with disk.wording_errors(self.target), disk.opened(self._path(self._files[name]), os.O_RDWR) as fd:
+            disk.write_at(fd, data, slot.offset)
+            disk.start_flushing(fd, slot.offset, len(data))
         with self._claim_lock:
             self._sums[name] = zlib.crc32(data)
 
@@ -158,8 +158,8 @@ class Writer:
         path = self.work.output / relative(name)
         content = data if isinstance(data, bytes) else data.read_bytes()
         with disk.wording_errors(self.target):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            disk.make_folders(path.parent)
+            disk.write_file(path, content)
         self._sidecars[name] = (len(content), zlib.crc32(content))
 
     def commit(self, check: Callable[[Path], None] | None = None) -> None:
@@ -167,7 +167,7 @@ class Writer:
         the folder, or the first file; what it raises leaves nothing.
 
         Raises ValueError when a declared tensor was never put, :class:`CheckpointError` when the bytes read back differ from those that
-        were written. Nothing has the final name in either case.
+        were written. Nothing has the final name in either case. What fails behind the last move is told in ``notes``: the output stands.
         """
         if self._done or not self._layouts:
             raise ValueError(f"{self.target}: commit needs a declared, open writer")
@@ -179,11 +179,16 @@ class Writer:
             self._verify()
             if check is not None:
                 self._checked(check)
-            self.work.journal.begin_commit(self.work.output / self.target.name if self._beside else self.work.output)
             self._move_beside() if self._beside else self._move()
+        self._done = True
+        try:
             disk.fsync(self.target.parent)
-            self._done = True
+        except OSError as error:
+            self.notes.append(f"{self.target}: is whole, but {error.strerror} while its name was flushed: a loss of power might undo it")
+        try:
             self.work.close(keep=False)
+        except OSError as error:
+            self.notes.append(f"{self.work.path}: {error.strerror} while it was removed; the output stands, remove this folder")
 
     def _checked(self, check: Callable[[Path], None]) -> None:
         """Call ``check`` with the finished output; what it refuses, the same command would write again."""
@@ -199,7 +204,8 @@ class Writer:
         if self._done:
             return
         self._done = True
-        self.work.close(keep=keep)
+        with contextlib.suppress(OSError):  # the error that led here is the one to tell; the next run clears up
+            self.work.close(keep=keep)
 
     def __enter__(self) -> Writer:
         return self
@@ -213,6 +219,7 @@ class Writer:
 
     def _move(self) -> None:
         """Move the output to its name."""
+        self.work.journal.begin_commit({self.target.name: self.work.output})
         disk.check_replaceable(self.target, overwrite=self._overwrite, folder=self.folder)
         is_free = not os.path.lexists(self.target) or (self.folder and not any(self.target.iterdir()))
         if is_free:
@@ -222,10 +229,22 @@ class Writer:
 
     def _move_beside(self) -> None:
         """Move several files to their names. An earlier output's first file goes at the start, so that no mixture of both has one."""
-        self.target.unlink(missing_ok=True)
-        for path in (*self._beside, self.target):
-            disk.check_replaceable(path, overwrite=self._overwrite, folder=False)
-            os.rename(self.work.output / path.name, path)
+        files = (*self._beside, self.target)
+        self.work.journal.begin_commit({path.name: self.work.output / path.name for path in files})
+        try:
+            for path in files:
+                disk.check_replaceable(path, overwrite=self._overwrite, folder=False)
+            if os.path.lexists(self.target):
+                system.rename(self.target, self.work.replaced)
+            for path in files:
+                if os.path.lexists(path):
+                    disk.replace(self.work.output / path.name, path, self.work.replaced)
+                else:
+                    disk.move_new(self.work.output / path.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.work.undo_moves(self.work.journal)
+            raise
 
     def _good_steps(self) -> list[Step]:
         """The steps whose bytes are on the disk, up to the first that is damaged. A file without its header or size has none."""
@@ -246,10 +265,10 @@ class Writer:
     def _create(self, files: Sequence[FileLayout]) -> None:
         self.work.create(files)
         if self.folder or self._beside:
-            self.work.output.mkdir()
+            system.mkdir(self.work.output)
         self._know(files)
         for layout in files:
-            self._path(layout.name).parent.mkdir(parents=True, exist_ok=True)
+            disk.make_folders(self._path(layout.name).parent)
             write_header(self._path(layout.name), layout)
         if self.is_resumable:
             disk.fsync(self.work.output if self.folder or self._beside else self.work.path)
@@ -297,20 +316,3 @@ class Writer:
     def _compare(self, file: str, name: str, got: int | None, expected: int) -> None:
         if got != expected:
             raise CheckpointError(f"{self._path(file)}: {name} reads back differently from what was written; the disk may be failing")
-
-
-def check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
-    """Raise ValueError unless ``tensor`` has the dtype and shape of ``spec``."""
-    if spec.dtype not in DTYPES:
-        if tensor.dtype != torch.uint8 or tensor.nbytes != spec.nbytes:
-            raise ValueError(f"{spec.name}: {spec.dtype} needs {spec.nbytes} bytes of uint8, got {tensor.nbytes} of {tensor.dtype}")
-        return
-    if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
-        got = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-        raise ValueError(f"{spec.name}: expected {spec.dtype} {list(spec.shape)}, got {got} {list(tensor.shape)}")
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row order; a copy only when it is on a device or not contiguous."""
-    data = tensor.detach().cpu().contiguous().reshape(-1)
-    return data.view(torch.uint8).numpy().data

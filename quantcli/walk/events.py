@@ -44,7 +44,8 @@ class LayerDone:
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The output stands under its final name. ``calibrated_by``: "windows" or "statistics"; ``text_check``: of the source with the
-    calibration text, where windows were run; ``warnings``: of what the run learned from."""
+    calibration text, where windows were run; ``warnings``: of what the run learned from, and of what failed
+    once the output had its name."""
 
     output: Path
     plan: Plan

@@ -109,7 +109,8 @@ def quantize(
         writer.commit(partial(source_check.check_output, recipe.format))
     exact = {report.name for report in run.reports if report.is_exact}
     lossless = all(tensor.name in exact or _is_exact(plan.source, tensor) for tensor in plan.tensors)
-    yield Finished(writer.target, plan, lossless, learned.dataset_sha256, text_check, learned.kind, (warning,) if warning else ())
+    warnings = (*([warning] if warning else []), *writer.notes)
+    yield Finished(writer.target, plan, lossless, learned.dataset_sha256, text_check, learned.kind, warnings)
 
 
 def _check_apart(source: Checkpoint, target: Path) -> None:

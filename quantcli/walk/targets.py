@@ -43,7 +43,7 @@ def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets
     measured = importance.measured(stats, arranged.taps, names)
     for target in importance.unmeasured(measured, names, arranged.source.specs):
         tell(Note(f"{path}: no entry for {target}, whose input was not measured", is_warning=True))
-    imatrix_file.write(
+    failed = imatrix_file.write(
         path,
         measured,
         datasets=datasets,
@@ -52,3 +52,5 @@ def write_imatrix(path: Path, stats: StatsFile, checkpoint: Checkpoint, datasets
         own_fields=importance.text_fields(importance.dataset_of(stats)),
         overwrite=overwrite,
     )
+    for text in failed:
+        tell(Note(text, is_warning=True))

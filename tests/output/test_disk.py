@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantcli.errors import QuantcliError, RecipeError, ResourceError
-from quantcli.output import disk
+from quantcli.output import disk, system
 
 
 def a_folder(path: Path, text: str) -> Path:
@@ -20,13 +20,15 @@ def a_folder(path: Path, text: str) -> Path:
 
 
 def test_a_system_that_takes_and_gives_a_few_bytes_at_once_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, read, pread = os.write, os.read, os.pread
+    write, pwrite, read, pread = os.write, os.pwrite, os.read, os.pread
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
     monkeypatch.setattr(os, "read", lambda fd, n: read(fd, min(n, 5)))
     monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 5), at))
     data = os.urandom(100)
     with (tmp_path / "x").open("wb", buffering=0) as file:
-        disk.write_all(file.fileno(), memoryview(data))
+        disk.write_all(file.fileno(), memoryview(data[:40]))
+        disk.write_at(file.fileno(), memoryview(data[40:]), 40)
     with (tmp_path / "x").open("rb", buffering=0) as file:
         assert disk.read_exactly(file.fileno(), 60) == data[:60]
     assert disk.checksum(tmp_path / "x", 60, 40) == zlib.crc32(data[60:])
@@ -66,8 +68,8 @@ def test_a_failing_exchange_leaves_the_old_output(tmp_path: Path, monkeypatch: p
             raise OSError(errno.EIO, "failing")
         return False
 
-    monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(disk, "renameat2", renameat2)
+    monkeypatch.setattr(system, "rename", rename)
+    monkeypatch.setattr(system, "renameat2", renameat2)
     with pytest.raises(OSError, match="failing"):
         disk.replace(part, target, aside)
     assert (target / "x").read_text() == "old"
@@ -77,7 +79,7 @@ def test_a_failing_exchange_leaves_the_old_output(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_an_output_takes_the_place_of_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
     if not can_exchange:
-        monkeypatch.setattr(disk, "renameat2", lambda *args: False)
+        monkeypatch.setattr(system, "renameat2", lambda *args: False)
     part, target, aside = a_folder(tmp_path / "part", "new"), a_folder(tmp_path / "out", "old"), tmp_path / "aside"
     disk.replace(part, target, aside)
     assert (target / "x").read_text() == "new"
@@ -113,13 +115,16 @@ def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
         (errno.EDQUOT, ResourceError),
         (errno.EFBIG, ResourceError),
         (errno.EIO, ResourceError),
+        (errno.EINVAL, ResourceError),
+        (errno.EINTR, ResourceError),
+        (errno.ENOMEM, ResourceError),
         (errno.EROFS, RecipeError),
         (errno.EACCES, RecipeError),
         (errno.ENAMETOOLONG, RecipeError),
     ],
 )
 def test_what_a_user_can_mend_is_said_with_a_way_out(code: int, error: type[QuantcliError]) -> None:
-    with pytest.raises(error, match=r"/out: .* choose another -o"), disk.wording_errors(Path("/out")):
+    with pytest.raises(error, match=r"/out: .* (choose another -o|run the same command again)"), disk.wording_errors(Path("/out")):
         raise OSError(code, os.strerror(code))
 
 

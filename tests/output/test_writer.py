@@ -8,18 +8,20 @@ import os
 import signal
 import threading
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from quantcli.errors import CheckpointError, RecipeError, ResourceError
-from quantcli.output import disk
+from quantcli.output import disk, system
 from quantcli.output import writer as module
 from quantcli.output.layouts import FileLayout, Slot
+from quantcli.output.work_folder import WorkFolder
 from quantcli.output.writer import Writer
 from quantcli.tensors import TensorSpec
 
@@ -247,7 +249,7 @@ def test_an_interrupted_commit_leaves_the_old_output(tmp_path: Path, monkeypatch
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(disk, {"rename": "renameat2"}.get(step, step), interrupt)
+    monkeypatch.setattr(system if step == "rename" else disk, {"rename": "renameat2"}.get(step, step), interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(target, k=6, overwrite=True)
     assert (target / "x.bin").read_bytes() == old
@@ -263,11 +265,11 @@ def die_writing(target: Path, moment: str) -> None:
     if moment == "putting":
         module.zlib = SimpleNamespace(crc32=die)
     elif moment == "between renames":
-        real = os.rename
-        disk.renameat2 = lambda *args: False  # as on a file system that cannot exchange
-        os.rename = lambda source, to: die() if Path(source).name == "output" else real(source, to)
+        real = system.rename
+        system.renameat2 = lambda *args: False  # as on a file system that cannot exchange
+        system.rename = lambda source, to: die() if Path(source).name == "output" else real(source, to)
     else:
-        disk.remove = lambda path: die() if path.suffix == ".part" else None
+        WorkFolder._remove = lambda self: die()
     write(target, k=6, overwrite=True)
 
 
@@ -309,12 +311,12 @@ def test_a_full_disk_is_known_before_writing(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_disk_that_fills_up_while_writing_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int, data: memoryview) -> None:
+    def full(fd: int, data: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ResourceError, match="No space left"), Writer(tmp_path / "out") as out:  # noqa: PT012 (the writer must see it pass)
         out.declare([a_layout()])
-        monkeypatch.setattr(disk, "write_all", full)
+        monkeypatch.setattr(system, "pwrite", full)
         out.put("a", value(1))
     assert leftovers(tmp_path) == []
 
@@ -383,24 +385,32 @@ def test_any_of_several_files_that_stands_is_replaced_only_when_asked(tmp_path: 
     assert (tmp_path / "m-2").read_bytes() != b"old"
 
 
-def test_an_old_and_a_new_set_never_have_a_first_file_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n_moves", range(4))
+def test_a_set_that_cannot_be_moved_whole_leaves_the_old_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_moves: int) -> None:
     for i in range(3):
         (tmp_path / f"m-{i}").write_bytes(b"old")
-    rename, renamed = os.rename, []
+    left = [n_moves]
+    rename, exchange = system.rename, system.renameat2
 
-    def interrupted(source: Path, target: Path) -> None:
-        if renamed:
-            raise KeyboardInterrupt
-        renamed.append(target)
-        rename(source, target)
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(source: Path, target: Path, *flags: int) -> Any:
+            if tmp_path / "m.part" not in (source, target):
+                left[0] -= 1
+                if left[0] == -1:
+                    raise KeyboardInterrupt
+            assert left[0] < 0 or not ((tmp_path / "m-0").exists() and (tmp_path / "m-1").read_bytes() != b"old")
+            return call(source, target, *flags)
+
+        return moved
 
     with Writer(tmp_path / "m-0", folder=False, overwrite=True) as out:
         out.declare(beside())
         put_all(out, beside())
-        monkeypatch.setattr(os, "rename", interrupted)
+        monkeypatch.setattr(system, "rename", counted(rename))
+        monkeypatch.setattr(system, "renameat2", counted(exchange))
         with pytest.raises(KeyboardInterrupt):
             out.commit()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m-1", "m-2"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {f"m-{i}": b"old" for i in range(3)}
 
 
 def test_the_first_of_several_files_has_the_targets_name(tmp_path: Path) -> None:

@@ -191,8 +191,11 @@ def write(
     chunk_size: int,
     own_fields: Mapping[str, Field],
     overwrite: bool,
-) -> None:
-    """Write ``measured``, GGUF name → what was seen of that tensor's inputs, as llama-imatrix does; ``own_fields`` join the metadata."""
+) -> tuple[str, ...]:
+    """Write ``measured``, GGUF name → what was seen of that tensor's inputs, as llama-imatrix does; ``own_fields`` join the metadata.
+
+    Returns what failed once the file had its name.
+    """
     fields = {
         "general.type": Field(GGUFValueType.STRING, "imatrix"),
         DATASETS: Field(GGUFValueType.ARRAY, list(datasets), GGUFValueType.STRING),
@@ -211,6 +214,7 @@ def write(
             writer.put(name + SUMS, (tensor.squares() * counts).view(shapes[SUMS]))
             writer.put(name + COUNTS, counts.view(shapes[COUNTS]))
         writer.commit()
+    return tuple(writer.notes)
 
 
 def shapes_of(tensor: Measured) -> dict[str, tuple[int, ...]]:
