@@ -202,7 +202,8 @@ def make(arranged: Arranged, recipe: Recipe, *, is_weighed: bool = False, protec
     layers = planned_layers(source, recipe, schemes, taps, kept, arranged.caches or (), layout)
     notes = (*arranged.notes, *protected_notes, *engines, *surprises(source, recipe, schemes, taps, kept), *layout.notes)
     coded = {name: scheme for name, scheme in schemes.items() if is_quantized(scheme)}
-    notes += known_engines.warnings(fmt.name, coded.values(), experts=[scheme for name, scheme in coded.items() if expert_of(name)])
+    experts = [] if engines else [scheme for name, scheme in coded.items() if expert_of(name)]  # whose note has told it
+    notes += known_engines.warnings(fmt.name, coded.values(), experts=experts)
     if arranged.untied is not None:
         notes += (f"{HEAD_WEIGHT} is written beside {arranged.untied}, which it was tied to: tie_word_embeddings is false from now on",)
     if not fmt.has_own_names and (behind := source.sidecars().note()) is not None:
