@@ -503,7 +503,7 @@ def test_an_expression_that_no_one_can_read_is_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
-        (damage_text, "surrogates"),
+        (damage_text, "half of a surrogate pair"),
         (damage_no_files, "no tokenizer.json"),
         (damage_model, "SentencePiece"),
         (damage_json, "JSON"),
